@@ -1,0 +1,24 @@
+"""Architectures, one file each. `build_model` finds them by the name of the data set's image family and structure."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from models.emnist_cnn import EmnistCNN
+from models.mlp import MLP
+from models.mnist_cnn import MnistCNN
+
+
+def build_model(name: str, num_classes: int) -> nn.Module:
+    """A freshly initialized model for (batch, 1, 28, 28) images, from torch's global generator.
+
+    name: `emnist_cnn`, `mnist_cnn` or `mlp`. Its output is (batch, num_classes) logits.
+    Raises ValueError where the name is unknown.
+    """
+    if name == "emnist_cnn":
+        return EmnistCNN(num_classes)
+    if name == "mnist_cnn":
+        return MnistCNN(num_classes)
+    if name == "mlp":
+        return MLP(num_classes)
+    raise ValueError(f"unknown model {name!r}; use emnist_cnn, mnist_cnn or mlp")

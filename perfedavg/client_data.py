@@ -1,0 +1,46 @@
+"""What the algorithm asks of a data set. `datasets.FederatedDataset` is one; a user's own class may be another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+
+class ClientData(Protocol):
+    """One client's examples, cut into the part it trains or adapts on and the part it is scored on.
+
+    train_inputs, test_inputs: (num_examples, ...) float32.  train_labels, test_labels: (num_examples,) int64.
+    """
+
+    @property
+    def train_inputs(self) -> Tensor: ...
+    @property
+    def train_labels(self) -> Tensor: ...
+    @property
+    def test_inputs(self) -> Tensor: ...
+    @property
+    def test_labels(self) -> Tensor: ...
+
+
+class FederatedDataset(Protocol):
+    """Clients and their data. Safe to read from several threads.
+
+    train_client_ids, unseen_client_ids: disjoint; whole numbers, 0 or more.
+    fingerprint: digest of all examples and of their distribution over clients; equal data, equal digest.
+    """
+
+    @property
+    def train_client_ids(self) -> Sequence[int]: ...
+    @property
+    def unseen_client_ids(self) -> Sequence[int]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def num_train_examples(self, client_id: int) -> int:
+        """Size of a client's training part, 1 or more, without reading it."""
+        ...
+
+    def client_data(self, client_id: int) -> ClientData:
+        """A client's examples, on the CPU."""
+        ...

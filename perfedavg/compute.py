@@ -1,0 +1,42 @@
+"""Settings of torch in a process that trains: which device, and kernels that give the same bits every time."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` (the first GPU, or else the CPU), `cpu`, `cuda` or `cuda:i`.
+
+    Raises ValueError where the name is none of these or the GPU is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
+        raise ValueError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:i with i from 0")
+    if kind == "cpu":
+        return torch.device("cpu")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= found:
+        raise ValueError(
+            f"--device {name} is not there: torch {torch.__version__} finds {found} GPU(s) on this machine; "
+            "use --device cpu or --device auto"
+        )
+    return torch.device("cuda", int(index or 0))
+
+
+def use_reproducible_kernels() -> None:
+    """One intra-op thread, deterministic algorithms, no TF32: the same input gives the same bits.
+
+    Parallelism comes from clients trained side by side (`LocalExecutor`), because the number of intra-op threads
+    changes the order of additions inside a kernel. Call it before the first kernel runs.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False

@@ -1,0 +1,171 @@
+"""What an experiment is: every setting that changes its result, checked once, and nothing that does not.
+
+How it is run (addresses, devices, threads, folders) is kept out, so that two runs with equal configurations
+end with equal models. This module imports no torch, so that reading flags stays fast.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from enum import IntEnum
+from fractions import Fraction
+from typing import Any
+
+TRAIN_CLIENT_FRACTION = Fraction(4, 5)
+"""Share of all clients that take part in training; the rest are never seen before they are scored."""
+
+OPTIMIZERS = ("sgd", "adam")
+
+
+class Phase(IntEnum):
+    """A training phase. The value enters the seeds, so it must never be reused for another phase."""
+
+    FEDAVG = 1
+    REPTILE = 2
+
+    @property
+    def label(self) -> str:
+        return {Phase.FEDAVG: "FedAvg", Phase.REPTILE: "Reptile"}[self]
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """An optimizer of a client or of the server.
+
+    name: one of OPTIMIZERS.
+    learning_rate: step size, above 0. For the server, 1.0 with sgd and no momentum is plain averaging.
+    momentum: 0 or more and below 1; sgd only.
+    betas: decay rates of the first and second moment, each 0 or more and below 1; adam only.
+    """
+
+    name: str
+    learning_rate: float
+    momentum: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    def check(self, learning_rate_flag: str) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {self.name!r}; use one of {', '.join(OPTIMIZERS)}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ValueError(f"{learning_rate_flag} {self.learning_rate} must be a finite number above 0")
+        if not all(0 <= decay < 1 for decay in (self.momentum, *self.betas)):
+            raise ValueError(f"momentum {self.momentum} and betas {self.betas} must each be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """One training phase: how often the server aggregates, and what a client does in between.
+
+    num_rounds: communication rounds, 1 or more.
+    num_local_epochs: passes over its own training part that each client of a round makes, 1 or more.
+    client_optimizer, server_optimizer: who takes which step.
+    """
+
+    num_rounds: int
+    num_local_epochs: int
+    client_optimizer: OptimizerConfig
+    server_optimizer: OptimizerConfig
+
+
+@dataclass(frozen=True)
+class ExperimentConfig:
+    """A whole experiment. Equal configurations on equal data give equal models.
+
+    dataset, architecture: names that `utils.get_datasets` and `utils.get_model` know.
+    seed: 0 or more; everything random follows from it and from identities (see `seeding`).
+    num_clients: training and unseen clients together.
+    cohort_size: training clients drawn, without repeats, for each round.
+    batch_size: examples a local step; the last batch of an epoch may be smaller.
+    fedavg: phase 1.  fine_tune: phase 2, or None to leave it out.
+    num_personalization_epochs: passes over its own training part by which an unseen client adapts.
+    eval_every: rounds between two points of the accuracy curve.
+    eval_clients: unseen clients (a fixed draw from the seed) behind a point of the curve; the results after a
+        phase always take all of them.
+    """
+
+    dataset: str
+    architecture: str
+    seed: int
+    num_clients: int
+    cohort_size: int
+    batch_size: int
+    fedavg: PhaseConfig
+    fine_tune: PhaseConfig | None
+    num_personalization_epochs: int
+    eval_every: int
+    eval_clients: int
+
+    @property
+    def num_train_clients(self) -> int:
+        return int(self.num_clients * TRAIN_CLIENT_FRACTION)
+
+    @property
+    def num_unseen_clients(self) -> int:
+        return self.num_clients - self.num_train_clients
+
+    @property
+    def phases(self) -> dict[Phase, PhaseConfig]:
+        """The training phases in the order in which they run."""
+        phases = {Phase.FEDAVG: self.fedavg}
+        if self.fine_tune is not None:
+            phases[Phase.REPTILE] = self.fine_tune
+        return phases
+
+    def __post_init__(self) -> None:
+        """Refuse, with the flag, its value and the fix, whatever cannot be run."""
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"--seed {self.seed} must be a whole number from 0 to 2^63 - 1")
+        _at_least_one("--client_num_in_total", self.num_clients)
+        step = TRAIN_CLIENT_FRACTION.denominator
+        if self.num_clients % step:
+            below, above = self.num_clients // step * step, (self.num_clients // step + 1) * step
+            raise ValueError(
+                f"--client_num_in_total {self.num_clients} does not divide into 80 % training and 20 % unseen clients; "
+                f"use a multiple of {step}, such as {f'{below} or ' if below else ''}{above}"
+            )
+        _at_least_one("--client_num_per_round", self.cohort_size)
+        if self.cohort_size > self.num_train_clients:
+            raise ValueError(
+                f"--client_num_per_round {self.cohort_size} exceeds the {self.num_train_clients} training clients "
+                f"(80 % of --client_num_in_total {self.num_clients}); lower it to {self.num_train_clients} or less"
+            )
+        _at_least_one("--batch_size", self.batch_size)
+        _at_least_one("--pers_round", self.num_personalization_epochs)
+        _at_least_one("--eval_every", self.eval_every)
+        _at_least_one("--eval_clients", self.eval_clients)
+        _at_least_one("--epochs", self.fedavg.num_rounds)
+        _at_least_one("--inner_loops", self.fedavg.num_local_epochs)
+        self.fedavg.client_optimizer.check("--local_lr")
+        self.fedavg.server_optimizer.check("--server_lr")
+        if self.fine_tune is not None:
+            _at_least_one("--fine_tune_outer_loops", self.fine_tune.num_rounds)
+            _at_least_one("--fine_tune_inner_loops", self.fine_tune.num_local_epochs)
+            self.fine_tune.client_optimizer.check("--fine_tune_local_lr")
+            self.fine_tune.server_optimizer.check("--fine_tune_server_lr")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, fit for JSON; `from_dict` is its inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ExperimentConfig:
+        """Raises ValueError or TypeError where a field is missing, unknown or out of range."""
+        phases = {
+            name: None if values[name] is None else _phase_from_dict(values[name]) for name in ("fedavg", "fine_tune")
+        }
+        return cls(**{**values, **phases})
+
+
+def _phase_from_dict(values: dict[str, Any]) -> PhaseConfig:
+    optimizers = {
+        name: OptimizerConfig(**{**values[name], "betas": tuple(values[name]["betas"])})
+        for name in ("client_optimizer", "server_optimizer")
+    }
+    return PhaseConfig(**{**values, **optimizers})
+
+
+def _at_least_one(flag: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{flag} {value} must be 1 or more")

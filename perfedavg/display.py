@@ -1,0 +1,95 @@
+"""What a person sees on the terminal: one line of progress while a run goes on, a table when it has ended."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from perfedavg.config import ExperimentConfig, Phase
+from perfedavg.experiment import RoundRecord
+from perfedavg.run_folder import RESULT_KEYS
+from perfedavg.scores import ClientScore, summarize
+
+
+class ProgressDisplay:
+    """An observer that shows phase, round, time to go and the latest accuracies of unseen clients.
+
+    On a terminal it is one line that is redrawn; elsewhere (a file, a pipe) a line for each point of the curve.
+    """
+
+    def __init__(self, config: ExperimentConfig, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty()
+        self._total_rounds = sum(phase.num_rounds for phase in config.phases.values())
+        self._done_rounds = 0
+        self._started = time.monotonic()
+        self._phase_rounds = 0
+        self._bar: tqdm[Any] | None = None
+
+    def phase_started(self, phase: Phase, num_rounds: int) -> None:
+        self._phase_rounds = num_rounds
+        if self._live:
+            self._bar = tqdm(
+                total=num_rounds,
+                desc=phase.label,
+                unit="round",
+                file=self._stream,
+                bar_format="{desc} {n_fmt}/{total_fmt} |{bar:24}| {elapsed}, {remaining} to go{postfix}",
+            )
+
+    def round_ended(self, record: RoundRecord) -> None:
+        self._done_rounds += 1
+        accuracies = None if record.evaluation is None else _accuracies(record.evaluation)
+        if self._bar is not None:
+            if accuracies is not None:
+                self._bar.set_postfix_str(accuracies, refresh=False)
+            self._bar.update()
+        elif accuracies is not None:
+            elapsed = time.monotonic() - self._started
+            to_go = elapsed / self._done_rounds * (self._total_rounds - self._done_rounds)
+            self._print(
+                f"{record.phase.label} round {record.round_number}/{self._phase_rounds}: {accuracies}, "
+                f"{elapsed:.0f} s gone, about {to_go:.0f} s to go"
+            )
+
+    def scoring_started(self, phase: Phase, num_clients: int) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"scoring {num_clients} unseen clients")
+
+    def phase_ended(self, phase: Phase, scores: Sequence[ClientScore]) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(_accuracies(summarize(scores)))
+            self._bar.close()
+            self._bar = None
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+
+
+def result_table(result: dict[str, Any]) -> str:
+    """The table that ends a run, from the content of result.json."""
+    unseen = result["unseen_clients"]
+    lines = [
+        f"{unseen} unseen clients of {result['dataset']}, uniform means",
+        "",
+        f"{'':16}{'initial':^20}{'personalized':^20}{'clients':>9}",
+        f"{'':16}{'loss':>9}{'accuracy':>11}{'loss':>9}{'accuracy':>11}{'hurt':>9}",
+    ]
+    for phase, key in RESULT_KEYS.items():
+        if key in result:
+            row, label = result[key], f"after {phase.label}"
+            numbers = "".join(
+                f"{row[kind]['loss']:>9.4f}{100 * row[kind]['accuracy']:>9.2f} %" for kind in ("initial", "personalized")
+            )
+            lines.append(f"{label:16}{numbers}{100 * row['fraction_hurt']:>7.1f} %")
+    lines += ["", f"model sha256 {result['model_sha256']}, seed {result['seed']}, {result['seconds']:.1f} s"]
+    return "\n".join(lines)
+
+
+def _accuracies(summary: dict[str, Any]) -> str:
+    initial, personalized = (summary[kind]["accuracy"] for kind in ("initial", "personalized"))
+    return f"initial {100 * initial:.1f} %, personalized {100 * personalized:.1f} %"

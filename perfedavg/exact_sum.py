@@ -1,0 +1,85 @@
+"""Sums that do not depend on their order.
+
+Floating-point addition is not associative, so the sum of the clients' updates would depend on which process added
+which of them first. Here each weighted vector is rounded once to a fixed-point grid of 64-bit integers; integer
+addition is associative and commutative, hence `a.merge(b) == b.merge(a)` bit for bit, however the cohort was cut.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_ENTRY_BITS = 10
+MAX_ENTRY = float(2**MAX_ENTRY_BITS)
+"""Largest absolute entry of a vector that can be added. A trained update is orders of magnitude below it."""
+
+
+@dataclass
+class ExactSum:
+    """The running sum of weight * vector over clients.
+
+    total: (num_parameters,) int64, the sum in units of 2 ** -fraction_bits.
+    weight: sum of the weights added so far.
+    capacity: the largest weight that may be added in all, by every process together. It fixes the grid, so sums
+        can be merged only where it is equal. No overflow is possible within it.
+    """
+
+    total: Tensor
+    weight: int
+    capacity: int
+
+    @classmethod
+    def zeros(cls, num_parameters: int, capacity: int, device: torch.device | str = "cpu") -> ExactSum:
+        """An empty sum. Raises ValueError where capacity is outside 1 .. 2^28 (beyond it, products would round)."""
+        if not 1 <= capacity <= 2**28:
+            raise ValueError(f"a round's total weight of {capacity} is outside 1 .. 2^28; draw fewer clients a round")
+        return cls(torch.zeros(num_parameters, dtype=torch.int64, device=device), 0, capacity)
+
+    @property
+    def fraction_bits(self) -> int:
+        """Bits behind the binary point: as many as keep capacity * MAX_ENTRY within 62 bits."""
+        return 62 - MAX_ENTRY_BITS - self.capacity.bit_length()
+
+    def add(self, vector: Tensor, weight: int, client_id: int) -> None:
+        """Add weight * vector, in place.
+
+        vector: (num_parameters,), floating point.  weight: 1 or more.  client_id: named in errors.
+        Raises ValueError, leaving the sum as it was, where the vector has a wrong shape, or an entry that is not
+        finite or exceeds MAX_ENTRY, or where the capacity would be exceeded.
+        """
+        if vector.shape != self.total.shape:
+            raise ValueError(
+                f"client {client_id}: its update has shape {tuple(vector.shape)}, the model {tuple(self.total.shape)}"
+            )
+        largest = vector.abs().max().item()
+        if not largest <= MAX_ENTRY:  # also true of NaN
+            raise ValueError(
+                f"client {client_id}: its update is refused, because its largest entry is {largest:g} "
+                f"(the limit is {MAX_ENTRY:g}): training diverged; lower the client's learning rate"
+            )
+        if weight < 1 or self.weight + weight > self.capacity:
+            raise ValueError(f"client {client_id}: weight {weight} on top of {self.weight} exceeds {self.capacity}")
+        # A float32 mantissa has 24 bits and the weight at most 28, so the float64 product is exact before rounding.
+        self.total += vector.to(torch.float64).mul_(weight * 2.0**self.fraction_bits).round_().to(torch.int64)
+        self.weight += weight
+
+    def merge(self, other: ExactSum) -> None:
+        """Add another part of the same cohort's sum, in place. Raises ValueError where the two do not belong together."""
+        if other.capacity != self.capacity or other.total.shape != self.total.shape:
+            raise ValueError(
+                f"sums of capacity {self.capacity} and {other.capacity}, sizes {self.total.numel()} and "
+                f"{other.total.numel()}, do not belong to the same round"
+            )
+        if self.weight + other.weight > self.capacity:
+            raise ValueError(f"merged weight {self.weight + other.weight} exceeds {self.capacity}")
+        self.total += other.total.to(self.total.device)
+        self.weight += other.weight
+
+    def mean(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weighted mean, (num_parameters,). Raises ValueError where nothing was added."""
+        if self.weight == 0:
+            raise ValueError("the mean of no updates is undefined")
+        return (self.total.to(torch.float64) * 2.0**-self.fraction_bits / self.weight).to(dtype)

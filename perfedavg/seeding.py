@@ -1,0 +1,33 @@
+"""Seeds from identity: what is random about a piece of work follows from what it is, never from who does it or when.
+
+Every random choice draws from `SeedSequence(seed, spawn_key=(purpose, phase, round, client))`, so neither the number
+of processes, nor the order in which clients are trained, nor a repeated piece of work can change it.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+
+
+class Purpose(IntEnum):
+    """What a stream of random numbers is for. The values enter the seeds: never reuse one."""
+
+    INITIAL_MODEL = 1
+    COHORT = 2
+    LOCAL_TRAINING = 3
+    PERSONALIZATION = 4
+    EVAL_CLIENTS = 5
+
+
+def seed_sequence(
+    seed: int, purpose: Purpose, *, phase: int = 0, round_number: int = 0, client_id: int = 0
+) -> np.random.SeedSequence:
+    """The stream of one identity. All numbers 0 or more; streams of different identities are independent."""
+    return np.random.SeedSequence(seed, spawn_key=(int(purpose), int(phase), round_number, client_id))
+
+
+def torch_seeds(sequence: np.random.SeedSequence, count: int) -> list[int]:
+    """`count` seeds for torch generators, each in 0 .. 2^63 - 1."""
+    return [int(word >> np.uint64(1)) for word in sequence.generate_state(count, np.uint64)]

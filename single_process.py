@@ -1,0 +1,32 @@
+"""Entry point: the whole experiment in one process, without a network."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import utils
+from perfedavg.console import run_entry_point
+
+
+def main() -> None:
+    args = utils.get_args("single")
+    config = utils.config_from_args(args)
+
+    from perfedavg.compute import resolve_device, use_reproducible_kernels
+    from perfedavg.executor import LocalExecutor
+    from perfedavg.run import run_and_record
+
+    device = resolve_device(args.device)
+    use_reproducible_kernels()
+    num_lanes = args.threads or len(os.sched_getaffinity(0))
+    folder = utils.open_run_folder(args)
+    dataset = utils.get_datasets(config, args.data_root)
+    model = utils.get_model(config, dataset.num_classes)
+    executor = LocalExecutor(config, model, dataset, device, num_lanes)
+    run_settings = {"command": sys.argv, "world_size": 1, "device": str(device), "threads": num_lanes}
+    run_and_record(config, executor, dataset, model, folder, run_settings)
+
+
+if __name__ == "__main__":
+    run_entry_point(main)
