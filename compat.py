@@ -26,7 +26,7 @@ def import_torchvision() -> None:
     first import succeeds and nothing is registered.
     """
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise

@@ -201,7 +201,9 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     add("--fine_tune_client_optimizer", choices=OPTIMIZERS, default="sgd", help="the clients' optimizer")
     add("--fine_tune_local_lr", type=float, default=0.02, help="the clients' learning rate")
     add("--fine_tune_server_optimizer", choices=OPTIMIZERS, default="adam", help="the server's optimizer")
-    add("--fine_tune_server_lr", type=float, default=0.001, help="the server's learning rate (with sgd, Reptile's step)")
+    add(
+        "--fine_tune_server_lr", type=float, default=0.001, help="the server's learning rate (with sgd, Reptile's step)"
+    )
 
     group = parser.add_argument_group("phase 3, personalization of unseen clients")
     group.add_argument("--pers_round", type=int, default=5, help="local epochs by which an unseen client adapts")
@@ -213,8 +215,9 @@ def _add_by_dataset(group: argparse._ArgumentGroup, name: str, text: str) -> Non
 
 def _add_run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument_group("output").add_argument(
-        "--run_dir", type=Path, help="folder of this run; one that holds a run is refused "
-        f"(default: {ROOT.name}/runs/<date-time>-<dataset>)",
+        "--run_dir",
+        type=Path,
+        help=f"folder of this run; one that holds a run is refused (default: {ROOT.name}/runs/<date-time>-<dataset>)",
     )
 
 
@@ -309,5 +312,3 @@ def _whole_number(text: str, lowest: int, highest: int | None) -> int:
         upper = "" if highest is None else f" to {highest}"
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest}{upper}")
     return value
-
-

@@ -14,7 +14,7 @@ LARGEST_VALUE = 16
 
 
 def load_digits_images() -> ImageSplits:
-    """1,797 digits, 8x8 scaled bilinearly to 28x28. Every fifth example of a class is in the test split (355 of them)."""
+    """1,797 digits, 8x8 scaled bilinearly to 28x28. Every fifth of a class is in the test split (355)."""
     digits = load_digits()
     small = torch.from_numpy(digits.images).unsqueeze(1) / LARGEST_VALUE
     large = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False).squeeze(1)

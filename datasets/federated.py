@@ -24,7 +24,7 @@ FINGERPRINT_CHUNK = 10_000
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """A data set's two splits. Images (num_examples, 28, 28) uint8; labels (num_examples,) int64 in 0..num_classes-1."""
+    """A data set's splits. Images (num_examples, 28, 28) uint8; labels (num_examples,) int64, below num_classes."""
 
     train_images: NDArray[np.uint8]
     train_labels: NDArray[np.int64]
@@ -95,9 +95,9 @@ class FederatedDataset:
         for array in (splits.train_images, splits.train_labels, splits.test_images, splits.test_labels):
             digest.update(str((array.shape, array.dtype.str)).encode())
             for start in range(0, len(array), FINGERPRINT_CHUNK):  # a copy of a chunk, never of all
-                digest.update(np.ascontiguousarray(array[start : start + FINGERPRINT_CHUNK]))
+                digest.update(array[start : start + FINGERPRINT_CHUNK].tobytes())
         for indices in self._indices:
-            digest.update(np.ascontiguousarray(indices))
+            digest.update(indices.tobytes())
         digest.update(str(self._seed).encode())
         return digest.hexdigest()
 

@@ -74,8 +74,8 @@ def _download_if_missing(name: str, folder: str, open_split: OpenSplit, data_roo
                 os.replace(Path(incoming) / folder, data_root / folder)
     except Exception as error:  # torchvision raises RuntimeError, URLError, OSError, zipfile and gzip errors here
         raise ValueError(
-            f"{name} is not in {data_root} and could not be downloaded ({_last_line(error)}); put its unpacked IDX files "
-            f"into {data_root / folder / 'raw'}, name another folder with --data_root or PERFEDAVG_DATA, or use "
+            f"{name} is not in {data_root} and could not be downloaded ({_last_line(error)}); put its unpacked IDX "
+            f"files into {data_root / folder / 'raw'}, name another folder with --data_root or PERFEDAVG_DATA, or use "
             "--dataset digits, which needs no download"
         ) from error
 

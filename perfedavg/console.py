@@ -14,6 +14,9 @@ from collections.abc import Callable
 from types import FrameType
 
 LOGGER = logging.getLogger("perfedavg")
+LOGGER.setLevel(logging.INFO)
+LOGGER.propagate = False
+LOGGER.addHandler(logging.NullHandler())  # without a handler, logging prints errors of its own accord
 
 EXIT_BAD_INPUT = 2
 """Bad input, a missing peer, a full disk: what the user can mend. Also argparse's status."""
@@ -34,18 +37,15 @@ def run_entry_point(main: Callable[[], None]) -> None:
     """Run `main` and end the process.
 
     `main` runs in a thread of its own, because a receive or a kernel may block for long in native code, where Python
-    handles no signal; the main thread waits and so answers SIGINT and SIGTERM at once. Files are written whole or
-    not at all, so ending in the middle loses nothing that was written.
+    handles no signal; the main thread waits and so answers SIGINT, SIGTERM and SIGHUP at once. Files are written whole
+    or not at all, so ending in the middle loses nothing that was written.
 
     Exit status: 0; 2 with one line on standard error for USER_ERRORS; 1 with a traceback for anything else, which is
     a bug; 128 + n after signal n.
     """
     # torch imports the pynvml package, a requirement of fedlab, and then warns that it is deprecated.
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
-    LOGGER.setLevel(logging.INFO)
-    LOGGER.propagate = False
-    LOGGER.addHandler(logging.NullHandler())  # else logging prints warnings of its own accord
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _raise_stopped)
     status = _wait_for(main)
     sys.stdout.flush()
@@ -75,10 +75,10 @@ def _wait_for(main: Callable[[], None]) -> int:
         error = ended.get()
     except Stopped as stopped:
         error = stopped
-    return _report(error)
+    return report(error)
 
 
-def _report(error: BaseException | None) -> int:
+def report(error: BaseException | None) -> int:
     """Say how it ended, and return the exit status."""
     if error is None:
         return 0

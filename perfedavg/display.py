@@ -83,7 +83,8 @@ def result_table(result: dict[str, Any]) -> str:
         if key in result:
             row, label = result[key], f"after {phase.label}"
             numbers = "".join(
-                f"{row[kind]['loss']:>9.4f}{100 * row[kind]['accuracy']:>9.2f} %" for kind in ("initial", "personalized")
+                f"{row[kind]['loss']:>9.4f}{100 * row[kind]['accuracy']:>9.2f} %"
+                for kind in ("initial", "personalized")
             )
             lines.append(f"{label:16}{numbers}{100 * row['fraction_hurt']:>7.1f} %")
     lines += ["", f"model sha256 {result['model_sha256']}, seed {result['seed']}, {result['seconds']:.1f} s"]

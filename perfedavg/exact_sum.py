@@ -67,7 +67,7 @@ class ExactSum:
         self.weight += weight
 
     def merge(self, other: ExactSum) -> None:
-        """Add another part of the same cohort's sum, in place. Raises ValueError where the two do not belong together."""
+        """Add another part of the cohort's sum, in place. Raises ValueError where the two do not belong together."""
         if other.capacity != self.capacity or other.total.shape != self.total.shape:
             raise ValueError(
                 f"sums of capacity {self.capacity} and {other.capacity}, sizes {self.total.numel()} and "

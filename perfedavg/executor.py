@@ -80,7 +80,7 @@ class Executor(Protocol):
 
 
 def client_weight(phase: Phase, num_examples: int) -> int:
-    """A client's weight in the mean: its examples in FedAvg (McMahan et al. 2017), 1 in Reptile (Nichol et al. 2018)."""
+    """Its weight in the mean: its examples in FedAvg (McMahan et al. 2017), 1 in Reptile (Nichol et al. 2018)."""
     return num_examples if phase is Phase.FEDAVG else 1
 
 

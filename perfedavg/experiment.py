@@ -131,7 +131,7 @@ def _run_round(
     reports = sorted(update.reports, key=lambda report: report.client_id)
     assert [report.client_id for report in reports] == list(cohort), "every client of the cohort trains exactly once"
     assert update.sum.weight == capacity, "the sum holds the whole cohort"
-    mean_update = update.sum.mean()
+    mean_update = update.sum.mean(server.parameters.dtype)
     server.step(mean_update)
     return RoundRecord(
         phase=phase,

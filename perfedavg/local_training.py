@@ -62,7 +62,9 @@ def train_locally(
     return epoch_loss.item() / len(labels)
 
 
-def score(model: FlatModel, inputs: Tensor, labels: Tensor, loss_function: Loss = F.cross_entropy) -> tuple[float, float]:
+def score(
+    model: FlatModel, inputs: Tensor, labels: Tensor, loss_function: Loss = F.cross_entropy
+) -> tuple[float, float]:
     """Mean loss over the examples, and accuracy in 0..1. inputs: (num_examples, ...), labels: (num_examples,)."""
     model.module.eval()
     loss = torch.zeros((), dtype=torch.float64, device=model.device)

@@ -1,0 +1,7 @@
+"""The distributed runtime: a FedLab server manager and its workers. The only importer of torch.distributed."""
+
+from __future__ import annotations
+
+from compat import prepare_fedlab
+
+prepare_fedlab()

@@ -1,0 +1,45 @@
+"""Entry point: the FedLab parameter server, rank 0."""
+
+from __future__ import annotations
+
+import sys
+
+import utils
+from perfedavg.console import run_entry_point
+
+
+def main() -> None:
+    args = utils.get_args("server")
+    config = utils.config_from_args(args)
+    num_workers = args.world_size - 1
+    if config.cohort_size < num_workers:
+        raise ValueError(
+            f"--client_num_per_round {config.cohort_size} is fewer than the {num_workers} workers of --world_size "
+            f"{args.world_size}, some of which would never work; raise it, or start fewer workers"
+        )
+
+    from multi_process.network import TypedNetwork
+    from multi_process.server import CohortHandler, WorkerPoolManager
+    from perfedavg.compute import resolve_device, use_reproducible_kernels
+    from perfedavg.executor import Executor
+    from perfedavg.run import run_and_record
+
+    use_reproducible_kernels()
+    device = resolve_device("auto" if args.backend == "nccl" else "cpu")
+    network = TypedNetwork(
+        (args.ip, args.port), args.world_size, 0, args.ethernet, args.backend, args.join_timeout_seconds, device
+    )
+    network.listen()
+    folder = utils.open_run_folder(args)
+    dataset = utils.get_datasets(config, args.data_root)
+    model = utils.get_model(config, dataset.num_classes)
+    run_settings = {"command": sys.argv, "world_size": args.world_size, "backend": args.backend}
+
+    def experiment(executor: Executor) -> None:
+        run_and_record(config, executor, dataset, model, folder, run_settings)
+
+    WorkerPoolManager(network, CohortHandler(model), config, dataset, experiment).run()
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

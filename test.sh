@@ -1,0 +1,14 @@
+#!/bin/sh
+# Sets up .venv on first use, then checks style and types and runs the tests.
+# sh test.sh [pytest's own flags and paths]
+set -eu
+root=$(cd "$(dirname "$0")" && pwd)
+. "$root/setup_venv.sh"
+setup_venv "$root" requirements-dev.txt
+cd "$root"
+PATH=$root/.venv/bin:$PATH
+ruff check .
+ruff format --check .
+mypy
+shellcheck -x ./*.sh multi_process/*.sh .ci/run
+exec "$python" -m pytest "$@"

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import Launched
+
+from compat import prepare_fedlab
+from perfedavg.compute import use_reproducible_kernels
+
+prepare_fedlab()  # some tests import fedlab by themselves
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _reproducible_kernels() -> None:
+    """The tests compute as the entry points do."""
+    use_reproducible_kernels()
+
+
+@pytest.fixture
+def launched() -> Iterator[Launched]:
+    """Starts real processes; whatever still runs when the test ends is killed, by process id."""
+    processes = Launched()
+    yield processes
+    processes.kill_all()
+
+
+@pytest.fixture(scope="session")
+def mnist_root() -> Path:
+    """The folder of the real MNIST."""
+    root = Path(os.environ.get("PERFEDAVG_DATA", "datasets/data"))
+    if not (root / "MNIST" / "raw").is_dir():
+        pytest.skip(f"real MNIST is not in {root}; name its folder in PERFEDAVG_DATA")
+    return root

@@ -1,0 +1,203 @@
+"""What several tests need: real processes, data files in their real format, clients with a closed-form loss."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from perfedavg.config import ExperimentConfig, OptimizerConfig, PhaseConfig
+from quick_start import free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+ENDS_WITHIN_SECONDS = 120
+"""For a process that should end by itself; far above what it needs on a busy machine."""
+
+TINY = ["--dataset", "digits", "--struct", "mlp", "--client_num_in_total", "20", "--client_num_per_round", "5"]
+TINY += ["--epochs", "3", "--inner_loops", "2", "--fine_tune_outer_loops", "2", "--fine_tune_inner_loops", "1"]
+TINY += ["--pers_round", "1", "--eval_every", "2"]
+"""Flags of an experiment that takes a second."""
+
+
+class Launched:
+    """Processes of the project that a test started."""
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, *command: str | Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+        """Start a Python entry point of the project (a name ending in .py) or another command."""
+        words = [str(word) for word in command]
+        if words[0].endswith(".py"):
+            words = [sys.executable, str(ROOT / words[0]), *words[1:]]
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        self.processes.append(process)
+        return process
+
+    def start_server(self, run_dir: Path, world_size: int, *flags: str | Path) -> tuple[subprocess.Popen[str], int]:
+        """A server on a free port of the loopback interface. Returns it and the port."""
+        port = free_port()
+        return self.start(
+            "server.py", "--port", str(port), "--world_size", str(world_size), "--run_dir", run_dir, *flags
+        ), port
+
+    def start_worker(self, port: int, world_size: int, rank: int, *flags: str | Path) -> subprocess.Popen[str]:
+        words = ("--port", str(port), "--world_size", str(world_size), "--rank", str(rank))
+        return self.start("client_worker.py", *words, "--device", "cpu", *flags)
+
+    def kill_all(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Wait for a process. Returns exit status, standard output and standard error."""
+    output, errors = process.communicate(timeout=ENDS_WITHIN_SECONDS)
+    return process.returncode, output, errors
+
+
+def assert_one_clear_line(process: subprocess.Popen[str], *parts: str) -> None:
+    """The process ended with status 2, and the last line of its standard error is an error with these parts."""
+    status, _, errors = finish(process)
+    assert status == 2, errors
+    assert "Traceback" not in errors, errors
+    last = errors.strip().splitlines()[-1]
+    assert "error: " in last, errors
+    for part in parts:
+        assert part in last, errors
+
+
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    """Read a process's standard error up to the line that holds a text."""
+    assert process.stderr is not None
+    seen = []
+    for line in process.stderr:
+        seen.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"{text!r} never came; the process said: {''.join(seen)}")
+
+
+def assert_ended(pid: int) -> None:
+    """A process that is not this one's child is gone, or goes within some seconds."""
+    deadline = time.monotonic() + 20
+    while (state := _state(pid)) is not None:
+        assert time.monotonic() < deadline, f"process {pid} still runs, in state {state}"
+        time.sleep(0.05)
+
+
+def _state(pid: int) -> str | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else fields[0]
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def read_result(run_dir: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
+    return result
+
+
+def write_idx(path: Path, array: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
+    """An IDX file of unsigned bytes: two zero bytes, the type (8), the number of dimensions, each size, the data."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
+    path.write_bytes(header + array.tobytes())
+
+
+def write_image_files(raw: Path, prefixes: tuple[str, str], sizes: tuple[int, int], num_classes: int) -> None:
+    """Random images and labels of every class as four IDX files, under the names of a data set's two splits."""
+    generator = np.random.default_rng(0)
+    for prefix, size in zip(prefixes, sizes, strict=True):
+        labels = (np.arange(size) % num_classes).astype(np.uint8)
+        images = generator.integers(0, 256, size=(size, 28, 28), dtype=np.uint8)
+        write_idx(raw / f"{prefix}-images-idx3-ubyte", images)
+        write_idx(raw / f"{prefix}-labels-idx1-ubyte", labels)
+
+
+MNIST_PREFIXES = ("train", "t10k")
+EMNIST_PREFIXES = ("emnist-byclass-train", "emnist-byclass-test")
+
+
+@dataclass(frozen=True)
+class Examples:
+    train_inputs: Tensor
+    train_labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
+
+
+class QuadraticClients:
+    """Clients whose loss is the mean over their examples of 0.5 * ||w - x||^2, in float64.
+
+    All examples of a client are its centre c, so a step of SGD at rate a is w <- w - a (w - c), whatever the batch.
+    """
+
+    fingerprint = "quadratic"
+
+    def __init__(self, centres: Sequence[Sequence[float]], sizes: Sequence[int], num_unseen: int) -> None:
+        self.centres = torch.tensor(centres, dtype=torch.float64)
+        self._sizes = sizes
+        num_train = len(sizes) - num_unseen
+        self.train_client_ids = range(num_train)
+        self.unseen_client_ids = range(num_train, len(sizes))
+
+    def num_train_examples(self, client_id: int) -> int:
+        return self._sizes[client_id]
+
+    def client_data(self, client_id: int) -> Examples:
+        inputs = self.centres[client_id].expand(self._sizes[client_id], -1)
+        labels = torch.zeros(self._sizes[client_id], dtype=torch.int64)
+        return Examples(inputs, labels, inputs[:1], labels[:1])
+
+
+class Difference(nn.Module):
+    """(batch, d) inputs to w - inputs; with `half_squared_norm` as the loss it is the quadratic above."""
+
+    def __init__(self, start: Sequence[float]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.w - inputs
+
+
+def half_squared_norm(outputs: Tensor, labels: Tensor) -> Tensor:
+    del labels
+    return 0.5 * outputs.square().sum(dim=1).mean()
+
+
+def make_config(**changes: Any) -> ExperimentConfig:
+    """A small valid experiment, with the given fields changed."""
+    sgd = OptimizerConfig("sgd", 0.1)
+    fields: dict[str, Any] = {
+        "dataset": "digits",
+        "architecture": "mlp",
+        "seed": 0,
+        "num_clients": 20,
+        "cohort_size": 4,
+        "batch_size": 10,
+        "fedavg": PhaseConfig(2, 2, sgd, OptimizerConfig("sgd", 1.0, momentum=0.9)),
+        "fine_tune": PhaseConfig(2, 1, sgd, OptimizerConfig("sgd", 0.5)),
+        "num_personalization_epochs": 1,
+        "eval_every": 1,
+        "eval_clients": 2,
+    }
+    return ExperimentConfig(**{**fields, **changes})

@@ -1,0 +1,145 @@
+"""What a user can get wrong in starting a run: one clear line with the value and the fix, status 2, never a hang."""
+
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import MNIST_PREFIXES, TINY, Launched, assert_one_clear_line, finish, wait_for_line, write_image_files
+
+
+@pytest.mark.parametrize("entry_point", ["single_process.py", "server.py", "quick_start.py"])
+def test_settings_that_make_no_experiment(entry_point: str, launched: Launched) -> None:
+    process = launched.start(entry_point, "--dataset", "digits", "--client_num_per_round", "41")
+    assert_one_clear_line(process, "--client_num_per_round 41 exceeds the 40 training clients")
+
+
+def test_fewer_clients_a_round_than_workers(launched: Launched) -> None:
+    process = launched.start("server.py", *TINY, "--client_num_per_round", "2", "--world_size", "4")
+    assert_one_clear_line(process, "--client_num_per_round 2", "3 workers")
+
+
+def test_unknown_data_set(launched: Launched) -> None:
+    assert_one_clear_line(launched.start("single_process.py", "--dataset", "cifar"), "cifar", "emnist")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("flags", [["--device", "cuda"], ["--device", "cuda:1"]])
+def test_a_gpu_that_is_not_there(flags: list[str], launched: Launched) -> None:
+    process = launched.start("single_process.py", *TINY, *flags)
+    assert_one_clear_line(process, f"--device {flags[1]}", "0 GPU(s)", "--device cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_nccl_without_a_gpu(launched: Launched, tmp_path: Path) -> None:
+    server, _ = launched.start_server(tmp_path / "run", 2, *TINY, "--backend", "nccl")
+    assert_one_clear_line(server, "--backend nccl", "GPU", "--backend gloo")
+
+
+def test_malformed_device(launched: Launched) -> None:
+    assert_one_clear_line(launched.start("single_process.py", *TINY, "--device", "tpu"), "--device tpu", "auto")
+
+
+def test_a_run_folder_that_cannot_be_written(launched: Launched, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    process = launched.start("single_process.py", *TINY, "--run_dir", tmp_path / "file" / "run")
+    assert_one_clear_line(process, f"--run_dir {tmp_path / 'file' / 'run'}", "another folder")
+
+
+def test_missing_data_without_network(launched: Launched, tmp_path: Path) -> None:
+    """A name server that does not answer stands for a machine without network."""
+    blocker = tmp_path / "sitecustomize.py"
+    blocker.write_text("import socket\ndef refuse(*a, **k): raise OSError('no network')\nsocket.getaddrinfo = refuse\n")
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    words = ("single_process.py", "--run_dir", tmp_path / "run", "--data_root", tmp_path / "data")
+    process = launched.start(*words, env=environment)
+    assert_one_clear_line(process, "emnist is not in", str(tmp_path / "data" / "EMNIST" / "raw"), "--dataset digits")
+
+
+def test_a_damaged_file_on_one_worker_ends_the_run_with_its_name(launched: Launched, tmp_path: Path) -> None:
+    for name in ("good", "bad"):
+        write_image_files(tmp_path / name / "MNIST" / "raw", MNIST_PREFIXES, (400, 100), num_classes=10)
+    damaged = tmp_path / "bad" / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    damaged.write_bytes(damaged.read_bytes()[:5000])
+    flags = [*TINY, "--dataset", "mnist"]
+    server, port = launched.start_server(tmp_path / "run", 3, *flags, "--data_root", tmp_path / "good")
+    healthy = launched.start_worker(port, 3, 1, "--data_root", tmp_path / "good")
+    broken = launched.start_worker(port, 3, 2, "--data_root", tmp_path / "bad")
+    assert_one_clear_line(broken, "training files", str(tmp_path / "bad"), "damaged")
+    assert_one_clear_line(server, "worker 2", str(tmp_path / "bad"), "damaged")
+    assert_one_clear_line(healthy, "the server is gone")
+
+
+def test_other_data_on_a_worker_than_on_the_server(launched: Launched, tmp_path: Path) -> None:
+    write_image_files(tmp_path / "a" / "MNIST" / "raw", MNIST_PREFIXES, (400, 100), num_classes=10)
+    write_image_files(tmp_path / "b" / "MNIST" / "raw", MNIST_PREFIXES, (400, 105), num_classes=10)
+    flags = [*TINY, "--dataset", "mnist"]
+    server, port = launched.start_server(tmp_path / "run", 2, *flags, "--data_root", tmp_path / "a")
+    launched.start_worker(port, 2, 1, "--data_root", tmp_path / "b")
+    assert_one_clear_line(server, "worker 1 reads other data", "--data_root")
+
+
+def test_a_port_in_use(launched: Launched, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        process = launched.start("server.py", *TINY, "--port", port, "--run_dir", tmp_path / "run")
+        assert_one_clear_line(process, f"--port {port}", "Address already in use")
+    assert not (tmp_path / "run").exists(), "a server that cannot listen leaves no folder behind"
+
+
+def test_an_address_of_another_machine(launched: Launched, tmp_path: Path) -> None:
+    process = launched.start("server.py", *TINY, "--ip", "192.0.2.1", "--run_dir", tmp_path / "run")
+    assert_one_clear_line(process, "--ip 192.0.2.1", "an address of this machine")
+
+
+def test_an_unknown_interface(launched: Launched, tmp_path: Path) -> None:
+    server, _ = launched.start_server(tmp_path / "run", 2, *TINY, "--ethernet", "eth99")
+    assert_one_clear_line(server, "--ethernet eth99", "lo")
+
+
+def test_a_server_that_is_not_there(launched: Launched) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    worker = launched.start_worker(port, 2, 1, "--join_timeout_seconds", "2")
+    wait_for_line(worker, f"no server at 127.0.0.1:{port} yet")
+    assert_one_clear_line(worker, f"no server at 127.0.0.1:{port} within 2 s", "Connection refused")
+
+
+def test_something_else_at_the_servers_port(launched: Launched) -> None:
+    with socket.socket() as stranger:
+        stranger.bind(("127.0.0.1", 0))
+        stranger.listen()
+        port = stranger.getsockname()[1]
+        worker = launched.start_worker(port, 2, 1)
+        assert_one_clear_line(worker, f"127.0.0.1:{port}", "is not a server of this project")
+
+
+def test_wrong_world_size_wrong_rank_and_a_rank_in_use(launched: Launched, tmp_path: Path) -> None:
+    """None of them disturbs the run, which goes on when the right workers come."""
+    assert_one_clear_line(launched.start_worker(9, 3, 3), "--rank 3", "1 .. 2")
+    assert_one_clear_line(launched.start_worker(9, 3, 0), "--rank 0")
+    assert_one_clear_line(launched.start_worker(9, 1, 1), "--world_size 1")
+    server, port = launched.start_server(tmp_path / "run", 3, *TINY)
+    assert_one_clear_line(launched.start_worker(port, 4, 1), "--world_size 4", "server's 3")
+    racers = [launched.start_worker(port, 3, 1) for _ in range(2)]
+    while all(racer.poll() is None for racer in racers):  # the winner of the rank waits for worker 2
+        time.sleep(0.05)
+    loser = next(racer for racer in racers if racer.poll() is not None)
+    assert_one_clear_line(loser, "--rank 1 is taken by another worker")
+    racers.remove(loser)
+    for process in (launched.start_worker(port, 3, 2), *racers, server):
+        status, _, errors = finish(process)
+        assert status == 0, errors
+
+
+def test_workers_that_never_come(launched: Launched, tmp_path: Path) -> None:
+    server, port = launched.start_server(tmp_path / "run", 3, *TINY, "--join_timeout_seconds", "3")
+    worker = launched.start_worker(port, 3, 2)
+    assert_one_clear_line(server, "worker 1 did not join within 3 s", f"--port {port}", "--rank R")
+    assert_one_clear_line(worker, "the server at")

@@ -1,0 +1,106 @@
+"""Real processes over gloo: the model must not depend on how many there are, nor on the way the run was started."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from helpers import (
+    EMNIST_PREFIXES,
+    TINY,
+    Launched,
+    assert_ended,
+    children_of,
+    finish,
+    read_result,
+    wait_for_line,
+    write_image_files,
+)
+
+
+def run_distributed(launched: Launched, run_dir: Path, num_workers: int, data_root: Path, flags: list[str]) -> str:
+    """Run with a server and workers. Returns the model's digest."""
+    data = ("--data_root", data_root)
+    server, port = launched.start_server(run_dir, num_workers + 1, *data, *flags)
+    workers = [launched.start_worker(port, num_workers + 1, rank, *data) for rank in range(1, num_workers + 1)]
+    for process in (server, *workers):
+        status, _, errors = finish(process)
+        assert status == 0, errors
+    result = read_result(run_dir)
+    assert result["world_size"] == num_workers + 1
+    return str(result["model_sha256"])
+
+
+def run_single(launched: Launched, run_dir: Path, data_root: Path, flags: list[str]) -> str:
+    process = launched.start("single_process.py", "--run_dir", run_dir, "--data_root", data_root, *flags)
+    status, output, errors = finish(process)
+    assert status == 0, errors
+    digest = str(read_result(run_dir)["model_sha256"])
+    assert digest in output
+    return digest
+
+
+def test_one_two_three_workers_and_none_give_the_same_model(launched: Launched, tmp_path: Path) -> None:
+    """On EMNIST's model, whose dropout must follow each client and not its worker; 5 clients among 1, 2, 3 workers."""
+    write_image_files(tmp_path / "EMNIST" / "raw", EMNIST_PREFIXES, (500, 130), num_classes=62)
+    flags = [*TINY, "--dataset", "emnist", "--struct", "cnn"]
+    digests = {run_single(launched, tmp_path / "single", tmp_path, [*flags, "--threads", "2"])}
+    for num_workers in (1, 2, 3):
+        digests.add(run_distributed(launched, tmp_path / f"{num_workers}", num_workers, tmp_path, flags))
+    assert len(digests) == 1
+    scores = {(tmp_path / name / "clients.csv").read_text() for name in ("single", "1", "2", "3")}
+    assert len(scores) == 1, "the scores of unseen clients are the same too"
+    assert digests != {run_single(launched, tmp_path / "other", tmp_path, [*flags, "--seed", "1"])}
+
+
+def test_quick_start_shows_the_result_and_what_comes_next(launched: Launched, tmp_path: Path) -> None:
+    flags = [word for word in TINY if word not in ("--dataset", "digits")]
+    process = launched.start("quick_start.py", *flags, "--run_dir", tmp_path / "run")
+    status, output, errors = finish(process)
+    assert status == 0, errors
+    result = read_result(tmp_path / "run")
+    assert (result["dataset"], result["world_size"]) == ("digits", 3)
+    for text in ("after FedAvg", "after Reptile", "personalized", "/run", "sh quick_start.sh --dataset emnist"):
+        assert text in output
+    assert "FedAvg round 2/3: initial" in errors
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_quick_start_leaves_no_process(number: signal.Signals, launched: Launched, tmp_path: Path) -> None:
+    process = launched.start("quick_start.py", *TINY, "--epochs", "100000", "--run_dir", tmp_path / "run")
+    wait_for_line(process, "FedAvg round")
+    children = children_of(process.pid)
+    assert len(children) == 3
+    process.send_signal(number)
+    status, _, errors = finish(process)
+    assert status == 128 + number
+    assert f"stopped by {number.name}" in errors
+    for pid in children:
+        assert_ended(pid)
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["server", "worker"])
+def test_a_process_that_dies_ends_quick_start(victim: int, launched: Launched, tmp_path: Path) -> None:
+    process = launched.start("quick_start.py", *TINY, "--epochs", "100000", "--run_dir", tmp_path / "run")
+    wait_for_line(process, "FedAvg round")
+    children = children_of(process.pid)
+    launched.start("kill", "-KILL", str(children[victim]))
+    status, _, errors = finish(process)
+    assert status != 0
+    assert f"{('server', 'worker 1')[victim]} ended by signal SIGKILL" in errors
+    for pid in children:
+        assert_ended(pid)
+
+
+def test_a_worker_stops_at_ctrl_c_while_it_waits(launched: Launched, tmp_path: Path) -> None:
+    server, port = launched.start_server(tmp_path / "run", 3, *TINY)
+    worker = launched.start_worker(port, 3, 1)
+    wait_for_line(server, "listening")
+    for process in (worker, server):
+        process.send_signal(signal.SIGINT)
+        assert finish(process)[0] == 128 + signal.SIGINT

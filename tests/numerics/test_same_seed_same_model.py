@@ -1,0 +1,99 @@
+"""Same seed, same bits: however many clients train side by side, in whatever order, whoever adds the sums."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import pytest
+import torch
+from helpers import make_config
+from torch import Tensor, nn
+
+from datasets.digits import load_digits_images
+from datasets.federated import FederatedDataset
+from perfedavg.config import ExperimentConfig, Phase
+from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
+from perfedavg.experiment import parameters_sha256, run_experiment
+from perfedavg.flat_model import flatten
+
+CONFIG = make_config(cohort_size=6)
+
+
+@cache
+def dataset() -> FederatedDataset:
+    return FederatedDataset("digits", load_digits_images(), num_clients=20, seed=0)
+
+
+def model_with_dropout() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 5, stride=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(576, 32),
+            nn.Dropout(0.6),
+            nn.Linear(32, 10),
+        )
+
+
+def executor(num_lanes: int, config: ExperimentConfig = CONFIG) -> LocalExecutor:
+    return LocalExecutor(config, model_with_dropout(), dataset(), num_lanes=num_lanes)
+
+
+def train(lanes: int, client_ids: tuple[int, ...], capacity: int, round_number: int = 1) -> CohortUpdate:
+    task = CohortTask(Phase.FEDAVG, round_number, client_ids, capacity)
+    return executor(lanes).train(task, flatten(model_with_dropout()))
+
+
+def final_model(lanes: int, config: ExperimentConfig = CONFIG) -> Tensor:
+    start = flatten(model_with_dropout())
+    return run_experiment(config, executor(lanes, config), dataset(), start).parameters
+
+
+def test_lanes_do_not_change_a_bit() -> None:
+    models = [final_model(lanes) for lanes in (1, 2, 3)]
+    assert torch.equal(models[0], models[1])
+    assert torch.equal(models[0], models[2])
+    assert parameters_sha256(models[0]) == parameters_sha256(models[2])
+
+
+def test_another_seed_gives_another_model() -> None:
+    assert not torch.equal(final_model(1), final_model(1, dataclasses.replace(CONFIG, seed=1)))
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5])
+def test_a_cohort_may_be_cut_anywhere(cut: int) -> None:
+    clients = (9, 2, 14, 0, 5, 7)
+    capacity = sum(dataset().num_train_examples(client_id) for client_id in clients)
+    whole = train(1, clients, capacity)
+    part, rest = train(1, clients[cut:], capacity), train(2, clients[:cut], capacity)
+    part.merge(rest)
+    assert torch.equal(part.sum.mean(), whole.sum.mean())
+    assert sorted(part.reports, key=lambda report: report.client_id) == sorted(
+        whole.reports, key=lambda report: report.client_id
+    )
+
+
+def test_a_clients_work_follows_from_its_round() -> None:
+    """The same client in another round sees its examples in another order, and other dropout masks."""
+    capacity = dataset().num_train_examples(3)
+    assert not torch.equal(train(1, (3,), capacity, 1).sum.total, train(1, (3,), capacity, 2).sum.total)
+
+
+def test_scores_do_not_depend_on_order_or_lanes() -> None:
+    clients = tuple(dataset().unseen_client_ids)
+    start = flatten(model_with_dropout())
+    one = executor(1).score(ScoringTask(Phase.FEDAVG, 1, clients), start)
+    two = executor(2).score(ScoringTask(Phase.FEDAVG, 1, clients[::-1]), start)
+    assert sorted(one, key=lambda score: score.client_id) == sorted(two, key=lambda score: score.client_id)
+
+
+def test_the_global_generators_are_neither_read_nor_moved() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = train(1, (3, 4), 1000).sum.total
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(train(1, (3, 4), 1000).sum.total, first)

@@ -1,0 +1,56 @@
+"""Bad settings are refused before anything starts, with the flag, its value and the fix."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from helpers import make_config
+
+from perfedavg.config import ExperimentConfig, OptimizerConfig, PhaseConfig
+
+SGD = OptimizerConfig("sgd", 0.1)
+
+
+def test_survives_json() -> None:
+    for config in (make_config(), make_config(fine_tune=None)):
+        assert ExperimentConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_four_fifths_of_the_clients_train() -> None:
+    config = make_config(num_clients=3400)
+    assert (config.num_train_clients, config.num_unseen_clients) == (2720, 680)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"cohort_size": 17}, ["--client_num_per_round 17", "16 training clients", "lower it to 16"]),
+        ({"num_clients": 7}, ["--client_num_in_total 7", "multiple of 5", "5 or 10"]),
+        ({"num_clients": 3}, ["--client_num_in_total 3", "such as 5"]),
+        ({"num_clients": 0}, ["--client_num_in_total 0"]),
+        ({"cohort_size": 0}, ["--client_num_per_round 0"]),
+        ({"batch_size": 0}, ["--batch_size 0"]),
+        ({"seed": -1}, ["--seed -1"]),
+        ({"num_personalization_epochs": 0}, ["--pers_round 0"]),
+        ({"eval_every": 0}, ["--eval_every 0"]),
+        ({"eval_clients": 0}, ["--eval_clients 0"]),
+        ({"fedavg": PhaseConfig(0, 1, SGD, SGD)}, ["--epochs 0"]),
+        ({"fedavg": PhaseConfig(1, 0, SGD, SGD)}, ["--inner_loops 0"]),
+        ({"fedavg": PhaseConfig(1, 1, OptimizerConfig("sgd", 0.0), SGD)}, ["--local_lr 0.0"]),
+        ({"fedavg": PhaseConfig(1, 1, SGD, OptimizerConfig("sgd", float("nan")))}, ["--server_lr nan"]),
+        ({"fedavg": PhaseConfig(1, 1, SGD, OptimizerConfig("sgd", 1.0, momentum=1.0))}, ["momentum 1.0"]),
+        ({"fedavg": PhaseConfig(1, 1, OptimizerConfig("lamb", 0.1), SGD)}, ["'lamb'", "sgd, adam"]),
+        ({"fine_tune": PhaseConfig(0, 1, SGD, SGD)}, ["--fine_tune_outer_loops 0"]),
+        ({"fine_tune": PhaseConfig(1, 0, SGD, SGD)}, ["--fine_tune_inner_loops 0"]),
+        ({"fine_tune": PhaseConfig(1, 1, OptimizerConfig("adam", -1.0), SGD)}, ["--fine_tune_local_lr -1.0"]),
+        ({"fine_tune": PhaseConfig(1, 1, SGD, OptimizerConfig("adam", 0.0))}, ["--fine_tune_server_lr 0.0"]),
+    ],
+)
+def test_refuses_with_the_value_and_the_fix(changes: dict[str, Any], parts: list[str]) -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011, the parts are the match
+        dataclasses.replace(make_config(), **changes)
+    for part in parts:
+        assert part in str(refusal.value)

@@ -1,0 +1,120 @@
+"""Every flag changes something, reaches the process that needs it, and is explained."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+import utils
+from perfedavg.config import ExperimentConfig
+
+EXPERIMENT_FLAGS = [
+    (["--dataset", "mnist"], lambda c: c.dataset),
+    (["--struct", "mlp"], lambda c: c.architecture),
+    (["--client_num_in_total", "45"], lambda c: c.num_clients),
+    (["--client_num_per_round", "7"], lambda c: c.cohort_size),
+    (["--batch_size", "7"], lambda c: c.batch_size),
+    (["--epochs", "7"], lambda c: c.fedavg.num_rounds),
+    (["--inner_loops", "7"], lambda c: c.fedavg.num_local_epochs),
+    (["--server_lr", "0.7"], lambda c: c.fedavg.server_optimizer.learning_rate),
+    (["--server_momentum", "0.7"], lambda c: c.fedavg.server_optimizer.momentum),
+    (["--local_lr", "0.7"], lambda c: c.fedavg.client_optimizer.learning_rate),
+    (["--fine_tune", "false"], lambda c: c.fine_tune),
+    (["--fine_tune_outer_loops", "7"], lambda c: c.fine_tune.num_rounds),
+    (["--fine_tune_inner_loops", "7"], lambda c: c.fine_tune.num_local_epochs),
+    (["--fine_tune_client_optimizer", "adam"], lambda c: c.fine_tune.client_optimizer.name),
+    (["--fine_tune_local_lr", "0.7"], lambda c: c.fine_tune.client_optimizer.learning_rate),
+    (["--fine_tune_server_optimizer", "sgd"], lambda c: c.fine_tune.server_optimizer.name),
+    (["--fine_tune_server_lr", "0.7"], lambda c: c.fine_tune.server_optimizer.learning_rate),
+    (["--pers_round", "7"], lambda c: c.num_personalization_epochs),
+    (["--eval_every", "7"], lambda c: c.eval_every),
+    (["--eval_clients", "7"], lambda c: c.eval_clients),
+    (["--seed", "7"], lambda c: c.seed),
+]
+
+
+def config(*argv: str) -> ExperimentConfig:
+    return utils.config_from_args(utils.get_args("single", argv))
+
+
+@pytest.mark.parametrize(("argv", "field"), EXPERIMENT_FLAGS, ids=lambda value: value[0] if type(value) is list else "")
+def test_every_flag_of_the_experiment_changes_it(argv: list[str], field: object) -> None:
+    base = [] if "--dataset" in argv else ["--dataset", "digits"]
+    assert field(config(*base, *argv)) != field(config("--dataset", "digits"))  # type: ignore[operator]
+
+
+def test_the_list_above_holds_every_flag_of_the_experiment() -> None:
+    listed = {argv[0].removeprefix("--") for argv, _ in EXPERIMENT_FLAGS}
+    settings = {"run_dir", "data_root", "device", "threads"}
+    assert set(vars(utils.get_args("single", []))) == listed | settings
+
+
+def test_emnist_gets_the_papers_experiment() -> None:
+    settings = config()
+    assert (settings.dataset, settings.architecture) == ("emnist", "emnist_cnn")
+    assert (settings.num_train_clients, settings.num_unseen_clients) == (2720, 680)
+    assert (settings.fedavg.num_rounds, settings.fedavg.server_optimizer.momentum) == (500, 0.9)
+    assert settings.fine_tune is not None
+    assert (settings.fine_tune.num_rounds, settings.fine_tune.num_local_epochs) == (100, 10)
+    assert (settings.batch_size, settings.num_personalization_epochs) == (20, 5)
+
+
+def test_a_clients_adam_has_no_first_moment() -> None:
+    settings = config("--fine_tune_client_optimizer", "adam")
+    assert settings.fine_tune is not None
+    assert settings.fine_tune.client_optimizer.betas == (0.0, 0.999)
+
+
+def test_quick_start_passes_every_flag_on() -> None:
+    """What a user gives to quick_start.sh must arrive at the server or the workers unchanged."""
+    argv = [word for flags, _ in EXPERIMENT_FLAGS for word in flags]
+    argv += ["--run_dir", "/tmp/x", "--data_root", "/tmp/y", "--device", "cpu", "--threads", "3", "--backend", "gloo"]
+    args = utils.get_args("quick_start", argv)
+    server = utils.get_args("server", utils.to_argv(args, "server"))
+    assert utils.config_from_args(server) == utils.config_from_args(args)
+    assert (server.run_dir, server.data_root) == (Path("/tmp/x"), Path("/tmp/y"))
+    args.rank = 1
+    worker = utils.get_args("worker", utils.to_argv(args, "worker"))
+    assert (worker.device, worker.threads, worker.data_root) == ("cpu", 3, Path("/tmp/y"))
+
+
+def test_quick_start_defaults_to_the_data_that_needs_no_download() -> None:
+    assert utils.get_args("quick_start", []).dataset == "digits"
+    assert utils.get_args("quick_start", []).client_num_in_total == 50
+
+
+def test_the_data_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERFEDAVG_DATA", "/somewhere")
+    assert utils.get_args("single", []).data_root == Path("/somewhere")
+    assert utils.get_args("single", ["--data_root", "/else"]).data_root == Path("/else")
+    monkeypatch.delenv("PERFEDAVG_DATA")
+    assert utils.get_args("single", []).data_root == ROOT / "datasets" / "data"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["--dataset", "cifar"], ["--epochs", "x"], ["--threads", "0"], ["--fine_tune", "maybe"], ["--nonsense", "1"]],
+)
+def test_malformed_flags_end_with_a_line_and_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        utils.get_args("single", argv)
+    assert end.value.code == 2
+    assert argv[-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("entry_point", ["server.py", "client_worker.py", "single_process.py", "quick_start.py"])
+def test_help_explains_every_flag_without_loading_torch(entry_point: str) -> None:
+    command = [sys.executable, "-X", "importtime", str(ROOT / entry_point), "--help"]
+    answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300"})
+    assert answer.returncode == 0
+    loaded = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
+    assert not {"torch", "numpy", "fedlab"} & loaded
+    explained = answer.stdout.split("\n  --")[1:]
+    assert len(explained) > 5
+    for text in explained:
+        assert "default" in text or text.startswith("rank"), text

@@ -1,0 +1,106 @@
+"""MNIST and EMNIST from files in their real format; without network, and with damaged files, one clear line."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import EMNIST_PREFIXES, MNIST_PREFIXES, write_idx, write_image_files
+
+from datasets import load_federated_dataset
+from datasets.digits import load_digits_images
+from datasets.torchvision_images import load_emnist_images, load_mnist_images
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    write_image_files(tmp_path / "MNIST" / "raw", MNIST_PREFIXES, (300, 100), num_classes=10)
+    return tmp_path
+
+
+def test_mnist_files_are_read(mnist: Path) -> None:
+    splits = load_mnist_images(mnist)
+    assert splits.train_images.shape == (300, 28, 28)
+    assert splits.test_labels.tolist() == [index % 10 for index in range(100)]
+    assert splits.num_classes == 10
+
+
+def test_emnist_images_stand_upright(tmp_path: Path) -> None:
+    raw = tmp_path / "EMNIST" / "raw"
+    write_image_files(raw, EMNIST_PREFIXES, (186, 124), num_classes=62)
+    transposed = np.zeros((124, 28, 28), dtype=np.uint8)
+    transposed[0, 3, 20] = 255
+    write_idx(raw / "emnist-byclass-test-images-idx3-ubyte", transposed)
+    splits = load_emnist_images(tmp_path)
+    assert splits.test_images[0, 20, 3] == 255
+    assert splits.test_images.sum() == 255
+    assert (splits.train_labels.min(), splits.train_labels.max(), splits.num_classes) == (0, 61, 62)
+
+
+@pytest.mark.parametrize("name", ["mnist", "emnist"])
+def test_missing_files_without_network(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="could not be downloaded") as refusal:
+        load_federated_dataset(name, tmp_path, 20, 0)
+    for part in (name, str(tmp_path / name.upper() / "raw"), "--data_root", "--dataset digits"):
+        assert part in str(refusal.value)
+    assert not (tmp_path / name.upper()).exists(), "nothing half-written is left behind"
+
+
+def test_an_unwritable_data_root(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    with pytest.raises(ValueError, match="could not be downloaded"):
+        load_mnist_images(blocked / "data")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not idx", "label", "count", "shape", "missing"])
+def test_damaged_files_are_named(damage: str, mnist: Path) -> None:
+    raw = mnist / "MNIST" / "raw"
+    images, labels = raw / "t10k-images-idx3-ubyte", raw / "t10k-labels-idx1-ubyte"
+    if damage == "truncated":
+        images.write_bytes(images.read_bytes()[:-1000])
+    elif damage == "not idx":
+        images.write_bytes(b"<html>not found</html>" * 100)
+    elif damage == "label":
+        write_idx(labels, np.full(100, 10, dtype=np.uint8))
+    elif damage == "count":
+        write_idx(labels, np.zeros(99, dtype=np.uint8))
+    elif damage == "shape":
+        write_idx(images, np.zeros((100, 14, 14), dtype=np.uint8))
+    else:
+        images.unlink()
+    with pytest.raises(ValueError, match="damaged") as refusal:
+        load_mnist_images(mnist)
+    assert str(raw) in str(refusal.value)
+    assert "test files" in str(refusal.value) or damage == "missing"
+
+
+def test_unknown_data_set(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--dataset cifar is unknown; use one of emnist, mnist, digits"):
+        load_federated_dataset("cifar", tmp_path, 20, 0)
+
+
+def test_digits_are_the_real_ones_in_two_balanced_splits() -> None:
+    splits = load_digits_images()
+    assert len(splits.train_labels) + len(splits.test_labels) == 1797
+    assert np.bincount(splits.test_labels).min() >= 34
+    assert splits.train_images.shape[1:] == (28, 28)
+    assert 200 < splits.train_images.max() <= 255
+    zeros = splits.train_images[splits.train_labels == 0].mean(axis=0)
+    ones = splits.train_images[splits.train_labels == 1].mean(axis=0)
+    assert zeros[14, 14] < 30 < 150 < ones[14, 14], "a zero is empty in the middle, a one is not"
+
+
+def test_the_real_mnist_is_complete(mnist_root: Path) -> None:
+    splits = load_mnist_images(mnist_root)
+    assert (len(splits.train_labels), len(splits.test_labels)) == (60_000, 10_000)

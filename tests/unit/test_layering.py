@@ -1,0 +1,53 @@
+"""Imports go one way, so that the algorithm can be read, tested and used without the network or the flags."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+OWN = {"perfedavg", "multi_process", "models", "datasets", "utils", "compat"}
+OWN |= {"server", "client_worker", "single_process", "quick_start"}
+MAY_IMPORT = {
+    "compat": set(),
+    "models": set(),
+    "datasets": {"compat"},
+    "perfedavg": set(),
+    "multi_process": {"compat", "perfedavg"},
+    "utils": {"perfedavg", "models", "datasets"},
+}
+ONLY_MULTI_PROCESS = ("torch.distributed", "fedlab.core")
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).rglob("*.py")) if (ROOT / package).is_dir() else [ROOT / f"{package}.py"]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_what_lies_below_it(package: str) -> None:
+    for path in modules(package):
+        own = {name.partition(".")[0] for name in imports(path)} & OWN - {package}
+        assert own <= MAY_IMPORT[package], f"{path} imports {own - MAY_IMPORT[package]}"
+
+
+def test_the_algorithm_knows_no_framework_and_no_flags() -> None:
+    for path in modules("perfedavg"):
+        assert not {name.partition(".")[0] for name in imports(path)} & {"fedlab", "argparse"}, path
+
+
+def test_only_multi_process_speaks_to_the_network() -> None:
+    for package in (OWN - {"multi_process"}) | {"benchmarks"}:
+        for path in modules(package):
+            assert not any(name.startswith(ONLY_MULTI_PROCESS) for name in imports(path)), path
