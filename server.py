@@ -20,11 +20,12 @@ def main() -> None:
 
     from multi_process.network import TypedNetwork
     from multi_process.server import CohortHandler, WorkerPoolManager
-    from perfedavg.compute import resolve_device, use_reproducible_kernels
+    from perfedavg.compute import resolve_device, return_freed_memory, use_reproducible_kernels
     from perfedavg.executor import Executor
     from perfedavg.run import run_and_record
 
     use_reproducible_kernels()
+    return_freed_memory()
     device = resolve_device("auto" if args.backend == "nccl" else "cpu")
     network = TypedNetwork(
         (args.ip, args.port), args.world_size, 0, args.ethernet, args.backend, args.join_timeout_seconds, device
@@ -33,12 +34,14 @@ def main() -> None:
     folder = utils.open_run_folder(args)
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset.num_classes)
+    clients = dataset.directory()
+    del dataset  # the server hands out clients and never reads an example
     run_settings = {"command": sys.argv, "world_size": args.world_size, "backend": args.backend}
 
     def experiment(executor: Executor) -> None:
-        run_and_record(config, executor, dataset, model, folder, run_settings)
+        run_and_record(config, executor, clients, model, folder, run_settings)
 
-    WorkerPoolManager(network, CohortHandler(model), config, dataset, experiment).run()
+    WorkerPoolManager(network, CohortHandler(model), config, clients, experiment).run()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +43,22 @@ class ClientData:
     train_labels: Tensor
     test_inputs: Tensor
     test_labels: Tensor
+
+
+@dataclass(frozen=True)
+class Directory:
+    """Who the clients are and how much each has, without the examples.
+
+    num_train: (num_clients,) sizes of the clients' training parts.  fingerprint: see FederatedDataset.
+    """
+
+    train_client_ids: range
+    unseen_client_ids: range
+    num_train: NDArray[np.int64]
+    fingerprint: str
+
+    def num_train_examples(self, client_id: int) -> int:
+        return int(self.num_train[client_id])
 
 
 class FederatedDataset:
@@ -88,14 +106,20 @@ class FederatedDataset:
         cut = self.num_train_examples(client_id)
         return ClientData(inputs[:cut], targets[:cut], inputs[cut:], targets[cut:])
 
+    def directory(self) -> Directory:
+        num_train = np.array([self.num_train_examples(client_id) for client_id in range(len(self._indices))])
+        return Directory(self.train_client_ids, self.unseen_client_ids, num_train, self.fingerprint)
+
     @cached_property
     def fingerprint(self) -> str:
+        """Digest of all examples, of their distribution over clients and of their cut: equal data, equal digest."""
         digest = hashlib.blake2b(digest_size=16)
         splits = self._splits
         for array in (splits.train_images, splits.train_labels, splits.test_images, splits.test_labels):
             digest.update(str((array.shape, array.dtype.str)).encode())
             for start in range(0, len(array), FINGERPRINT_CHUNK):  # a copy of a chunk, never of all
                 digest.update(array[start : start + FINGERPRINT_CHUNK].tobytes())
+                _forget_pages(array)
         for indices in self._indices:
             digest.update(indices.tobytes())
         digest.update(str(self._seed).encode())
@@ -105,6 +129,13 @@ class FederatedDataset:
 def _num_train(num_examples: int) -> int:
     """80 % of a client's examples, rounded down, but at least one example on each side of the cut."""
     return min(max(num_examples * TRAIN_PERCENT // 100, 1), num_examples - 1)
+
+
+def _forget_pages(array: NDArray[Any]) -> None:
+    """Take the pages of a mapped file out of this process's memory; they come back when they are used."""
+    mapped = getattr(array, "_mmap", None)  # of a numpy.memmap and its views
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def _largest_num_clients(num_train_examples: int, num_test_examples: int) -> int:

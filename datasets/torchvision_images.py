@@ -1,4 +1,4 @@
-"""MNIST and EMNIST through torchvision: downloaded on first use, checked on every use."""
+"""MNIST and EMNIST: downloaded through torchvision on first use, checked on every use, mapped from its files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from filelock import FileLock
@@ -18,18 +17,41 @@ from numpy.typing import NDArray
 from torchvision.datasets import EMNIST, MNIST
 
 from datasets.federated import ImageSplits
+from datasets.idx import map_idx
 
-OpenSplit = Callable[[Path, bool, bool], Any]
-"""(root, train, download) -> a torchvision data set with `data` and `targets`."""
+IMAGE_SHAPE = (28, 28)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that torchvision downloads.
+
+    name: ours.  folder: torchvision's, below the data root.  train_prefix, test_prefix: beginnings of the file names.
+    download: fetches the files into a data root.
+    """
+
+    name: str
+    folder: str
+    train_prefix: str
+    test_prefix: str
+    num_classes: int
+    download: Callable[[str], object]
+
+
+MNIST_SOURCE = Source("mnist", "MNIST", "train", "t10k", 10, lambda root: MNIST(root, download=True))
+EMNIST_SOURCE = Source(
+    "emnist",
+    "EMNIST",
+    "emnist-byclass-train",
+    "emnist-byclass-test",
+    62,
+    lambda root: EMNIST(root, split="byclass", download=True),
+)
 
 
 def load_mnist_images(data_root: Path) -> ImageSplits:
     """60,000 training and 10,000 test digits (LeCun et al. 1998)."""
-
-    def open_split(root: Path, train: bool, download: bool) -> MNIST:
-        return MNIST(str(root), train=train, download=download)
-
-    return _load("mnist", "MNIST", open_split, data_root, num_classes=10)
+    return _load(MNIST_SOURCE, data_root)
 
 
 def load_emnist_images(data_root: Path) -> ImageSplits:
@@ -37,66 +59,62 @@ def load_emnist_images(data_root: Path) -> ImageSplits:
 
     The published files hold each image transposed; here they stand upright.
     """
-
-    def open_split(root: Path, train: bool, download: bool) -> EMNIST:
-        return EMNIST(str(root), split="byclass", train=train, download=download)
-
-    splits = _load("emnist", "EMNIST", open_split, data_root, num_classes=62)
-    return replace(
-        splits,
-        train_images=splits.train_images.transpose(0, 2, 1),
-        test_images=splits.test_images.transpose(0, 2, 1),
+    splits = _load(EMNIST_SOURCE, data_root)
+    return ImageSplits(
+        splits.train_images.transpose(0, 2, 1),
+        splits.train_labels,
+        splits.test_images.transpose(0, 2, 1),
+        splits.test_labels,
+        splits.num_classes,
     )
 
 
-def _load(name: str, folder: str, open_split: OpenSplit, data_root: Path, num_classes: int) -> ImageSplits:
-    _download_if_missing(name, folder, open_split, data_root)
-    train_images, train_labels = _read_split(name, folder, open_split, data_root, True, num_classes)
-    test_images, test_labels = _read_split(name, folder, open_split, data_root, False, num_classes)
-    return ImageSplits(train_images, train_labels, test_images, test_labels, num_classes)
+def _load(source: Source, data_root: Path) -> ImageSplits:
+    _download_if_missing(source, data_root)
+    raw = data_root / source.folder / "raw"
+    try:
+        train = _read_split(raw, source.train_prefix, source.num_classes)
+        test = _read_split(raw, source.test_prefix, source.num_classes)
+    except ValueError as error:
+        raise ValueError(f"{error}; replace it, or delete {raw} to download {source.name} anew") from error
+    return ImageSplits(*train, *test, source.num_classes)
 
 
-def _download_if_missing(name: str, folder: str, open_split: OpenSplit, data_root: Path) -> None:
+def _read_split(raw: Path, prefix: str, num_classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    images_path, labels_path = raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte"
+    images, labels = map_idx(images_path, 3), map_idx(labels_path, 1).astype(np.int64)
+    if images.shape[1:] != IMAGE_SHAPE:
+        raise ValueError(f"{images_path} is damaged: its images are {images.shape[1:]}, not {IMAGE_SHAPE}")
+    if len(images) != len(labels):
+        raise ValueError(f"{labels_path} is damaged: it has {len(labels)} labels for {len(images)} images")
+    if labels.max() >= num_classes:
+        first = int(np.argmax(labels >= num_classes))
+        raise ValueError(f"{labels_path} is damaged: label {first} is {labels[first]}, not below {num_classes}")
+    return images, labels
+
+
+def _download_if_missing(source: Source, data_root: Path) -> None:
     """Download into a folder beside the final one and rename it, so that nothing half-written is taken for data."""
-    if (data_root / folder / "raw").is_dir():
+    folder = data_root / source.folder
+    if (folder / "raw").is_dir():
         return
     try:
         data_root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(data_root / f".{folder}.lock")
-        with lock:
-            if (data_root / folder / "raw").is_dir():  # another process was faster
+        with FileLock(data_root / f".{source.folder}.lock"):
+            if (folder / "raw").is_dir():  # another process was faster
                 return
-            print(f"downloading {name} to {data_root}", file=sys.stderr, flush=True)
-            with tempfile.TemporaryDirectory(prefix=f".{folder}-", dir=data_root) as incoming:
+            print(f"downloading {source.name} to {data_root}", file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory(prefix=f".{source.folder}-", dir=data_root) as incoming:
                 with contextlib.redirect_stdout(sys.stderr):
-                    open_split(Path(incoming), True, True)
-                shutil.rmtree(data_root / folder, ignore_errors=True)
-                os.replace(Path(incoming) / folder, data_root / folder)
+                    source.download(incoming)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(Path(incoming) / source.folder, folder)
     except Exception as error:  # torchvision raises RuntimeError, URLError, OSError, zipfile and gzip errors here
         raise ValueError(
-            f"{name} is not in {data_root} and could not be downloaded ({_last_line(error)}); put its unpacked IDX "
-            f"files into {data_root / folder / 'raw'}, name another folder with --data_root or PERFEDAVG_DATA, or use "
+            f"{source.name} is not in {data_root} and could not be downloaded ({_last_line(error)}); put its unpacked "
+            f"IDX files into {folder / 'raw'}, name another folder with --data_root or PERFEDAVG_DATA, or use "
             "--dataset digits, which needs no download"
         ) from error
-
-
-def _read_split(
-    name: str, folder: str, open_split: OpenSplit, data_root: Path, train: bool, num_classes: int
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    where = f"{name}'s {'training' if train else 'test'} files in {data_root / folder / 'raw'}"
-    fix = "delete that folder to download them anew, or replace them"
-    try:
-        split = open_split(data_root, train, False)
-        images, labels = split.data.numpy(), split.targets.numpy().astype(np.int64)
-    except Exception as error:  # its IDX reader fails in many ways on a damaged file, with asserts too
-        raise ValueError(f"{where} are missing or damaged ({_last_line(error)}); {fix}") from error
-    if images.ndim != 3 or images.shape[1:] != (28, 28) or images.dtype != np.uint8:
-        raise ValueError(f"{where} are damaged: images of shape {images.shape} and type {images.dtype}; {fix}")
-    if len(images) != len(labels) or not len(labels):
-        raise ValueError(f"{where} are damaged: {len(images)} images but {len(labels)} labels; {fix}")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"{where} are damaged: labels {labels.min()}..{labels.max()}, not 0..{num_classes - 1}; {fix}")
-    return images, labels
 
 
 def _last_line(error: Exception) -> str:

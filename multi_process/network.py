@@ -60,6 +60,7 @@ class ExactPackageProcessor(PackageProcessor):
 
     def __init__(self, content_device: torch.device) -> None:
         self._content_device = content_device
+        self._buffers: dict[int, Tensor] = {}
 
     def send(self, package: Package, rank: int) -> None:
         package.header[HEADER_RECEIVER_RANK_IDX] = rank
@@ -69,18 +70,19 @@ class ExactPackageProcessor(PackageProcessor):
             _wait(dist.isend(part, dst=rank))
 
     def receive(self, rank: int) -> tuple[MessageCode, list[Tensor]]:
-        """Message code and content of the next package from a rank."""
-        header = self._receive_part(HEADER_SIZE, torch.int32, rank, torch.device("cpu"))
+        """Message code and content of the next package from a rank. The content is valid until the next one."""
+        header = _receive_into(torch.empty(HEADER_SIZE, dtype=torch.int32), rank)
         _, _, num_slices, code, data_type = Package.parse_header(header)
-        slices = self._receive_part(num_slices, torch.int32, rank, torch.device("cpu")).tolist()
-        dtype = dtype_flab2torch(data_type)
-        content = self._receive_part(sum(_sizes(slices)), dtype, rank, self._content_device)
+        slices = _receive_into(torch.empty(num_slices, dtype=torch.int32), rank).tolist()
+        content = _receive_into(self._buffer(rank, sum(_sizes(slices)), dtype_flab2torch(data_type)), rank)
         return code, Package.parse_content(slices, content.cpu())
 
-    def _receive_part(self, size: int, dtype: torch.dtype, rank: int, device: torch.device) -> Tensor:
-        buffer = torch.empty(size, dtype=dtype, device=device)
-        _wait(dist.irecv(buffer, src=rank))
-        return buffer
+    def _buffer(self, rank: int, size: int, dtype: torch.dtype) -> Tensor:
+        """Room for a content; the same memory for every package of a rank, because rounds are alike."""
+        buffer = self._buffers.get(rank)
+        if buffer is None or buffer.dtype != dtype or buffer.numel() < size:
+            buffer = self._buffers[rank] = torch.empty(size, dtype=dtype, device=self._content_device)
+        return buffer[:size]
 
 
 class TypedNetwork(DistNetwork):
@@ -328,6 +330,11 @@ def _wait_for_keys(
             last_said = now
         time.sleep(POLL_SECONDS)
     return missing
+
+
+def _receive_into(buffer: Tensor, rank: int) -> Tensor:
+    _wait(dist.irecv(buffer, src=rank))
+    return buffer
 
 
 def _wait(work: dist.Work | None) -> None:

@@ -25,7 +25,7 @@ from multi_process.messages import (
     TrainClients,
 )
 from multi_process.network import TypedNetwork
-from perfedavg.client_data import FederatedDataset
+from perfedavg.client_data import ClientDirectory
 from perfedavg.config import ExperimentConfig
 from perfedavg.console import say
 from perfedavg.exact_sum import ExactSum
@@ -102,14 +102,14 @@ class WorkerPoolManager(ServerManager):
         network: TypedNetwork,
         handler: CohortHandler,
         config: ExperimentConfig,
-        dataset: FederatedDataset,
+        clients: ClientDirectory,
         experiment: Callable[[Executor], None],
     ) -> None:
         super().__init__(network, handler, mode="GLOBAL")
         self._network: TypedNetwork = network
         self._handler: CohortHandler = handler
         self._experiment_config = config
-        self._dataset = dataset
+        self._clients = clients
         self._experiment = experiment
         self._answers: queue.SimpleQueue[tuple[int, Message | Exception]] = queue.SimpleQueue()
         self._links: list[_Link] = []
@@ -128,10 +128,10 @@ class WorkerPoolManager(ServerManager):
         for rank, ready in self._collect(ranks):
             if not isinstance(ready, Ready):
                 raise ValueError(f"worker {rank} answered {type(ready).__name__} to its configuration")
-            if ready.fingerprint != self._dataset.fingerprint:
+            if ready.fingerprint != self._clients.fingerprint:
                 raise ValueError(
                     f"worker {rank} reads other data than the server (fingerprint {ready.fingerprint}, not "
-                    f"{self._dataset.fingerprint}); give both the same files with --data_root"
+                    f"{self._clients.fingerprint}); give both the same files with --data_root"
                 )
         self._handler.num_clients = self._experiment_config.num_clients
 
@@ -178,10 +178,10 @@ class WorkerPoolManager(ServerManager):
         """Each client to the worker with the least to do, the largest clients first (Graham 1969); (rank, ids)."""
         shares: list[list[int]] = [[] for _ in self._links]
         loads = [0] * len(self._links)
-        for client_id in sorted(client_ids, key=lambda client_id: -self._dataset.num_train_examples(client_id)):
+        for client_id in sorted(client_ids, key=lambda client_id: -self._clients.num_train_examples(client_id)):
             least = loads.index(min(loads))
             shares[least].append(client_id)
-            loads[least] += self._dataset.num_train_examples(client_id)
+            loads[least] += self._clients.num_train_examples(client_id)
         return [(rank, share) for rank, share in enumerate(shares, start=1) if share]
 
     def _collect(self, ranks: Sequence[int]) -> list[tuple[int, Message]]:

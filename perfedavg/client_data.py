@@ -24,8 +24,8 @@ class ClientData(Protocol):
     def test_labels(self) -> Tensor: ...
 
 
-class FederatedDataset(Protocol):
-    """Clients and their data. Safe to read from several threads.
+class ClientDirectory(Protocol):
+    """Who the clients are and how much each has, which is all that a server needs to know.
 
     train_client_ids, unseen_client_ids: disjoint; whole numbers, 0 or more.
     fingerprint: digest of all examples and of their distribution over clients; equal data, equal digest.
@@ -40,6 +40,10 @@ class FederatedDataset(Protocol):
     def num_train_examples(self, client_id: int) -> int:
         """Size of a client's training part, 1 or more, without reading it."""
         ...
+
+
+class FederatedDataset(ClientDirectory, Protocol):
+    """Clients and their data. Safe to read from several threads."""
 
     def client_data(self, client_id: int) -> ClientData:
         """A client's examples, on the CPU."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import torch
+
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt(3)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -40,3 +43,15 @@ def use_reproducible_kernels() -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+def return_freed_memory() -> None:
+    """Let the blocks of a model's size go back to the system when they are freed, for a process that lives long.
+
+    glibc keeps them, in every thread, once a few have been freed, and so a server comes to hold several times what
+    it uses. Fixing the size from which a block is mapped on its own (1 MiB) ends that, at the price of mapping such a
+    block anew each time; so it is not for a process that trains. Without effect where the C library has no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**20)

@@ -82,4 +82,4 @@ class ExactSum:
         """The weighted mean, (num_parameters,). Raises ValueError where nothing was added."""
         if self.weight == 0:
             raise ValueError("the mean of no updates is undefined")
-        return (self.total.to(torch.float64) * 2.0**-self.fraction_bits / self.weight).to(dtype)
+        return self.total.to(torch.float64).mul_(2.0**-self.fraction_bits).div_(self.weight).to(dtype)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perfedavg.client_data import FederatedDataset
+from perfedavg.client_data import ClientDirectory
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.executor import CohortTask, Executor, ScoringTask, client_weight
 from perfedavg.optimizers import ServerOptimizer
@@ -75,7 +75,7 @@ class ExperimentOutcome:
 def run_experiment(
     config: ExperimentConfig,
     executor: Executor,
-    dataset: FederatedDataset,
+    clients: ClientDirectory,
     initial_parameters: Tensor,
     observers: Sequence[Observer] = (),
 ) -> ExperimentOutcome:
@@ -88,7 +88,7 @@ def run_experiment(
     parameters = initial_parameters
     scores: dict[Phase, list[ClientScore]] = {}
     phase_seconds: dict[Phase, float] = {}
-    unseen = tuple(dataset.unseen_client_ids)
+    unseen = tuple(clients.unseen_client_ids)
     curve_clients = draw_eval_clients(config, unseen)
     for phase, settings in config.phases.items():
         phase_started = time.monotonic()
@@ -96,7 +96,7 @@ def run_experiment(
             observer.phase_started(phase, settings.num_rounds)
         server = ServerOptimizer(settings.server_optimizer, parameters)
         for round_number in range(1, settings.num_rounds + 1):
-            record = _run_round(config, executor, dataset, server, phase, round_number)
+            record = _run_round(config, executor, clients, server, phase, round_number)
             if round_number == settings.num_rounds:
                 for observer in observers:
                     observer.scoring_started(phase, len(unseen))
@@ -118,20 +118,21 @@ def run_experiment(
 def _run_round(
     config: ExperimentConfig,
     executor: Executor,
-    dataset: FederatedDataset,
+    clients: ClientDirectory,
     server: ServerOptimizer,
     phase: Phase,
     round_number: int,
 ) -> RoundRecord:
     """Draw a cohort, let it train, and apply the mean of its updates to the global model."""
     started = time.monotonic()
-    cohort = draw_cohort(config, dataset.train_client_ids, phase, round_number)
-    capacity = sum(client_weight(phase, dataset.num_train_examples(client_id)) for client_id in cohort)
-    update = executor.train(CohortTask(phase, round_number, cohort, capacity), server.parameters)
+    cohort = draw_cohort(config, clients.train_client_ids, phase, round_number)
+    capacity = sum(client_weight(phase, clients.num_train_examples(client_id)) for client_id in cohort)
+    parameters = server.parameters
+    update = executor.train(CohortTask(phase, round_number, cohort, capacity), parameters)
     reports = sorted(update.reports, key=lambda report: report.client_id)
     assert [report.client_id for report in reports] == list(cohort), "every client of the cohort trains exactly once"
     assert update.sum.weight == capacity, "the sum holds the whole cohort"
-    mean_update = update.sum.mean(server.parameters.dtype)
+    mean_update = update.sum.mean(parameters.dtype)
     server.step(mean_update)
     return RoundRecord(
         phase=phase,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from perfedavg.client_data import FederatedDataset
+from perfedavg.client_data import ClientDirectory
 from perfedavg.config import ExperimentConfig
 from perfedavg.display import ProgressDisplay, result_table
 from perfedavg.executor import Executor
@@ -19,7 +19,7 @@ from perfedavg.run_folder import RunFolder
 def run_and_record(
     config: ExperimentConfig,
     executor: Executor,
-    dataset: FederatedDataset,
+    clients: ClientDirectory,
     model: nn.Module,
     folder: RunFolder,
     run_settings: dict[str, Any],
@@ -29,7 +29,7 @@ def run_and_record(
     run_settings: as `RunFolder.write_config` takes them; `world_size` among them.
     """
     folder.write_config(config, run_settings)
-    outcome = run_experiment(config, executor, dataset, flatten(model), [folder, ProgressDisplay(config)])
-    facts = {"world_size": run_settings["world_size"], "data_fingerprint": dataset.fingerprint}
+    outcome = run_experiment(config, executor, clients, flatten(model), [folder, ProgressDisplay(config)])
+    facts = {"world_size": run_settings["world_size"], "data_fingerprint": clients.fingerprint}
     result = folder.write_result(config, outcome, model, facts)
     print(f"\n{result_table(result)}\nresults in {os.path.relpath(folder.path)}", flush=True)

@@ -68,8 +68,8 @@ def test_a_damaged_file_on_one_worker_ends_the_run_with_its_name(launched: Launc
     server, port = launched.start_server(tmp_path / "run", 3, *flags, "--data_root", tmp_path / "good")
     healthy = launched.start_worker(port, 3, 1, "--data_root", tmp_path / "good")
     broken = launched.start_worker(port, 3, 2, "--data_root", tmp_path / "bad")
-    assert_one_clear_line(broken, "training files", str(tmp_path / "bad"), "damaged")
-    assert_one_clear_line(server, "worker 2", str(tmp_path / "bad"), "damaged")
+    assert_one_clear_line(broken, f"{damaged} is damaged")
+    assert_one_clear_line(server, f"worker 2: {damaged} is damaged")
     assert_one_clear_line(healthy, "the server is gone")
 
 

@@ -63,8 +63,19 @@ def test_an_unwritable_data_root(tmp_path: Path) -> None:
         load_mnist_images(blocked / "data")
 
 
-@pytest.mark.parametrize("damage", ["truncated", "not idx", "label", "count", "shape", "missing"])
-def test_damaged_files_are_named(damage: str, mnist: Path) -> None:
+DAMAGES = {
+    "truncated": "t10k-images-idx3-ubyte is damaged: its header asks for 78416 bytes, it has 77416",
+    "not idx": "t10k-images-idx3-ubyte is no IDX file of 3 dimensions: it begins with 3c 68 74 6d",
+    "label": "t10k-labels-idx1-ubyte is damaged: label 7 is 10, not below 10",
+    "count": "t10k-labels-idx1-ubyte is damaged: it has 99 labels for 100 images",
+    "shape": "t10k-images-idx3-ubyte is damaged: its images are (14, 14), not (28, 28)",
+    "empty": "t10k-labels-idx1-ubyte is empty",
+    "missing": "t10k-images-idx3-ubyte cannot be read (No such file or directory)",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_with_the_place_and_the_fix(damage: str, mnist: Path) -> None:
     raw = mnist / "MNIST" / "raw"
     images, labels = raw / "t10k-images-idx3-ubyte", raw / "t10k-labels-idx1-ubyte"
     if damage == "truncated":
@@ -72,17 +83,18 @@ def test_damaged_files_are_named(damage: str, mnist: Path) -> None:
     elif damage == "not idx":
         images.write_bytes(b"<html>not found</html>" * 100)
     elif damage == "label":
-        write_idx(labels, np.full(100, 10, dtype=np.uint8))
+        write_idx(labels, np.array([*range(7), *[10] * 93], dtype=np.uint8))
     elif damage == "count":
         write_idx(labels, np.zeros(99, dtype=np.uint8))
     elif damage == "shape":
         write_idx(images, np.zeros((100, 14, 14), dtype=np.uint8))
+    elif damage == "empty":
+        write_idx(labels, np.zeros(0, dtype=np.uint8))
     else:
         images.unlink()
-    with pytest.raises(ValueError, match="damaged") as refusal:
+    with pytest.raises(ValueError, match="delete .* to download mnist anew") as refusal:
         load_mnist_images(mnist)
-    assert str(raw) in str(refusal.value)
-    assert "test files" in str(refusal.value) or damage == "missing"
+    assert f"{raw}/{DAMAGES[damage]}" in str(refusal.value)
 
 
 def test_unknown_data_set(tmp_path: Path) -> None:
