@@ -116,7 +116,7 @@ class SignalWatch:
 def main() -> int:
     args = utils.get_args("quick_start")
     try:
-        utils.config_from_args(args)  # what is wrong with the flags is said before anything is started
+        utils.check_num_workers(utils.config_from_args(args), args.workers)  # before anything is started
     except ValueError as error:
         return report(error)
     signals = SignalWatch()

@@ -11,12 +11,7 @@ from perfedavg.console import run_entry_point
 def main() -> None:
     args = utils.get_args("server")
     config = utils.config_from_args(args)
-    num_workers = args.world_size - 1
-    if config.cohort_size < num_workers:
-        raise ValueError(
-            f"--client_num_per_round {config.cohort_size} is fewer than the {num_workers} workers of --world_size "
-            f"{args.world_size}, some of which would never work; raise it, or start fewer workers"
-        )
+    utils.check_num_workers(config, args.world_size - 1)
 
     from multi_process.network import TypedNetwork
     from multi_process.server import CohortHandler, WorkerPoolManager

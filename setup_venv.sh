@@ -29,7 +29,10 @@ setup_venv() {
         return 2
     fi
     echo "setting up $root/.venv (first use, or requirements changed)" >&2
-    [ -x "$python" ] || "$base" -m venv "$root/.venv" || return 2
+    if ! [ -x "$python" ] && ! "$base" -m venv "$root/.venv" >&2; then
+        echo "error: $base -m venv failed; the reason is above" >&2
+        return 2
+    fi
     if ! "$python" -m pip install --quiet --disable-pip-version-check -r "$root/$requirements" >&2; then
         echo "error: installing $requirements failed; the reason is above" >&2
         return 2

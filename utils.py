@@ -128,6 +128,15 @@ def config_from_args(args: argparse.Namespace) -> ExperimentConfig:
     )
 
 
+def check_num_workers(config: ExperimentConfig, num_workers: int) -> None:
+    """Raises ValueError where a round has too few clients to give each worker one."""
+    if config.cohort_size < num_workers:
+        raise ValueError(
+            f"--client_num_per_round {config.cohort_size} is fewer than the {num_workers} workers, some of which would "
+            f"never work; raise it to {num_workers} or more, or start fewer workers"
+        )
+
+
 def get_datasets(config: ExperimentConfig, data_root: Path) -> FederatedDataset:
     """The experiment's data, dealt out to its clients. Raises ValueError where it cannot be had or is damaged."""
     from datasets import load_federated_dataset

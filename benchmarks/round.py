@@ -82,7 +82,7 @@ def two_worker_commands(flags: list[str]) -> dict[str, list[str]]:
     return {name: command for name, command, _ in quick_start.commands(args)}
 
 
-def measure(args: argparse.Namespace, commands) -> tuple[float, dict[str, float]]:  # type: ignore[no-untyped-def]
+def measure(args: argparse.Namespace, commands) -> tuple[float, dict[str, float]]:
     """Median seconds a round without the first, and the largest resident memory of each process in MiB."""
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "output", "w+") as output:
         run_dir = Path(folder) / "run"

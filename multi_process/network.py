@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, TCPStore
 
 from multi_process.messages import PROTOCOL_VERSION, Message, from_package, to_package
-from perfedavg.console import say
+from perfedavg.console import LOGGER, say
 
 POLL_SECONDS = 0.05
 REMINDER_SECONDS = 10.0
@@ -119,6 +119,7 @@ class TypedNetwork(DistNetwork):
                 f"(GPUs found: {torch.cuda.device_count()}); use --backend gloo"
             )
         self._join_timeout_seconds = join_timeout_seconds
+        self._device = device
         self._processor = ExactPackageProcessor(device if backend == "nccl" else torch.device("cpu"))
         self._count_lock = threading.Lock()  # the server talks to each worker in a thread of its own
         self._store: TCPStore | None = None
@@ -144,7 +145,10 @@ class TypedNetwork(DistNetwork):
         """Join, and form the process group. Raises ValueError or ConnectionError where that cannot be."""
         store = self._wait_for_workers() if self.rank == 0 else self._join_server()
         os.environ["GLOO_SOCKET_IFNAME"] = self.ethernet or interface_towards(self.address)
-        backend = "cpu:gloo,cuda:nccl" if self.dist_backend == "nccl" else self.dist_backend
+        backend = self.dist_backend
+        if backend == "nccl":
+            backend = "cpu:gloo,cuda:nccl"  # FedLab's headers are tensors of the CPU
+            torch.cuda.set_device(self._device)
         with _connection_errors("the process group could not be formed; check --ethernet and the firewall"):
             dist.init_process_group(
                 backend,
@@ -155,6 +159,7 @@ class TypedNetwork(DistNetwork):
             )
 
     def close_network_connection(self) -> None:
+        LOGGER.info("sent %d bytes, received %d bytes", self.send_volume_intotal, self.recv_volume_intotal)
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -257,9 +262,12 @@ def _listen(address: tuple[str, int]) -> socket.socket:
 
 def _resolve(address: tuple[str, int]) -> tuple[str, int]:
     try:
-        return socket.gethostbyname(address[0]), address[1]
+        host = socket.gethostbyname(address[0])
     except OSError as error:
         raise ValueError(f"--ip {address[0]} is neither an IPv4 address nor a known host name") from error
+    if host == "0.0.0.0":
+        raise ValueError(f"--ip {address[0]} is not an address that workers can reach; name the server's own")
+    return host, address[1]
 
 
 def _wait_until_reachable(address: tuple[str, int], timeout_seconds: float) -> None:

@@ -18,8 +18,9 @@ def test_settings_that_make_no_experiment(entry_point: str, launched: Launched) 
 
 
 def test_fewer_clients_a_round_than_workers(launched: Launched) -> None:
-    process = launched.start("server.py", *TINY, "--client_num_per_round", "2", "--world_size", "4")
-    assert_one_clear_line(process, "--client_num_per_round 2", "3 workers")
+    for flags in (("server.py", "--world_size", "4"), ("quick_start.py", "--workers", "3")):
+        process = launched.start(*flags, *TINY, "--client_num_per_round", "2")
+        assert_one_clear_line(process, "--client_num_per_round 2", "3 workers", "raise it to 3")
 
 
 def test_unknown_data_set(launched: Launched) -> None:
@@ -95,6 +96,8 @@ def test_a_port_in_use(launched: Launched, tmp_path: Path) -> None:
 def test_an_address_of_another_machine(launched: Launched, tmp_path: Path) -> None:
     process = launched.start("server.py", *TINY, "--ip", "192.0.2.1", "--run_dir", tmp_path / "run")
     assert_one_clear_line(process, "--ip 192.0.2.1", "an address of this machine")
+    process = launched.start("server.py", *TINY, "--ip", "0.0.0.0", "--run_dir", tmp_path / "run")
+    assert_one_clear_line(process, "--ip 0.0.0.0", "workers can reach")
 
 
 def test_an_unknown_interface(launched: Launched, tmp_path: Path) -> None:

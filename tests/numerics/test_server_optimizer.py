@@ -20,7 +20,7 @@ def test_a_round_is_a_step_against_minus_the_mean_update(config: OptimizerConfig
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(7, generator=generator, dtype=torch.float64)
     server, parameter = ServerOptimizer(config, start), start.clone().requires_grad_()
-    optimizer = reference(parameter)  # type: ignore[operator]
+    optimizer = reference(parameter)
     for _ in range(4):
         update = torch.randn(7, generator=generator, dtype=torch.float64)
         before, expected_before = server.parameters, parameter.detach().clone()

@@ -45,7 +45,7 @@ def config(*argv: str) -> ExperimentConfig:
 @pytest.mark.parametrize(("argv", "field"), EXPERIMENT_FLAGS, ids=lambda value: value[0] if type(value) is list else "")
 def test_every_flag_of_the_experiment_changes_it(argv: list[str], field: object) -> None:
     base = [] if "--dataset" in argv else ["--dataset", "digits"]
-    assert field(config(*base, *argv)) != field(config("--dataset", "digits"))  # type: ignore[operator]
+    assert field(config(*base, *argv)) != field(config("--dataset", "digits"))
 
 
 def test_the_list_above_holds_every_flag_of_the_experiment() -> None:
@@ -118,3 +118,10 @@ def test_help_explains_every_flag_without_loading_torch(entry_point: str) -> Non
     assert len(explained) > 5
     for text in explained:
         assert "default" in text or text.startswith("rank"), text
+
+
+def test_the_readme_lists_every_flag() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for role in ("server", "worker", "single", "quick_start"):
+        for action in utils.build_parser(role)._actions:
+            assert action.dest == "help" or f"`--{action.dest}`" in readme, action.dest

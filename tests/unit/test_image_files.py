@@ -92,7 +92,7 @@ def test_a_damaged_file_is_named_with_the_place_and_the_fix(damage: str, mnist: 
         write_idx(labels, np.zeros(0, dtype=np.uint8))
     else:
         images.unlink()
-    with pytest.raises(ValueError, match="delete .* to download mnist anew") as refusal:
+    with pytest.raises(ValueError, match=r"delete .* to download mnist anew") as refusal:
         load_mnist_images(mnist)
     assert f"{raw}/{DAMAGES[damage]}" in str(refusal.value)
 

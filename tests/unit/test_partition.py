@@ -24,8 +24,8 @@ def splits(num_train: int, num_test: int, num_classes: int = 5) -> ImageSplits:
 
 
 def indices(inputs: object) -> list[int]:
-    pixels = (inputs * 255).round().long()[:, 0, 0, :2]  # type: ignore[operator]
-    return (pixels[:, 0] + 256 * pixels[:, 1]).tolist()  # type: ignore[no-any-return]
+    pixels = (inputs * 255).round().long()[:, 0, 0, :2]
+    return (pixels[:, 0] + 256 * pixels[:, 1]).tolist()
 
 
 @given(st.lists(st.integers(0, 4), min_size=20, max_size=200), st.integers(1, 10), st.integers(0, 3))
@@ -46,11 +46,11 @@ def test_a_shard_is_a_run_of_the_label_sorted_examples() -> None:
 def test_shards_follow_from_their_stream_and_leave_numpys_generator_alone() -> None:
     labels = np.arange(100) % 10
     np.random.seed(1)
-    before = np.random.get_state()[1].copy()  # type: ignore[index]
+    before = np.random.get_state()[1].copy()
     one, same, other = (label_shards(labels, 5, np.random.SeedSequence(seed)) for seed in (0, 0, 1))
     assert all(np.array_equal(a, b) for a, b in zip(one, same, strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-    assert np.array_equal(np.random.get_state()[1], before)  # type: ignore[index]
+    assert np.array_equal(np.random.get_state()[1], before)
 
 
 def test_every_example_belongs_to_one_client_and_one_part() -> None:
