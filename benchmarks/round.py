@@ -26,7 +26,7 @@ import quick_start  # noqa: E402
 import utils  # noqa: E402
 
 POLL_SECONDS = 0.05
-MEBIBYTE = 2**20
+MEGABYTE = 1e6
 
 
 def main() -> None:
@@ -47,8 +47,8 @@ def main() -> None:
         "ratio_median": statistics.median(pair["ratio"] for pair in pairs),
         "single_s_median": statistics.median(pair["single_s"] for pair in pairs),
         "two_workers_s_median": statistics.median(pair["two_workers_s"] for pair in pairs),
-        "server_mib_max": max(pair["memory"]["server"] for pair in pairs),
-        "worker_mib_max": max(pair["memory"][f"worker {rank}"] for pair in pairs for rank in (1, 2)),
+        "server_mb_max": max(pair["memory"]["server"] for pair in pairs),
+        "worker_mb_max": max(pair["memory"][f"worker {rank}"] for pair in pairs for rank in (1, 2)),
     }
     print(json.dumps(summary))
 
@@ -83,7 +83,7 @@ def two_worker_commands(flags: list[str]) -> dict[str, list[str]]:
 
 
 def measure(args: argparse.Namespace, commands) -> tuple[float, dict[str, float]]:
-    """Median seconds a round without the first, and the largest resident memory of each process in MiB."""
+    """Median seconds a round without the first, and the largest resident memory of each process in MB."""
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "output", "w+") as output:
         run_dir = Path(folder) / "run"
         processes = {
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace, commands) -> tuple[float, dict[str, float]
             for process in processes.values():
                 process.kill()
                 process.wait()
-        if any(process.returncode for process in processes.values()):
+        if not (run_dir / "result.json").exists():
             output.seek(0)
             sys.exit(f"a process failed:\n{output.read()}")
         rounds = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -104,11 +104,12 @@ def measure(args: argparse.Namespace, commands) -> tuple[float, dict[str, float]
 
 
 def watch_memory(processes: dict[str, subprocess.Popen[bytes]]) -> dict[str, float]:
+    """The largest resident memory of each, in MB, until all have ended or one has failed."""
     peak = dict.fromkeys(processes, 0.0)
-    while any(process.poll() is None for process in processes.values()):
+    while None in (statuses := [process.poll() for process in processes.values()]) and not any(statuses):
         for name, process in processes.items():
             try:
-                peak[name] = max(peak[name], psutil.Process(process.pid).memory_info().rss / MEBIBYTE)
+                peak[name] = max(peak[name], psutil.Process(process.pid).memory_info().rss / MEGABYTE)
             except psutil.NoSuchProcess:
                 continue
         time.sleep(POLL_SECONDS)
@@ -116,7 +117,7 @@ def watch_memory(processes: dict[str, subprocess.Popen[bytes]]) -> dict[str, flo
 
 
 def memory_text(memory: dict[str, float]) -> str:
-    return ", ".join(f"{name} {mib:.0f} MiB" for name, mib in memory.items())
+    return ", ".join(f"{name} {megabytes:.0f} MB" for name, megabytes in memory.items())
 
 
 if __name__ == "__main__":

@@ -304,13 +304,15 @@ def _open_store(address: tuple[str, int]) -> TCPStore:
     def open_it() -> None:
         try:
             store = TCPStore(address[0], address[1], is_master=False, timeout=STORE_TIMEOUT)
-            opened.put(store if store.check([_HELLO]) else None)
+            store.wait([_HELLO])  # a server that has just begun to listen sets it in the next moment
         except RuntimeError:
             opened.put(None)
+        else:
+            opened.put(store)
 
     threading.Thread(target=open_it, name="store", daemon=True).start()
     try:
-        store = opened.get(timeout=STORE_TIMEOUT.total_seconds())
+        store = opened.get(timeout=2 * STORE_TIMEOUT.total_seconds())
     except queue.Empty:
         store = None
     if store is None:
