@@ -1,0 +1,153 @@
+"""Clients with their raw examples, and a cache of them on disk that all processes of a machine share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+
+CACHE_FORMAT = 1
+"""Raised with every change of the files that `cached_clients` writes, so that older ones are built anew."""
+
+
+class Clients(Protocol):
+    """Clients 0 .. num_clients - 1 with their raw examples, before they are cut or turned into tensors.
+
+    num_classes: labels are below it.
+    fingerprint: digest of all examples and of who has them; equal clients, equal digest.
+    Safe to read from several threads.
+    """
+
+    @property
+    def num_clients(self) -> int: ...
+    @property
+    def num_classes(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def num_examples(self, client: int) -> int:
+        """How many examples a client has, without reading them."""
+        ...
+
+    def examples(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        """Inputs (num_examples, ...) and labels (num_examples,), in an order that is always the same.
+
+        Inputs are images (num_examples, 28, 28) with 0 for black, or tokens (num_examples, length).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class NamedClient:
+    """One client on its way into the cache. inputs: (num_examples, ...) uint8, labels: (num_examples,) whole numbers."""
+
+    name: str
+    inputs: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+class StoredClients:
+    """Clients in one folder of plain files, of which inputs and labels are mapped and not loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        meta = json.loads((folder / "meta.json").read_text())
+        self.names: list[str] = meta["names"]
+        self.num_clients = len(self.names)
+        self.num_classes: int = meta["num_classes"]
+        self.fingerprint: str = meta["fingerprint"]
+        self._offsets = np.array(meta["offsets"], dtype=np.int64)
+        total = int(self._offsets[-1])
+        input_shape = (total, *meta["input_shape"])
+        self._inputs = np.memmap(folder / "inputs", dtype=np.uint8, mode="r", shape=input_shape)
+        self._labels = np.memmap(folder / "labels", dtype="<i8", mode="r", shape=(total,))
+
+    def num_examples(self, client: int) -> int:
+        return int(self._offsets[client + 1] - self._offsets[client])
+
+    def examples(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        own = slice(self._offsets[client], self._offsets[client + 1])
+        return np.asarray(self._inputs[own]), np.asarray(self._labels[own])
+
+
+def cached_clients(
+    cache: Path, name: str, sources: Iterable[Path], clients: Iterator[NamedClient], num_classes: int
+) -> StoredClients:
+    """The clients that an iterator yields, from the cache where it holds them already.
+
+    cache: folder of all caches, created.  name: of the data set, part of the folder's name.
+    sources: the files that the clients are read from; another size or time of one of them means another cache.
+    clients: is exhausted only where the cache is built. Whatever it raises leaves no cache behind.
+    Raises ValueError where there is no client, two have the same name, or a label is out of range.
+    """
+    folder = cache / f"{name}-{_sources_digest(sources)}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / f".{name}.lock"):
+        if not folder.is_dir():
+            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as building:
+                finished = Path(building) / "clients"
+                finished.mkdir()
+                _write_clients(finished, clients, num_classes)
+                for old in cache.glob(f"{name}-*"):
+                    shutil.rmtree(old)
+                os.replace(finished, folder)
+    return StoredClients(folder)
+
+
+def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: int) -> None:
+    names: list[str] = []
+    offsets = [0]
+    input_shape: tuple[int, ...] | None = None
+    digest = hashlib.blake2b(digest_size=16)
+    with open(folder / "inputs", "wb") as inputs_file, open(folder / "labels", "wb") as labels_file:
+        for client in clients:
+            input_shape = client.inputs.shape[1:] if input_shape is None else input_shape
+            _check_client(client, input_shape, num_classes)
+            names.append(client.name)
+            offsets.append(offsets[-1] + len(client.labels))
+            for array, file in ((client.inputs, inputs_file), (client.labels.astype("<i8"), labels_file)):
+                content = np.ascontiguousarray(array).tobytes()
+                digest.update(content)
+                file.write(content)
+    if not names or input_shape is None:
+        raise ValueError("there is no client with an example")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"client {twice!r} comes twice")
+    digest.update(json.dumps([names, offsets]).encode())
+    meta: dict[str, Any] = {
+        "names": names,
+        "offsets": offsets,
+        "input_shape": list(input_shape),
+        "num_classes": num_classes,
+        "fingerprint": digest.hexdigest(),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def _check_client(client: NamedClient, input_shape: tuple[int, ...], num_classes: int) -> None:
+    if client.inputs.dtype != np.uint8 or client.inputs.shape[1:] != input_shape:
+        raise ValueError(f"client {client.name!r} has inputs {client.inputs.shape[1:]}, others {input_shape}")
+    if len(client.inputs) != len(client.labels):
+        raise ValueError(f"client {client.name!r} has {len(client.inputs)} inputs but {len(client.labels)} labels")
+    bad = np.flatnonzero((client.labels < 0) | (client.labels >= num_classes))
+    if len(bad):
+        raise ValueError(
+            f"client {client.name!r}: label {bad[0]} is {client.labels[bad[0]]}, not in 0..{num_classes - 1}"
+        )
+
+
+def _sources_digest(sources: Iterable[Path]) -> str:
+    digest = hashlib.blake2b(f"format {CACHE_FORMAT}".encode(), digest_size=8)
+    for path in sorted(sources):
+        status = path.stat()
+        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+    return digest.hexdigest()
