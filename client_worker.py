@@ -28,7 +28,7 @@ def main() -> None:
 
     def set_up(config: ExperimentConfig) -> tuple[nn.Module, FederatedDataset]:
         dataset = utils.get_datasets(config, args.data_root)
-        return utils.get_model(config, dataset.num_classes), dataset
+        return utils.get_model(config, dataset), dataset
 
     network = TypedNetwork(
         (args.ip, args.port), args.world_size, args.rank, args.ethernet, args.backend, args.join_timeout_seconds, device

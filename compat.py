@@ -7,8 +7,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-import torch
+# torch imports the pynvml package, a requirement of fedlab, and then warns that it is deprecated.
+warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+
+import torch  # noqa: E402
 
 _TORCHVISION_OPERATORS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -41,13 +47,32 @@ def import_torchvision() -> None:
     import torchvision  # noqa: F401
 
 
+@contextmanager
+def _without_pyarrow() -> Iterator[None]:
+    """Let pandas, which fedlab imports and does not need for anything here, do without pyarrow.
+
+    It would load it wherever it is installed, at some 35 MB in each process; here only the reader of parquet files
+    needs it, and imports it itself.
+    """
+    if "pyarrow" in sys.modules:
+        yield
+        return
+    sys.modules["pyarrow"] = None  # type: ignore[assignment]  # makes `import pyarrow` fail
+    try:
+        yield
+    finally:
+        del sys.modules["pyarrow"]
+
+
 def prepare_fedlab() -> None:
     """Call before importing fedlab: it imports torchvision, and sets up the root logger to print at level INFO."""
     import_torchvision()
     root = logging.getLogger()
     level, handler = root.level, logging.NullHandler()
     root.addHandler(handler)  # logging.basicConfig leaves a root logger with a handler alone
-    import fedlab.utils.logger  # noqa: F401
+    with _without_pyarrow():
+        import fedlab.utils.dataset.functional  # the first to import pandas
+        import fedlab.utils.logger  # noqa: F401
 
     root.removeHandler(handler)
     root.setLevel(level)

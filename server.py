@@ -28,15 +28,13 @@ def main() -> None:
     network.listen()
     folder = utils.open_run_folder(args)
     dataset = utils.get_datasets(config, args.data_root)
-    model = utils.get_model(config, dataset.num_classes)
-    clients = dataset.directory()
-    del dataset  # the server hands out clients and never reads an example
+    model = utils.get_model(config, dataset)
     run_settings = {"command": sys.argv, "world_size": args.world_size, "backend": args.backend}
 
     def experiment(executor: Executor) -> None:
-        run_and_record(config, executor, clients, model, folder, run_settings)
+        run_and_record(config, executor, dataset, model, folder, run_settings)
 
-    WorkerPoolManager(network, CohortHandler(model), config, clients, experiment).run()
+    WorkerPoolManager(network, CohortHandler(model), config, dataset, experiment).run()
 
 
 if __name__ == "__main__":

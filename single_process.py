@@ -22,7 +22,7 @@ def main() -> None:
     num_lanes = args.threads or len(os.sched_getaffinity(0))
     folder = utils.open_run_folder(args)
     dataset = utils.get_datasets(config, args.data_root)
-    model = utils.get_model(config, dataset.num_classes)
+    model = utils.get_model(config, dataset)
     executor = LocalExecutor(config, model, dataset, device, num_lanes)
     run_settings = {"command": sys.argv, "world_size": 1, "device": str(device), "threads": num_lanes}
     run_and_record(config, executor, dataset, model, folder, run_settings)

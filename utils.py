@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from perfedavg.config import OPTIMIZERS, ExperimentConfig, OptimizerConfig, PhaseConfig
+from perfedavg.console import say
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn
@@ -18,8 +20,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from perfedavg.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent
-DATASETS = ("emnist", "mnist", "digits")
-STRUCTURES = ("cnn", "mlp")
+STRUCTURES = ("cnn", "mlp", "lstm")
 BACKENDS = ("gloo", "nccl")
 CLIENT_ADAM_BETAS = (0.0, 0.999)
 """Of a client's Adam: no first moment, as Reptile's authors set it (Nichol et al. 2018, section 6)."""
@@ -29,20 +30,40 @@ CLIENT_ADAM_BETAS = (0.0, 0.999)
 class Defaults:
     """Values of the flags that follow the data set."""
 
-    client_num_in_total: int
-    client_num_per_round: int
-    epochs: int
-    fine_tune_outer_loops: int
-    eval_every: int
+    struct: str = "cnn"
+    client_num_in_total: int | None = 3400
+    unseen_fraction: str = "0.2"
+    partition: str | None = "shards:2"
+    client_num_per_round: int = 5
+    epochs: int = 500
+    fine_tune_outer_loops: int = 100
+    eval_every: int = 50
+    local_lr: float = 0.02
+    fine_tune_local_lr: float = 0.02
 
 
-PAPER_SIZE = Defaults(
-    client_num_in_total=3400, client_num_per_round=5, epochs=500, fine_tune_outer_loops=100, eval_every=50
-)
-QUICK_SIZE = Defaults(
-    client_num_in_total=50, client_num_per_round=10, epochs=40, fine_tune_outer_loops=20, eval_every=5
-)
-DATASET_DEFAULTS = {"emnist": PAPER_SIZE, "mnist": PAPER_SIZE, "digits": QUICK_SIZE}
+PAPER = Defaults()
+QUICK = Defaults(client_num_in_total=50, client_num_per_round=10, epochs=40, fine_tune_outer_loops=20, eval_every=5)
+NATURAL = Defaults(client_num_in_total=None, partition=None)
+DATASET_DEFAULTS = {
+    "emnist": PAPER,
+    "emnist_balanced": PAPER,
+    "emnist_letters": PAPER,
+    "emnist_digits": PAPER,
+    "mnist": PAPER,
+    "fashion_mnist": PAPER,
+    "digits": QUICK,
+    "femnist": replace(NATURAL, unseen_fraction="9/34"),  # 2,500 of 3,400 writers train
+    "shakespeare": replace(NATURAL, struct="lstm", local_lr=0.8, fine_tune_local_lr=0.8),
+    "synthetic_writers": replace(PAPER, partition=None),
+    "folder": NATURAL,
+}
+ABSENT = {"client_num_in_total": "all clients", "partition": "none, for natural clients,"}
+"""What it means that a default is absent."""
+USERS_OWN = NATURAL
+"""For a data set given as package.module:factory."""
+MODELS = {"mnist": "mnist_cnn", "fashion_mnist": "mnist_cnn", "digits": "mnist_cnn"}
+"""Data sets whose `cnn` is the small one of the MNIST experiments; the others have 62 classes or so."""
 
 
 def get_args(role: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,7 +74,7 @@ def get_args(role: str, argv: Sequence[str] | None = None) -> argparse.Namespace
     """
     args = build_parser(role).parse_args(argv)
     if "dataset" in args:
-        for name, value in vars(DATASET_DEFAULTS[args.dataset]).items():
+        for name, value in vars(_defaults_of(args.dataset)).items():
             if getattr(args, name) is None:
                 setattr(args, name, value)
     return args
@@ -113,6 +134,8 @@ def config_from_args(args: argparse.Namespace) -> ExperimentConfig:
         architecture=_architecture(args.dataset, args.struct),
         seed=args.seed,
         num_clients=args.client_num_in_total,
+        unseen_fraction=args.unseen_fraction,
+        partition=args.partition,
         cohort_size=args.client_num_per_round,
         batch_size=args.batch_size,
         fedavg=PhaseConfig(
@@ -139,13 +162,22 @@ def check_num_workers(config: ExperimentConfig, num_workers: int) -> None:
 
 def get_datasets(config: ExperimentConfig, data_root: Path) -> FederatedDataset:
     """The experiment's data, dealt out to its clients. Raises ValueError where it cannot be had or is damaged."""
-    from datasets import load_federated_dataset
+    from datasets import DatasetRequest, load_federated_dataset
 
-    return load_federated_dataset(config.dataset, data_root, config.num_clients, config.seed)
+    request = DatasetRequest(
+        config.dataset, config.num_clients, config.num_unseen_clients, config.partition, config.seed
+    )
+    dataset = load_federated_dataset(request, data_root)
+    if getattr(dataset, "num_left_out", 0):
+        say(f"{dataset.num_left_out} clients of {config.dataset} are left out, having fewer than two examples")
+    return dataset
 
 
-def get_model(config: ExperimentConfig, num_classes: int) -> nn.Module:
-    """The experiment's model, with the initial weights that follow from the seed."""
+def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
+    """The experiment's model for a data set, with the initial weights that follow from the seed.
+
+    A user's own data set may bring its model, as a method `build_model()`.
+    """
     import torch
 
     from models import build_model
@@ -153,7 +185,8 @@ def get_model(config: ExperimentConfig, num_classes: int) -> nn.Module:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seeds(seed_sequence(config.seed, Purpose.INITIAL_MODEL), 1)[0])
-        return build_model(config.architecture, num_classes)
+        build_own = getattr(dataset, "build_model", None)
+        return build_own() if build_own else build_model(config.architecture, dataset.num_classes)
 
 
 def open_run_folder(args: argparse.Namespace) -> RunFolder:
@@ -164,33 +197,60 @@ def open_run_folder(args: argparse.Namespace) -> RunFolder:
 
 
 def _architecture(dataset: str, struct: str) -> str:
-    if struct == "mlp":
-        return "mlp"
-    return "emnist_cnn" if dataset == "emnist" else "mnist_cnn"
+    is_text = _defaults_of(dataset).struct == "lstm"
+    if is_text != (struct == "lstm") and ":" not in dataset:
+        raise ValueError(f"--struct {struct} does not fit {dataset}; use {'lstm' if is_text else 'cnn or mlp'}")
+    return MODELS.get(dataset, "emnist_cnn") if struct == "cnn" else struct
+
+
+def _defaults_of(dataset: str) -> Defaults:
+    return USERS_OWN if ":" in dataset else DATASET_DEFAULTS[dataset]
 
 
 def _follows_dataset(name: str) -> str:
-    values = ", ".join(f"{dataset} {getattr(DATASET_DEFAULTS[dataset], name)}" for dataset in DATASETS)
-    return f"(default, by data set: {values})"
+    """The defaults of a flag, grouped by value, the most frequent as `others`."""
+    datasets: dict[str, list[str]] = {}
+    for dataset, defaults in DATASET_DEFAULTS.items():
+        value = getattr(defaults, name)
+        datasets.setdefault(ABSENT.get(name, "") if value is None else str(value), []).append(dataset)
+    *rare, (common, _) = sorted(datasets.items(), key=lambda entry: len(entry[1]))
+    listed = "".join(f"{value} for {', '.join(names)}; " for value, names in rare)
+    return f"(default: {listed}{common} for the others)" if rare else f"(default: {common})"
 
 
 def _add_experiment(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("experiment")
     add = group.add_argument
-    add("--dataset", choices=DATASETS, default="emnist", help="data set; emnist is byclass, 62 classes")
-    add("--struct", choices=STRUCTURES, default="cnn", help="model: the data set's convolutional network, or an MLP")
-    _add_by_dataset(group, "client_num_in_total", "clients, of which 80 %% train and 20 %% are never seen in training")
-    _add_by_dataset(group, "client_num_per_round", "training clients drawn for each round")
+    add(
+        "--dataset",
+        type=_dataset,
+        default="emnist",
+        metavar="NAME",
+        help=f"{', '.join(DATASET_DEFAULTS)} (client/class/image.png in --data_root), or package.module:factory; "
+        "see python -m datasets.describe",
+    )
+    by_dataset = partial(_add_by_dataset, group)
+    by_dataset("struct", "model: a convolutional network, an MLP, or (text) an LSTM", choices=STRUCTURES, type=str)
+    by_dataset("client_num_in_total", "clients, those that train and those that are never seen in training")
+    by_dataset("unseen_fraction", "share of the clients that never train, such as 0.2 or 9/34", type=str, metavar="X")
+    by_dataset(
+        "partition",
+        "how examples without natural owners are dealt out: shards:N (label-sorted shards a client), iid, "
+        "dirichlet:ALPHA (over labels), quantity:SIGMA (log-normal sizes), labels:N (labels a client) or noise:SIGMA",
+        type=str,
+        metavar="NAME[:X]",
+    )
+    by_dataset("client_num_per_round", "training clients drawn for each round")
     add("--batch_size", type=int, default=20, help="examples a local step")
     add("--seed", type=int, default=0, help="everything random follows from it; same seed, same model")
-    _add_by_dataset(group, "eval_every", "communication rounds between two points of the accuracy curve")
+    by_dataset("eval_every", "communication rounds between two points of the accuracy curve")
     add("--eval_clients", type=int, default=100, help="unseen clients behind a point of the curve; results take all")
 
     group = parser.add_argument_group("phase 1, FedAvg")
     add = group.add_argument
     _add_by_dataset(group, "epochs", "communication rounds")
     add("--inner_loops", type=int, default=5, help="local epochs a client a round (E)")
-    add("--local_lr", type=float, default=0.02, help="learning rate of the clients' SGD, also in personalization")
+    _add_by_dataset(group, "local_lr", "learning rate of the clients' SGD, also in personalization", type=float)
     add("--server_lr", type=float, default=1.0, help="learning rate of the server's SGD; 1.0 without momentum averages")
     add("--server_momentum", type=float, default=0.9, help="momentum of the server's SGD, 0 or more and below 1")
 
@@ -208,7 +268,7 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     _add_by_dataset(group, "fine_tune_outer_loops", "communication rounds")
     add("--fine_tune_inner_loops", type=int, default=10, help="local epochs a client a round (K)")
     add("--fine_tune_client_optimizer", choices=OPTIMIZERS, default="sgd", help="the clients' optimizer")
-    add("--fine_tune_local_lr", type=float, default=0.02, help="the clients' learning rate")
+    _add_by_dataset(group, "fine_tune_local_lr", "the clients' learning rate", type=float)
     add("--fine_tune_server_optimizer", choices=OPTIMIZERS, default="adam", help="the server's optimizer")
     add(
         "--fine_tune_server_lr", type=float, default=0.001, help="the server's learning rate (with sgd, Reptile's step)"
@@ -218,15 +278,17 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pers_round", type=int, default=5, help="local epochs by which an unseen client adapts")
 
 
-def _add_by_dataset(group: argparse._ArgumentGroup, name: str, text: str) -> None:
-    group.add_argument(f"--{name}", type=int, default=None, help=f"{text} {_follows_dataset(name)}")
+def _add_by_dataset(group: argparse._ArgumentGroup, name: str, text: str, **options: Any) -> None:
+    """A flag whose default follows the data set; a whole number unless the options say otherwise."""
+    group.add_argument(f"--{name}", default=None, help=f"{text} {_follows_dataset(name)}", **{"type": int, **options})
 
 
 def _add_run_folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument_group("output").add_argument(
         "--run_dir",
         type=Path,
-        help=f"folder of this run; one that holds a run is refused (default: {ROOT.name}/runs/<date-time>-<dataset>)",
+        help="folder of this run; one that holds a run is refused "
+        "(default: runs/<date-time>-<dataset> in the project's folder)",
     )
 
 
@@ -295,6 +357,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return {int: "N", _positive: "N", _port: "PORT", float: "X", Path: "FOLDER"}.get(action.type, "TEXT")
+
+
+def _dataset(text: str) -> str:
+    if text not in DATASET_DEFAULTS and ":" not in text:
+        names = ", ".join(DATASET_DEFAULTS)
+        raise argparse.ArgumentTypeError(f"{text!r} is unknown; use one of {names}, or package.module:factory")
+    return text
 
 
 def _boolean(text: str) -> bool:

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -38,6 +38,10 @@ class Clients(Protocol):
         """How many examples a client has, without reading them."""
         ...
 
+    def smaller_than(self, minimum: int) -> Sequence[int]:
+        """The clients with fewer examples than that, ascending."""
+        ...
+
     def examples(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         """Inputs (num_examples, ...) and labels (num_examples,), in an order that is always the same.
 
@@ -48,7 +52,7 @@ class Clients(Protocol):
 
 @dataclass(frozen=True)
 class NamedClient:
-    """One client on its way into the cache. inputs: (num_examples, ...) uint8, labels: (num_examples,) whole numbers."""
+    """One client on its way into the cache. inputs: (num_examples, ...) uint8, labels: (num_examples,) int64."""
 
     name: str
     inputs: NDArray[np.uint8]
@@ -72,6 +76,9 @@ class StoredClients:
 
     def num_examples(self, client: int) -> int:
         return int(self._offsets[client + 1] - self._offsets[client])
+
+    def smaller_than(self, minimum: int) -> Sequence[int]:
+        return [int(client) for client in np.flatnonzero(np.diff(self._offsets) < minimum)]
 
     def examples(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         own = slice(self._offsets[client], self._offsets[client + 1])

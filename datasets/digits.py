@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
-from datasets.federated import ImageSplits
+from datasets.partitioned import ImageSplits
 
 LARGEST_VALUE = 16
 """Pixels count the dark points of a 4x4 block, 0..16."""

@@ -1,32 +1,141 @@
-"""How examples are dealt out to clients. Each function returns, for every client, the indices of its examples."""
+"""How examples without natural owners are dealt out to clients.
+
+Each partition maps labels to a list with, for every client, the indices of its examples: nothing is lost and nothing
+dealt twice. FedLab's functions are used where they keep to that.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
-from fedlab.utils.dataset.functional import shards_partition
+from fedlab.utils.dataset.functional import (
+    homo_partition,
+    label_skew_quantity_based_partition,
+    lognormal_unbalance_split,
+    shards_partition,
+)
 from numpy.typing import NDArray
 
-SHARDS_PER_CLIENT = 2
+Indices = NDArray[np.int64]
 
 
-def label_shards(
-    labels: NDArray[np.int64], num_clients: int, stream: np.random.SeedSequence
-) -> list[NDArray[np.int64]]:
-    """Sort by label, cut into two shards a client, deal the shards out at random (McMahan et al. 2017).
+def label_shards(labels: Indices, num_clients: int, num_classes: int, per_client: float) -> list[Indices]:
+    """Sort by label, cut into shards, deal `per_client` of them to each client (McMahan et al. 2017).
 
-    labels: (num_examples,). Nothing is lost and nothing dealt twice; sizes of shards differ by one at most.
-
-    FedLab's `shards_partition` deals, but not the examples themselves: it drops those that do not fill a shard, and
-    sorts by an algorithm whose order among equal labels depends on the processor.
+    Sizes of shards differ by one at most. FedLab's `shards_partition` deals the shards, but not the examples
+    themselves: it drops those that do not fill a shard, and sorts by an algorithm whose order among equal labels
+    depends on the processor.
     """
-    num_shards = SHARDS_PER_CLIENT * num_clients
+    del num_classes
+    num_shards = int(per_client) * num_clients
     shards = np.array_split(np.argsort(labels, kind="stable"), num_shards)
-    with _global_numpy_seed(stream):
-        dealt = shards_partition(np.arange(num_shards), num_clients, num_shards)
+    dealt = shards_partition(np.arange(num_shards), num_clients, num_shards)
     return [np.concatenate([shards[shard] for shard in dealt[client]]) for client in range(num_clients)]
+
+
+def iid(labels: Indices, num_clients: int, num_classes: int, value: float) -> list[Indices]:
+    """Equal numbers (they differ by one at most), drawn at random from all examples."""
+    del num_classes, value
+    sizes = np.full(num_clients, len(labels) // num_clients)
+    sizes[: len(labels) % num_clients] += 1
+    return _as_list(homo_partition(sizes, len(labels)))
+
+
+def quantity_skew(labels: Indices, num_clients: int, num_classes: int, sigma: float) -> list[Indices]:
+    """Like `iid`, with sizes from a log-normal distribution whose logarithm has the standard deviation sigma."""
+    del num_classes
+    return _as_list(homo_partition(lognormal_unbalance_split(num_clients, len(labels), sigma), len(labels)))
+
+
+def label_dirichlet(labels: Indices, num_clients: int, num_classes: int, alpha: float) -> list[Indices]:
+    """Deal each class out in shares drawn from Dirichlet(alpha) over the clients (Hsu et al. 2019).
+
+    The smaller alpha, the fewer classes a client has. FedLab's `hetero_dir_partition` draws again until no client is
+    small, which for thousands of clients never happens; here clients may come out small or empty.
+    """
+    parts: list[list[Indices]] = [[] for _ in range(num_clients)]
+    for label in range(num_classes):
+        members = np.random.permutation(np.flatnonzero(labels == label))
+        shares = np.random.dirichlet(np.full(num_clients, alpha))
+        cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
+        for client, part in enumerate(np.split(members, cuts)):
+            if len(part):
+                parts[client].append(part)
+    return [np.concatenate(part) if part else np.empty(0, dtype=np.int64) for part in parts]
+
+
+def labels_per_client(labels: Indices, num_clients: int, num_classes: int, count: float) -> list[Indices]:
+    """Each client has `count` classes, and each class is shared equally by those who have it (Li et al. 2022).
+
+    Raises ValueError where there are fewer clients than classes, because a class would then belong to nobody.
+    """
+    if count > num_classes or num_clients < num_classes:
+        raise ValueError(
+            f"--partition labels:{int(count)} needs at least as many clients as the {num_classes} classes in each of "
+            f"the two splits (this one has {num_clients}), and at most {num_classes} labels a client"
+        )
+    return _as_list(label_skew_quantity_based_partition(labels, num_clients, num_classes, int(count)))
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A kind of partition. default: of the number behind the colon.  whole: whether that number must be whole."""
+
+    deal: Callable[[Indices, int, int, float], list[Indices]]
+    default: float | None
+    whole: bool = False
+
+
+SCHEMES = {
+    "shards": Scheme(label_shards, 2, whole=True),
+    "iid": Scheme(iid, None),
+    "dirichlet": Scheme(label_dirichlet, 0.5),
+    "quantity": Scheme(quantity_skew, 1.0),
+    "labels": Scheme(labels_per_client, 2, whole=True),
+    "noise": Scheme(iid, 0.2),
+}
+"""`noise` deals like `iid`; see `partitioned.PartitionedClients` for the noise itself."""
+
+USAGE = "shards:N, iid, dirichlet:ALPHA, quantity:SIGMA, labels:N or noise:SIGMA"
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A scheme and its number."""
+
+    name: str
+    value: float
+
+    @classmethod
+    def parse(cls, text: str) -> Partition:
+        """From `name` or `name:number`. Raises ValueError where it is neither."""
+        name, _, number = text.partition(":")
+        scheme = SCHEMES.get(name)
+        if scheme is None or (number and scheme.default is None):
+            raise ValueError(f"--partition {text} is unknown; use {USAGE}")
+        try:
+            value = float(number or scheme.default or 0)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or (scheme.default is not None and value <= 0) or (scheme.whole and value % 1):
+            kind = "a whole number from 1" if scheme.whole else "a number above 0"
+            raise ValueError(f"--partition {text}: what follows the colon must be {kind}")
+        return cls(name, value)
+
+    def deal(
+        self, labels: Indices, num_clients: int, num_classes: int, stream: np.random.SeedSequence
+    ) -> list[Indices]:
+        """The indices of each client's examples. labels: (num_examples,) below num_classes."""
+        with _global_numpy_seed(stream):
+            return SCHEMES[self.name].deal(labels, num_clients, num_classes, self.value)
+
+
+def _as_list(dealt: dict[int, Indices]) -> list[Indices]:
+    return [np.asarray(dealt[client], dtype=np.int64) for client in range(len(dealt))]
 
 
 @contextmanager

@@ -1,120 +1,237 @@
-"""MNIST and EMNIST: downloaded through torchvision on first use, checked on every use, mapped from its files."""
+"""MNIST, Fashion-MNIST and EMNIST: downloaded through torchvision on first use, checked and mapped on every use."""
 
 from __future__ import annotations
 
 import contextlib
+import gzip
+import io
 import os
 import shutil
+import socket
+import stat
 import sys
-import tempfile
-from collections.abc import Callable
+import zipfile
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from http.client import HTTPException
+from pathlib import Path, PurePosixPath
+from time import sleep
+from urllib.error import HTTPError
 
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from torchvision.datasets import EMNIST, MNIST
+from torchvision.datasets import EMNIST, MNIST, FashionMNIST
+from torchvision.datasets.utils import download_url
 
-from datasets.federated import ImageSplits
 from datasets.idx import map_idx
+from datasets.partitioned import ImageSplits
 
 IMAGE_SHAPE = (28, 28)
+
+PAUSES_SECONDS = (1.0, 2.0, 4.0)
+"""Before the second attempt and each one after it; an attempt tries every mirror once."""
+
+SILENCE_SECONDS = 60.0
+"""A mirror that sends nothing for so long has failed."""
+
+TRANSFER_ERRORS = (OSError, RuntimeError, HTTPException)
+UNPACK_ERRORS = (OSError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that torchvision downloads.
+    """A data set that torchvision knows.
 
-    name: ours.  folder: torchvision's, below the data root.  train_prefix, test_prefix: beginnings of the file names.
-    download: fetches the files into a data root.
+    torchvision_class: says the folder, the mirrors and the checksums.
+    train_prefix, test_prefix: beginnings of the file names.
+    first_label: in the files; here labels begin at 0.
+    transposed: the files hold each image with rows and columns exchanged.
     """
 
-    name: str
-    folder: str
+    torchvision_class: type[MNIST]
     train_prefix: str
     test_prefix: str
     num_classes: int
-    download: Callable[[str], object]
+    first_label: int = 0
+    transposed: bool = False
+
+    def raw(self, data_root: Path) -> Path:
+        """The folder of the unpacked files."""
+        return data_root / self.torchvision_class.__name__ / "raw"
 
 
-MNIST_SOURCE = Source("mnist", "MNIST", "train", "t10k", 10, lambda root: MNIST(root, download=True))
-EMNIST_SOURCE = Source(
-    "emnist",
-    "EMNIST",
-    "emnist-byclass-train",
-    "emnist-byclass-test",
-    62,
-    lambda root: EMNIST(root, split="byclass", download=True),
-)
+def _emnist(split: str, num_classes: int, first_label: int = 0) -> Source:
+    return Source(EMNIST, f"emnist-{split}-train", f"emnist-{split}-test", num_classes, first_label, transposed=True)
 
 
-def load_mnist_images(data_root: Path) -> ImageSplits:
-    """60,000 training and 10,000 test digits (LeCun et al. 1998)."""
-    return _load(MNIST_SOURCE, data_root)
+SOURCES = {
+    "emnist": _emnist("byclass", 62),
+    "emnist_balanced": _emnist("balanced", 47),
+    "emnist_letters": _emnist("letters", 26, first_label=1),
+    "emnist_digits": _emnist("digits", 10),
+    "mnist": Source(MNIST, "train", "t10k", 10),
+    "fashion_mnist": Source(FashionMNIST, "train", "t10k", 10),
+}
+"""MNIST: LeCun et al. 1998. Fashion-MNIST: Xiao et al. 2017. EMNIST: Cohen et al. 2017, `emnist` being its byclass."""
+
+IMAGE_NAMES = tuple(SOURCES)
 
 
-def load_emnist_images(data_root: Path) -> ImageSplits:
-    """EMNIST byclass: 697,932 training and 116,323 test characters of 62 classes (Cohen et al. 2017).
+def load_images(name: str, data_root: Path) -> ImageSplits:
+    """A data set's published splits, upright, with labels from 0, read-only and paged in as they are used.
 
-    The published files hold each image transposed; here they stand upright.
+    name: one of IMAGE_NAMES.  data_root: folder of the data files, into which missing ones are downloaded.
+    Raises ValueError where the files cannot be had, are damaged, or lie elsewhere.
     """
-    splits = _load(EMNIST_SOURCE, data_root)
-    return ImageSplits(
-        splits.train_images.transpose(0, 2, 1),
-        splits.train_labels,
-        splits.test_images.transpose(0, 2, 1),
-        splits.test_labels,
-        splits.num_classes,
-    )
-
-
-def _load(source: Source, data_root: Path) -> ImageSplits:
-    _download_if_missing(source, data_root)
-    raw = data_root / source.folder / "raw"
+    source = SOURCES[name]
+    _download_if_missing(name, source, data_root)
     try:
-        train = _read_split(raw, source.train_prefix, source.num_classes)
-        test = _read_split(raw, source.test_prefix, source.num_classes)
+        train = _read_split(source, source.train_prefix, data_root)
+        test = _read_split(source, source.test_prefix, data_root)
     except ValueError as error:
-        raise ValueError(f"{error}; replace it, or delete {raw} to download {source.name} anew") from error
+        shared = ", which all EMNIST data sets share," if source.torchvision_class is EMNIST else ""
+        raise ValueError(
+            f"{error}; replace it, or delete {source.raw(data_root)}{shared} to download {name} anew"
+        ) from error
     return ImageSplits(*train, *test, source.num_classes)
 
 
-def _read_split(raw: Path, prefix: str, num_classes: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _read_split(source: Source, prefix: str, data_root: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    raw = source.raw(data_root)
     images_path, labels_path = raw / f"{prefix}-images-idx3-ubyte", raw / f"{prefix}-labels-idx1-ubyte"
+    for path in (images_path, labels_path):
+        _refuse_link_out_of(data_root, path)
     images, labels = map_idx(images_path, 3), map_idx(labels_path, 1).astype(np.int64)
     if images.shape[1:] != IMAGE_SHAPE:
         raise ValueError(f"{images_path} is damaged: its images are {images.shape[1:]}, not {IMAGE_SHAPE}")
     if len(images) != len(labels):
         raise ValueError(f"{labels_path} is damaged: it has {len(labels)} labels for {len(images)} images")
-    if labels.max() >= num_classes:
-        first = int(np.argmax(labels >= num_classes))
-        raise ValueError(f"{labels_path} is damaged: label {first} is {labels[first]}, not below {num_classes}")
-    return images, labels
+    end = source.first_label + source.num_classes
+    for wrong, rule in (
+        (labels >= end, f"below {end}"),
+        (labels < source.first_label, f"{source.first_label} or more"),
+    ):
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            raise ValueError(f"{labels_path} is damaged: label {first} is {labels[first]}, not {rule}")
+    return images.transpose(0, 2, 1) if source.transposed else images, labels - source.first_label
 
 
-def _download_if_missing(source: Source, data_root: Path) -> None:
+def _refuse_link_out_of(data_root: Path, path: Path) -> None:
+    """Only a file's own link counts: a data set's folder, or the data root, may be a link to a shared disk."""
+    target = Path(os.path.realpath(path))
+    if path.is_symlink() and not target.is_relative_to(os.path.realpath(data_root)):
+        raise ValueError(f"{path} is a symbolic link to {target}, outside of {data_root}")
+
+
+def _download_if_missing(name: str, source: Source, data_root: Path) -> None:
     """Download into a folder beside the final one and rename it, so that nothing half-written is taken for data."""
-    folder = data_root / source.folder
-    if (folder / "raw").is_dir():
+    raw = source.raw(data_root)
+    if raw.is_dir():
         return
+    folder = raw.parent
+    incoming = data_root / f".{folder.name}-incoming"
     try:
         data_root.mkdir(parents=True, exist_ok=True)
-        with FileLock(data_root / f".{source.folder}.lock"):
-            if (folder / "raw").is_dir():  # another process was faster
+        with FileLock(data_root / f".{folder.name}.lock"):
+            if raw.is_dir():  # another process was faster
                 return
-            print(f"downloading {source.name} to {data_root}", file=sys.stderr, flush=True)
-            with tempfile.TemporaryDirectory(prefix=f".{source.folder}-", dir=data_root) as incoming:
-                with contextlib.redirect_stdout(sys.stderr):
-                    source.download(incoming)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(Path(incoming) / source.folder, folder)
-    except Exception as error:  # torchvision raises RuntimeError, URLError, OSError, zipfile and gzip errors here
+            print(f"downloading {name} to {data_root}", file=sys.stderr, flush=True)
+            shutil.rmtree(incoming, ignore_errors=True)  # of a process that was killed
+            try:
+                unpacked = _download(source.torchvision_class, incoming)
+                folder.mkdir(exist_ok=True)
+                os.replace(unpacked, raw)
+            finally:
+                shutil.rmtree(incoming, ignore_errors=True)
+    except (*TRANSFER_ERRORS, *UNPACK_ERRORS) as error:
         raise ValueError(
-            f"{source.name} is not in {data_root} and could not be downloaded ({_last_line(error)}); put its unpacked "
-            f"IDX files into {folder / 'raw'}, name another folder with --data_root or PERFEDAVG_DATA, or use "
-            "--dataset digits, which needs no download"
+            f"{name} is not in {data_root} and could not be downloaded ({_last_line(error)}); put its unpacked "
+            f"IDX files into {raw}, name another folder with --data_root or PERFEDAVG_DATA, or use --dataset digits "
+            "or --dataset synthetic_writers, which need no download"
         ) from error
+
+
+def _download(torchvision_class: type[MNIST], incoming: Path) -> Path:
+    """Fetch and unpack every archive. Returns the folder of the unpacked files, below `incoming`."""
+    unpacked = incoming / "raw"
+    unpacked.mkdir(parents=True)
+    for urls, md5 in _archives(torchvision_class):
+        archive = _fetch(urls, md5, incoming)
+        if archive.suffix == ".zip":
+            _unpack_zip(archive, unpacked)
+        else:
+            with gzip.open(archive) as packed, open(unpacked / archive.stem, "wb") as file:
+                shutil.copyfileobj(packed, file)
+        archive.unlink()
+    return unpacked
+
+
+def _archives(torchvision_class: type[MNIST]) -> list[tuple[list[str], str]]:
+    """Each archive's addresses and its MD5."""
+    if torchvision_class is EMNIST:
+        return [([EMNIST.url], EMNIST.md5)]
+    mirrors = torchvision_class.mirrors
+    return [([f"{mirror}{file}" for mirror in mirrors], md5) for file, md5 in torchvision_class.resources]
+
+
+def _fetch(urls: list[str], md5: str, folder: Path) -> Path:
+    """Download a file from the first address that delivers it whole; after the last one, pause and start over.
+
+    Raises RuntimeError, saying the last failure, when the attempts are used up.
+    """
+    name = urls[0].rpartition("/")[2]
+    for pause in (*PAUSES_SECONDS, None):
+        for url in urls:
+            try:
+                with _transfer_settings():
+                    download_url(url, folder, name, md5)
+                return folder / name
+            except TRANSFER_ERRORS as error:
+                failure, cause = f"{url}: {_last_line(error)}", error
+                if isinstance(error, HTTPError):
+                    error.close()  # it holds the connection
+        if pause is None:
+            raise RuntimeError(failure) from cause
+        print(f"{failure}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+        sleep(pause)
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def _transfer_settings() -> Iterator[None]:
+    """torchvision takes no such options: a progress bar on terminals only, and no endless wait for a silent mirror."""
+    progress = sys.stderr if sys.stderr.isatty() else io.StringIO()
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_SECONDS)
+    try:
+        with contextlib.redirect_stdout(progress), contextlib.redirect_stderr(progress):
+            yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _unpack_zip(archive: Path, folder: Path) -> None:
+    """Unpack the gzip files in EMNIST's archive, once every member is known to stay within a folder.
+
+    Raises BadZipFile, with the member's name, where one does not.
+    """
+    with zipfile.ZipFile(archive) as file:
+        for member in file.infolist():
+            name = member.orig_filename.replace("\\", "/")
+            if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
+                raise zipfile.BadZipFile(
+                    f"{archive.name} is refused: its member {member.orig_filename!r} leads out of the folder"
+                )
+            if stat.S_ISLNK(member.external_attr >> 16):
+                raise zipfile.BadZipFile(f"{archive.name} is refused: its member {member.orig_filename!r} is a link")
+        for member in file.infolist():
+            path = PurePosixPath(member.filename)
+            if path.match("gzip/emnist-*.gz"):
+                with file.open(member) as packed, gzip.open(packed) as plain, open(folder / path.stem, "wb") as target:
+                    shutil.copyfileobj(plain, target)
 
 
 def _last_line(error: Exception) -> str:

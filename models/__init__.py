@@ -5,14 +5,15 @@ from __future__ import annotations
 from torch import nn
 
 from models.emnist_cnn import EmnistCNN
+from models.lstm import CharLSTM
 from models.mlp import MLP
 from models.mnist_cnn import MnistCNN
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
-    """A freshly initialized model for (batch, 1, 28, 28) images, from torch's global generator.
+    """A freshly initialized model, from torch's global generator. Its output is (batch, num_classes) logits.
 
-    name: `emnist_cnn`, `mnist_cnn` or `mlp`. Its output is (batch, num_classes) logits.
+    name: `emnist_cnn`, `mnist_cnn` or `mlp`, for (batch, 1, 28, 28) images, or `lstm`, for (batch, length) tokens.
     Raises ValueError where the name is unknown.
     """
     if name == "emnist_cnn":
@@ -21,4 +22,6 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         return MnistCNN(num_classes)
     if name == "mlp":
         return MLP(num_classes)
-    raise ValueError(f"unknown model {name!r}; use emnist_cnn, mnist_cnn or mlp")
+    if name == "lstm":
+        return CharLSTM(num_classes)
+    raise ValueError(f"unknown model {name!r}; use emnist_cnn, mnist_cnn, mlp or lstm")

@@ -133,7 +133,7 @@ class WorkerPoolManager(ServerManager):
                     f"worker {rank} reads other data than the server (fingerprint {ready.fingerprint}, not "
                     f"{self._clients.fingerprint}); give both the same files with --data_root"
                 )
-        self._handler.num_clients = self._experiment_config.num_clients
+        self._handler.num_clients = len(self._clients.train_client_ids) + len(self._clients.unseen_client_ids)
 
     def main_loop(self) -> None:
         self._experiment(self)

@@ -47,7 +47,8 @@ class PersonalizationTrainer(SerialClientTrainer):
         device: torch.device,
         num_lanes: int,
     ) -> None:
-        super().__init__(model, config.num_clients, cuda=False)
+        num_clients = len(dataset.train_client_ids) + len(dataset.unseen_client_ids)
+        super().__init__(model, num_clients, cuda=False)
         self.dataset = dataset
         self._executor = LocalExecutor(config, self._model, dataset, device, num_lanes)
         self._answer: Message | None = None

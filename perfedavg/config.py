@@ -13,9 +13,6 @@ from enum import IntEnum
 from fractions import Fraction
 from typing import Any
 
-TRAIN_CLIENT_FRACTION = Fraction(4, 5)
-"""Share of all clients that take part in training; the rest are never seen before they are scored."""
-
 OPTIMIZERS = ("sgd", "adam")
 
 
@@ -75,7 +72,10 @@ class ExperimentConfig:
 
     dataset, architecture: names that `utils.get_datasets` and `utils.get_model` know.
     seed: 0 or more; everything random follows from it and from identities (see `seeding`).
-    num_clients: training and unseen clients together.
+    num_clients: training and unseen clients together, or None for all that a data set with natural clients has.
+    unseen_fraction: share of the clients that never train, such as `0.2` or `9/34`, above 0 and below 1.
+    partition: how examples without natural owners are dealt out (see `datasets.partition`), or None where clients
+        are natural.
     cohort_size: training clients drawn, without repeats, for each round.
     batch_size: examples a local step; the last batch of an epoch may be smaller.
     fedavg: phase 1.  fine_tune: phase 2, or None to leave it out.
@@ -88,7 +88,9 @@ class ExperimentConfig:
     dataset: str
     architecture: str
     seed: int
-    num_clients: int
+    num_clients: int | None
+    unseen_fraction: str
+    partition: str | None
     cohort_size: int
     batch_size: int
     fedavg: PhaseConfig
@@ -97,13 +99,9 @@ class ExperimentConfig:
     eval_every: int
     eval_clients: int
 
-    @property
-    def num_train_clients(self) -> int:
-        return int(self.num_clients * TRAIN_CLIENT_FRACTION)
-
-    @property
-    def num_unseen_clients(self) -> int:
-        return self.num_clients - self.num_train_clients
+    def num_unseen_clients(self, num_clients: int) -> int:
+        """How many of so many clients never train: the share, rounded, but at least one."""
+        return max(1, round(num_clients * Fraction(self.unseen_fraction)))
 
     @property
     def phases(self) -> dict[Phase, PhaseConfig]:
@@ -117,20 +115,11 @@ class ExperimentConfig:
         """Refuse, with the flag, its value and the fix, whatever cannot be run."""
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed {self.seed} must be a whole number from 0 to 2^63 - 1")
-        _at_least_one("--client_num_in_total", self.num_clients)
-        step = TRAIN_CLIENT_FRACTION.denominator
-        if self.num_clients % step:
-            below, above = self.num_clients // step * step, (self.num_clients // step + 1) * step
-            raise ValueError(
-                f"--client_num_in_total {self.num_clients} does not divide into 80 % training and 20 % unseen clients; "
-                f"use a multiple of {step}, such as {f'{below} or ' if below else ''}{above}"
-            )
+        self._check_unseen_fraction()
         _at_least_one("--client_num_per_round", self.cohort_size)
-        if self.cohort_size > self.num_train_clients:
-            raise ValueError(
-                f"--client_num_per_round {self.cohort_size} exceeds the {self.num_train_clients} training clients "
-                f"(80 % of --client_num_in_total {self.num_clients}); lower it to {self.num_train_clients} or less"
-            )
+        if self.num_clients is not None:
+            self._check_num_clients(self.num_clients)
+            self.check_cohort_size(self.num_clients - self.num_unseen_clients(self.num_clients))
         _at_least_one("--batch_size", self.batch_size)
         _at_least_one("--pers_round", self.num_personalization_epochs)
         _at_least_one("--eval_every", self.eval_every)
@@ -144,6 +133,36 @@ class ExperimentConfig:
             _at_least_one("--fine_tune_inner_loops", self.fine_tune.num_local_epochs)
             self.fine_tune.client_optimizer.check("--fine_tune_local_lr")
             self.fine_tune.server_optimizer.check("--fine_tune_server_lr")
+
+    def check_cohort_size(self, num_train_clients: int) -> None:
+        """Raises ValueError where a round asks for more clients than there are to train."""
+        if self.cohort_size > num_train_clients:
+            raise ValueError(
+                f"--client_num_per_round {self.cohort_size} exceeds the {num_train_clients} training clients; "
+                f"lower it to {num_train_clients} or less"
+            )
+
+    def _check_unseen_fraction(self) -> None:
+        try:
+            valid = 0 < Fraction(self.unseen_fraction) < 1
+        except (ValueError, ZeroDivisionError):
+            valid = False
+        if not valid:
+            raise ValueError(
+                f"--unseen_fraction {self.unseen_fraction} must be above 0 and below 1, such as 0.2 or 9/34"
+            )
+
+    def _check_num_clients(self, num_clients: int) -> None:
+        _at_least_one("--client_num_in_total", num_clients)
+        share = Fraction(self.unseen_fraction)
+        step = share.denominator
+        if num_clients % step:
+            below, above = num_clients // step * step, (num_clients // step + 1) * step
+            raise ValueError(
+                f"--client_num_in_total {num_clients} does not divide into whole training and unseen clients at "
+                f"--unseen_fraction {self.unseen_fraction}; use a multiple of {step}, such as "
+                f"{f'{below} or ' if below else ''}{above}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for JSON; `from_dict` is its inverse."""

@@ -72,9 +72,10 @@ class ProgressDisplay:
 
 def result_table(result: dict[str, Any]) -> str:
     """The table that ends a run, from the content of result.json."""
-    unseen = result["unseen_clients"]
+    unseen, dataset = result["unseen_clients"], result["dataset"]
+    note = " (synthetic, no handwriting)" if dataset == "synthetic_writers" else ""
     lines = [
-        f"{unseen} unseen clients of {result['dataset']}, uniform means",
+        f"{unseen} unseen clients of {dataset}{note}, uniform means",
         "",
         f"{'':16}{'initial':^20}{'personalized':^20}{'clients':>9}",
         f"{'':16}{'loss':>9}{'accuracy':>11}{'loss':>9}{'accuracy':>11}{'hurt':>9}",

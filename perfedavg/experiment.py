@@ -81,9 +81,11 @@ def run_experiment(
 ) -> ExperimentOutcome:
     """Train through every phase and score all unseen clients after each.
 
-    initial_parameters: (num_parameters,), the global model to start from. The outcome follows from the first four
-    arguments alone, to the bit, and not from which executor did the work.
+    initial_parameters: (num_parameters,), the global model to start from. The outcome follows from configuration,
+    clients and initial parameters alone, to the bit, and not from which executor did the work.
+    Raises ValueError where a round asks for more clients than there are to train.
     """
+    config.check_cohort_size(len(clients.train_client_ids))
     started = time.monotonic()
     parameters = initial_parameters
     scores: dict[Phase, list[ClientScore]] = {}

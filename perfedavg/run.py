@@ -30,6 +30,11 @@ def run_and_record(
     """
     folder.write_config(config, run_settings)
     outcome = run_experiment(config, executor, clients, flatten(model), [folder, ProgressDisplay(config)])
-    facts = {"world_size": run_settings["world_size"], "data_fingerprint": clients.fingerprint}
+    facts = {
+        "train_clients": len(clients.train_client_ids),
+        "unseen_clients": len(clients.unseen_client_ids),
+        "world_size": run_settings["world_size"],
+        "data_fingerprint": clients.fingerprint,
+    }
     result = folder.write_result(config, outcome, model, facts)
     print(f"\n{result_table(result)}\nresults in {os.path.relpath(folder.path)}", flush=True)

@@ -100,8 +100,6 @@ class RunFolder:
         result: dict[str, Any] = {
             "dataset": config.dataset,
             "seed": config.seed,
-            "train_clients": config.num_train_clients,
-            "unseen_clients": config.num_unseen_clients,
             "rounds": config.fedavg.num_rounds,
             **facts,
             "model_sha256": outcome.model_sha256,

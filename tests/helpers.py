@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datasets import FederatedDataset, Partition, PartitionedClients
+from datasets.digits import load_digits_images
 from perfedavg.config import ExperimentConfig, OptimizerConfig, PhaseConfig
 from quick_start import free_port
 
@@ -35,12 +37,14 @@ class Launched:
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen[str]] = []
 
-    def start(self, *command: str | Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
+    def start(
+        self, *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+    ) -> subprocess.Popen[str]:
         """Start a Python entry point of the project (a name ending in .py) or another command."""
         words = [str(word) for word in command]
         if words[0].endswith(".py"):
             words = [sys.executable, str(ROOT / words[0]), *words[1:]]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
         self.processes.append(process)
         return process
 
@@ -184,6 +188,14 @@ def half_squared_norm(outputs: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * outputs.square().sum(dim=1).mean()
 
 
+def digits_dataset(num_clients: int, seed: int = 0) -> FederatedDataset:
+    """The real digits in label-sorted shards, a fifth of the clients unseen."""
+    clients = PartitionedClients(
+        load_digits_images(), Partition("shards", 2), num_clients * 4 // 5, num_clients // 5, seed
+    )
+    return FederatedDataset("digits", clients, num_clients * 4 // 5, num_clients // 5, seed)
+
+
 def make_config(**changes: Any) -> ExperimentConfig:
     """A small valid experiment, with the given fields changed."""
     sgd = OptimizerConfig("sgd", 0.1)
@@ -192,6 +204,8 @@ def make_config(**changes: Any) -> ExperimentConfig:
         "architecture": "mlp",
         "seed": 0,
         "num_clients": 20,
+        "unseen_fraction": "0.2",
+        "partition": "shards:2",
         "cohort_size": 4,
         "batch_size": 10,
         "fedavg": PhaseConfig(2, 2, sgd, OptimizerConfig("sgd", 1.0, momentum=0.9)),

@@ -7,11 +7,10 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import make_config
+from helpers import digits_dataset, make_config
 from torch import Tensor, nn
 
-from datasets.digits import load_digits_images
-from datasets.federated import FederatedDataset
+from datasets import FederatedDataset
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
 from perfedavg.experiment import parameters_sha256, run_experiment
@@ -22,7 +21,7 @@ CONFIG = make_config(cohort_size=6)
 
 @cache
 def dataset() -> FederatedDataset:
-    return FederatedDataset("digits", load_digits_images(), num_clients=20, seed=0)
+    return digits_dataset(20)
 
 
 def model_with_dropout() -> nn.Module:

@@ -20,9 +20,21 @@ def test_survives_json() -> None:
         assert ExperimentConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-def test_four_fifths_of_the_clients_train() -> None:
-    config = make_config(num_clients=3400)
-    assert (config.num_train_clients, config.num_unseen_clients) == (2720, 680)
+@pytest.mark.parametrize(
+    ("fraction", "num_clients", "unseen"),
+    [("0.2", 3400, 680), ("9/34", 3400, 900), ("0.25", 3, 1), ("0.01", 7, 1), ("1/3", 100, 33)],
+)
+def test_a_share_of_the_clients_is_unseen_but_one_at_least(fraction: str, num_clients: int, unseen: int) -> None:
+    """Natural clients come in any number, so the share is rounded."""
+    config = make_config(num_clients=None, unseen_fraction=fraction)
+    assert config.num_unseen_clients(num_clients) == unseen
+
+
+def test_natural_clients_are_checked_once_their_number_is_known() -> None:
+    config = make_config(num_clients=None, cohort_size=30)
+    config.check_cohort_size(30)
+    with pytest.raises(ValueError, match="--client_num_per_round 30 exceeds the 29 training clients"):
+        config.check_cohort_size(29)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +43,11 @@ def test_four_fifths_of_the_clients_train() -> None:
         ({"cohort_size": 17}, ["--client_num_per_round 17", "16 training clients", "lower it to 16"]),
         ({"num_clients": 7}, ["--client_num_in_total 7", "multiple of 5", "5 or 10"]),
         ({"num_clients": 3}, ["--client_num_in_total 3", "such as 5"]),
+        ({"num_clients": 20, "unseen_fraction": "1/3"}, ["--client_num_in_total 20", "multiple of 3", "18 or 21"]),
+        ({"unseen_fraction": "1.0"}, ["--unseen_fraction 1.0", "below 1"]),
+        ({"unseen_fraction": "0"}, ["--unseen_fraction 0"]),
+        ({"unseen_fraction": "1/0"}, ["--unseen_fraction 1/0"]),
+        ({"unseen_fraction": "few"}, ["--unseen_fraction few"]),
         ({"num_clients": 0}, ["--client_num_in_total 0"]),
         ({"cohort_size": 0}, ["--client_num_per_round 0"]),
         ({"batch_size": 0}, ["--batch_size 0"]),

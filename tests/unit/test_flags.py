@@ -17,6 +17,8 @@ EXPERIMENT_FLAGS = [
     (["--dataset", "mnist"], lambda c: c.dataset),
     (["--struct", "mlp"], lambda c: c.architecture),
     (["--client_num_in_total", "45"], lambda c: c.num_clients),
+    (["--unseen_fraction", "0.4"], lambda c: c.unseen_fraction),
+    (["--partition", "iid"], lambda c: c.partition),
     (["--client_num_per_round", "7"], lambda c: c.cohort_size),
     (["--batch_size", "7"], lambda c: c.batch_size),
     (["--epochs", "7"], lambda c: c.fedavg.num_rounds),
@@ -57,11 +59,24 @@ def test_the_list_above_holds_every_flag_of_the_experiment() -> None:
 def test_emnist_gets_the_papers_experiment() -> None:
     settings = config()
     assert (settings.dataset, settings.architecture) == ("emnist", "emnist_cnn")
-    assert (settings.num_train_clients, settings.num_unseen_clients) == (2720, 680)
+    assert (settings.num_clients, settings.num_unseen_clients(3400), settings.partition) == (3400, 680, "shards:2")
     assert (settings.fedavg.num_rounds, settings.fedavg.server_optimizer.momentum) == (500, 0.9)
     assert settings.fine_tune is not None
     assert (settings.fine_tune.num_rounds, settings.fine_tune.num_local_epochs) == (100, 10)
     assert (settings.batch_size, settings.num_personalization_epochs) == (20, 5)
+
+
+def test_femnist_trains_on_the_first_2500_of_3400_writers() -> None:
+    settings = config("--dataset", "femnist")
+    assert (settings.num_clients, settings.partition, settings.architecture) == (None, None, "emnist_cnn")
+    assert settings.num_unseen_clients(3400) == 900
+
+
+def test_a_model_that_does_not_fit_the_data_is_refused() -> None:
+    for dataset, struct in (("shakespeare", "cnn"), ("mnist", "lstm")):
+        with pytest.raises(ValueError, match=f"--struct {struct} does not fit {dataset}"):
+            config("--dataset", dataset, "--struct", struct)
+    assert config("--dataset", "shakespeare").architecture == "lstm"
 
 
 def test_a_clients_adam_has_no_first_moment() -> None:

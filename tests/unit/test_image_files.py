@@ -1,4 +1,4 @@
-"""MNIST and EMNIST from files in their real format; without network, and with damaged files, one clear line."""
+"""MNIST and its kin from files in their real format; without network, and with damaged files, one clear line."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from helpers import EMNIST_PREFIXES, MNIST_PREFIXES, write_idx, write_image_files
 
-from datasets import load_federated_dataset
+from datasets import DatasetRequest, load_federated_dataset, torchvision_images
 from datasets.digits import load_digits_images
-from datasets.torchvision_images import load_emnist_images, load_mnist_images
+from datasets.torchvision_images import IMAGE_NAMES, SOURCES, load_images
 
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision_images, "PAUSES_SECONDS", (0,))
+
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no network in this test")
 
@@ -29,7 +31,7 @@ def mnist(tmp_path: Path) -> Path:
 
 
 def test_mnist_files_are_read(mnist: Path) -> None:
-    splits = load_mnist_images(mnist)
+    splits = load_images("mnist", mnist)
     assert splits.train_images.shape == (300, 28, 28)
     assert splits.test_labels.tolist() == [index % 10 for index in range(100)]
     assert splits.num_classes == 10
@@ -41,26 +43,99 @@ def test_emnist_images_stand_upright(tmp_path: Path) -> None:
     transposed = np.zeros((124, 28, 28), dtype=np.uint8)
     transposed[0, 3, 20] = 255
     write_idx(raw / "emnist-byclass-test-images-idx3-ubyte", transposed)
-    splits = load_emnist_images(tmp_path)
+    splits = load_images("emnist", tmp_path)
     assert splits.test_images[0, 20, 3] == 255
     assert splits.test_images.sum() == 255
     assert (splits.train_labels.min(), splits.train_labels.max(), splits.num_classes) == (0, 61, 62)
 
 
-@pytest.mark.parametrize("name", ["mnist", "emnist"])
-def test_missing_files_without_network(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="could not be downloaded") as refusal:
-        load_federated_dataset(name, tmp_path, 20, 0)
-    for part in (name, str(tmp_path / name.upper() / "raw"), "--data_root", "--dataset digits"):
+@pytest.mark.parametrize(
+    ("name", "folder", "prefix", "num_classes", "first_label"),
+    [
+        ("emnist", "EMNIST", "emnist-byclass-", 62, 0),
+        ("emnist_balanced", "EMNIST", "emnist-balanced-", 47, 0),
+        ("emnist_letters", "EMNIST", "emnist-letters-", 26, 1),
+        ("emnist_digits", "EMNIST", "emnist-digits-", 10, 0),
+        ("fashion_mnist", "FashionMNIST", "", 10, 0),
+        ("mnist", "MNIST", "", 10, 0),
+    ],
+)
+def test_every_data_set_has_its_files_and_labels_from_0(
+    name: str, folder: str, prefix: str, num_classes: int, first_label: int, tmp_path: Path
+) -> None:
+    raw = tmp_path / folder / "raw"
+    prefixes = (f"{prefix}train", f"{prefix}test") if prefix else MNIST_PREFIXES
+    write_image_files(raw, prefixes, (130, 70), num_classes)
+    in_file = (np.arange(130) % num_classes + first_label).astype(np.uint8)
+    for split, size in zip(prefixes, (130, 70), strict=True):
+        write_idx(raw / f"{split}-labels-idx1-ubyte", in_file[:size])
+    splits = load_images(name, tmp_path)
+    assert splits.num_classes == num_classes
+    assert splits.train_labels.tolist() == [index % num_classes for index in range(130)]
+    assert splits.test_labels.max() == num_classes - 1
+    assert isinstance(splits.train_images, np.memmap), "a copy in each process would not be shared"
+    assert splits.train_images.shape == (130, 28, 28)
+
+
+def test_letters_with_label_0_are_damaged(tmp_path: Path) -> None:
+    write_image_files(tmp_path / "EMNIST" / "raw", ("emnist-letters-train", "emnist-letters-test"), (60, 60), 26)
+    with pytest.raises(
+        ValueError, match="emnist-letters-train-labels-idx1-ubyte is damaged: label 0 is 0, not 1 or more"
+    ):
+        load_images("emnist_letters", tmp_path)
+
+
+def test_an_emnist_folder_without_the_split(tmp_path: Path) -> None:
+    raw = tmp_path / "EMNIST" / "raw"
+    write_image_files(raw, EMNIST_PREFIXES, (62, 62), num_classes=62)
+    with pytest.raises(ValueError, match="cannot be read") as refusal:
+        load_images("emnist_letters", tmp_path)
+    for part in ("emnist-letters-train-images-idx3-ubyte", f"delete {raw}, which all EMNIST data sets share,"):
         assert part in str(refusal.value)
-    assert not (tmp_path / name.upper()).exists(), "nothing half-written is left behind"
+
+
+def test_a_file_that_links_out_of_the_data_root_is_refused(
+    mnist: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = mnist / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "labels"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="is a symbolic link to") as refusal:
+        load_images("mnist", mnist)
+    assert str(refusal.value).startswith(f"{path} is a symbolic link to {elsewhere}, outside of {mnist}; ")
+
+
+def test_links_within_the_data_root_are_followed(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = mnist / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    path.symlink_to(path.rename(mnist / "labels"))
+    linked_root = tmp_path_factory.mktemp("links") / "root"
+    linked_root.symlink_to(mnist)
+    assert len(load_images("mnist", linked_root).test_labels) == 100
+
+
+def test_a_data_set_s_folder_may_be_a_link(mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    data_root = tmp_path_factory.mktemp("root")
+    (data_root / "MNIST").symlink_to(mnist / "MNIST")
+    assert len(load_images("mnist", data_root).test_labels) == 100
+
+
+@pytest.mark.parametrize("name", IMAGE_NAMES)
+def test_missing_files_without_network(name: str, tmp_path: Path) -> None:
+    raw = SOURCES[name].raw(tmp_path)
+    with pytest.raises(ValueError, match="could not be downloaded") as refusal:
+        load_images(name, tmp_path)
+    for part in (name, str(raw), "no network in this test", "--data_root", "--dataset digits", "synthetic_writers"):
+        assert part in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not raw.parent.exists(), "nothing half-written is left behind"
 
 
 def test_an_unwritable_data_root(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("in the way")
     with pytest.raises(ValueError, match="could not be downloaded"):
-        load_mnist_images(blocked / "data")
+        load_images("mnist", blocked / "data")
 
 
 DAMAGES = {
@@ -93,13 +168,13 @@ def test_a_damaged_file_is_named_with_the_place_and_the_fix(damage: str, mnist: 
     else:
         images.unlink()
     with pytest.raises(ValueError, match=r"delete .* to download mnist anew") as refusal:
-        load_mnist_images(mnist)
+        load_images("mnist", mnist)
     assert f"{raw}/{DAMAGES[damage]}" in str(refusal.value)
 
 
 def test_unknown_data_set(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--dataset cifar is unknown; use one of emnist, mnist, digits"):
-        load_federated_dataset("cifar", tmp_path, 20, 0)
+    with pytest.raises(ValueError, match=r"--dataset cifar is unknown; use one of emnist, .*mnist, .*digits"):
+        load_federated_dataset(DatasetRequest("cifar", 20, lambda total: total // 5, None, 0), tmp_path)
 
 
 def test_digits_are_the_real_ones_in_two_balanced_splits() -> None:
@@ -114,5 +189,5 @@ def test_digits_are_the_real_ones_in_two_balanced_splits() -> None:
 
 
 def test_the_real_mnist_is_complete(mnist_root: Path) -> None:
-    splits = load_mnist_images(mnist_root)
+    splits = load_images("mnist", mnist_root)
     assert (len(splits.train_labels), len(splits.test_labels)) == (60_000, 10_000)

@@ -7,12 +7,10 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import make_config
+from helpers import digits_dataset, make_config
 from safetensors import safe_open
 from torch import nn
 
-from datasets.digits import load_digits_images
-from datasets.federated import FederatedDataset
 from perfedavg.executor import LocalExecutor
 from perfedavg.experiment import parameters_sha256
 from perfedavg.flat_model import flatten
@@ -26,7 +24,7 @@ CONFIG = make_config(fedavg=make_config().fedavg, eval_every=1)
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     """A small run and its model, which ends with the final parameters."""
     folder = RunFolder(tmp_path_factory.mktemp("runs") / "one" / "run")
-    dataset = FederatedDataset("digits", load_digits_images(), CONFIG.num_clients, CONFIG.seed)
+    dataset = digits_dataset(20)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     run_and_record(CONFIG, LocalExecutor(CONFIG, model, dataset), dataset, model, folder, {"world_size": 1})
     return folder.path, model

@@ -1,0 +1,155 @@
+"""python -m datasets.describe --dataset NAME [--plot FILE]: what a data set looks like when it is dealt out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets.federated import FederatedDataset
+from datasets.loading import DatasetRequest, load_federated_dataset
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MAX_SAMPLE = 1000
+"""Clients that are read for the statistics; where there are more, as many are taken at even distances."""
+
+CLIENTS_IN_LABEL_MIX, CLIENTS_IN_GRID, EXAMPLES_IN_GRID = 40, 8, 12
+
+
+@dataclass(frozen=True)
+class Description:
+    """Statistics over the clients that were read.
+
+    label_counts: (num_sampled, num_classes) examples of each class that each sampled client has.
+    """
+
+    dataset: FederatedDataset
+    client_ids: list[int]
+    label_counts: NDArray[np.int64]
+
+    def text(self) -> str:
+        dataset, sizes = self.dataset, self.label_counts.sum(axis=1)
+        classes = (self.label_counts > 0).sum(axis=1)
+        num_clients = len(dataset.train_client_ids) + len(dataset.unseen_client_ids)
+        sampled = f" (of {len(self.client_ids)} clients)" if len(self.client_ids) < num_clients else ""
+        lines = [
+            f"{dataset.name}: {num_clients} clients, {len(dataset.train_client_ids)} train and "
+            f"{len(dataset.unseen_client_ids)} are unseen; {dataset.num_classes} classes",
+            f"left out, having fewer than two examples: {dataset.num_left_out} clients",
+            f"examples a client, min, median, max: {_spread(sizes)}{sampled}",
+            f"classes a client, min, median, max: {_spread(classes)}{sampled}",
+            f"fingerprint: {dataset.fingerprint}",
+        ]
+        if dataset.name == "synthetic_writers":
+            lines.insert(1, "synthetic: rendered from fonts, no handwriting; no result on it is a result on FEMNIST")
+        return "\n".join(lines)
+
+
+def describe(dataset: FederatedDataset) -> Description:
+    """Read the clients, or MAX_SAMPLE of them."""
+    everyone = [dataset.train_client_ids, dataset.unseen_client_ids]
+    share = min(1.0, MAX_SAMPLE / sum(map(len, everyone)))
+    client_ids = [client_id for ids in everyone for client_id in _evenly(ids, max(1, round(share * len(ids))))]
+    counts = []
+    for client_id in client_ids:
+        data = dataset.client_data(client_id)
+        labels = np.concatenate([data.train_labels.numpy(), data.test_labels.numpy()])
+        counts.append(np.bincount(labels, minlength=dataset.num_classes))
+    return Description(dataset, client_ids, np.stack(counts))
+
+
+def plot(description: Description) -> Figure:
+    """The label mix of some clients, and (of images) a row of examples of a few of them."""
+    from matplotlib.figure import Figure
+
+    dataset = description.dataset
+    first = dataset.client_data(description.client_ids[0])
+    has_images = first.train_inputs.ndim == 4
+    figure = Figure(figsize=(10, 9 if has_images else 4.5), layout="constrained")
+    figures = figure.subfigures(2, 1, height_ratios=(1, 1)) if has_images else [figure]
+    figures[0].suptitle(f"{dataset.name}: label mix, a column a client")
+    _plot_label_mix(figures[0], description)
+    if has_images:
+        figures[1].suptitle("examples, a row a client")
+        _plot_examples(figures[1], description)
+    return figure
+
+
+def _plot_label_mix(figure: Figure, description: Description) -> None:
+    rows = _evenly(range(len(description.client_ids)), CLIENTS_IN_LABEL_MIX)
+    counts = description.label_counts[rows]
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    axes = figure.subplots()
+    image = axes.imshow(shares.T, aspect="auto", cmap="viridis", interpolation="nearest", origin="lower")
+    axes.set(xlabel="client", ylabel="class", xticks=range(0, len(rows), 5))
+    axes.set_xticklabels([str(description.client_ids[row]) for row in rows[::5]])
+    figure.colorbar(image, ax=axes, label="share of the client's examples")
+
+
+def _plot_examples(figure: Figure, description: Description) -> None:
+    client_ids = _evenly(description.client_ids, CLIENTS_IN_GRID)
+    grid = figure.subplots(len(client_ids), 1, squeeze=False)[:, 0]
+    for axes, client_id in zip(grid, client_ids, strict=True):
+        images = description.dataset.client_data(client_id).train_inputs[:EXAMPLES_IN_GRID, 0].numpy()
+        blank = np.zeros((EXAMPLES_IN_GRID - len(images), *images.shape[1:]), dtype=images.dtype)
+        axes.imshow(np.concatenate([*images, *blank], axis=1), cmap="gray", vmin=0, vmax=1)
+        axes.set(xticks=[], yticks=[])
+        axes.set_ylabel(str(client_id), rotation=0, ha="right", va="center")
+
+
+def _evenly(items: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the items, at even distances."""
+    positions = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[position] for position in positions.tolist()]
+
+
+def _spread(values: NDArray[np.int64]) -> str:
+    return f"{values.min()}, {np.median(values):g}, {values.max()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m datasets.describe", description="Describe a data set as dealt out."
+    )
+    add = parser.add_argument
+    root = os.environ.get("PERFEDAVG_DATA") or Path(__file__).resolve().parent / "data"
+    add("--dataset", default="digits", help="name, or package.module:factory (default: digits)")
+    add("--data_root", type=Path, default=Path(root), help="folder of the data sets (default: as in the entry points)")
+    add("--client_num_in_total", type=int, help="clients (default: all natural ones; 50 of digits; else 3400)")
+    add("--unseen_fraction", type=Fraction, default=Fraction(1, 5), help="share that never trains (default: 0.2)")
+    add("--partition", help="see --help of single_process.py (default: shards:2 without natural clients)")
+    add("--seed", type=int, default=0, help="seed of the partition (default: 0)")
+    add("--plot", type=Path, metavar="FILE", help="write the label mix and examples as a PNG (default: no plot)")
+    args = parser.parse_args()
+    try:
+        description = describe(load_federated_dataset(_request(args), args.data_root))
+        print(description.text())
+        if args.plot:
+            plot(description).savefig(args.plot, dpi=110)
+            print(f"plot in {args.plot}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def _request(args: argparse.Namespace) -> DatasetRequest:
+    natural = ":" in args.dataset or args.dataset in ("femnist", "shakespeare", "folder")
+    num_clients = args.client_num_in_total
+    if num_clients is None and not natural:
+        num_clients = 50 if args.dataset == "digits" else 3400
+    return DatasetRequest(
+        args.dataset, num_clients, lambda count: max(1, round(count * args.unseen_fraction)), args.partition, args.seed
+    )
+
+
+if __name__ == "__main__":
+    main()

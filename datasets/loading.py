@@ -1,0 +1,111 @@
+"""From the name of a data set to its clients."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets.clients import Clients, StoredClients
+from datasets.digits import load_digits_images
+from datasets.federated import FederatedDataset
+from datasets.image_folder import load_image_folder
+from datasets.leaf import load_femnist, load_shakespeare
+from datasets.partition import Partition
+from datasets.partitioned import PartitionedClients
+from datasets.synthetic_writers import SyntheticWriters
+from datasets.torchvision_images import IMAGE_NAMES, load_images
+
+NATURAL: dict[str, Callable[[Path], StoredClients]] = {
+    "femnist": load_femnist,
+    "shakespeare": load_shakespeare,
+    "folder": load_image_folder,
+}
+"""Data sets whose examples come with their owners."""
+
+REQUIRED = ("train_client_ids", "unseen_client_ids", "fingerprint", "num_train_examples", "client_data", "num_classes")
+"""What a user's own data set must have."""
+
+
+@dataclass(frozen=True)
+class DatasetRequest:
+    """Which data, dealt out how.
+
+    name: a data set's, or `package.module:factory` for a user's own.
+    num_clients: training and unseen clients together, or None for all that natural clients are.
+    num_unseen: from the number of clients to the number of those that never train.
+    partition: see `Partition.parse`; None for data with natural clients.
+    """
+
+    name: str
+    num_clients: int | None
+    num_unseen: Callable[[int], int]
+    partition: str | None
+    seed: int
+
+
+def load_federated_dataset(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    """Raises ValueError where the data cannot be had, is damaged, or has too little for so many clients."""
+    if ":" in request.name:
+        own: FederatedDataset = _load_users_own(request, data_root)
+        return own
+    clients = _load_clients(request, data_root)
+    num_clients = clients.num_clients if request.num_clients is None else request.num_clients
+    if num_clients > clients.num_clients:
+        raise ValueError(
+            f"--client_num_in_total {num_clients} exceeds the {clients.num_clients} clients of {request.name}; "
+            f"lower it to {clients.num_clients} or less"
+        )
+    num_unseen = request.num_unseen(num_clients)
+    return FederatedDataset(request.name, clients, num_clients - num_unseen, num_unseen, request.seed)
+
+
+def _load_clients(request: DatasetRequest, data_root: Path) -> Clients:
+    if request.name in NATURAL:
+        _refuse_partition(request)
+        return NATURAL[request.name](data_root)
+    if request.num_clients is None:
+        raise ValueError(f"--client_num_in_total is needed for {request.name}, which has no natural clients")
+    if request.name == "synthetic_writers":
+        _refuse_partition(request)
+        return SyntheticWriters(request.num_clients, request.seed)
+    partition = Partition.parse(request.partition or "shards")
+    num_unseen = request.num_unseen(request.num_clients)
+    if request.name == "digits":
+        splits = load_digits_images()
+    elif request.name in IMAGE_NAMES:
+        splits = load_images(request.name, data_root)
+    else:
+        names = ", ".join((*IMAGE_NAMES, "digits", "synthetic_writers", *NATURAL))
+        raise ValueError(f"--dataset {request.name} is unknown; use one of {names}, or package.module:factory")
+    return PartitionedClients(splits, partition, request.num_clients - num_unseen, num_unseen, request.seed)
+
+
+def _load_users_own(request: DatasetRequest, data_root: Path) -> Any:
+    """Call the factory that the name stands for, with (data_root, num_clients, seed)."""
+    module_name, _, factory_name = request.name.partition(":")
+    _refuse_partition(request)
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # where a user's module lies beside what they run
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"--dataset {request.name} cannot be imported ({error}); it means package.module:factory"
+        ) from error
+    dataset = factory(data_root, request.num_clients, request.seed)
+    missing = [name for name in REQUIRED if not hasattr(dataset, name)]
+    if missing:
+        raise ValueError(
+            f"what --dataset {request.name} returns has no {', '.join(missing)}; see docs/your-own-data.md"
+        )
+    return dataset
+
+
+def _refuse_partition(request: DatasetRequest) -> None:
+    if request.partition is not None:
+        raise ValueError(f"--partition {request.partition} has no meaning for {request.name}: its clients are its own")

@@ -1,0 +1,53 @@
+"""The main job on data with natural clients, and the description of a data set."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, Launched, finish, read_result
+
+SHORT = ["--struct", "mlp", "--client_num_per_round", "4", "--epochs", "1", "--inner_loops", "1"]
+SHORT += ["--fine_tune_outer_loops", "1", "--fine_tune_inner_loops", "1", "--pers_round", "1"]
+
+
+def test_the_main_job_on_200_synthetic_writers(launched: Launched, tmp_path: Path) -> None:
+    flags = ["--dataset", "synthetic_writers", "--client_num_in_total", "200", *SHORT]
+    process = launched.start("quick_start.py", *flags, "--run_dir", tmp_path / "run")
+    status, output, errors = finish(process)
+    assert status == 0, errors
+    result = read_result(tmp_path / "run")
+    assert (result["train_clients"], result["unseen_clients"]) == (160, 40)
+    assert "40 unseen clients of synthetic_writers (synthetic, no handwriting)" in output
+
+
+def describe(launched: Launched, *flags: str | Path) -> tuple[int, str, str]:
+    return finish(launched.start(sys.executable, "-m", "datasets.describe", *flags, cwd=ROOT))
+
+
+def test_describe_counts_and_plots(launched: Launched, tmp_path: Path) -> None:
+    picture = tmp_path / "digits.png"
+    status, output, errors = describe(launched, "--dataset", "digits", "--plot", picture)
+    assert status == 0, errors
+    for text in ("50 clients, 40 train and 10 are unseen; 10 classes", "min, median, max: 35, 36, 37", "left out"):
+        assert text in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_describe_says_what_is_synthetic_and_samples_where_there_are_many(launched: Launched) -> None:
+    flags = ("--dataset", "synthetic_writers", "--client_num_in_total", "1000000")
+    status, output, errors = describe(launched, *flags)
+    assert status == 0, errors
+    assert "1000000 clients, 800000 train" in output
+    assert "no result on it is a result on FEMNIST" in output
+    assert "(of 1000 clients)" in output
+
+
+@pytest.mark.parametrize("flags", [["--dataset", "cifar"], ["--partition", "cards"], ["--dataset", "femnist"]])
+def test_describe_says_what_is_wrong_in_one_line(flags: list[str], launched: Launched, tmp_path: Path) -> None:
+    status, _, errors = describe(launched, *flags, "--data_root", tmp_path)
+    assert status != 0
+    assert errors.startswith("error: ")
+    assert flags[-1] in errors
+    assert errors.count("\n") == 1

@@ -1,0 +1,318 @@
+"""Downloads from a server in this process: mirrors, retries, checksums, clean restarts, archives that climb out."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import io
+import stat
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from socket import socket
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import MNIST_PREFIXES, write_image_files
+from torchvision.datasets import EMNIST, MNIST, FashionMNIST
+
+from datasets import torchvision_images
+from datasets.torchvision_images import SOURCES, load_images
+
+MNIST_FILES = [file for file, _ in MNIST.resources]
+
+
+class Mirror:
+    """Serves `files`, by path, the way that `fault` says: "", "truncated", "altered", "unavailable" or "silent"."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.fault = ""
+        self.requests: list[str] = []
+        self.closing = threading.Event()
+        mirror = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                mirror.requests.append(self.path)
+                # torchvision follows redirects with a request of its own, and hangs up
+                with contextlib.suppress(ConnectionError):
+                    mirror.answer(self)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        body = self.files[handler.path.lstrip("/")]
+        handler.send_response(503 if self.fault == "unavailable" else 200)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        if self.fault in ("truncated", "silent"):
+            handler.wfile.write(body[: len(body) // 2])
+            if self.fault == "silent":
+                self.closing.wait()
+        else:
+            handler.wfile.write(b"?" * len(body) if self.fault == "altered" else body)
+
+    def close(self) -> None:
+        self.closing.set()
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
+    """The only mirror of every data set."""
+    monkeypatch.setenv("no_proxy", "*")
+    mirror = Mirror()
+    for dataset in (MNIST, FashionMNIST):
+        monkeypatch.setattr(dataset, "mirrors", [mirror.url])
+    monkeypatch.setattr(EMNIST, "url", f"{mirror.url}gzip.zip")
+    yield mirror
+    mirror.close()
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses that were asked for; none is made."""
+    made: list[float] = []
+    monkeypatch.setattr(torchvision_images, "sleep", made.append)
+    return made
+
+
+@pytest.fixture
+def mnist(mirror: Mirror, pauses: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """MNIST and Fashion-MNIST on the mirror. Returns an empty data root."""
+    made = tmp_path / "made"
+    write_image_files(made, MNIST_PREFIXES, (30, 20), num_classes=10)
+    mirror.files = {file: gzip.compress((made / file.removesuffix(".gz")).read_bytes()) for file in MNIST_FILES}
+    for dataset in (MNIST, FashionMNIST):
+        monkeypatch.setattr(dataset, "resources", [(file, md5(mirror.files[file])) for file in MNIST_FILES])
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def serve_emnist(mirror: Mirror, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    def serve(archive: bytes) -> None:
+        mirror.files["gzip.zip"] = archive
+        monkeypatch.setattr(EMNIST, "md5", md5(archive))
+
+    return serve
+
+
+def md5(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def zip_of(members: dict[str | zipfile.ZipInfo, bytes]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, member in members.items():
+            archive.writestr(name, member)
+    return content.getvalue()
+
+
+def emnist_members(folder: Path) -> dict[str | zipfile.ZipInfo, bytes]:
+    """The archive's members, for all of torchvision's splits; labels are 1 to 10."""
+    for split in EMNIST.splits:
+        write_image_files(folder, (f"emnist-{split}-train", f"emnist-{split}-test"), (30, 20), num_classes=10)
+    members: dict[str | zipfile.ZipInfo, bytes] = {"gzip/": b""}
+    for file in sorted(folder.iterdir()):
+        content = bytearray(file.read_bytes())
+        if "labels" in file.name:
+            content[8:] = bytes(byte + 1 for byte in content[8:])
+        members[f"gzip/{file.name}.gz"] = gzip.compress(bytes(content))
+    return members
+
+
+def closed_port() -> str:
+    with socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}/"
+
+
+def assert_nothing_left(data_root: Path) -> None:
+    assert [path.name for path in data_root.iterdir() if not path.name.endswith(".lock")] == []
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_a_download_leaves_the_unpacked_files_alone(
+    name: str, mnist: Path, mirror: Mirror, capfd: pytest.CaptureFixture[str]
+) -> None:
+    splits = load_images(name, mnist)
+    assert splits.train_labels.tolist() == [index % 10 for index in range(30)]
+    raw = SOURCES[name].raw(mnist)
+    assert sorted(path.name for path in raw.iterdir()) == sorted(file.removesuffix(".gz") for file in MNIST_FILES)
+    for file in MNIST_FILES:
+        assert (raw / file.removesuffix(".gz")).read_bytes() == gzip.decompress(mirror.files[file])
+    output, errors = capfd.readouterr()
+    assert (output, errors) == ("", f"downloading {name} to {mnist}\n"), "no progress bar outside of a terminal"
+    mirror.close()
+    assert np.array_equal(load_images(name, mnist).test_images, splits.test_images), "no second download"
+
+
+def test_the_progress_bar_goes_to_a_terminal(
+    mnist: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", terminal)
+        load_images("mnist", mnist)
+    assert "100%" in terminal.getvalue()
+    assert capsys.readouterr().out == ""
+
+
+def test_one_emnist_archive_serves_all_splits(
+    serve_emnist: Callable[[bytes], None], mirror: Mirror, tmp_path: Path
+) -> None:
+    serve_emnist(zip_of(emnist_members(tmp_path / "made")))
+    splits = load_images("emnist_letters", tmp_path / "data")
+    assert splits.train_labels.tolist() == [index % 10 for index in range(30)]
+    num_requests = len(mirror.requests)
+    for name in ("emnist", "emnist_balanced"):
+        assert len(load_images(name, tmp_path / "data").test_images) == 20
+    assert len(mirror.requests) == num_requests, "the other splits came with the first"
+    raw = tmp_path / "data" / "EMNIST" / "raw"
+    assert len(list(raw.iterdir())) == 4 * len(EMNIST.splits), "no archive is kept"
+    assert EMNIST(str(tmp_path / "data"), split="letters").data.equal(
+        EMNIST(str(tmp_path / "data"), split="letters", download=True).data
+    ), "torchvision takes the folder for its own"
+
+
+def test_the_second_mirror_stands_in_for_the_first(
+    mnist: Path, mirror: Mirror, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(MNIST, "mirrors", [closed_port(), mirror.url])
+    assert len(load_images("mnist", mnist).train_labels) == 30
+    assert pauses == []
+
+
+@pytest.mark.timeout(20)
+def test_a_silent_mirror_is_given_up(mnist: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision_images, "SILENCE_SECONDS", 0.1)
+    mirror.fault = "silent"
+    second = Mirror()
+    second.files = mirror.files
+    monkeypatch.setattr(MNIST, "mirrors", [mirror.url, second.url])
+    try:
+        assert len(load_images("mnist", mnist).train_labels) == 30
+    finally:
+        second.close()
+
+
+@pytest.mark.parametrize("fault", ["truncated", "altered", "unavailable"])
+def test_a_broken_transfer_is_tried_again(
+    fault: str, mnist: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def repair(_: float) -> None:
+        mirror.fault = ""
+
+    mirror.fault = fault
+    monkeypatch.setattr(torchvision_images, "sleep", repair)
+    splits = load_images("mnist", mnist)
+    assert splits.test_labels.tolist() == [index % 10 for index in range(20)]
+    retries = [line for line in capfd.readouterr().err.splitlines() if line.endswith("; trying again in 1 s")]
+    assert len(retries) == 1
+
+
+@pytest.mark.parametrize("fault", ["truncated", "altered", "unavailable"])
+def test_after_a_download_that_failed_the_next_one_starts_clean(
+    fault: str, mnist: Path, mirror: Mirror, pauses: list[float]
+) -> None:
+    mirror.fault = fault
+    with pytest.raises(ValueError, match=r"mnist is not in .* could not be downloaded") as refusal:
+        load_images("mnist", mnist)
+    assert "\n" not in str(refusal.value)
+    assert f"{mirror.url}{MNIST_FILES[0]}: " in str(refusal.value)
+    assert pauses == [1, 2, 4]
+    assert_nothing_left(mnist)
+    mirror.fault = ""
+    assert len(load_images("mnist", mnist).train_labels) == 30
+
+
+def test_what_a_killed_download_left_is_not_taken_for_data(mnist: Path) -> None:
+    left = mnist / ".MNIST-incoming" / "raw"
+    write_image_files(left, MNIST_PREFIXES, (5, 5), num_classes=5)
+    assert len(load_images("mnist", mnist).train_labels) == 30
+    assert not left.exists()
+
+
+def test_other_files_in_the_folder_survive(mnist: Path) -> None:
+    (mnist / "MNIST").mkdir(parents=True)
+    (mnist / "MNIST" / "notes.txt").write_text("mine")
+    load_images("mnist", mnist)
+    assert (mnist / "MNIST" / "notes.txt").read_text() == "mine"
+
+
+def test_many_at_once_download_once(mnist: Path, mirror: Mirror) -> None:
+    load_images("fashion_mnist", mnist)
+    once = len(mirror.requests)
+    mirror.requests.clear()
+    barrier = threading.Barrier(4)
+
+    def load(_: int) -> int:
+        barrier.wait()
+        return len(load_images("mnist", mnist).train_labels)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(load, range(4))) == [30] * 4
+    assert len(mirror.requests) == once
+
+
+def link(name: str) -> zipfile.ZipInfo:
+    member = zipfile.ZipInfo(name)
+    member.external_attr = (stat.S_IFLNK | 0o777) << 16
+    return member
+
+
+@pytest.mark.parametrize(
+    ("member", "fault"),
+    [
+        ("../climbed", "leads out of the folder"),
+        ("gzip/../../climbed.gz", "leads out of the folder"),
+        ("..\\climbed", "leads out of the folder"),
+        ("/tmp/climbed", "leads out of the folder"),
+        ("C:/climbed", "leads out of the folder"),
+        (link("gzip/climbed"), "is a link"),
+    ],
+    ids=str,
+)
+def test_an_archive_that_climbs_out_is_refused_before_anything_is_unpacked(
+    member: Any, fault: str, serve_emnist: Callable[[bytes], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_emnist(zip_of({**emnist_members(tmp_path / "made"), member: b"/etc"}))
+    opened: list[object] = []
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda _, name: opened.append(name))
+    with pytest.raises(ValueError, match=fault) as refusal:
+        load_images("emnist", tmp_path / "data")
+    name = member if isinstance(member, str) else member.filename
+    assert f"gzip.zip is refused: its member {name!r} {fault}" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert opened == []
+    assert_nothing_left(tmp_path / "data")
+    assert list(tmp_path.rglob("climbed*")) == []
+
+
+@pytest.mark.parametrize("damage", ["no zip", "short gzip"])
+def test_an_archive_that_cannot_be_unpacked(damage: str, serve_emnist: Callable[[bytes], None], tmp_path: Path) -> None:
+    members = emnist_members(tmp_path / "made")
+    members["gzip/emnist-mnist-test-images-idx3-ubyte.gz"] = members["gzip/emnist-mnist-test-images-idx3-ubyte.gz"][:99]
+    serve_emnist(b"<html>" if damage == "no zip" else zip_of(members))
+    with pytest.raises(ValueError, match=r"emnist is not in .* could not be downloaded"):
+        load_images("emnist", tmp_path / "data")
+    assert_nothing_left(tmp_path / "data")
