@@ -1,10 +1,11 @@
-"""Makes `import torchvision` and `import fedlab` work, and keep to themselves, wherever this project runs.
+"""Makes torchvision and fedlab import, and keep to themselves while they do, wherever this project runs.
 
-It imports nothing of the project, so that every package may call it before it imports either library.
+It imports nothing of the project, so that every package may use it before it imports either library.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 import warnings
@@ -47,32 +48,31 @@ def import_torchvision() -> None:
     import torchvision  # noqa: F401
 
 
-@contextmanager
-def _without_pyarrow() -> Iterator[None]:
-    """Let pandas, which fedlab imports and does not need for anything here, do without pyarrow.
+def import_fedlab(module: str) -> None:
+    """Import a module of fedlab for the first time, without what the import does besides.
 
-    It would load it wherever it is installed, at some 35 MB in each process; here only the reader of parquet files
-    needs it, and imports it itself.
+    It imports torchvision. It sets up the root logger to print at level INFO. And it imports pandas and sklearn, which
+    load pyarrow wherever it is installed, at some 35 MB in each process; here only the reader of parquet files needs
+    it, and imports it itself.
     """
-    if "pyarrow" in sys.modules:
-        yield
-        return
-    sys.modules["pyarrow"] = None  # type: ignore[assignment]  # makes `import pyarrow` fail
-    try:
-        yield
-    finally:
-        del sys.modules["pyarrow"]
-
-
-def prepare_fedlab() -> None:
-    """Call before importing fedlab: it imports torchvision, and sets up the root logger to print at level INFO."""
     import_torchvision()
     root = logging.getLogger()
     level, handler = root.level, logging.NullHandler()
     root.addHandler(handler)  # logging.basicConfig leaves a root logger with a handler alone
-    with _without_pyarrow():
-        import fedlab.utils.dataset.functional  # the first to import pandas
-        import fedlab.utils.logger  # noqa: F401
-
+    with _without("pyarrow"):
+        importlib.import_module(module)
     root.removeHandler(handler)
     root.setLevel(level)
+
+
+@contextmanager
+def _without(package: str) -> Iterator[None]:
+    """Let the import of a package fail, as if it were not installed, unless it is imported already."""
+    if package in sys.modules:
+        yield
+        return
+    sys.modules[package] = None  # type: ignore[assignment]  # Python's own way to say so
+    try:
+        yield
+    finally:
+        del sys.modules[package]

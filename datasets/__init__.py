@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from compat import prepare_fedlab
+from compat import import_fedlab
 
-prepare_fedlab()
+import_fedlab("fedlab.utils.dataset.functional")
 
 from datasets.federated import FederatedDataset  # noqa: E402
 from datasets.loading import DatasetRequest, load_federated_dataset  # noqa: E402

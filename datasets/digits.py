@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 
 from datasets.partitioned import ImageSplits
 
@@ -15,6 +14,8 @@ LARGEST_VALUE = 16
 
 def load_digits_images() -> ImageSplits:
     """1,797 digits, 8x8 scaled bilinearly to 28x28. Every fifth of a class is in the test split (355)."""
+    from sklearn.datasets import load_digits  # costs a second, which other data sets should not pay
+
     digits = load_digits()
     small = torch.from_numpy(digits.images).unsqueeze(1) / LARGEST_VALUE
     large = F.interpolate(small, size=(28, 28), mode="bilinear", align_corners=False).squeeze(1)

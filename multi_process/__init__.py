@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from compat import prepare_fedlab
+from compat import import_fedlab
 
-prepare_fedlab()
+import_fedlab("fedlab.core")

@@ -40,7 +40,7 @@ from perfedavg.console import LOGGER, say
 
 POLL_SECONDS = 0.05
 REMINDER_SECONDS = 10.0
-STORE_TIMEOUT = timedelta(seconds=10)
+STORE_TIMEOUT = timedelta(seconds=5)
 """For one answer of the store; it answers in milliseconds where it is alive."""
 FORMATION_TIMEOUT = timedelta(seconds=30)
 """For each step of forming the group, once all workers have joined."""

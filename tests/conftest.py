@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from helpers import Launched
 
-from compat import prepare_fedlab
+from compat import import_fedlab
 from perfedavg.compute import use_reproducible_kernels
 
-prepare_fedlab()  # some tests import fedlab by themselves
+import_fedlab("fedlab.core")  # some tests import fedlab by themselves
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,7 +18,7 @@ def run_python(code: str, *search_path: Path) -> str:
 
 
 def test_torchvision_and_fedlab_import_and_print_nothing() -> None:
-    imports = "import compat; compat.prepare_fedlab(); import fedlab.core, logging, torchvision.datasets\n"
+    imports = "import compat; compat.import_fedlab('fedlab.core'); import logging, torchvision.datasets\n"
     assert run_python(imports + "logging.getLogger('x').info('quiet')") == ""
 
 
@@ -33,3 +33,9 @@ def test_another_failure_of_torchvision_is_not_hidden(tmp_path: Path) -> None:
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('another failure')")
     code = "import compat\ntry: compat.import_torchvision()\nexcept RuntimeError as error: print(error)"
     assert run_python(code, tmp_path) == "another failure"
+
+
+def test_pyarrow_is_not_loaded_on_the_way_and_can_be_afterwards() -> None:
+    """It would cost each process some 35 MB, for a reader of files that few runs have."""
+    imports = "import sys, compat; compat.import_fedlab('fedlab.core'); print('pyarrow' in sys.modules, end=' ')\n"
+    assert run_python(imports + "import pyarrow; print('pyarrow' in sys.modules)") == "False True"
