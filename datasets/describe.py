@@ -129,14 +129,22 @@ def main() -> None:
     add("--unseen_fraction", type=Fraction, default=Fraction(1, 5), help="share that never trains (default: 0.2)")
     add("--partition", help="see --help of single_process.py (default: shards:2 without natural clients)")
     add("--seed", type=int, default=0, help="seed of the partition (default: 0)")
-    add("--plot", type=Path, metavar="FILE", help="write the label mix and examples as a PNG (default: no plot)")
+    add(
+        "--plot",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="write the label mix and examples as a PNG, to NAME.png unless a file is named (default: no plot)",
+    )
     args = parser.parse_args()
     try:
         description = describe(load_federated_dataset(_request(args), args.data_root))
         print(description.text())
         if args.plot:
-            plot(description).savefig(args.plot, dpi=110)
-            print(f"plot in {args.plot}")
+            file = Path(f"{args.dataset}.png") if args.plot is True else args.plot
+            plot(description).savefig(file, dpi=110)
+            print(f"plot in {file}")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
 

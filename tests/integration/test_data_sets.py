@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers import ROOT, Launched, finish, read_result
 
@@ -20,6 +22,46 @@ def test_the_main_job_on_200_synthetic_writers(launched: Launched, tmp_path: Pat
     result = read_result(tmp_path / "run")
     assert (result["train_clients"], result["unseen_clients"]) == (160, 40)
     assert "40 unseen clients of synthetic_writers (synthetic, no handwriting)" in output
+
+
+def write_leaf(file: Path, users: dict[str, tuple[list[object], list[object]]]) -> None:
+    """One of LEAF's JSON files: users with their inputs and labels."""
+    file.parent.mkdir(parents=True)
+    content = {
+        "users": list(users),
+        "num_samples": [len(labels) for _, labels in users.values()],
+        "user_data": {user: {"x": inputs, "y": labels} for user, (inputs, labels) in users.items()},
+    }
+    file.write_text(json.dumps(content))
+
+
+def test_femnist_by_writer_runs_with_workers(launched: Launched, tmp_path: Path) -> None:
+    """Both workers and the server open the same cache, which the first of them builds."""
+    generator = np.random.default_rng(0)
+    writers = {
+        f"f{number:04}_00": (generator.random((6, 784)).tolist(), generator.integers(0, 62, 6).tolist())
+        for number in range(34)
+    }
+    write_leaf(tmp_path / "femnist" / "all_data_0.json", writers)
+    flags = ["--dataset", "femnist", "--data_root", tmp_path, *SHORT]
+    status, _, errors = finish(launched.start("quick_start.py", *flags, "--run_dir", tmp_path / "run"))
+    assert status == 0, errors
+    result = read_result(tmp_path / "run")
+    assert (result["train_clients"], result["unseen_clients"]) == (25, 9)
+
+
+def test_shakespeare_by_role_trains_the_lstm(launched: Launched, tmp_path: Path) -> None:
+    line = "to be, or not to be: that is the question. whether 'tis nobler in the mind to suffer the slings "
+    roles = {
+        f"PLAY_ROLE{number}": ([line[i : i + 80] for i in range(5)], [line[i + 80] for i in range(5)])
+        for number in range(10)
+    }
+    write_leaf(tmp_path / "shakespeare" / "all_data_0.json", roles)
+    flags = ["--dataset", "shakespeare", "--data_root", tmp_path, *SHORT[2:]]
+    status, _, errors = finish(launched.start("single_process.py", *flags, "--run_dir", tmp_path / "run"))
+    assert status == 0, errors
+    result = read_result(tmp_path / "run")
+    assert (result["train_clients"], result["unseen_clients"]) == (8, 2)
 
 
 def describe(launched: Launched, *flags: str | Path) -> tuple[int, str, str]:
