@@ -84,7 +84,7 @@ def build_parser(role: str) -> argparse.ArgumentParser:
     """The parser of an entry point; each flag stands in exactly one of the groups below."""
     groups, description = {
         "server": (
-            (_add_experiment, _add_run_folder, _add_data, _add_network, _add_join_server),
+            (_add_experiment, _add_phases, _add_run_folder, _add_data, _add_network, _add_join_server),
             "Start the FedLab parameter server (rank 0). It waits for --world_size - 1 workers, sends them the "
             "configuration, and runs the experiment with them.",
         ),
@@ -93,11 +93,11 @@ def build_parser(role: str) -> argparse.ArgumentParser:
             "Start a worker. It gets the experiment's configuration from the server.",
         ),
         "single": (
-            (_add_experiment, _add_run_folder, _add_data, _add_compute),
+            (_add_experiment, _add_phases, _add_run_folder, _add_data, _add_compute),
             "Run the experiment in this process, without a network. The model is the same as with workers.",
         ),
         "quick_start": (
-            (_add_experiment, _add_run_folder, _add_data, _add_compute, _add_local_launch),
+            (_add_experiment, _add_phases, _add_run_folder, _add_data, _add_compute, _add_local_launch),
             "Start a server and workers on this machine, and show the result.",
         ),
     }[role]
@@ -246,6 +246,8 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     by_dataset("eval_every", "communication rounds between two points of the accuracy curve")
     add("--eval_clients", type=int, default=100, help="unseen clients behind a point of the curve; results take all")
 
+
+def _add_phases(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("phase 1, FedAvg")
     add = group.add_argument
     _add_by_dataset(group, "epochs", "communication rounds")

@@ -24,7 +24,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import utils  # noqa: E402
-from datasets import FederatedDataset, ImageSplits  # noqa: E402
+from datasets import FederatedDataset, ImageSplits, Partition, PartitionedClients  # noqa: E402
 from perfedavg.compute import use_reproducible_kernels  # noqa: E402
 from perfedavg.config import ExperimentConfig, Phase  # noqa: E402
 from perfedavg.executor import CohortTask, LocalExecutor  # noqa: E402
@@ -67,7 +67,7 @@ def compare(name: str, repeats: int) -> dict[str, dict[str, float | bool]]:
 
 def train_once(config: ExperimentConfig, dataset: FederatedDataset, lanes: int, threads: int) -> tuple[float, Tensor]:
     torch.set_num_threads(threads)
-    model = utils.get_model(config, dataset.num_classes)
+    model = utils.get_model(config, dataset)
     executor = LocalExecutor(config, model, dataset, num_lanes=lanes)
     clients = tuple(dataset.train_client_ids)
     task = CohortTask(Phase.FEDAVG, 1, clients, sum(map(dataset.num_train_examples, clients)))
@@ -81,9 +81,10 @@ def random_images(num_classes: int) -> FederatedDataset:
     sizes = (NUM_CLIENTS * 4 // 5 * EXAMPLES_A_CLIENT, NUM_CLIENTS // 5 * EXAMPLES_A_CLIENT)
     images = [generator.integers(0, 256, (size, 28, 28), dtype=np.uint8) for size in sizes]
     labels = [generator.integers(0, num_classes, size) for size in sizes]
-    return FederatedDataset(
-        "random", ImageSplits(images[0], labels[0], images[1], labels[1], num_classes), NUM_CLIENTS, 0
-    )
+    splits = ImageSplits(images[0], labels[0], images[1], labels[1], num_classes)
+    num_train, num_unseen = NUM_CLIENTS * 4 // 5, NUM_CLIENTS // 5
+    clients = PartitionedClients(splits, Partition.parse("iid"), num_train, num_unseen, seed=0)
+    return FederatedDataset("random", clients, num_train, num_unseen, seed=0)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -29,26 +31,40 @@ POLL_SECONDS = 0.05
 MEGABYTE = 1e6
 
 
+@dataclass(frozen=True)
+class Pair:
+    """Seconds a round of both, and the largest resident memory of the server and of either worker, in MB."""
+
+    single_s: float
+    two_workers_s: float
+    server_mb: float
+    worker_mb: float
+
+    @property
+    def ratio(self) -> float:
+        return self.two_workers_s / self.single_s
+
+
 def main() -> None:
     args = parse_args()
     pairs = []
     for number in range(1, args.repeats + 1):
         single, single_memory = measure(args, single_process_commands)
-        workers, workers_memory = measure(args, two_worker_commands)
-        ratio = workers / single
+        workers, memory = measure(args, two_worker_commands)
+        pair = Pair(single, workers, memory["server"], max(memory["worker 1"], memory["worker 2"]))
         print(f"pair {number}: one process {1000 * single:.1f} ms a round, {memory_text(single_memory)}")
-        print(f"        two workers {1000 * workers:.1f} ms a round, {memory_text(workers_memory)}; ratio {ratio:.3f}")
-        pairs.append({"single_s": single, "two_workers_s": workers, "ratio": ratio, "memory": workers_memory})
+        print(f"        two workers {1000 * workers:.1f} ms a round, {memory_text(memory)}; ratio {pair.ratio:.3f}")
+        pairs.append(pair)
     summary = {
         "benchmark": "round",
         "model": "mnist_cnn",
         "clients_a_round": args.client_num_per_round,
         "local_epochs": 5,
-        "ratio_median": statistics.median(pair["ratio"] for pair in pairs),
-        "single_s_median": statistics.median(pair["single_s"] for pair in pairs),
-        "two_workers_s_median": statistics.median(pair["two_workers_s"] for pair in pairs),
-        "server_mb_max": max(pair["memory"]["server"] for pair in pairs),
-        "worker_mb_max": max(pair["memory"][f"worker {rank}"] for pair in pairs for rank in (1, 2)),
+        "ratio_median": statistics.median(pair.ratio for pair in pairs),
+        "single_s_median": statistics.median(pair.single_s for pair in pairs),
+        "two_workers_s_median": statistics.median(pair.two_workers_s for pair in pairs),
+        "server_mb_max": max(pair.server_mb for pair in pairs),
+        "worker_mb_max": max(pair.worker_mb for pair in pairs),
     }
     print(json.dumps(summary))
 
@@ -82,7 +98,9 @@ def two_worker_commands(flags: list[str]) -> dict[str, list[str]]:
     return {name: command for name, command, _ in quick_start.commands(args)}
 
 
-def measure(args: argparse.Namespace, commands) -> tuple[float, dict[str, float]]:
+def measure(
+    args: argparse.Namespace, commands: Callable[[list[str]], dict[str, list[str]]]
+) -> tuple[float, dict[str, float]]:
     """Median seconds a round without the first, and the largest resident memory of each process in MB."""
     with tempfile.TemporaryDirectory() as folder, open(Path(folder) / "output", "w+") as output:
         run_dir = Path(folder) / "run"
