@@ -191,9 +191,9 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
 
 def open_run_folder(args: argparse.Namespace) -> RunFolder:
     """The folder that the flags name. Raises ValueError where it holds a run or cannot be written."""
-    from perfedavg.run_folder import RunFolder, default_path
+    from perfedavg.run_folder import RunFolder, make_default_folder
 
-    return RunFolder(args.run_dir or default_path(ROOT / "runs", args.dataset))
+    return RunFolder(args.run_dir or make_default_folder(ROOT / "runs", args.dataset))
 
 
 def _architecture(dataset: str, struct: str) -> str:

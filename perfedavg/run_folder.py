@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import logging
 import os
@@ -129,14 +130,17 @@ def phase_name(phase: Phase) -> str:
     return {Phase.FEDAVG: "fedavg", Phase.REPTILE: "fine_tune"}[phase]
 
 
-def default_path(parent: Path, dataset: str) -> Path:
-    """`<parent>/<date-time>-<dataset>`, with a number behind it where that exists."""
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset}"
-    path, number = parent / stem, 1
-    while path.exists():
-        number += 1
-        path = parent / f"{stem}-{number}"
-    return path
+def make_default_folder(parent: Path, dataset: str) -> Path:
+    """Create `<parent>/<date-time>-<dataset>`, with a number behind it where another run has just taken that."""
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset.replace(':', '.')}"
+    for number in itertools.count(1):
+        path = parent / (stem if number == 1 else f"{stem}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return path
+    raise AssertionError("unreachable")
 
 
 def _environment() -> dict[str, Any]:

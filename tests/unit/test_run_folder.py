@@ -15,7 +15,7 @@ from perfedavg.executor import LocalExecutor
 from perfedavg.experiment import parameters_sha256
 from perfedavg.flat_model import flatten
 from perfedavg.run import run_and_record
-from perfedavg.run_folder import RunFolder, default_path
+from perfedavg.run_folder import RunFolder, make_default_folder
 
 CONFIG = make_config(fedavg=make_config().fedavg, eval_every=1)
 
@@ -89,6 +89,7 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_default_folder_is_a_new_one(tmp_path: Path) -> None:
-    first = default_path(tmp_path, "digits")
-    first.mkdir()
-    assert default_path(tmp_path, "digits") != first
+    """Two runs that start in the same second must not write into one folder."""
+    folders = {make_default_folder(tmp_path / "runs", "digits") for _ in range(3)}
+    assert len(folders) == 3
+    assert all(folder.is_dir() and "digits" in folder.name for folder in folders)
