@@ -101,7 +101,8 @@ def build_parser(role: str) -> argparse.ArgumentParser:
             "Start a server and workers on this machine, and show the result.",
         ),
     }[role]
-    parser = argparse.ArgumentParser(description=description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    program = "sh quick_start.sh" if role == "quick_start" else None  # else the script's own name
+    parser = argparse.ArgumentParser(program, None, description, formatter_class=_HelpFormatter, allow_abbrev=False)
     for add in groups:
         add(parser)
     if role == "quick_start":

@@ -94,8 +94,8 @@ def test_a_port_in_use(launched: Launched, tmp_path: Path) -> None:
 
 
 def test_an_address_of_another_machine(launched: Launched, tmp_path: Path) -> None:
-    process = launched.start("server.py", *TINY, "--ip", "192.0.2.1", "--run_dir", tmp_path / "run")
-    assert_one_clear_line(process, "--ip 192.0.2.1", "an address of this machine")
+    process = launched.start("server.py", *TINY, "--ip", "203.0.113.77", "--run_dir", tmp_path / "run")
+    assert_one_clear_line(process, "--ip 203.0.113.77", "an address of this machine")
     process = launched.start("server.py", *TINY, "--ip", "0.0.0.0", "--run_dir", tmp_path / "run")
     assert_one_clear_line(process, "--ip 0.0.0.0", "workers can reach")
 
