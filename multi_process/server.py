@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from fedlab.core.network_manager import NetworkManager
@@ -31,6 +32,8 @@ from perfedavg.console import say
 from perfedavg.exact_sum import ExactSum
 from perfedavg.executor import ClientReport, CohortTask, CohortUpdate, Executor, ScoringTask
 from perfedavg.scores import ClientScore
+
+Answer = TypeVar("Answer", bound=Message)
 
 
 class CohortHandler(ServerHandler):
@@ -119,15 +122,13 @@ class WorkerPoolManager(ServerManager):
         NetworkManager.setup(self)  # not ServerManager's, which maps each client to a worker once and for all
         ranks = range(1, self._network.world_size)
         self._links = [_Link(self._network, rank, self._answers) for rank in ranks]
-        joined = {rank: message for rank, message in self._collect(ranks) if isinstance(message, Join)}
+        joined = dict(self._collect(ranks, Join))
         for rank, join in joined.items():
             on_same_machine = sum(other.machine == join.machine for other in joined.values())
             num_lanes = join.threads or max(1, join.num_cores // on_same_machine)
             self._links[rank - 1].ask(Configure(self._experiment_config.to_dict(), num_lanes))
             say(f"server: worker {rank} joined, training {num_lanes} client(s) side by side")
-        for rank, ready in self._collect(ranks):
-            if not isinstance(ready, Ready):
-                raise ValueError(f"worker {rank} answered {type(ready).__name__} to its configuration")
+        for rank, ready in self._collect(ranks, Ready):
             if ready.fingerprint != self._clients.fingerprint:
                 raise ValueError(
                     f"worker {rank} reads other data than the server (fingerprint {ready.fingerprint}, not "
@@ -147,32 +148,33 @@ class WorkerPoolManager(ServerManager):
     def train(self, task: CohortTask, parameters: Tensor) -> CohortUpdate:
         self._handler.begin(task, parameters)
         (global_parameters,) = self._handler.downlink_package
-        ranks = []
-        for rank, client_ids in self._share_out(task.client_ids):
-            ids = torch.tensor(client_ids, dtype=torch.int64)
-            self._links[rank - 1].ask(
-                TrainClients(int(task.phase), task.round_number, task.capacity, ids, global_parameters)
-            )
-            ranks.append(rank)
-        for rank, answer in self._collect(ranks):
-            if not isinstance(answer, ClientsTrained):
-                raise ValueError(f"worker {rank} answered {type(answer).__name__} to a round's work")
+
+        def work(ids: Tensor) -> Message:
+            return TrainClients(int(task.phase), task.round_number, task.capacity, ids, global_parameters)
+
+        for answer in self._hand_out(task.client_ids, work, ClientsTrained):
             self._handler.load(answer)
         assert self._handler.if_stop, "every client was handed out and reported"
         return self._handler.cohort_update
 
     def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
-        ranks, scores = [], []
-        for rank, client_ids in self._share_out(task.client_ids):
-            ids = torch.tensor(client_ids, dtype=torch.int64)
-            self._links[rank - 1].ask(ScoreClients(int(task.phase), task.round_number, ids, parameters))
-            ranks.append(rank)
-        for rank, answer in self._collect(ranks):
-            if not isinstance(answer, ClientsScored):
-                raise ValueError(f"worker {rank} answered {type(answer).__name__} to clients to score")
+        def work(ids: Tensor) -> Message:
+            return ScoreClients(int(task.phase), task.round_number, ids, parameters)
+
+        scores = []
+        for answer in self._hand_out(task.client_ids, work, ClientsScored):
             rows = zip(answer.counts.tolist(), answer.measures.tolist(), strict=True)
             scores += [ClientScore(*counts, *measures) for counts, measures in rows]
         return scores
+
+    def _hand_out(
+        self, client_ids: Sequence[int], work: Callable[[Tensor], Message], kind: type[Answer]
+    ) -> list[Answer]:
+        """Give each worker its share of the clients, and collect the answers."""
+        shares = self._share_out(client_ids)
+        for rank, share in shares:
+            self._links[rank - 1].ask(work(torch.tensor(share, dtype=torch.int64)))
+        return [answer for _, answer in self._collect([rank for rank, _ in shares], kind)]
 
     def _share_out(self, client_ids: Sequence[int]) -> list[tuple[int, list[int]]]:
         """Each client to the worker with the least to do, the largest clients first (Graham 1969); (rank, ids)."""
@@ -184,8 +186,8 @@ class WorkerPoolManager(ServerManager):
             loads[least] += self._clients.num_train_examples(client_id)
         return [(rank, share) for rank, share in enumerate(shares, start=1) if share]
 
-    def _collect(self, ranks: Sequence[int]) -> list[tuple[int, Message]]:
-        """One answer from each of the ranks, as they come. Raises where a worker failed or is gone."""
+    def _collect(self, ranks: Sequence[int], kind: type[Answer]) -> list[tuple[int, Answer]]:
+        """One answer from each of the ranks, as they come. Raises where a worker failed, is gone, or says another."""
         answers = []
         for _ in ranks:
             rank, answer = self._answers.get()
@@ -193,6 +195,8 @@ class WorkerPoolManager(ServerManager):
                 raise answer
             if isinstance(answer, Failed):
                 raise ValueError(f"worker {rank}: {answer.reason}")
+            if not isinstance(answer, kind):
+                raise ValueError(f"worker {rank} sent {type(answer).__name__} where {kind.__name__} was expected")
             answers.append((rank, answer))
         return answers
 
@@ -231,5 +235,5 @@ class _Link:
                 if not expects_answer:
                     return
                 self._answers.put((self._rank, self._network.receive_message(self._rank)))
-        except (ValueError, OSError) as error:
+        except Exception as error:  # whatever it is, the experiment's thread must hear of it
             self._answers.put((self._rank, error))
