@@ -170,7 +170,7 @@ def get_datasets(config: ExperimentConfig, data_root: Path) -> FederatedDataset:
     )
     dataset = load_federated_dataset(request, data_root)
     if getattr(dataset, "num_left_out", 0):
-        say(f"{dataset.num_left_out} clients of {config.dataset} are left out, having fewer than two examples")
+        say(f"{dataset.num_left_out} clients of {config.dataset} are left out: too small to train and be scored")
     return dataset
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 """Raised with every change of the files that `cached_clients` writes, so that older ones are built anew."""
 
 
@@ -25,6 +25,8 @@ class Clients(Protocol):
 
     num_classes: labels are below it.
     fingerprint: digest of all examples and of who has them; equal clients, equal digest.
+    overlap: examples of a client that are no more than so many places apart share some of their text, as neighbouring
+        windows do; 0 where examples are independent.
     Safe to read from several threads.
     """
 
@@ -34,6 +36,8 @@ class Clients(Protocol):
     def num_classes(self) -> int: ...
     @property
     def fingerprint(self) -> str: ...
+    @property
+    def overlap(self) -> int: ...
     def num_examples(self, client: int) -> int:
         """How many examples a client has, without reading them."""
         ...
@@ -68,6 +72,7 @@ class StoredClients:
         self.num_clients = len(self.names)
         self.num_classes: int = meta["num_classes"]
         self.fingerprint: str = meta["fingerprint"]
+        self.overlap: int = meta["overlap"]
         self._offsets = np.array(meta["offsets"], dtype=np.int64)
         total = int(self._offsets[-1])
         input_shape = (total, *meta["input_shape"])
@@ -86,13 +91,19 @@ class StoredClients:
 
 
 def cached_clients(
-    cache: Path, name: str, sources: Iterable[Path], clients: Iterator[NamedClient], num_classes: int
+    cache: Path,
+    name: str,
+    sources: Iterable[Path],
+    clients: Iterator[NamedClient],
+    num_classes: int,
+    overlap: int = 0,
 ) -> StoredClients:
     """The clients that an iterator yields, from the cache where it holds them already.
 
     cache: folder of all caches, created.  name: of the data set, part of the folder's name.
     sources: the files that the clients are read from; another size or time of one of them means another cache.
     clients: is exhausted only where the cache is built. Whatever it raises leaves no cache behind.
+    overlap: see Clients.
     Raises ValueError where there is no client, two have the same name, or a label is out of range.
     """
     folder = cache / f"{name}-{_sources_digest(sources)}"
@@ -102,14 +113,14 @@ def cached_clients(
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as building:
                 finished = Path(building) / "clients"
                 finished.mkdir()
-                _write_clients(finished, clients, num_classes)
+                _write_clients(finished, clients, num_classes, overlap)
                 for old in cache.glob(f"{name}-*"):
                     shutil.rmtree(old)
                 os.replace(finished, folder)
     return StoredClients(folder)
 
 
-def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: int) -> None:
+def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: int, overlap: int) -> None:
     names: list[str] = []
     offsets = [0]
     input_shape: tuple[int, ...] | None = None
@@ -135,6 +146,7 @@ def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: in
         "offsets": offsets,
         "input_shape": list(input_shape),
         "num_classes": num_classes,
+        "overlap": overlap,
         "fingerprint": digest.hexdigest(),
     }
     (folder / "meta.json").write_text(json.dumps(meta))

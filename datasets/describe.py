@@ -45,7 +45,7 @@ class Description:
         lines = [
             f"{dataset.name}: {num_clients} clients, {len(dataset.train_client_ids)} train and "
             f"{len(dataset.unseen_client_ids)} are unseen; {dataset.num_classes} classes",
-            f"left out, having fewer than two examples: {dataset.num_left_out} clients",
+            f"left out, too small to train and be scored: {dataset.num_left_out} clients",
             f"examples a client, min, median, max: {_spread(sizes)}{sampled}",
             f"classes a client, min, median, max: {_spread(classes)}{sampled}",
             f"fingerprint: {dataset.fingerprint}",

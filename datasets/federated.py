@@ -18,9 +18,6 @@ from datasets.streams import LOCAL_CUT_STREAM, stream
 TRAIN_PERCENT = 80
 """Share of a client's examples that it trains or adapts on; it is scored on the rest."""
 
-SMALLEST_CLIENT = 2
-"""Examples that a client needs to have one in each part."""
-
 
 @dataclass(frozen=True)
 class ClientData:
@@ -40,7 +37,9 @@ class FederatedDataset:
 
     Each client's examples are put in an order that follows from (seed, client) before they are cut 80/20, so that
     both parts have the same label mix; without it, the test part of a client with sorted labels would hold only the
-    label sorted last. Clients with fewer than SMALLEST_CLIENT examples are left out of both lists.
+    label sorted last. Examples that overlap keep their order, and those at the cut that share text with the training
+    part are dropped; otherwise a client would be scored on text that it trained on. Clients too small to have an
+    example in each part are left out of both lists.
     """
 
     def __init__(self, name: str, clients: Clients, num_train: int, num_unseen: int, seed: int) -> None:
@@ -49,14 +48,14 @@ class FederatedDataset:
         self.num_classes = clients.num_classes
         self._clients = clients
         self._seed = seed
-        used = num_train + num_unseen
-        left_out = {client for client in clients.smaller_than(SMALLEST_CLIENT) if client < used}
+        used, smallest = num_train + num_unseen, _smallest_client(clients.overlap)
+        left_out = {client for client in clients.smaller_than(smallest) if client < used}
         self.num_left_out = len(left_out)
         self.train_client_ids = _without(range(num_train), left_out)
         self.unseen_client_ids = _without(range(num_train, used), left_out)
         if not (self.train_client_ids and self.unseen_client_ids):
             raise ValueError(
-                f"{len(left_out)} of {used} clients of {name} have fewer than {SMALLEST_CLIENT} examples, which leaves "
+                f"{len(left_out)} of {used} clients of {name} have fewer than {smallest} examples, which leaves "
                 f"{len(self.train_client_ids)} to train and {len(self.unseen_client_ids)} to be scored; "
                 "use fewer clients (--client_num_in_total) or another --partition"
             )
@@ -66,10 +65,13 @@ class FederatedDataset:
 
     def client_data(self, client_id: int) -> ClientData:
         raw, labels = self._clients.examples(client_id)
-        order = np.random.default_rng(stream(self._seed, LOCAL_CUT_STREAM, client_id)).permutation(len(labels))
+        order: NDArray[np.int64] = np.arange(len(labels))
+        if not self._clients.overlap:
+            order = np.random.default_rng(stream(self._seed, LOCAL_CUT_STREAM, client_id)).permutation(len(labels))
         inputs, targets = _to_tensor(raw[order]), torch.from_numpy(labels[order].astype(np.int64, copy=False))
         cut = _num_train(len(labels))
-        return ClientData(inputs[:cut], targets[:cut], inputs[cut:], targets[cut:])
+        resume = cut + self._clients.overlap
+        return ClientData(inputs[:cut], targets[:cut], inputs[resume:], targets[resume:])
 
     @cached_property
     def fingerprint(self) -> str:
@@ -88,6 +90,11 @@ def _to_tensor(raw: NDArray[np.uint8]) -> Tensor:
 def _num_train(num_examples: int) -> int:
     """80 % of a client's examples, rounded down, but at least one example on each side of the cut."""
     return min(max(num_examples * TRAIN_PERCENT // 100, 1), num_examples - 1)
+
+
+def _smallest_client(overlap: int) -> int:
+    """The fewest examples at which both parts have one: a fifth, rounded up, must exceed what is dropped."""
+    return max(2, 5 * overlap + 1)
 
 
 def _without(client_ids: range, left_out: set[int]) -> Sequence[int]:

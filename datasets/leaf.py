@@ -81,7 +81,8 @@ def load_shakespeare(data_root: Path) -> StoredClients:
     if not files:
         raise _missing("shakespeare", folder, "all_data*.json of LEAF's Shakespeare")
     clients = _clients_of_json(files, _sequences, _next_characters)
-    return cached_clients(data_root / "cache", "shakespeare", files, clients, len(VOCABULARY))
+    # LEAF's windows begin at every character, so that one and its label end where the window 80 places on begins.
+    return cached_clients(data_root / "cache", "shakespeare", files, clients, len(VOCABULARY), overlap=SEQUENCE_LENGTH)
 
 
 def _missing(name: str, folder: Path, files: str) -> ValueError:

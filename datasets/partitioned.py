@@ -37,6 +37,8 @@ class PartitionedClients:
     the clients of its split.
     """
 
+    overlap = 0
+
     def __init__(self, splits: ImageSplits, partition: Partition, num_train: int, num_unseen: int, seed: int) -> None:
         self._splits = splits
         self._seed = seed

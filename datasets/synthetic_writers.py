@@ -175,6 +175,8 @@ class SyntheticWriters:
 
     num_classes = len(CHARACTERS)
 
+    overlap = 0
+
     def __init__(self, num_clients: int, seed: int, mean_num_examples: float = 110) -> None:
         """Raises ValueError where there would be no client, or where the mean is not among the numbers possible."""
         if num_clients < 1:

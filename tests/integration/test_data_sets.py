@@ -51,17 +51,19 @@ def test_femnist_by_writer_runs_with_workers(launched: Launched, tmp_path: Path)
 
 
 def test_shakespeare_by_role_trains_the_lstm(launched: Launched, tmp_path: Path) -> None:
-    line = "to be, or not to be: that is the question. whether 'tis nobler in the mind to suffer the slings "
+    text = "to be, or not to be: that is the question. whether 'tis nobler in the mind to suffer the slings " * 6
+    sizes = [401, 405, 400, 401, 401, 401, 403]  # of 400 windows, none would be left after the gap
     roles = {
-        f"PLAY_ROLE{number}": ([line[i : i + 80] for i in range(5)], [line[i + 80] for i in range(5)])
-        for number in range(10)
+        f"PLAY_ROLE{number}": ([text[i : i + 80] for i in range(size)], [text[i + 80] for i in range(size)])
+        for number, size in enumerate(sizes)
     }
     write_leaf(tmp_path / "shakespeare" / "all_data_0.json", roles)
     flags = ["--dataset", "shakespeare", "--data_root", tmp_path, *SHORT[2:]]
     status, _, errors = finish(launched.start("single_process.py", *flags, "--run_dir", tmp_path / "run"))
     assert status == 0, errors
     result = read_result(tmp_path / "run")
-    assert (result["train_clients"], result["unseen_clients"]) == (8, 2)
+    assert (result["train_clients"], result["unseen_clients"]) == (5, 1)
+    assert "1 clients of shakespeare are left out" in errors
 
 
 def describe(launched: Launched, *flags: str | Path) -> tuple[int, str, str]:

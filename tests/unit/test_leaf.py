@@ -17,9 +17,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 import datasets.leaf
+from datasets import FederatedDataset
 from datasets.leaf import VOCABULARY, load_femnist, load_shakespeare
 
 Document = dict[str, Any]
@@ -506,3 +508,24 @@ def test_a_damaged_parquet_file(damage: str, tmp_path: Path) -> None:
     assert damaged != content
     path.write_bytes(damaged)
     assert f"{path} is damaged or no parquet file: " in refusal_of(load_femnist, tmp_path)
+
+
+def test_no_role_is_scored_on_text_that_it_trained_on(tmp_path: Path) -> None:
+    """The text is such that each window is unlike any other, so shared text would show as a shared character run."""
+    letters = np.random.default_rng(0).choice(list(VOCABULARY), 450 + 81)
+    text = "".join(letters)
+    windows = {"x": [text[i : i + 80] for i in range(450)], "y": [text[i + 80] for i in range(450)]}
+    folder = tmp_path / "shakespeare"
+    folder.mkdir()
+    content = {"users": ["A", "B"], "num_samples": [450, 450], "user_data": {"A": windows, "B": windows}}
+    (folder / "all_data.json").write_text(json.dumps(content))
+    dataset = FederatedDataset("shakespeare", load_shakespeare(tmp_path), 1, 1, seed=0)
+    data = dataset.client_data(1)
+    assert (len(data.train_labels), len(data.test_labels)) == (360, 450 - 360 - 80)
+
+    def trigrams(inputs: torch.Tensor, labels: torch.Tensor) -> set[tuple[int, ...]]:
+        rows = torch.cat([inputs, labels.unsqueeze(1)], dim=1).unfold(1, 3, 1).reshape(-1, 3)
+        return set(map(tuple, rows.tolist()))
+
+    shared = trigrams(data.train_inputs, data.train_labels) & trigrams(data.test_inputs, data.test_labels)
+    assert len(shared) <= 2, "of 512,000 possible ones, two random texts of 440 and 90 share 0.07 on average"
