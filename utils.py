@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perfedavg.config import OPTIMIZERS, ExperimentConfig, OptimizerConfig, PhaseConfig
+from perfedavg.config import OPTIMIZERS, ExperimentConfig, OptimizerConfig, PhaseConfig, num_unseen_clients
 from perfedavg.console import say
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
@@ -69,13 +69,13 @@ MODELS = {"mnist": "mnist_cnn", "fashion_mnist": "mnist_cnn", "digits": "mnist_c
 def get_args(role: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The flags of an entry point, from `argv` or the command line.
 
-    role: `server`, `worker`, `single` or `quick_start`. Flags that follow the data set are filled in.
+    role: `server`, `worker`, `single`, `quick_start` or `describe`. Flags that follow the data set are filled in.
     Ends the process with a line on standard error and status 2 where a flag is unknown or malformed.
     """
     args = build_parser(role).parse_args(argv)
     if "dataset" in args:
         for name, value in vars(_defaults_of(args.dataset)).items():
-            if getattr(args, name) is None:
+            if name in args and getattr(args, name) is None:
                 setattr(args, name, value)
     return args
 
@@ -84,7 +84,7 @@ def build_parser(role: str) -> argparse.ArgumentParser:
     """The parser of an entry point; each flag stands in exactly one of the groups below."""
     groups, description = {
         "server": (
-            (_add_experiment, _add_phases, _add_run_folder, _add_data, _add_network, _add_join_server),
+            (_add_clients, _add_experiment, _add_phases, _add_run_folder, _add_data, _add_network, _add_join_server),
             "Start the FedLab parameter server (rank 0). It waits for --world_size - 1 workers, sends them the "
             "configuration, and runs the experiment with them.",
         ),
@@ -93,19 +93,25 @@ def build_parser(role: str) -> argparse.ArgumentParser:
             "Start a worker. It gets the experiment's configuration from the server.",
         ),
         "single": (
-            (_add_experiment, _add_phases, _add_run_folder, _add_data, _add_compute),
+            (_add_clients, _add_experiment, _add_phases, _add_run_folder, _add_data, _add_compute),
             "Run the experiment in this process, without a network. The model is the same as with workers.",
         ),
         "quick_start": (
-            (_add_experiment, _add_phases, _add_run_folder, _add_data, _add_compute, _add_local_launch),
+            (_add_clients, _add_experiment, _add_phases, _add_run_folder, _add_data, _add_compute, _add_local_launch),
             "Start a server and workers on this machine, and show the result.",
         ),
+        "describe": (
+            (_add_clients, _add_data, _add_plot),
+            "Describe a data set as it is dealt out to clients.",
+        ),
     }[role]
-    program = "sh quick_start.sh" if role == "quick_start" else None  # else the script's own name
-    parser = argparse.ArgumentParser(program, None, description, formatter_class=_HelpFormatter, allow_abbrev=False)
+    program = {"quick_start": "sh quick_start.sh", "describe": "python -m datasets.describe"}  # else the script's name
+    parser = argparse.ArgumentParser(
+        program.get(role), None, description, formatter_class=_HelpFormatter, allow_abbrev=False
+    )
     for add in groups:
         add(parser)
-    if role == "quick_start":
+    if role in ("quick_start", "describe"):
         parser.set_defaults(dataset="digits")
     return parser
 
@@ -163,15 +169,28 @@ def check_num_workers(config: ExperimentConfig, num_workers: int) -> None:
 
 def get_datasets(config: ExperimentConfig, data_root: Path) -> FederatedDataset:
     """The experiment's data, dealt out to its clients. Raises ValueError where it cannot be had or is damaged."""
+    dataset = _load_dataset(
+        config.dataset, config.num_clients, config.unseen_fraction, config.partition, config.seed, data_root
+    )
+    if getattr(dataset, "num_left_out", 0):
+        say(f"left out of {config.dataset}, too small to train and be scored: {dataset.num_left_out} client(s)")
+    return dataset
+
+
+def get_described_dataset(args: argparse.Namespace) -> FederatedDataset:
+    """The data that the flags of `python -m datasets.describe` stand for, dealt out as in a run with these flags."""
+    return _load_dataset(
+        args.dataset, args.client_num_in_total, args.unseen_fraction, args.partition, args.seed, args.data_root
+    )
+
+
+def _load_dataset(
+    name: str, num_clients: int | None, unseen_fraction: str, partition: str | None, seed: int, data_root: Path
+) -> FederatedDataset:
     from datasets import DatasetRequest, load_federated_dataset
 
-    request = DatasetRequest(
-        config.dataset, config.num_clients, config.num_unseen_clients, config.partition, config.seed
-    )
-    dataset = load_federated_dataset(request, data_root)
-    if getattr(dataset, "num_left_out", 0):
-        say(f"{dataset.num_left_out} clients of {config.dataset} are left out: too small to train and be scored")
-    return dataset
+    num_unseen = partial(num_unseen_clients, unseen_fraction=unseen_fraction)
+    return load_federated_dataset(DatasetRequest(name, num_clients, num_unseen, partition, seed), data_root)
 
 
 def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
@@ -219,10 +238,9 @@ def _follows_dataset(name: str) -> str:
     return f"(default: {listed}{common} for the others)" if rare else f"(default: {common})"
 
 
-def _add_experiment(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("experiment")
-    add = group.add_argument
-    add(
+def _add_clients(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("clients")
+    group.add_argument(
         "--dataset",
         type=_dataset,
         default="emnist",
@@ -231,7 +249,6 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         "see python -m datasets.describe",
     )
     by_dataset = partial(_add_by_dataset, group)
-    by_dataset("struct", "model: a convolutional network, an MLP, or (text) an LSTM", choices=STRUCTURES, type=str)
     by_dataset("client_num_in_total", "clients, those that train and those that are never seen in training")
     by_dataset("unseen_fraction", "share of the clients that never train, such as 0.2 or 9/34", type=str, metavar="X")
     by_dataset(
@@ -241,9 +258,16 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         type=str,
         metavar="NAME[:X]",
     )
+    group.add_argument("--seed", type=int, default=0, help="everything random follows from it; same seed, same model")
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("experiment")
+    add = group.add_argument
+    by_dataset = partial(_add_by_dataset, group)
+    by_dataset("struct", "model: a convolutional network, an MLP, or (text) an LSTM", choices=STRUCTURES, type=str)
     by_dataset("client_num_per_round", "training clients drawn for each round")
     add("--batch_size", type=int, default=20, help="examples a local step")
-    add("--seed", type=int, default=0, help="everything random follows from it; same seed, same model")
     by_dataset("eval_every", "communication rounds between two points of the accuracy curve")
     add("--eval_clients", type=int, default=100, help="unseen clients behind a point of the curve; results take all")
 
@@ -292,6 +316,17 @@ def _add_run_folder(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="folder of this run; one that holds a run is refused "
         "(default: runs/<date-time>-<dataset> in the project's folder)",
+    )
+
+
+def _add_plot(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument_group("output").add_argument(
+        "--plot",
+        type=Path,
+        nargs="?",
+        const=True,
+        metavar="FILE",
+        help="write the label mix and examples as a PNG, to NAME.png unless a file is named (default: no plot)",
     )
 
 

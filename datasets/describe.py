@@ -1,21 +1,21 @@
-"""python -m datasets.describe --dataset NAME [--plot FILE]: what a data set looks like when it is dealt out."""
+"""python -m datasets.describe --dataset NAME [--plot FILE]: what a data set looks like when it is dealt out.
+
+An entry point like those at the root, with their flags.
+"""
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+import utils
 from datasets.federated import FederatedDataset
-from datasets.loading import DatasetRequest, load_federated_dataset
+from perfedavg.console import run_entry_point
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -118,46 +118,14 @@ def _spread(values: NDArray[np.int64]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.describe", description="Describe a data set as dealt out."
-    )
-    add = parser.add_argument
-    root = os.environ.get("PERFEDAVG_DATA") or Path(__file__).resolve().parent / "data"
-    add("--dataset", default="digits", help="name, or package.module:factory (default: digits)")
-    add("--data_root", type=Path, default=Path(root), help="folder of the data sets (default: as in the entry points)")
-    add("--client_num_in_total", type=int, help="clients (default: all natural ones; 50 of digits; else 3400)")
-    add("--unseen_fraction", type=Fraction, default=Fraction(1, 5), help="share that never trains (default: 0.2)")
-    add("--partition", help="see --help of single_process.py (default: shards:2 without natural clients)")
-    add("--seed", type=int, default=0, help="seed of the partition (default: 0)")
-    add(
-        "--plot",
-        type=Path,
-        nargs="?",
-        const=True,
-        metavar="FILE",
-        help="write the label mix and examples as a PNG, to NAME.png unless a file is named (default: no plot)",
-    )
-    args = parser.parse_args()
-    try:
-        description = describe(load_federated_dataset(_request(args), args.data_root))
-        print(description.text())
-        if args.plot:
-            file = Path(f"{args.dataset}.png") if args.plot is True else args.plot
-            plot(description).savefig(file, dpi=110)
-            print(f"plot in {file}")
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-
-
-def _request(args: argparse.Namespace) -> DatasetRequest:
-    natural = ":" in args.dataset or args.dataset in ("femnist", "shakespeare", "folder")
-    num_clients = args.client_num_in_total
-    if num_clients is None and not natural:
-        num_clients = 50 if args.dataset == "digits" else 3400
-    return DatasetRequest(
-        args.dataset, num_clients, lambda count: max(1, round(count * args.unseen_fraction)), args.partition, args.seed
-    )
+    args = utils.get_args("describe")
+    description = describe(utils.get_described_dataset(args))
+    print(description.text())
+    if args.plot:
+        file = Path(f"{args.dataset}.png") if args.plot is True else args.plot
+        plot(description).savefig(file, dpi=110)
+        print(f"plot in {file}")
 
 
 if __name__ == "__main__":
-    main()
+    run_entry_point(main)

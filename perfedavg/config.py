@@ -99,10 +99,6 @@ class ExperimentConfig:
     eval_every: int
     eval_clients: int
 
-    def num_unseen_clients(self, num_clients: int) -> int:
-        """How many of so many clients never train: the share, rounded, but at least one."""
-        return max(1, round(num_clients * Fraction(self.unseen_fraction)))
-
     @property
     def phases(self) -> dict[Phase, PhaseConfig]:
         """The training phases in the order in which they run."""
@@ -119,7 +115,7 @@ class ExperimentConfig:
         _at_least_one("--client_num_per_round", self.cohort_size)
         if self.num_clients is not None:
             self._check_num_clients(self.num_clients)
-            self.check_cohort_size(self.num_clients - self.num_unseen_clients(self.num_clients))
+            self.check_cohort_size(self.num_clients - num_unseen_clients(self.num_clients, self.unseen_fraction))
         _at_least_one("--batch_size", self.batch_size)
         _at_least_one("--pers_round", self.num_personalization_epochs)
         _at_least_one("--eval_every", self.eval_every)
@@ -175,6 +171,11 @@ class ExperimentConfig:
             name: None if values[name] is None else _phase_from_dict(values[name]) for name in ("fedavg", "fine_tune")
         }
         return cls(**{**values, **phases})
+
+
+def num_unseen_clients(num_clients: int, unseen_fraction: str) -> int:
+    """How many of so many clients never train: the share, such as `0.2` or `9/34`, rounded, but at least one."""
+    return max(1, round(num_clients * Fraction(unseen_fraction)))
 
 
 def _phase_from_dict(values: dict[str, Any]) -> PhaseConfig:

@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 import utils
-from perfedavg.config import ExperimentConfig
+from perfedavg.config import ExperimentConfig, num_unseen_clients
 
 EXPERIMENT_FLAGS = [
     (["--dataset", "mnist"], lambda c: c.dataset),
@@ -59,7 +59,11 @@ def test_the_list_above_holds_every_flag_of_the_experiment() -> None:
 def test_emnist_gets_the_papers_experiment() -> None:
     settings = config()
     assert (settings.dataset, settings.architecture) == ("emnist", "emnist_cnn")
-    assert (settings.num_clients, settings.num_unseen_clients(3400), settings.partition) == (3400, 680, "shards:2")
+    assert (settings.num_clients, num_unseen_clients(3400, settings.unseen_fraction), settings.partition) == (
+        3400,
+        680,
+        "shards:2",
+    )
     assert (settings.fedavg.num_rounds, settings.fedavg.server_optimizer.momentum) == (500, 0.9)
     assert settings.fine_tune is not None
     assert (settings.fine_tune.num_rounds, settings.fine_tune.num_local_epochs) == (100, 10)
@@ -69,7 +73,7 @@ def test_emnist_gets_the_papers_experiment() -> None:
 def test_femnist_trains_on_the_first_2500_of_3400_writers() -> None:
     settings = config("--dataset", "femnist")
     assert (settings.num_clients, settings.partition, settings.architecture) == (None, None, "emnist_cnn")
-    assert settings.num_unseen_clients(3400) == 900
+    assert num_unseen_clients(3400, settings.unseen_fraction) == 900
 
 
 def test_a_model_that_does_not_fit_the_data_is_refused() -> None:
@@ -140,3 +144,11 @@ def test_the_readme_lists_every_flag() -> None:
     for role in ("server", "worker", "single", "quick_start"):
         for action in utils.build_parser(role)._actions:
             assert action.dest == "help" or f"`--{action.dest}`" in readme, action.dest
+
+
+@pytest.mark.parametrize("dataset", utils.DATASET_DEFAULTS)
+def test_describe_shows_the_clients_of_a_run(dataset: str) -> None:
+    """Its defaults must be those of a run, or it describes other clients than those that train."""
+    described = vars(utils.get_args("describe", ["--dataset", dataset]))
+    run = vars(utils.get_args("single", ["--dataset", dataset]))
+    assert described == {**{name: run[name] for name in described if name != "plot"}, "plot": None}
