@@ -174,7 +174,6 @@ class SyntheticWriters:
     """
 
     num_classes = len(CHARACTERS)
-
     overlap = 0
 
     def __init__(self, num_clients: int, seed: int, mean_num_examples: float = 110) -> None:
