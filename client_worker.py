@@ -1,4 +1,4 @@
-"""Entry point: a worker, rank 1 .. world_size - 1. It gets the experiment's configuration from the server."""
+"""Entry point: a worker, rank 1 or more. It gets the experiment's configuration from the server."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 
 def main() -> None:
     args = utils.get_args("worker")
-    if args.rank == 0:
-        raise ValueError("--rank 0 is the server's; a worker's is in 1 .. world_size - 1")
 
-    from multi_process.network import TypedNetwork
+    from multi_process.network import WorkerNetwork
     from multi_process.worker import WorkerManager
     from perfedavg.compute import resolve_device, use_reproducible_kernels
 
@@ -30,8 +28,16 @@ def main() -> None:
         dataset = utils.get_datasets(config, args.data_root)
         return utils.get_model(config, dataset), dataset
 
-    network = TypedNetwork(
-        (args.ip, args.port), args.world_size, args.rank, args.ethernet, args.backend, args.join_timeout_seconds, device
+    network = WorkerNetwork(
+        (args.ip, args.port),
+        args.world_size,
+        args.rank,
+        args.ethernet,
+        args.backend,
+        device,
+        args.token_file,
+        args.join_timeout_seconds,
+        args.server_wait_seconds,
     )
     WorkerManager(network, set_up, device, args.threads).run()
 

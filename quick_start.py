@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -10,24 +13,39 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from types import FrameType
 from typing import IO
 
 import utils
 from perfedavg.console import EXIT_BAD_INPUT, report
+from perfedavg.runs import make_default_folder
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 0.5
-"""From the first failure to the account of it, so that a crash that caused it is seen too."""
-TERMINATE_SECONDS = 5.0
-"""How long a process has to end by itself after SIGTERM."""
+"""From a worker's failure to what is done about it, so that the end of the server is seen as its cause."""
+TERMINATE_SECONDS = 40.0
+"""How long a process has to end by itself after SIGTERM: the server writes a checkpoint."""
+MAX_RESTARTS = 3
+"""Of a worker that died. One that ended with a clear line of its own is not started again."""
+SERVER = "server"
+
+
+@dataclass
+class LocalProcess:
+    """A process that was started, and how to start it again. output: what it prints, where that is not shown."""
+
+    command: list[str]
+    process: subprocess.Popen[bytes]
+    output: IO[bytes] | None
+    num_restarts: int = 0
 
 
 class LocalProcesses:
-    """The processes of one run. Leaving the block ends all that still run."""
+    """The server and the workers of one run. Leaving the block ends all that still run."""
 
     def __init__(self) -> None:
-        self._running: dict[str, tuple[subprocess.Popen[bytes], IO[bytes] | None]] = {}
+        self._running: dict[str, LocalProcess] = {}
 
     def __enter__(self) -> LocalProcesses:
         return self
@@ -35,40 +53,40 @@ class LocalProcesses:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def start(self, name: str, command: list[str], shows_output: bool) -> None:
+    def start(self, name: str, command: list[str], shows_output: bool, num_restarts: int = 0) -> None:
         """Start a process in a process group of its own, so that Ctrl-C reaches it through `stop` only.
 
         What it prints is shown as it comes, or else kept to be shown if it fails.
         """
-        output = None if shows_output else tempfile.TemporaryFile()  # noqa: SIM115, closed in stop
-        self._running[name] = (
-            subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=None if output is None else subprocess.STDOUT,
-                start_new_session=True,
-            ),
-            output,
+        output = None if shows_output else tempfile.TemporaryFile()  # noqa: SIM115, closed in _forget
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=None if output is None else subprocess.STDOUT,
+            start_new_session=True,
         )
+        self._running[name] = LocalProcess(command, process, output, num_restarts)
 
     def wait(self, signals: SignalWatch) -> int:
-        """Wait until every process has ended well, or one has failed, or a signal came; return the exit status."""
+        """Wait until every process has ended well, or the run has failed, or a signal came; return the exit status.
+
+        A worker that dies is started again, a few times; without the server or without any worker the run has failed.
+        """
         while self._running:
             if signals.received:
                 print(f"stopped by {signals.received.name}", file=sys.stderr)
                 return 128 + signals.received
-            failed = [name for name, (process, _) in self._running.items() if process.poll()]
-            if failed:
-                time.sleep(GRACE_SECONDS)
-                return self._explain(failed[0])
-            self._running = {name: entry for name, entry in self._running.items() if entry[0].returncode is None}
+            for name in [name for name, entry in self._running.items() if entry.process.poll() is not None]:
+                status = self._take_end(name)
+                if status:
+                    return status
             time.sleep(POLL_SECONDS)
         return 0
 
     def stop(self) -> None:
         """SIGTERM to every process that still runs, SIGKILL to those that do not end within TERMINATE_SECONDS."""
-        processes = [process for process, _ in self._running.values()]
+        processes = [entry.process for entry in self._running.values()]
         for process in processes:
             process.terminate()
         deadline = time.monotonic() + TERMINATE_SECONDS
@@ -78,27 +96,46 @@ class LocalProcesses:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        for _, output in self._running.values():
-            if output is not None:
-                output.close()
-        self._running.clear()
+        for name in list(self._running):
+            self._forget(name)
 
-    def _explain(self, first_failed: str) -> int:
-        """Say which process failed first, and which others crashed; return the first one's exit status.
-
-        The others that ended with a clear line of their own are left out: they only say that a peer is gone.
-        """
-        for name, (process, output) in self._running.items():
-            status = process.poll()
-            if name == first_failed or status not in (None, 0, EXIT_BAD_INPUT):
-                assert status is not None, "the first to fail has ended"
-                how = f"with status {status}" if status > 0 else f"by signal {signal.Signals(-status).name}"
-                print(f"{name} ended {how}", file=sys.stderr)
-                if output is not None:
-                    output.seek(0)
-                    print(output.read().decode(errors="replace").rstrip(), file=sys.stderr)
-        status = self._running[first_failed][0].returncode
+    def _take_end(self, name: str) -> int:
+        """Act on the end of a process. Returns the status that the whole run ends with, or 0 where it goes on."""
+        if name not in self._running:
+            return 0
+        if name != SERVER and self._running[name].process.returncode:
+            time.sleep(GRACE_SECONDS)
+            if SERVER in self._running and self._running[SERVER].process.poll() is not None:
+                return self._take_end(SERVER)  # of which the worker's end is a consequence
+        entry = self._running[name]
+        status = entry.process.returncode
+        if status == 0:
+            self._forget(name)
+            return 0
+        self._explain(name)
+        self._forget(name)
+        if name != SERVER and status != EXIT_BAD_INPUT and entry.num_restarts < MAX_RESTARTS:
+            print(f"{name} is started again ({entry.num_restarts + 1} of {MAX_RESTARTS} times)", file=sys.stderr)
+            self.start(name, entry.command, False, entry.num_restarts + 1)
+            return 0
+        if name != SERVER and set(self._running) - {SERVER}:
+            return 0  # the run goes on with the other workers
         return status if status > 0 else 128 - status
+
+    def _explain(self, name: str) -> None:
+        """Say how a process ended, and show what it printed."""
+        entry = self._running[name]
+        status = entry.process.returncode
+        how = f"with status {status}" if status > 0 else f"by signal {signal.Signals(-status).name}"
+        print(f"{name} ended {how}", file=sys.stderr)
+        if entry.output is not None:
+            entry.output.seek(0)
+            print(entry.output.read().decode(errors="replace").rstrip(), file=sys.stderr)
+
+    def _forget(self, name: str) -> None:
+        output = self._running.pop(name).output
+        if output is not None:
+            output.close()
 
 
 class SignalWatch:
@@ -119,13 +156,21 @@ def main() -> int:
         utils.check_num_workers(utils.config_from_args(args), args.workers)  # before anything is started
     except ValueError as error:
         return report(error)
+    if args.resume is None and args.run_dir is None:
+        args.run_dir = make_default_folder(utils.ROOT / "runs", args.dataset)
+    os.environ.setdefault("PERFEDAVG_TOKEN", secrets.token_hex(32))  # so that no other user of this machine can join
     signals = SignalWatch()
     with LocalProcesses() as processes:
         for name, command, shows_output in commands(args):
             processes.start(name, command, shows_output)
         status = processes.wait(signals)
+    run = args.resume or args.run_dir
     if status == 0 and args.dataset == "digits":
         print("the paper's experiment: sh quick_start.sh --dataset emnist")
+    elif status > 128 and not signals.received and (run / "config.json").exists():  # the server could not say it
+        print(f"continue with: sh quick_start.sh --resume {run}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        run.rmdir()  # where nothing came of it
     return status
 
 
@@ -133,7 +178,7 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str], bool]]:
     """(name, command, whether its output is shown) of the server and each worker."""
     flags = argparse.Namespace(**vars(args), ip="127.0.0.1", world_size=args.workers + 1)
     flags.port = args.port or free_port()
-    yield "server", [sys.executable, str(utils.ROOT / "server.py"), *utils.to_argv(flags, "server")], True
+    yield SERVER, [sys.executable, str(utils.ROOT / "server.py"), *utils.to_argv(flags, "server")], True
     for rank in range(1, args.workers + 1):
         flags.rank = rank
         yield (

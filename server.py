@@ -13,7 +13,7 @@ def main() -> None:
     config = utils.config_from_args(args)
     utils.check_num_workers(config, args.world_size - 1)
 
-    from multi_process.network import TypedNetwork
+    from multi_process.network import ServerNetwork
     from multi_process.server import CohortHandler, WorkerPoolManager
     from perfedavg.compute import resolve_device, return_freed_memory, use_reproducible_kernels
     from perfedavg.executor import Executor
@@ -22,8 +22,14 @@ def main() -> None:
     use_reproducible_kernels()
     return_freed_memory()
     device = resolve_device("auto" if args.backend == "nccl" else "cpu")
-    network = TypedNetwork(
-        (args.ip, args.port), args.world_size, 0, args.ethernet, args.backend, args.join_timeout_seconds, device
+    network = ServerNetwork(
+        (args.ip, args.port),
+        args.world_size,
+        args.ethernet,
+        args.backend,
+        device,
+        args.token_file,
+        args.worker_timeout_seconds,
     )
     network.listen()
     folder = utils.open_run_folder(args)
@@ -34,7 +40,10 @@ def main() -> None:
     def experiment(executor: Executor) -> None:
         run_and_record(config, executor, dataset, model, folder, run_settings)
 
-    WorkerPoolManager(network, CohortHandler(model), config, dataset, experiment).run()
+    handler = CohortHandler(model)
+    WorkerPoolManager(
+        network, handler, config, dataset, experiment, args.join_timeout_seconds, args.worker_wait_seconds
+    ).run()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perfedavg.config import OPTIMIZERS, ExperimentConfig, OptimizerConfig, PhaseConfig, num_unseen_clients
-from perfedavg.console import say
+from perfedavg.console import EXIT_BAD_INPUT, say
+from perfedavg.runs import make_default_folder, read_run
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn
@@ -70,21 +71,74 @@ def get_args(role: str, argv: Sequence[str] | None = None) -> argparse.Namespace
     """The flags of an entry point, from `argv` or the command line.
 
     role: `server`, `worker`, `single`, `quick_start` or `describe`. Flags that follow the data set are filled in.
-    Ends the process with a line on standard error and status 2 where a flag is unknown or malformed.
+    With --resume, the experiment's flags are those of the run that goes on.
+    Ends the process with a line on standard error and status 2 where a flag is unknown or malformed, or where the run
+    cannot go on with the flags that were given.
     """
-    args = build_parser(role).parse_args(argv)
-    if "dataset" in args:
+    parser = build_parser(role)
+    args = parser.parse_args(argv)
+    if getattr(args, "resume", None):
+        try:
+            _take_over_flags(args, _given_flags(parser, argv))
+        except ValueError as error:
+            parser.exit(EXIT_BAD_INPUT, f"error: {error}\n")
+    elif "dataset" in args:
         for name, value in vars(_defaults_of(args.dataset)).items():
             if name in args and getattr(args, name) is None:
                 setattr(args, name, value)
     return args
 
 
+def _given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
+    """The values that the command line itself gives, without defaults."""
+    absent = object()
+    blank = argparse.Namespace(**{action.dest: absent for action in parser._actions})
+    return {name: value for name, value in vars(parser.parse_args(argv, blank)).items() if value is not absent}
+
+
+def _take_over_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
+    """Set the experiment's flags to those of the run in --resume.
+
+    Raises ValueError where the command line gives one another value, or there is no run that could go on.
+    """
+    if "run_dir" in given:
+        raise ValueError(
+            f"--run_dir {given['run_dir']} does not go with --resume, which goes on in the folder {args.resume}; "
+            "leave one of them out"
+        )
+    flags = read_run(args.resume)["flags"]
+    for name in experiment_flags(args):
+        if name not in flags:
+            raise ValueError(f"--resume {args.resume}: config.json is damaged (it lacks --{name}); start a new run")
+        if name in given and given[name] != flags[name]:
+            raise ValueError(
+                f"--{name} {given[name]} differs from the run's {flags[name]}; leave it out, or start a new run"
+            )
+        setattr(args, name, flags[name])
+
+
+def experiment_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The values of those flags that belong to the experiment, and so to its run for good."""
+    parser = argparse.ArgumentParser(add_help=False)
+    for add in _EXPERIMENT:
+        add(parser)
+    return {action.dest: getattr(args, action.dest) for action in parser._actions}
+
+
 def build_parser(role: str) -> argparse.ArgumentParser:
     """The parser of an entry point; each flag stands in exactly one of the groups below."""
     groups, description = {
         "server": (
-            (_add_clients, _add_experiment, _add_phases, _add_run_folder, _add_data, _add_network, _add_join_server),
+            (
+                _add_clients,
+                _add_experiment,
+                _add_phases,
+                _add_run_folder,
+                _add_data,
+                _add_network,
+                _add_join_server,
+                _add_faults,
+            ),
             "Start the FedLab parameter server (rank 0). It waits for --world_size - 1 workers, sends them the "
             "configuration, and runs the experiment with them.",
         ),
@@ -97,7 +151,16 @@ def build_parser(role: str) -> argparse.ArgumentParser:
             "Run the experiment in this process, without a network. The model is the same as with workers.",
         ),
         "quick_start": (
-            (_add_clients, _add_experiment, _add_phases, _add_run_folder, _add_data, _add_compute, _add_local_launch),
+            (
+                _add_clients,
+                _add_experiment,
+                _add_phases,
+                _add_run_folder,
+                _add_data,
+                _add_compute,
+                _add_faults,
+                _add_local_launch,
+            ),
             "Start a server and workers on this machine, and show the result.",
         ),
         "describe": (
@@ -210,10 +273,14 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
 
 
 def open_run_folder(args: argparse.Namespace) -> RunFolder:
-    """The folder that the flags name. Raises ValueError where it holds a run or cannot be written."""
-    from perfedavg.run_folder import RunFolder, make_default_folder
+    """The folder that the flags name, a new one or with --resume that of the run that goes on.
 
-    return RunFolder(args.run_dir or make_default_folder(ROOT / "runs", args.dataset))
+    Raises ValueError where it holds a run (with --resume: none that could go on), cannot be written, or is in use.
+    """
+    from perfedavg.run_folder import RunFolder
+
+    path = args.resume or args.run_dir or make_default_folder(ROOT / "runs", args.dataset)
+    return RunFolder(path, experiment_flags(args), args.checkpoint_every, resume=args.resume is not None)
 
 
 def _architecture(dataset: str, struct: str) -> str:
@@ -310,13 +377,26 @@ def _add_by_dataset(group: argparse._ArgumentGroup, name: str, text: str, **opti
     group.add_argument(f"--{name}", default=None, help=f"{text} {_follows_dataset(name)}", **{"type": int, **options})
 
 
+_EXPERIMENT = (_add_clients, _add_experiment, _add_phases)
+"""The groups of flags that belong to the experiment."""
+
+
 def _add_run_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument_group("output").add_argument(
+    group = parser.add_argument_group("output")
+    group.add_argument(
         "--run_dir",
         type=Path,
         help="folder of this run; one that holds a run is refused "
         "(default: runs/<date-time>-<dataset> in the project's folder)",
     )
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue the run in this folder, with the experiment's flags that it was started with "
+        "(default: start a new run)",
+    )
+    group.add_argument("--checkpoint_every", type=_positive, default=10, help="rounds between two checkpoints")
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
@@ -355,26 +435,49 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("network")
     group.add_argument("--ip", default="127.0.0.1", help="the server's address: host name or IPv4")
     group.add_argument("--port", type=_port, default=3002, help="the server's TCP port")
-    group.add_argument("--world_size", type=int, default=3, help="processes in all: the server and its workers")
     group.add_argument(
-        "--ethernet", help="network interface for tensors, such as eth0 (default: the one that leads to --ip)"
+        "--ethernet", help="network interface for tensors, such as eth0 (default: the one between server and worker)"
     )
     group.add_argument("--backend", choices=BACKENDS, default="gloo", help="torch.distributed backend of this process")
+    group.add_argument(
+        "--token_file",
+        type=Path,
+        help="file with a secret that server and workers share (default: what the environment's PERFEDAVG_TOKEN holds)",
+    )
 
 
 def _add_join_server(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument_group("joining").add_argument(
-        "--join_timeout_seconds", type=_positive, default=600, help="how long to wait for all workers to join, seconds"
+    add = parser.add_argument_group("joining").add_argument
+    add("--world_size", type=int, default=3, help="processes to start with: the server and its workers")
+    add("--join_timeout_seconds", type=_positive, default=600, help="how long to wait for them to join, seconds")
+
+
+def _add_faults(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("faults").add_argument
+    add(
+        "--worker_timeout_seconds",
+        type=_positive,
+        default=30,
+        help="after which a worker without a sign of life counts as dead, seconds",
+    )
+    add(
+        "--worker_wait_seconds",
+        type=_positive,
+        default=300,
+        help="how long to wait for a worker when none is left, before the run is saved and stopped, seconds",
     )
 
 
 def _add_rank(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("joining")
-    group.add_argument(
-        "--rank", type=int, required=True, default=argparse.SUPPRESS, help="this worker's number, 1 .. world_size - 1"
-    )
-    group.add_argument(
-        "--join_timeout_seconds", type=_positive, default=20, help="how long to try to reach the server, seconds"
+    add = parser.add_argument_group("joining").add_argument
+    add("--rank", type=int, required=True, default=argparse.SUPPRESS, help="this worker's own number, 1 or more")
+    add("--world_size", type=int, help="checked against the server's (default: not checked)")
+    add("--join_timeout_seconds", type=_positive, default=20, help="how long to try to reach the server, seconds")
+    add(
+        "--server_wait_seconds",
+        type=_positive,
+        default=300,
+        help="how long to wait for a server that was lost to come back, seconds",
     )
 
 

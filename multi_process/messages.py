@@ -16,8 +16,7 @@ from fedlab.core.communicator import Package
 from fedlab.utils import MessageCode
 from torch import Tensor
 
-PROTOCOL_VERSION = 1
-"""Raised with every change of a message or of the way workers join."""
+from multi_process.control import PROTOCOL_VERSION
 
 _ALIGNMENT = 8  # bytes: a tensor's bytes can be viewed as its type only at a multiple of the type's size
 
@@ -33,11 +32,12 @@ class Message:
 class Join(Message):
     """Worker to server, first of all.
 
-    machine: the same for all processes of one machine.  num_cores: cores that the worker may use.
-    threads: what its user asked for with --threads, or None.
+    ticket: of its admission (`control.Admission`).  machine: the same for all processes of one machine.
+    num_cores: cores that the worker may use.  threads: what its user asked for with --threads, or None.
     """
 
     code = MessageCode.SetUp
+    ticket: str
     machine: str
     num_cores: int
     threads: int | None
@@ -45,9 +45,13 @@ class Join(Message):
 
 @dataclass(frozen=True)
 class Configure(Message):
-    """Server to worker, the answer to Join: the experiment (`ExperimentConfig.to_dict`), and clients side by side."""
+    """Server to worker, the answer to Join: the experiment (`ExperimentConfig.to_dict`), and clients side by side.
+
+    ticket: the same as in Join, by which the worker knows the server.
+    """
 
     code = MessageCode.SetUp
+    ticket: str
     experiment: dict[str, Any]
     num_lanes: int
 
@@ -62,67 +66,81 @@ class Ready(Message):
 
 
 @dataclass(frozen=True)
-class TrainClients(Message):
-    """Server to worker: this worker's part of a round. The fields are those of `executor.CohortTask`.
+class StartTraining(Message):
+    """Server to worker: a round begins, whatever the last one came to. The fields are those of `executor.CohortTask`.
 
-    client_ids: (num_clients,) int64.  parameters: (num_parameters,) float32, the global model.
+    parameters: (num_parameters,) float32, the global model.
     """
 
-    code = MessageCode.Activation
+    code = MessageCode.ParameterUpdate
     phase: int
     round_number: int
     capacity: int
-    client_ids: Tensor
     parameters: Tensor
 
 
 @dataclass(frozen=True)
-class ClientsTrained(Message):
-    """Worker to server: the exact weighted sum over its clients, and a report for each of them.
+class StartScoring(Message):
+    """Server to worker: unseen clients are to be scored next. The fields are those of `executor.ScoringTask`."""
 
-    client_ids, num_examples: (num_clients,) int64.  losses: (num_clients,) float64.
-    total: (num_parameters,) int64 and weight: see `exact_sum.ExactSum`.
+    code = MessageCode.ParameterUpdate
+    phase: int
+    round_number: int
+    parameters: Tensor
+
+
+@dataclass(frozen=True)
+class WorkOn(Message):
+    """Server to worker: train or score these clients too, whichever was started last."""
+
+    code = MessageCode.Activation
+    client_ids: list[int]
+
+
+@dataclass(frozen=True)
+class ClientTrained(Message):
+    """Worker to server: a client's update is in its running sum, or was refused; it has room for another client."""
+
+    code = MessageCode.Activation
+    client_id: int
+
+
+@dataclass(frozen=True)
+class ClientScored(Message):
+    """Worker to server: the fields of the client's `scores.ClientScore`."""
+
+    code = MessageCode.EvaluateParams
+    score: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class SendSum(Message):
+    """Server to worker: send the running sum up, and begin a new one."""
+
+    code = MessageCode.ParameterRequest
+
+
+@dataclass(frozen=True)
+class PartialSum(Message):
+    """Worker to server: the exact sum over the clients it trained since the last one, see `exact_sum.ExactSum`.
+
+    total: (num_parameters,) int64.  reports: the fields of each client's `executor.ClientReport`.
     """
 
     code = MessageCode.GradientUpdate
     weight: int
     capacity: int
-    client_ids: Tensor
-    num_examples: Tensor
-    losses: Tensor
+    reports: list[dict[str, Any]]
     total: Tensor
 
 
 @dataclass(frozen=True)
-class ScoreClients(Message):
-    """Server to worker: unseen clients to personalize and score. The fields are those of `executor.ScoringTask`."""
-
-    code = MessageCode.EvaluateParams
-    phase: int
-    round_number: int
-    client_ids: Tensor
-    parameters: Tensor
-
-
-@dataclass(frozen=True)
-class ClientsScored(Message):
-    """Worker to server. Whole numbers and measures of each `scores.ClientScore`, in the order of its fields.
-
-    counts: (num_clients, 3) int64: client id, training examples, test examples.
-    measures: (num_clients, 4) float64: initial loss and accuracy, personalized loss and accuracy.
-    """
-
-    code = MessageCode.EvaluateParams
-    counts: Tensor
-    measures: Tensor
-
-
-@dataclass(frozen=True)
 class Failed(Message):
-    """Worker to server: it cannot go on, and why, in one line."""
+    """Worker to server: it cannot go on, and why, in one line. client_id: the client it was working on, if any."""
 
     code = MessageCode.Exit
     reason: str
+    client_id: int | None
 
 
 @dataclass(frozen=True)
@@ -134,7 +152,20 @@ class Finish(Message):
 
 _KINDS: dict[str, type[Message]] = {
     kind.__name__: kind
-    for kind in (Join, Configure, Ready, TrainClients, ClientsTrained, ScoreClients, ClientsScored, Failed, Finish)
+    for kind in (
+        Join,
+        Configure,
+        Ready,
+        StartTraining,
+        StartScoring,
+        WorkOn,
+        ClientTrained,
+        ClientScored,
+        SendSum,
+        PartialSum,
+        Failed,
+        Finish,
+    )
 }
 
 

@@ -1,98 +1,72 @@
-"""FedLab's network with the ways out that a run needs: a clear line where joining fails, typed messages, exact sizes.
+"""How server and workers find each other: FedLab's networks, each with the links that it has.
 
-Joining goes over a TCPStore that the server opens on its own address, before any process group exists: there a
-worker learns the protocol and the world size, claims its rank, and waits for the others. Only when every process
-is there is the group formed, so nobody hangs in it.
+The server listens on --ip's address only. Whoever connects is greeted in a thread of its own, and becomes a link or is
+dropped; neither disturbs the run.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
+import ipaddress
 import queue
-import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
-import torch.distributed as dist
-from fedlab.core.communicator import (
-    HEADER_DATA_TYPE_IDX,
-    HEADER_RECEIVER_RANK_IDX,
-    HEADER_SIZE,
-    Package,
-    PackageProcessor,
-    dtype_flab2torch,
-    dtype_torch2flab,
-)
 from fedlab.core.network import DistNetwork
-from fedlab.utils import MessageCode
-from torch import Tensor
-from torch.distributed import PrefixStore, TCPStore
 
-from multi_process.messages import PROTOCOL_VERSION, Message, from_package, to_package
+from multi_process.control import (
+    Application,
+    ControlConnection,
+    NotOursError,
+    RefusedError,
+    admit,
+    apply,
+    greet,
+    read_token,
+    receive_greeting,
+    refuse,
+)
+from multi_process.link import SERVER, WORKER, DismissedError, Link
+from multi_process.messages import Message
 from perfedavg.console import LOGGER, say
 
 POLL_SECONDS = 0.05
 REMINDER_SECONDS = 10.0
-STORE_TIMEOUT = timedelta(seconds=5)
-"""For one answer of the store; it answers in milliseconds where it is alive."""
-FORMATION_TIMEOUT = timedelta(seconds=30)
-"""For each step of forming the group, once all workers have joined."""
-NO_TIMEOUT = timedelta(days=365)
-"""A receive waits as long as its peer lives: when the peer's process ends, the receive fails at once."""
-
-_HELLO, _GO = "perfedavg/hello", "perfedavg/go"
-
-
-class ExactPackageProcessor(PackageProcessor):
-    """FedLab's exchange of a package in three parts (header, slices, content), without its two limits.
-
-    The receive buffer has the content's size (FedLab's adds the shapes, and so allocates twice as much), and a
-    transfer waits as long as its peer lives. The content travels on `content_device`: the CPU with gloo, this
-    process's GPU with nccl; header and slices always on the CPU.
-    """
-
-    def __init__(self, content_device: torch.device) -> None:
-        self._content_device = content_device
-        self._buffers: dict[int, Tensor] = {}
-
-    def send(self, package: Package, rank: int) -> None:
-        package.header[HEADER_RECEIVER_RANK_IDX] = rank
-        package.header[HEADER_DATA_TYPE_IDX] = dtype_torch2flab(package.dtype)
-        slices = torch.tensor(package.slices, dtype=torch.int32)
-        for part in (package.header, slices, package.content.to(self._content_device)):
-            _wait(dist.isend(part, dst=rank))
-
-    def receive(self, rank: int) -> tuple[MessageCode, list[Tensor]]:
-        """Message code and content of the next package from a rank. The content is valid until the next one."""
-        header = _receive_into(torch.empty(HEADER_SIZE, dtype=torch.int32), rank)
-        _, _, num_slices, code, data_type = Package.parse_header(header)
-        slices = _receive_into(torch.empty(num_slices, dtype=torch.int32), rank).tolist()
-        content = _receive_into(self._buffer(rank, sum(_sizes(slices)), dtype_flab2torch(data_type)), rank)
-        return code, Package.parse_content(slices, content.cpu())
-
-    def _buffer(self, rank: int, size: int, dtype: torch.dtype) -> Tensor:
-        """Room for a content; the same memory for every package of a rank, because rounds are alike."""
-        buffer = self._buffers.get(rank)
-        if buffer is None or buffer.dtype != dtype or buffer.numel() < size:
-            buffer = self._buffers[rank] = torch.empty(size, dtype=dtype, device=self._content_device)
-        return buffer[:size]
+CONNECT_SECONDS = 5.0
+"""For one attempt to connect, at most."""
+MAX_UNGREETED = 64
+"""Connections that may be in their greeting at the same time; further ones are closed at once."""
+BEATS = 4
+"""Signs of life within the silence that counts as death, so that a lost one does not matter."""
+MAX_BEAT_SECONDS = 1.0
 
 
-class TypedNetwork(DistNetwork):
-    """A FedLab network that exchanges `messages` and forms its group over a store of its own.
+@dataclass(frozen=True, eq=False)
+class Connected:
+    """A worker as the server's network knows it. generation: no two of a server's have the same."""
 
-    address: (host, port) of the server.  world_size: the server and its workers.  rank: 0 is the server.
-    ethernet: interface for tensors, or None for the one that leads to the server.  backend: `gloo` or `nccl`.
-    join_timeout_seconds: the server's, for all workers to join; a worker's, for the server to be reached.
-    device: on which the process computes; with nccl the tensors travel from and to it.
+    link: Link
+    rank: int
+    generation: int
+    ticket: str
+    gpu: str
 
+
+class ServerNetwork(DistNetwork):
+    """The server's FedLab network: listens, greets, and puts what its workers say into one queue.
+
+    address: (host, port) to listen on.  world_size: the server and the workers to start with.
+    ethernet: interface for tensors, or None for the one by which a worker is reached.  backend: `gloo` or `nccl`.
+    device: with nccl, whose memory tensors are sent from.  token_file: see `control.read_token`.
+    silence_seconds: after which a worker without a sign of life counts as dead.
+
+    events: what the workers say, as it comes. Of each worker the first is a `Join`; an exception is the last.
     Raises ValueError where these cannot be.
     """
 
@@ -100,149 +74,289 @@ class TypedNetwork(DistNetwork):
         self,
         address: tuple[str, int],
         world_size: int,
+        ethernet: str | None,
+        backend: str,
+        device: torch.device,
+        token_file: Path | None,
+        silence_seconds: float,
+    ) -> None:
+        super().__init__(address, world_size, 0, ethernet, backend)
+        if world_size < 2:
+            raise ValueError(f"--world_size {world_size} leaves no worker; it counts the server too, so use 2 or more")
+        if not silence_seconds > 0:
+            raise ValueError(f"--worker_timeout_seconds {silence_seconds:g} must be above 0")
+        _check_interface(ethernet)
+        self._nccl_device = _nccl_device(backend, device)
+        self._token = read_token(token_file)
+        self._silence_seconds = silence_seconds
+        self._beat_seconds = min(MAX_BEAT_SECONDS, silence_seconds / BEATS)
+        self.events: queue.SimpleQueue[tuple[Connected, Message | Exception]] = queue.SimpleQueue()
+        self._listener: socket.socket | None = None
+        self._room = threading.Semaphore(MAX_UNGREETED)
+        self._claiming = threading.Lock()
+        self._connected: dict[int, Connected] = {}
+        self._num_admitted = 0
+        self._counting = threading.Lock()
+        self._num_dropped: Counter[str] = Counter()
+
+    def listen(self) -> None:
+        """Open the port and let workers in. Raises ValueError where the address is not this machine's or is in use."""
+        self._listener = _listen(self.address)
+        threading.Thread(target=self._accept, args=(self._listener,), name="front door", daemon=True).start()
+        say(f"server: listening on {self.address[0]}:{self.address[1]} for {self.world_size - 1} worker(s)")
+
+    def init_network_connection(self) -> None:
+        """Nothing: each worker's connections are made when it comes."""
+
+    def close_network_connection(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake the thread that accepts
+            listener.close()
+        for connected in self._connected.values():
+            self._count_volume(connected.link)
+            connected.link.close("the run is over")
+        LOGGER.info("sent %d bytes, received %d bytes", self.send_volume_intotal, self.recv_volume_intotal)
+
+    def dismiss(self, reason: str) -> None:
+        """Send every worker away for good, with the reason."""
+        for connected in list(self._connected.values()):
+            connected.link.close(reason, tell="dismissed")
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                accepted, (host, _) = listener.accept()
+            except OSError as error:
+                if self._listener is not listener:
+                    return  # closed
+                self._log_dropped("an unknown host", f"not accepted ({error.strerror})")  # it left, or files are scarce
+                time.sleep(POLL_SECONDS)
+                continue
+            if self._room.acquire(blocking=False):
+                threading.Thread(target=self._greet, args=(accepted, host), name=f"greet {host}", daemon=True).start()
+            else:
+                accepted.close()
+                self._log_dropped(host, f"{MAX_UNGREETED} connections are being greeted already")
+
+    def _greet(self, accepted: socket.socket, host: str) -> None:
+        """Make a link of a connection, or drop it; then pass on what comes over the link."""
+        try:
+            control = ControlConnection(accepted)
+            try:
+                connected = self._admit(control)
+            except (NotOursError, RefusedError, ConnectionError) as error:
+                control.close()
+                self._log_dropped(host, str(error))
+                return
+        finally:
+            self._room.release()
+        try:
+            connected.link.form(self.ethernet, self._nccl_device)
+            while True:
+                self.events.put((connected, connected.link.receive()))
+        except Exception as error:  # whatever it is, the experiment's thread must hear of it
+            self.events.put((connected, error))
+
+    def _admit(self, control: ControlConnection) -> Connected:
+        greeting, application = greet(
+            control, self._token, self.world_size, self.dist_backend, self._beat_seconds, self._silence_seconds
+        )
+        with self._claiming:
+            self._check_rank(control, application)
+            self._check_gpu(control, application)
+            self._num_admitted += 1
+            admission = admit(control, self._token, greeting, application, self._num_admitted)
+            link = Link(control, SERVER, f"worker {application.rank}", self._beat_seconds, self._silence_seconds)
+            connected = Connected(link, application.rank, admission.generation, admission.ticket, application.gpu)
+            if application.rank in self._connected:
+                self._count_volume(self._connected[application.rank].link)
+            self._connected[application.rank] = connected
+        return connected
+
+    def _count_volume(self, link: Link) -> None:
+        """Add what went over a link that is not used any more."""
+        self.send_volume_intotal += link.bytes_sent
+        self.recv_volume_intotal += link.bytes_received
+
+    def _check_rank(self, control: ControlConnection, application: Application) -> None:
+        """Refuse a rank that is not one, or is in use by a worker that gives a sign of life."""
+        rank = application.rank
+        if rank < 1:
+            refuse(control, f"--rank {rank} is not a worker's; use 1 or more")
+        present = self._connected.get(rank)
+        if present is None:
+            return
+        asked = time.monotonic()
+        while present.link.end is None:
+            if present.link.last_heard > asked:
+                refuse(control, f"--rank {rank} is taken by another worker; give each worker a rank of its own")
+            if time.monotonic() - asked > BEATS * self._beat_seconds:
+                present.link.close("another worker came with its rank, and it gives no sign of life", tell="dropped")
+            time.sleep(POLL_SECONDS)
+
+    def _check_gpu(self, control: ControlConnection, application: Application) -> None:
+        """Refuse a GPU that another process of the run sends from; nccl cannot share one."""
+        if self._nccl_device is None:
+            return
+        users = {_gpu_identity(self._nccl_device): "the server"}
+        users |= {other.gpu: other.link.name for other in self._connected.values() if other.link.end is None}
+        if application.gpu in users:
+            refuse(
+                control,
+                f"it computes on the GPU of {users[application.gpu]} ({application.gpu}), and nccl needs a GPU for "
+                "each process; give it another with --device cuda:i, or use --backend gloo on all",
+            )
+
+    def _log_dropped(self, host: str, reason: str) -> None:
+        """Say that a connection was dropped: the 1st, 2nd, 4th, 8th ... of a host, so that nobody can fill the log."""
+        with self._counting:
+            self._num_dropped[host] += 1
+            times = self._num_dropped[host]
+        if times & (times - 1) == 0:
+            say(f"server: dropped a connection from {host} (number {times}): {reason}")
+
+
+class WorkerNetwork(DistNetwork):
+    """A worker's FedLab network: finds the server, and finds it again.
+
+    address: (host, port) of the server.  world_size: that of the server, or None to take whatever it is.
+    rank: 1 or more, this worker's own.  ethernet, backend, device, token_file: see `ServerNetwork`.
+    join_seconds: how long the server is tried for at first.  server_wait_seconds: how long after it was lost.
+
+    Raises ValueError where these cannot be.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        world_size: int | None,
         rank: int,
         ethernet: str | None,
         backend: str,
-        join_timeout_seconds: float,
         device: torch.device,
+        token_file: Path | None,
+        join_seconds: float,
+        server_wait_seconds: float,
     ) -> None:
         super().__init__(address, world_size, rank, ethernet, backend)
-        if world_size < 2:
+        if rank < 1:
+            raise ValueError(f"--rank {rank} is not a worker's; use 1 or more (0 is the server)")
+        if world_size is not None and world_size < 2:
             raise ValueError(f"--world_size {world_size} leaves no worker; it counts the server too, so use 2 or more")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"--rank {rank} is not in 1 .. {world_size - 1}, as --world_size {world_size} asks for")
-        if ethernet is not None and ethernet not in psutil.net_if_addrs():
-            raise ValueError(f"--ethernet {ethernet} is not here; use one of {', '.join(psutil.net_if_addrs())}")
-        if backend == "nccl" and device.type != "cuda":
-            raise ValueError(
-                f"--backend nccl needs a GPU for each process, this one computes on {device} "
-                f"(GPUs found: {torch.cuda.device_count()}); use --backend gloo"
-            )
-        self._join_timeout_seconds = join_timeout_seconds
-        self._device = device
-        self._processor = ExactPackageProcessor(device if backend == "nccl" else torch.device("cpu"))
-        self._count_lock = threading.Lock()  # the server talks to each worker in a thread of its own
-        self._store: TCPStore | None = None
+        _check_interface(ethernet)
+        self._nccl_device = _nccl_device(backend, device)
+        self._token = read_token(token_file)
+        self._join_seconds = join_seconds
+        self._server_wait_seconds = server_wait_seconds
+        self._link: Link | None = None
+        self.ticket = ""
 
-    def listen(self) -> None:
-        """Server: open the store on the server's address only, so that workers can begin to join.
-
-        Raises ValueError where the address is not this machine's or the port is in use.
-        """
-        listener = _listen(self.address)
-        host = listener.getsockname()[0]
-        self._store = TCPStore(
-            host,
-            self.address[1],
-            is_master=True,
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-            timeout=STORE_TIMEOUT,
-        )
-        self._store.set(_HELLO, json.dumps(self._terms()))
+    @property
+    def link(self) -> Link:
+        """The present link to the server."""
+        assert self._link is not None, "the network is connected before it is used"
+        return self._link
 
     def init_network_connection(self) -> None:
-        """Join, and form the process group. Raises ValueError or ConnectionError where that cannot be."""
-        store = self._wait_for_workers() if self.rank == 0 else self._join_server()
-        os.environ["GLOO_SOCKET_IFNAME"] = self.ethernet or interface_towards(self.address)
-        backend = self.dist_backend
-        if backend == "nccl":
-            backend = "cpu:gloo,cuda:nccl"  # FedLab's headers are tensors of the CPU
-            torch.cuda.set_device(self._device)
-        with _connection_errors("the process group could not be formed; check --ethernet and the firewall"):
-            dist.init_process_group(
-                backend,
-                store=PrefixStore("perfedavg/group", store),
-                rank=self.rank,
-                world_size=self.world_size,
-                timeout=FORMATION_TIMEOUT,
-            )
+        """Join the server, trying for as long as is due.
+
+        Raises ValueError where it does not want this worker, ConnectionError where it cannot be reached.
+        """
+        seconds, flag = (
+            (self._join_seconds, "--join_timeout_seconds")
+            if self._link is None
+            else (self._server_wait_seconds, "--server_wait_seconds")
+        )
+        if self._link is not None:
+            self._link.close("this worker joins anew")
+        where = f"{self.address[0]}:{self.address[1]}"
+        deadline = time.monotonic() + seconds
+        next_word = time.monotonic()
+        while True:
+            try:
+                self._link = self._join(min(CONNECT_SECONDS, max(POLL_SECONDS, deadline - time.monotonic())))
+                return
+            except RefusedError as error:
+                raise ValueError(f"the server at {where} refuses worker {self.rank}: {error}") from error
+            except (ConnectionError, NotOursError) as error:
+                reason = str(error)
+            now = time.monotonic()
+            if now >= deadline:
+                raise ConnectionError(
+                    f"no server at {where} within {seconds:g} s ({reason}); start server.py there first, or check "
+                    f"--ip, --port, {flag} and the firewall"
+                )
+            if now >= next_word:
+                say(f"worker {self.rank}: no server at {where} yet ({reason}); trying for {deadline - now:.0f} s more")
+                next_word = now + REMINDER_SECONDS
+            time.sleep(POLL_SECONDS)
 
     def close_network_connection(self) -> None:
-        LOGGER.info("sent %d bytes, received %d bytes", self.send_volume_intotal, self.recv_volume_intotal)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        self.send_volume_intotal, self.recv_volume_intotal = self.link.bytes_sent, self.link.bytes_received
+        self.link.close("the run is over")
 
-    def send_message(self, message: Message, rank: int) -> None:
-        """Raises ConnectionError where the peer is gone."""
-        package = to_package(message)
-        with _connection_errors(f"{_peer(rank)} is gone"):
-            self._processor.send(package, rank)
-        with self._count_lock:
-            self.send_volume_intotal += package.content.nbytes
-
-    def receive_message(self, rank: int) -> Message:
-        """The next message from a rank. Raises ConnectionError where the peer is gone, ValueError for a bad message."""
-        with _connection_errors(f"{_peer(rank)} is gone"):
-            code, content = self._processor.receive(rank)
-        with self._count_lock:
-            self.recv_volume_intotal += sum(part.nbytes for part in content)
-        return from_package(code, content)
-
-    def _terms(self) -> dict[str, int | str]:
-        """What server and workers must agree on before they can talk, under names that a user knows."""
-        return {
-            "protocol version": PROTOCOL_VERSION,
-            "--world_size": self.world_size,
-            "--backend": self.dist_backend,
-        }
-
-    def _wait_for_workers(self) -> TCPStore:
-        """Wait until every rank is claimed, then until each worker has confirmed that it still waits."""
-        assert self._store is not None, "the server listens before it waits"
-        store, workers = self._store, range(1, self.world_size)
-        say(f"server: listening on {self.address[0]}:{self.address[1]} for {len(workers)} worker(s)")
-        missing = _wait_for_keys(store, workers, _rank_key, self._join_timeout_seconds, say_missing=True)
-        if missing:
-            raise ValueError(
-                f"{_ranks(missing)} did not join within {self._join_timeout_seconds} s (--join_timeout_seconds); start "
-                f"each with: python client_worker.py --ip {self.address[0]} --port {self.address[1]} "
-                f"--world_size {self.world_size} --rank R"
-            )
-        store.set(_GO, "1")
-        gone = _wait_for_keys(store, workers, _confirm_key, FORMATION_TIMEOUT.total_seconds())
-        if gone:
-            raise ConnectionError(f"{_ranks(gone)} joined, but ended before the group was formed; start the run again")
-        return store
-
-    def _join_server(self) -> TCPStore:
-        where = f"{self.address[0]}:{self.address[1]}"
-        _wait_until_reachable(self.address, self._join_timeout_seconds)
-        store = _open_store(self.address)
-        with _connection_errors(f"the server at {where} is gone"):
-            hello = json.loads(store.get(_HELLO))
-        for name, own in self._terms().items():
-            if hello.get(name) != own:
-                raise ValueError(
-                    f"this worker's {name} {own} differs from the server's {hello.get(name)}; make them equal"
-                )
-        claim = secrets.token_hex(8)
-        with _connection_errors(f"the server at {where} is gone"):
-            if store.compare_set(_rank_key(self.rank), "", claim).decode() != claim:
-                raise ValueError(f"--rank {self.rank} is taken by another worker; give each worker a rank of its own")
-            while not store.check([_GO]):
-                time.sleep(POLL_SECONDS)
-            store.set(_confirm_key(self.rank), "1")
-        return store
-
-
-def interface_towards(address: tuple[str, int]) -> str:
-    """The network interface that leads to an address, from the route that the kernel would take. Sends nothing.
-
-    gloo's own choice, the interface of this machine's host name, is often one that other machines cannot reach.
-    Raises ValueError where there is no route.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    def _join(self, connect_seconds: float) -> Link:
+        """One attempt. Raises RefusedError, NotOursError or ConnectionError, and ValueError as `_resolve` does."""
         try:
-            probe.connect(_resolve(address))
+            address = _resolve(self.address)
+        except ValueError as error:
+            if self._link is None:
+                raise
+            raise ConnectionError(str(error)) from error  # it was known before, so names are out of order for a while
+        try:
+            connected = socket.create_connection(address, timeout=connect_seconds)
         except OSError as error:
-            raise ValueError(f"there is no route to --ip {address[0]} ({error.strerror})") from error
-        own: str = probe.getsockname()[0]
-    name: str
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(entry.address == own for entry in addresses):
-            return name
-    raise ValueError(f"no network interface has the address {own}, from which --ip {address[0]} is reached")
+            raise ConnectionError(error.strerror or "no answer") from error
+        control = ControlConnection(connected)
+        try:
+            try:
+                greeting = receive_greeting(control)
+            except (ConnectionError, NotOursError) as error:
+                raise NotOursError(f"what answers there is not a server of this project: {error}") from error
+            for name, own, other in (
+                ("--world_size", self.world_size, greeting.world_size),
+                ("--backend", self.dist_backend, greeting.backend),
+            ):
+                if own is not None and own != other:
+                    raise RefusedError(f"its {name} is {other}, this worker's {own}; make them equal")
+            gpu = "" if self._nccl_device is None else _gpu_identity(self._nccl_device)
+            admission = apply(control, self._token, greeting, self.rank, gpu)
+        except Exception:
+            control.close()
+            raise
+        link = Link(control, WORKER, "the server", greeting.beat_seconds, greeting.silence_seconds)
+        try:
+            link.form(self.ethernet, self._nccl_device)
+        except DismissedError as error:
+            raise RefusedError(str(error)) from error
+        except ConnectionError as error:
+            link.close(str(error))
+            raise
+        self.ticket = admission.ticket
+        return link
+
+
+def _check_interface(ethernet: str | None) -> None:
+    if ethernet is not None and ethernet not in psutil.net_if_addrs():
+        raise ValueError(f"--ethernet {ethernet} is not here; use one of {', '.join(psutil.net_if_addrs())}")
+
+
+def _nccl_device(backend: str, device: torch.device) -> torch.device | None:
+    """The GPU that nccl sends from, None with gloo. Raises ValueError where there is no GPU to send from."""
+    if backend != "nccl":
+        return None
+    if device.type != "cuda":
+        raise ValueError(
+            f"--backend nccl needs a GPU for each process, this one computes on {device} "
+            f"(GPUs found: {torch.cuda.device_count()}); use --backend gloo"
+        )
+    return device
+
+
+def _gpu_identity(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def _listen(address: tuple[str, int]) -> socket.socket:
@@ -261,126 +375,28 @@ def _listen(address: tuple[str, int]) -> socket.socket:
 
 
 def _resolve(address: tuple[str, int]) -> tuple[str, int]:
-    try:
-        host = socket.gethostbyname(address[0])
-    except OSError as error:
-        raise ValueError(f"--ip {address[0]} is neither an IPv4 address nor a known host name") from error
-    if host == "0.0.0.0":
-        raise ValueError(f"--ip {address[0]} is not an address that workers can reach; name the server's own")
-    return host, address[1]
+    """The IPv4 address and port. Raises ValueError for what other machines could not reach, or nobody knows.
 
-
-def _wait_until_reachable(address: tuple[str, int], timeout_seconds: float) -> None:
-    """Wait until something accepts connections there. Raises ConnectionError after the timeout."""
-    resolved, where = _resolve(address), f"{address[0]}:{address[1]}"
-    deadline = time.monotonic() + timeout_seconds
-    said = False
-    while True:
-        remaining = deadline - time.monotonic()
-        try:
-            with socket.create_connection(resolved, timeout=max(remaining, POLL_SECONDS)):
-                return
-        except OSError as error:
-            reason = error.strerror or "no answer"
-        if time.monotonic() >= deadline:
-            raise ConnectionError(
-                f"no server at {where} within {timeout_seconds} s ({reason}); start server.py there first, "
-                "or check --ip, --port and the firewall"
-            )
-        if not said:
-            say(f"worker: no server at {where} yet ({reason}); trying for {timeout_seconds} s")
-            said = True
-        time.sleep(POLL_SECONDS)
-
-
-def _open_store(address: tuple[str, int]) -> TCPStore:
-    """Connect to a server's store. Raises ConnectionError where what answers there is not one.
-
-    The store's own timeout does not cover its handshake, in which a stranger that says nothing would hold it for
-    ever; so that takes place in a thread, which is then left behind.
+    Many systems give their own host name an address of the loopback network (127.0.1.1); what listens or connects
+    there finds no other machine, so only `localhost` and plain addresses may mean this machine alone.
     """
-    opened: queue.SimpleQueue[TCPStore | None] = queue.SimpleQueue()
-
-    def open_it() -> None:
-        try:
-            store = TCPStore(address[0], address[1], is_master=False, timeout=STORE_TIMEOUT)
-            store.wait([_HELLO])  # a server that has just begun to listen sets it in the next moment
-        except RuntimeError:
-            opened.put(None)
-        else:
-            opened.put(store)
-
-    threading.Thread(target=open_it, name="store", daemon=True).start()
+    name, port = address
     try:
-        store = opened.get(timeout=2 * STORE_TIMEOUT.total_seconds())
-    except queue.Empty:
-        store = None
-    if store is None:
-        raise ConnectionError(
-            f"what answers at {address[0]}:{address[1]} is not a server of this project; check --ip and --port"
+        host = socket.gethostbyname(name)
+    except OSError as error:
+        raise ValueError(f"--ip {name} is neither an IPv4 address nor a known host name") from error
+    if host == "0.0.0.0":
+        raise ValueError(f"--ip {name} is not an address that workers can reach; name the server's own")
+    if ipaddress.ip_address(host).is_loopback and name not in (host, "localhost"):
+        raise ValueError(
+            f"--ip {name} means {host} on this machine, which other machines cannot reach; give the server's address "
+            f"as a number (this machine has {', '.join(_own_addresses()) or 'none'}), or 127.0.0.1 for it alone"
         )
-    return store
+    return host, port
 
 
-def _wait_for_keys(
-    store: TCPStore,
-    ranks: range,
-    key: Callable[[int], str],
-    timeout_seconds: float,
-    say_missing: bool = False,
-) -> list[int]:
-    """Wait until the store has every rank's key, and return the ranks whose key is missing after the timeout."""
-    started = last_said = time.monotonic()
-    while missing := [rank for rank in ranks if not store.check([key(rank)])]:
-        now = time.monotonic()
-        if now - started >= timeout_seconds:
-            break
-        if say_missing and now - last_said >= REMINDER_SECONDS:
-            say(f"server: waiting for {_ranks(missing)}, {timeout_seconds - (now - started):.0f} s left")
-            last_said = now
-        time.sleep(POLL_SECONDS)
-    return missing
-
-
-def _receive_into(buffer: Tensor, rank: int) -> Tensor:
-    _wait(dist.irecv(buffer, src=rank))
-    return buffer
-
-
-def _wait(work: dist.Work | None) -> None:
-    assert work is not None, "this process is a member of the group"
-    work.wait(NO_TIMEOUT)
-
-
-def _sizes(slices: list[int]) -> Iterator[int]:
-    """The number of elements of each tensor, from FedLab's layout: size, number of dimensions, the dimensions."""
-    position = 0
-    while position < len(slices):
-        size, num_dimensions = slices[position : position + 2]
-        position += 2 + num_dimensions
-        yield size
-
-
-@contextmanager
-def _connection_errors(message: str) -> Iterator[None]:
-    """torch.distributed reports every failure as a RuntimeError of many lines; here it becomes one line."""
-    try:
-        yield
-    except RuntimeError as error:  # DistError, DistStoreError and gloo's errors among them
-        raise ConnectionError(message) from error
-
-
-def _peer(rank: int) -> str:
-    return "the server" if rank == 0 else f"worker {rank}"
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
-
-
-def _rank_key(rank: int) -> str:
-    return f"perfedavg/rank/{rank}"
-
-
-def _confirm_key(rank: int) -> str:
-    return f"perfedavg/confirm/{rank}"
+def _own_addresses() -> list[str]:
+    """This machine's IPv4 addresses that are not for itself alone."""
+    entries = (entry for entries in psutil.net_if_addrs().values() for entry in entries)
+    hosts = [entry.address for entry in entries if entry.family == socket.AF_INET]
+    return [host for host in hosts if not ipaddress.ip_address(host).is_loopback]

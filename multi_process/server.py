@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 import queue
-import threading
+import signal
+import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from dataclasses import dataclass
 
-import torch
 from fedlab.core.network_manager import NetworkManager
 from fedlab.core.server.handler import ServerHandler
 from fedlab.core.server.manager import ServerManager
 from torch import Tensor, nn
 
+from multi_process.link import GoneError
 from multi_process.messages import (
-    ClientsScored,
-    ClientsTrained,
+    ClientScored,
+    ClientTrained,
     Configure,
     Failed,
     Finish,
     Join,
     Message,
+    PartialSum,
     Ready,
-    ScoreClients,
-    TrainClients,
+    SendSum,
+    StartScoring,
+    StartTraining,
+    WorkOn,
 )
-from multi_process.network import TypedNetwork
+from multi_process.network import REMINDER_SECONDS, Connected, ServerNetwork
+from multi_process.schedule import Schedule
 from perfedavg.client_data import ClientDirectory
 from perfedavg.config import ExperimentConfig
-from perfedavg.console import say
+from perfedavg.console import LOGGER, at_early_end, say
 from perfedavg.exact_sum import ExactSum
 from perfedavg.executor import ClientReport, CohortTask, CohortUpdate, Executor, ScoringTask
 from perfedavg.scores import ClientScore
 
-Answer = TypeVar("Answer", bound=Message)
+FINISH_SECONDS = 10.0
+"""For a worker to hear that the run is over."""
 
 
 class CohortHandler(ServerHandler):
@@ -46,14 +52,14 @@ class CohortHandler(ServerHandler):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model, cuda=False)
         self.num_clients = 0  # FedLab's managers set it
-        self._missing: set[int] = set()
+        self._num_missing = 0
         self._update: CohortUpdate | None = None
 
     def begin(self, task: CohortTask, parameters: Tensor) -> None:
         """Start a round: forget the last one, take over its model."""
         self.set_model(parameters)
-        self._missing = set(task.client_ids)
-        self._update = CohortUpdate(ExactSum.zeros(parameters.numel(), task.capacity), [])
+        self._num_missing = len(task.client_ids)
+        self._update = CohortUpdate(ExactSum.zeros(parameters.numel(), task.capacity), [], 0.0)
 
     @property
     def downlink_package(self) -> list[Tensor]:
@@ -62,21 +68,14 @@ class CohortHandler(ServerHandler):
     @property
     def if_stop(self) -> bool:
         """Whether every client of the round has reported."""
-        return not self._missing
+        return self._num_missing == 0
 
-    def load(self, payload: ClientsTrained) -> bool:
-        """Merge a worker's part. True when the round is complete. Raises ValueError for clients not asked for."""
-        client_ids = payload.client_ids.tolist()
-        if not self._missing.issuperset(client_ids):
-            raise ValueError(f"clients {sorted(set(client_ids) - self._missing)} were reported, but not missing")
-        reports = zip(client_ids, payload.num_examples.tolist(), payload.losses.tolist(), strict=True)
-        self.cohort_update.merge(
-            CohortUpdate(
-                ExactSum(payload.total, payload.weight, payload.capacity),
-                [ClientReport(client_id, num_examples, loss) for client_id, num_examples, loss in reports],
-            )
-        )
-        self._missing.difference_update(client_ids)
+    def load(self, payload: PartialSum) -> bool:
+        """Merge a worker's part. True when the round is complete. Raises ValueError where it does not fit the round."""
+        reports = [ClientReport(**report) for report in payload.reports]
+        self.cohort_update.sum.merge(ExactSum(payload.total, payload.weight, payload.capacity))
+        self.cohort_update.reports += reports
+        self._num_missing -= len(payload.reports)
         return self.if_stop
 
     @property
@@ -94,146 +93,321 @@ class CohortHandler(ServerHandler):
         raise NotImplementedError("unseen clients are scored by the workers; see perfedavg.executor")
 
 
-class WorkerPoolManager(ServerManager):
-    """FedLab's server manager as an `Executor`: hands each round's clients to the workers and collects the answers.
+class _MisbehavedError(Exception):
+    """A worker does not do as this protocol says, so the run goes on without it."""
 
-    experiment: is called once all workers are ready, with this manager as the executor.
+
+@dataclass(eq=False)
+class _Worker:
+    """A worker as the pool knows it, from its Join until it is gone.
+
+    num_lanes: clients that it works on side by side; 0 until it is configured.  is_ready: it may be given work.
+    has_begun: it was told of the present piece of work.  is_asked: for the sum over the clients that it has trained.
+    since: when it could begin on the present piece of work, on the clock of `time.monotonic`.
+    """
+
+    connected: Connected
+    join: Join
+    num_lanes: int = 0
+    is_ready: bool = False
+    has_begun: bool = False
+    is_asked: bool = False
+    since: float = 0.0
+
+    @property
+    def rank(self) -> int:
+        return self.connected.rank
+
+    @property
+    def number(self) -> int:
+        """By which the schedule knows it: no later worker of the same rank has the same."""
+        return self.connected.generation
+
+
+@dataclass(eq=False)
+class _Piece:
+    """A piece of work that the pool does together: a round's training, or a scoring.
+
+    start: tells a worker of it.  deliver: takes the results that an answer has, or raises and takes none.
+    lane_seconds, lost: see `executor.CohortUpdate`.
+    """
+
+    schedule: Schedule
+    start: Message
+    deliver: Callable[[Message], None]
+    lane_seconds: float
+    lost: dict[int, str]
+
+
+class WorkerPoolManager(ServerManager):
+    """FedLab's server manager as an `Executor`: hands clients to workers as these become free, and adds what they send.
+
+    Workers may come and go at any time: what a lost one had not delivered is given to the others, and one that joins
+    is given work at once. All of it happens in the experiment's thread, which waits for the network's events.
+
+    experiment: is called once the workers to start with are ready, with this manager as the executor.
+    join_seconds: for them to join.  worker_wait_seconds: how long to go on without any worker.
     """
 
     def __init__(
         self,
-        network: TypedNetwork,
+        network: ServerNetwork,
         handler: CohortHandler,
         config: ExperimentConfig,
         clients: ClientDirectory,
         experiment: Callable[[Executor], None],
+        join_seconds: float,
+        worker_wait_seconds: float,
     ) -> None:
         super().__init__(network, handler, mode="GLOBAL")
-        self._network: TypedNetwork = network
+        self._network: ServerNetwork = network
         self._handler: CohortHandler = handler
         self._experiment_config = config
         self._clients = clients
         self._experiment = experiment
-        self._answers: queue.SimpleQueue[tuple[int, Message | Exception]] = queue.SimpleQueue()
-        self._links: list[_Link] = []
+        self._join_seconds = join_seconds
+        self._worker_wait_seconds = worker_wait_seconds
+        self._workers: dict[int, _Worker] = {}  # by generation; those that are not gone
+        self._is_started = False
+        self._piece: _Piece | None = None
+        self._lost_between: dict[int, str] = {}
+        self._failed_clients: set[int] = set()
+
+    def run(self) -> None:
+        """Let the workers join, run the experiment with them, let them go."""
+        at_early_end(self._dismiss)
+        super().run()
 
     def setup(self) -> None:
-        """Let the workers join, configure each, and check that all read the same data as the server."""
+        """Wait until the workers to start with are ready. Each must read the same data as the server."""
         NetworkManager.setup(self)  # not ServerManager's, which maps each client to a worker once and for all
-        ranks = range(1, self._network.world_size)
-        self._links = [_Link(self._network, rank, self._answers) for rank in ranks]
-        joined = dict(self._collect(ranks, Join))
-        for rank, join in joined.items():
-            on_same_machine = sum(other.machine == join.machine for other in joined.values())
-            num_lanes = join.threads or max(1, join.num_cores // on_same_machine)
-            self._links[rank - 1].ask(Configure(self._experiment_config.to_dict(), num_lanes))
-            say(f"server: worker {rank} joined, training {num_lanes} client(s) side by side")
-        for rank, ready in self._collect(ranks, Ready):
-            if ready.fingerprint != self._clients.fingerprint:
-                raise ValueError(
-                    f"worker {rank} reads other data than the server (fingerprint {ready.fingerprint}, not "
-                    f"{self._clients.fingerprint}); give both the same files with --data_root"
-                )
         self._handler.num_clients = len(self._clients.train_client_ids) + len(self._clients.unseen_client_ids)
+        deadline = time.monotonic() + self._join_seconds
+        while not self._is_started:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise ValueError(
+                    f"{self._missing()} did not join within {self._join_seconds:g} s (--join_timeout_seconds); start "
+                    f"each with: python client_worker.py --ip {self._network.address[0]} "
+                    f"--port {self._network.address[1]} --rank R"
+                )
+            if not self._take_event(min(remaining, REMINDER_SECONDS)):
+                say(f"server: waiting for {self._missing()}, {max(0.0, deadline - time.monotonic()):.0f} s left")
+            num_first = self._network.world_size - 1
+            if len(self._workers) >= num_first:
+                for worker in self._workers.values():
+                    self._configure(worker)
+            self._is_started = sum(worker.is_ready for worker in self._workers.values()) >= num_first
 
     def main_loop(self) -> None:
         self._experiment(self)
 
     def shutdown(self) -> None:
         """Let the workers end, and close the network."""
-        for link in self._links:
-            link.tell(Finish())
+        links = [worker.connected.link for worker in self._workers.values()]
+        for link in links:
+            if link.end is None:
+                link.send(Finish())
+        deadline = time.monotonic() + FINISH_SECONDS
+        for link in links:
+            link.drain(max(0.0, deadline - time.monotonic()))
         super().shutdown()
 
     def train(self, task: CohortTask, parameters: Tensor) -> CohortUpdate:
         self._handler.begin(task, parameters)
         (global_parameters,) = self._handler.downlink_package
+        start = StartTraining(int(task.phase), task.round_number, task.capacity, global_parameters)
 
-        def work(ids: Tensor) -> Message:
-            return TrainClients(int(task.phase), task.round_number, task.capacity, ids, global_parameters)
-
-        for answer in self._hand_out(task.client_ids, work, ClientsTrained):
+        def deliver(answer: Message) -> None:
+            assert isinstance(answer, PartialSum), "a trained client's result comes in a sum"
             self._handler.load(answer)
+
+        piece = self._perform(start, task.client_ids, deliver)
         assert self._handler.if_stop, "every client was handed out and reported"
-        return self._handler.cohort_update
+        update = self._handler.cohort_update
+        update.lane_seconds, update.lost_workers = piece.lane_seconds, piece.lost
+        return update
 
     def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
-        def work(ids: Tensor) -> Message:
-            return ScoreClients(int(task.phase), task.round_number, ids, parameters)
+        scores: list[ClientScore] = []
 
-        scores = []
-        for answer in self._hand_out(task.client_ids, work, ClientsScored):
-            rows = zip(answer.counts.tolist(), answer.measures.tolist(), strict=True)
-            scores += [ClientScore(*counts, *measures) for counts, measures in rows]
+        def deliver(answer: Message) -> None:
+            assert isinstance(answer, ClientScored), "a scored client's result comes by itself"
+            scores.append(ClientScore(**answer.score))
+
+        self._perform(StartScoring(int(task.phase), task.round_number, parameters), task.client_ids, deliver)
         return scores
 
-    def _hand_out(
-        self, client_ids: Sequence[int], work: Callable[[Tensor], Message], kind: type[Answer]
-    ) -> list[Answer]:
-        """Give each worker its share of the clients, and collect the answers."""
-        shares = self._share_out(client_ids)
-        for rank, share in shares:
-            self._links[rank - 1].ask(work(torch.tensor(share, dtype=torch.int64)))
-        return [answer for _, answer in self._collect([rank for rank, _ in shares], kind)]
+    def _perform(self, start: Message, client_ids: Sequence[int], deliver: Callable[[Message], None]) -> _Piece:
+        """Hand out the clients, the largest first, until each one's result has been delivered."""
+        ordered = sorted(client_ids, key=lambda client_id: -self._clients.num_train_examples(client_id))
+        piece = self._piece = _Piece(Schedule(ordered), start, deliver, 0.0, self._lost_between)
+        self._lost_between = {}
+        for worker in self._workers.values():
+            worker.has_begun = worker.is_asked = False
+            worker.since = time.monotonic()
+        none_since = time.monotonic()
+        while not piece.schedule.is_complete:
+            for worker in list(self._workers.values()):
+                self._feed(worker, piece)
+            if self._workers:
+                none_since = time.monotonic()
+            remaining = none_since + self._worker_wait_seconds - time.monotonic()
+            if remaining <= 0:
+                raise ConnectionError(
+                    f"no worker is left, and none came within {self._worker_wait_seconds:g} s (--worker_wait_seconds)"
+                )
+            self._take_event(remaining)
+        for worker in self._workers.values():
+            self._account(worker, piece)
+        self._piece = None
+        return piece
 
-    def _share_out(self, client_ids: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """Each client to the worker with the least to do, the largest clients first (Graham 1969); (rank, ids)."""
-        shares: list[list[int]] = [[] for _ in self._links]
-        loads = [0] * len(self._links)
-        for client_id in sorted(client_ids, key=lambda client_id: -self._clients.num_train_examples(client_id)):
-            least = loads.index(min(loads))
-            shares[least].append(client_id)
-            loads[least] += self._clients.num_train_examples(client_id)
-        return [(rank, share) for rank, share in enumerate(shares, start=1) if share]
+    def _feed(self, worker: _Worker, piece: _Piece) -> None:
+        """Give a worker as many clients as it has lanes, and one to go on with while there are plenty.
 
-    def _collect(self, ranks: Sequence[int], kind: type[Answer]) -> list[tuple[int, Answer]]:
-        """One answer from each of the ranks, as they come. Raises where a worker failed, is gone, or says another."""
-        answers = []
-        for _ in ranks:
-            rank, answer = self._answers.get()
-            if isinstance(answer, Exception):
-                raise answer
-            if isinstance(answer, Failed):
-                raise ValueError(f"worker {rank}: {answer.reason}")
-            if not isinstance(answer, kind):
-                raise ValueError(f"worker {rank} sent {type(answer).__name__} where {kind.__name__} was expected")
-            answers.append((rank, answer))
-        return answers
+        Where none is left for it, ask for the sum over those that it has trained.
+        """
+        if not worker.is_ready:
+            return
+        schedule = piece.schedule
+        num_lanes = sum(other.num_lanes for other in self._workers.values() if other.is_ready)
+        in_hand = worker.num_lanes + (1 if schedule.num_waiting > 2 * num_lanes else 0)
+        client_ids = schedule.take(worker.number, in_hand - schedule.num_in_work(worker.number))
+        if client_ids:
+            if not worker.has_begun:
+                self._send(worker, piece.start)
+                worker.has_begun = True
+            self._send(worker, WorkOn(client_ids))
+        elif not schedule.num_in_work(worker.number) and schedule.num_done(worker.number) and not worker.is_asked:
+            self._send(worker, SendSum())
+            worker.is_asked = True
 
-
-class _Link:
-    """The conversation with one worker, in a thread of its own, so that no worker waits for another's transfer.
-
-    A link begins by receiving the worker's Join; from then on each `ask` gets one answer.
-    """
-
-    def __init__(
-        self, network: TypedNetwork, rank: int, answers: queue.SimpleQueue[tuple[int, Message | Exception]]
-    ) -> None:
-        self._network = network
-        self._rank = rank
-        self._answers = answers
-        self._outgoing: queue.SimpleQueue[tuple[Message, bool]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._talk, name=f"worker {rank}", daemon=True)
-        self._thread.start()
-
-    def ask(self, message: Message) -> None:
-        """Send, and put the answer (or what went wrong) into the queue of answers."""
-        self._outgoing.put((message, True))
-
-    def tell(self, last_message: Message) -> None:
-        """Send a message that has no answer, and end the conversation."""
-        self._outgoing.put((last_message, False))
-        self._thread.join()
-
-    def _talk(self) -> None:
+    def _send(self, worker: _Worker, message: Message) -> None:
         try:
-            self._answers.put((self._rank, self._network.receive_message(self._rank)))
-            while True:
-                message, expects_answer = self._outgoing.get()
-                self._network.send_message(message, self._rank)
-                if not expects_answer:
-                    return
-                self._answers.put((self._rank, self._network.receive_message(self._rank)))
-        except Exception as error:  # whatever it is, the experiment's thread must hear of it
-            self._answers.put((self._rank, error))
+            worker.connected.link.send(message)
+        except (ConnectionError, ValueError):
+            LOGGER.info("worker %d cannot be sent %s", worker.rank, type(message).__name__)  # its end is on its way
+
+    def _take_event(self, timeout_seconds: float) -> bool:
+        """Wait for what a worker says next, and act on it. False where nothing came."""
+        try:
+            connected, event = self._network.events.get(timeout=timeout_seconds)
+        except queue.Empty:
+            return False
+        worker = self._workers.get(connected.generation)
+        try:
+            if isinstance(event, Exception):
+                self._lose(connected, event.reason if isinstance(event, GoneError) else str(event))
+            elif isinstance(event, Failed):
+                self._take_failure(connected, event)
+            elif isinstance(event, Join) and worker is None:
+                self._take_join(connected, event)
+            elif worker is not None:
+                self._take_message(worker, event)
+        except _MisbehavedError as error:
+            connected.link.close(str(error), tell="dismissed")
+            self._lose(connected, str(error))
+        return True
+
+    def _take_join(self, connected: Connected, join: Join) -> None:
+        if join.ticket != connected.ticket:
+            raise _MisbehavedError("it is not the worker that was admitted")
+        worker = self._workers[connected.generation] = _Worker(connected, join)
+        say(f"server: worker {worker.rank} joined")
+        if self._is_started:
+            self._configure(worker)
+
+    def _configure(self, worker: _Worker) -> None:
+        """Send the configuration, once, with the worker's share of its machine's cores."""
+        if worker.num_lanes:
+            return
+        on_same_machine = sum(other.join.machine == worker.join.machine for other in self._workers.values())
+        worker.num_lanes = worker.join.threads or max(1, worker.join.num_cores // on_same_machine)
+        experiment = self._experiment_config.to_dict()
+        self._send(worker, Configure(worker.connected.ticket, experiment, worker.num_lanes))
+
+    def _take_message(self, worker: _Worker, message: Message) -> None:
+        """Act on what a worker says. Raises _MisbehavedError where it does not fit."""
+        if isinstance(message, Ready) and worker.num_lanes and not worker.is_ready:
+            self._take_ready(worker, message)
+            return
+        try:
+            if self._piece is None:
+                raise ValueError(f"a {type(message).__name__} message was not expected")
+            self._take_answer(worker, message, self._piece)
+        except (ValueError, TypeError, KeyError) as error:
+            raise _MisbehavedError(str(error)) from error
+
+    def _take_answer(self, worker: _Worker, message: Message, piece: _Piece) -> None:
+        if isinstance(message, ClientTrained):
+            piece.schedule.finish(worker.number, message.client_id)
+            return
+        if isinstance(message, PartialSum) and worker.is_asked:
+            client_ids = [report["client_id"] for report in message.reports]
+            worker.is_asked = False
+        elif isinstance(message, ClientScored):
+            client_ids = [message.score["client_id"]]
+            piece.schedule.finish(worker.number, client_ids[0])
+        else:
+            raise ValueError(f"a {type(message).__name__} message was not expected")
+        piece.schedule.check_done(worker.number, client_ids)
+        piece.deliver(message)
+        piece.schedule.deliver(worker.number, client_ids)
+
+    def _take_ready(self, worker: _Worker, ready: Ready) -> None:
+        if ready.fingerprint != self._clients.fingerprint:
+            reason = (
+                f"worker {worker.rank} reads other data than the server (fingerprint {ready.fingerprint}, not "
+                f"{self._clients.fingerprint}); give both the same files with --data_root"
+            )
+            raise _MisbehavedError(reason) if self._is_started else ValueError(reason)
+        worker.is_ready = True
+        worker.since = time.monotonic()
+        say(f"server: worker {worker.rank} is ready, {worker.num_lanes} client(s) side by side on {ready.device}")
+
+    def _take_failure(self, connected: Connected, failure: Failed) -> None:
+        """A worker cannot go on, and says why: before the start, and wherever others would fail too, the run ends."""
+        others = any(other.is_ready for number, other in self._workers.items() if number != connected.generation)
+        is_repeated = failure.client_id is not None and failure.client_id in self._failed_clients
+        if failure.client_id is not None:
+            self._failed_clients.add(failure.client_id)
+        if not self._is_started or is_repeated or (failure.client_id is not None and not others):
+            raise ValueError(f"worker {connected.rank}: {failure.reason}")
+        self._lose(connected, failure.reason)
+
+    def _lose(self, connected: Connected, reason: str) -> None:
+        """A worker is gone: its clients go to the others."""
+        connected.link.close(reason, tell="dropped")
+        worker = self._workers.pop(connected.generation, None)
+        if worker is None:
+            say(f"server: worker {connected.rank} could not join: {reason}")
+            return
+        lost = self._lost_between if self._piece is None else self._piece.lost
+        lost[worker.rank] = reason
+        num_clients = 0
+        if self._piece is not None:
+            self._account(worker, self._piece)
+            num_clients = self._piece.schedule.lose(worker.number)
+        again = f"; {num_clients} client(s) are given to others" if num_clients else ""
+        say(f"server: lost worker {worker.rank} ({reason}){again}; {len(self._workers)} left")
+
+    def _account(self, worker: _Worker, piece: _Piece) -> None:
+        if worker.is_ready:
+            piece.lane_seconds += worker.num_lanes * (time.monotonic() - worker.since)
+
+    def _missing(self) -> str:
+        """The workers that are to come before the start, by the ranks that are not there."""
+        present = {worker.rank for worker in self._workers.values()}
+        ranks = [rank for rank in range(1, self._network.world_size) if rank not in present]
+        ranks = ranks[: self._network.world_size - 1 - len(self._workers)]
+        if not ranks:
+            return "the workers to read their data"
+        return f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+    def _dismiss(self, cause: signal.Signals | BaseException) -> None:
+        """Send the workers away where the run ended for good; otherwise they wait for the server to come back."""
+        if isinstance(cause, ValueError):
+            self._network.dismiss(str(cause))
+        elif cause == signal.SIGINT:
+            self._network.dismiss("it was stopped by SIGINT")

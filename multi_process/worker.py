@@ -6,38 +6,51 @@ import contextlib
 import os
 import platform
 from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from fedlab.core.client.manager import PassiveClientManager
 from fedlab.core.client.trainer import SerialClientTrainer
 from fedlab.core.network_manager import NetworkManager
-from torch import Tensor, nn
+from torch import nn
 
+from multi_process.link import DismissedError, GoneError
 from multi_process.messages import (
-    ClientsScored,
-    ClientsTrained,
+    ClientScored,
+    ClientTrained,
     Configure,
     Failed,
     Finish,
     Join,
     Message,
+    PartialSum,
     Ready,
-    ScoreClients,
-    TrainClients,
+    SendSum,
+    StartScoring,
+    StartTraining,
+    WorkOn,
 )
-from multi_process.network import TypedNetwork
+from multi_process.network import WorkerNetwork
 from perfedavg.client_data import FederatedDataset
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.console import say
-from perfedavg.executor import CohortTask, LocalExecutor, ScoringTask
+from perfedavg.executor import ClientReport, CohortTask, CohortTraining, LocalExecutor, ScoringTask
+
+FAREWELL_SECONDS = 5.0
+"""For the server to hear why a worker leaves."""
 
 SetUp = Callable[[ExperimentConfig], tuple[nn.Module, FederatedDataset]]
 """Builds the model and reads the data set that a configuration names."""
 
 
 class PersonalizationTrainer(SerialClientTrainer):
-    """FedLab's serial trainer: simulates many clients in one process, by means of a `LocalExecutor`."""
+    """FedLab's serial trainer: simulates many clients in one process, by means of a `LocalExecutor`.
+
+    tell: is given each answer as soon as there is one, in the thread of a lane.
+    fail: is given what went wrong with a client, and its id.
+    """
 
     def __init__(
         self,
@@ -46,104 +59,176 @@ class PersonalizationTrainer(SerialClientTrainer):
         dataset: FederatedDataset,
         device: torch.device,
         num_lanes: int,
+        tell: Callable[[Message], None],
+        fail: Callable[[Exception, int], None],
     ) -> None:
         num_clients = len(dataset.train_client_ids) + len(dataset.unseen_client_ids)
         super().__init__(model, num_clients, cuda=False)
         self.dataset = dataset
         self._executor = LocalExecutor(config, self._model, dataset, device, num_lanes)
-        self._answer: Message | None = None
-
-    def local_process(self, payload: TrainClients | ScoreClients, id_list: list[int]) -> None:
-        """Do what the server asks for with the clients of the list."""
-        self._answer = (
-            self._train(payload, id_list) if isinstance(payload, TrainClients) else self._score(payload, id_list)
-        )
+        self._tell = tell
+        self._fail = fail
+        self._work: Callable[[int], Message] | None = None
+        self._training: CohortTraining | None = None
+        self._reports: list[ClientReport] = []
+        self._futures: list[Future[None]] = []
 
     @property
-    def uplink_package(self) -> Message:
-        """The answer to the last `local_process`."""
-        assert self._answer is not None, "there is work before there is an answer"
-        return self._answer
+    def num_lanes(self) -> int:
+        return self._executor.num_lanes
 
-    def _train(self, work: TrainClients, client_ids: list[int]) -> ClientsTrained:
-        task = CohortTask(Phase(work.phase), work.round_number, tuple(client_ids), work.capacity)
-        update = self._executor.train(task, work.parameters)
-        return ClientsTrained(
-            weight=update.sum.weight,
-            capacity=update.sum.capacity,
-            client_ids=_whole_numbers([report.client_id for report in update.reports]),
-            num_examples=_whole_numbers([report.num_examples for report in update.reports]),
-            losses=torch.tensor([report.loss for report in update.reports], dtype=torch.float64),
-            total=update.sum.total,
-        )
+    def begin(self, payload: StartTraining | StartScoring) -> None:
+        """Take over the global model. What the clients of `local_process` do from now on is train, or be scored."""
+        self.abandon()
+        phase = Phase(payload.phase)
+        if isinstance(payload, StartTraining):
+            task = CohortTask(phase, payload.round_number, (), payload.capacity)
+            self._training = self._executor.begin_training(task, payload.parameters.clone())
+            self._work = self._train
+        else:
+            scoring = ScoringTask(phase, payload.round_number, ())
+            score = self._executor.begin_scoring(scoring, payload.parameters.clone())
+            self._work = lambda client_id: ClientScored(asdict(score(client_id)))
 
-    def _score(self, work: ScoreClients, client_ids: list[int]) -> ClientsScored:
-        scores = self._executor.score(
-            ScoringTask(Phase(work.phase), work.round_number, tuple(client_ids)), work.parameters
-        )
-        counts = [[score.client_id, score.num_train_examples, score.num_test_examples] for score in scores]
-        measures = [
-            [score.initial_loss, score.initial_accuracy, score.personalized_loss, score.personalized_accuracy]
-            for score in scores
-        ]
-        return ClientsScored(_whole_numbers(counts), torch.tensor(measures, dtype=torch.float64))
+    def local_process(self, payload: WorkOn, id_list: list[int]) -> None:
+        """Let the clients of the list train or be scored, each on the next free lane. Does not wait for them."""
+        for client_id in id_list:
+            self._futures.append(self._executor.submit(self._process, client_id))
+
+    @property
+    def uplink_package(self) -> PartialSum:
+        """The sum over the clients that were trained since the last one. None may be in training."""
+        assert self._training is not None, "there is a round before there is a sum"
+        taken = self._training.take_sum()
+        reports, self._reports = self._reports, []
+        return PartialSum(taken.weight, taken.capacity, [asdict(report) for report in reports], taken.total)
+
+    def abandon(self) -> None:
+        """Forget the work that was begun. Waits for the clients that are on a lane."""
+        for future in self._futures:
+            future.cancel()
+        wait(self._futures)
+        self._futures.clear()
+        self._reports = []
+        self._training = self._work = None
+
+    def _process(self, client_id: int) -> None:
+        assert self._work is not None, "a piece of work was begun before its clients came"
+        try:
+            answer = self._work(client_id)
+        except Exception as error:  # whatever it is, the worker's main thread must hear of it
+            self._fail(error, client_id)
+        else:
+            self._tell(answer)
+
+    def _train(self, client_id: int) -> Message:
+        assert self._training is not None, "a round was begun"
+        self._reports.append(self._training.train(client_id))
+        return ClientTrained(client_id)
+
+
+class _ClientError(Exception):
+    """What went wrong with a client, on its way from the lane to the main thread."""
+
+    def __init__(self, error: Exception, client_id: int) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.client_id = client_id
 
 
 class WorkerManager(PassiveClientManager):
     """FedLab's passive client manager: joins, takes over the server's configuration, and does what it is asked for.
 
+    A server that is lost is waited for, and joined again.
+
     set_up: turns the configuration into model and data, once it is known.
     threads: clients side by side that the user asked for, or None for this worker's share of the machine.
     """
 
-    def __init__(self, network: TypedNetwork, set_up: SetUp, device: torch.device, threads: int | None) -> None:
+    def __init__(self, network: WorkerNetwork, set_up: SetUp, device: torch.device, threads: int | None) -> None:
         super().__init__(network, trainer=None)
-        self._network: TypedNetwork = network
+        self._network: WorkerNetwork = network
         self._set_up = set_up
         self._device = device
         self._threads = threads
+        self._configured: Configure | None = None
         self._trainer: PersonalizationTrainer | None = None
 
     def run(self) -> None:
         """Join, work, leave. Where this worker fails, the server is told why before the error goes on its way."""
-        NetworkManager.setup(self)  # not ClientManager's, which reports a number of clients before it knows them
-        try:
-            self._configure()
-            self.main_loop()
-        except ConnectionError:
-            raise  # there is nobody left to tell
-        except Exception as error:
-            with contextlib.suppress(ConnectionError):
-                self._network.send_message(Failed(" ".join(str(error).split()) or type(error).__name__), rank=0)
-            raise
+        while True:
+            NetworkManager.setup(self)  # not ClientManager's, which reports a number of clients before it knows them
+            try:
+                self._configure()
+                self.main_loop()
+                break
+            except GoneError as error:
+                say(f"worker {self._network.rank}: {error}; joining anew")
+                if self._trainer is not None:
+                    self._trainer.abandon()
+            except DismissedError:
+                raise  # the server knows
+            except _ClientError as failed:
+                self._tell_failure(failed.error, failed.client_id)
+                raise failed.error from None
+            except Exception as error:
+                self._tell_failure(error, None)
+                raise
         self.shutdown()
 
     def main_loop(self) -> None:
-        assert self._trainer is not None, "the worker is configured before it works"
-        while not isinstance(request := self._network.receive_message(rank=0), Finish):
-            if not isinstance(request, TrainClients | ScoreClients):
-                raise ValueError(f"the server sent {type(request).__name__} where work was expected")
-            self._trainer.local_process(request, request.client_ids.tolist())
-            self.synchronize()
+        trainer = self._trainer
+        assert trainer is not None, "the worker is configured before it works"
+        while not isinstance(request := self._network.link.receive(), Finish):
+            match request:
+                case StartTraining() | StartScoring():
+                    trainer.begin(request)
+                case WorkOn():
+                    trainer.local_process(request, request.client_ids)
+                case SendSum():
+                    self.synchronize()
+                case _:
+                    raise ValueError(f"the server sent {type(request).__name__} where work was expected")
 
     def synchronize(self) -> None:
-        """Send the answer up."""
+        """Send the sum up."""
         assert self._trainer is not None, "the worker is configured before it works"
-        self._network.send_message(self._trainer.uplink_package, rank=0)
+        self._tell(self._trainer.uplink_package)
 
     def _configure(self) -> None:
-        self._network.send_message(Join(machine_identity(), len(os.sched_getaffinity(0)), self._threads), rank=0)
-        answer = self._network.receive_message(rank=0)
-        if not isinstance(answer, Configure):
-            raise ValueError(f"the server sent {type(answer).__name__} where the configuration was expected")
-        config = ExperimentConfig.from_dict(answer.experiment)
-        model, dataset = self._set_up(config)
-        self._trainer = PersonalizationTrainer(config, model, dataset, self._device, answer.num_lanes)
+        self._tell(Join(self._network.ticket, machine_identity(), len(os.sched_getaffinity(0)), self._threads))
+        answer = self._network.link.receive()
+        if not isinstance(answer, Configure) or answer.ticket != self._network.ticket:
+            raise ValueError("what speaks on the tensors' connection is not the server")
+        if self._trainer is None or self._configured is None or not _same_work(answer, self._configured):
+            config = ExperimentConfig.from_dict(answer.experiment)
+            model, dataset = self._set_up(config)
+            self._trainer = PersonalizationTrainer(
+                config, model, dataset, self._device, answer.num_lanes, self._tell, self._fail
+            )
+        self._configured = answer
         say(
             f"worker {self._network.rank}: joined {self._network.address[0]}:{self._network.address[1]}, "
-            f"{config.dataset} on {self._device}, training {answer.num_lanes} client(s) side by side"
+            f"{answer.experiment['dataset']} on {self._device}, {answer.num_lanes} client(s) side by side"
         )
-        self._network.send_message(Ready(dataset.fingerprint, str(self._device)), rank=0)
+        self._tell(Ready(self._trainer.dataset.fingerprint, str(self._device)))
+
+    def _tell(self, message: Message) -> None:
+        """Send to the server. Where it is gone, the main thread hears of it when it next receives."""
+        with contextlib.suppress(GoneError, DismissedError):
+            self._network.link.send(message)
+
+    def _fail(self, error: Exception, client_id: int) -> None:
+        """A client could not be worked on: let the main thread raise the error."""
+        self._network.link.interrupt(_ClientError(error, client_id))
+
+    def _tell_failure(self, error: Exception, client_id: int | None) -> None:
+        self._tell(Failed(" ".join(str(error).split()) or type(error).__name__, client_id))
+        self._network.link.drain(FAREWELL_SECONDS)
+
+
+def _same_work(one: Configure, other: Configure) -> bool:
+    return (one.experiment, one.num_lanes) == (other.experiment, other.num_lanes)
 
 
 def machine_identity() -> str:
@@ -152,7 +237,3 @@ def machine_identity() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return platform.node()
-
-
-def _whole_numbers(values: list[int] | list[list[int]]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)

@@ -26,6 +26,16 @@ class Phase(IntEnum):
     def label(self) -> str:
         return {Phase.FEDAVG: "FedAvg", Phase.REPTILE: "Reptile"}[self]
 
+    @property
+    def field(self) -> str:
+        """Its name in files, which is that of its settings in ExperimentConfig."""
+        return {Phase.FEDAVG: "fedavg", Phase.REPTILE: "fine_tune"}[self]
+
+    @classmethod
+    def of_field(cls, name: str) -> Phase:
+        """The inverse of `field`. Raises KeyError where no phase has that name."""
+        return {phase.field: phase for phase in cls}[name]
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:

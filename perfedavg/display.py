@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from perfedavg.config import ExperimentConfig, Phase
-from perfedavg.experiment import RoundRecord
+from perfedavg.experiment import ExperimentState, RoundRecord
 from perfedavg.run_folder import RESULT_KEYS
 from perfedavg.scores import ClientScore, summarize
 
@@ -24,17 +25,21 @@ class ProgressDisplay:
     def __init__(self, config: ExperimentConfig, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
-        self._total_rounds = sum(phase.num_rounds for phase in config.phases.values())
-        self._done_rounds = 0
+        self._phases = config.phases
+        self._rounds_here = 0  # in this process: a run that goes on has more behind it
+        self._rounds_left = 0
         self._started = time.monotonic()
         self._phase_rounds = 0
         self._bar: tqdm[Any] | None = None
 
-    def phase_started(self, phase: Phase, num_rounds: int) -> None:
+    def phase_started(self, phase: Phase, num_rounds: int, num_recorded: int) -> None:
         self._phase_rounds = num_rounds
+        self._rounds_left = sum(self._phases[later].num_rounds for later in self._phases if later >= phase)
+        self._rounds_left -= num_recorded
         if self._live:
             self._bar = tqdm(
                 total=num_rounds,
+                initial=num_recorded,
                 desc=phase.label,
                 unit="round",
                 file=self._stream,
@@ -42,7 +47,8 @@ class ProgressDisplay:
             )
 
     def round_ended(self, record: RoundRecord) -> None:
-        self._done_rounds += 1
+        self._rounds_here += 1
+        self._rounds_left -= 1
         accuracies = None if record.evaluation is None else _accuracies(record.evaluation)
         if self._bar is not None:
             if accuracies is not None:
@@ -50,7 +56,7 @@ class ProgressDisplay:
             self._bar.update()
         elif accuracies is not None:
             elapsed = time.monotonic() - self._started
-            to_go = elapsed / self._done_rounds * (self._total_rounds - self._done_rounds)
+            to_go = elapsed / self._rounds_here * self._rounds_left
             self._print(
                 f"{record.phase.label} round {record.round_number}/{self._phase_rounds}: {accuracies}, "
                 f"{elapsed:.0f} s gone, about {to_go:.0f} s to go"
@@ -60,14 +66,18 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.set_postfix_str(f"scoring {num_clients} unseen clients")
 
-    def phase_ended(self, phase: Phase, scores: Sequence[ClientScore]) -> None:
+    def settled(self, state: ExperimentState) -> None:
+        pass
+
+    def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(_accuracies(summarize(scores)))
+            self._bar.set_postfix_str(_accuracies(summarize(scores[phase])))
             self._bar.close()
             self._bar = None
 
     def _print(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # a full disk behind the stream, a terminal that is gone: the run goes on
+            print(line, file=self._stream, flush=True)
 
 
 def result_table(result: dict[str, Any]) -> str:

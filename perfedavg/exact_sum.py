@@ -17,6 +17,10 @@ MAX_ENTRY = float(2**MAX_ENTRY_BITS)
 """Largest absolute entry of a vector that can be added. A trained update is orders of magnitude below it."""
 
 
+class BadUpdateError(ValueError):
+    """A client's update cannot be added: it has a wrong shape, or an entry that is not finite or too large."""
+
+
 @dataclass
 class ExactSum:
     """The running sum of weight * vector over clients.
@@ -47,16 +51,17 @@ class ExactSum:
         """Add weight * vector, in place.
 
         vector: (num_parameters,), floating point.  weight: 1 or more.  client_id: named in errors.
-        Raises ValueError, leaving the sum as it was, where the vector has a wrong shape, or an entry that is not
-        finite or exceeds MAX_ENTRY, or where the capacity would be exceeded.
+        Leaves the sum as it was and raises BadUpdateError where the vector has a wrong shape, or an entry that is not
+        finite or exceeds MAX_ENTRY, and ValueError where the capacity would be exceeded.
         """
         if vector.shape != self.total.shape:
-            raise ValueError(
-                f"client {client_id}: its update has shape {tuple(vector.shape)}, the model {tuple(self.total.shape)}"
+            raise BadUpdateError(
+                f"client {client_id}: its update is refused, because it has shape {tuple(vector.shape)}, "
+                f"the model {tuple(self.total.shape)}"
             )
         largest = vector.abs().max().item()
         if not largest <= MAX_ENTRY:  # also true of NaN
-            raise ValueError(
+            raise BadUpdateError(
                 f"client {client_id}: its update is refused, because its largest entry is {largest:g} "
                 f"(the limit is {MAX_ENTRY:g}): training diverged; lower the client's learning rate"
             )

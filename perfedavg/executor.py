@@ -7,9 +7,11 @@ FedLab server manager of `multi_process` hands it to workers, each of which runs
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from perfedavg.client_data import FederatedDataset
 from perfedavg.config import ExperimentConfig, Phase
-from perfedavg.exact_sum import ExactSum
+from perfedavg.exact_sum import BadUpdateError, ExactSum
 from perfedavg.flat_model import FlatModel
 from perfedavg.local_training import LocalTraining, Loss, score, train_locally
 from perfedavg.scores import ClientScore
@@ -52,23 +54,37 @@ class ScoringTask:
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What a client says of its training: examples in its training part, and mean loss over its last epoch."""
+    """What is said of a client's training.
+
+    num_examples: in its training part.  loss: mean over its last local epoch.  seconds: that its lane was busy with it.
+    refused: why its update is not in the sum, or None where it is.
+    """
 
     client_id: int
     num_examples: int
     loss: float
+    seconds: float
+    refused: str | None = None
 
 
 @dataclass
 class CohortUpdate:
-    """The exact weighted sum of the updates `theta_i - theta` of some clients, and their reports (in any order)."""
+    """The exact weighted sum of the updates `theta_i - theta` of some clients, and their reports (in any order).
+
+    lane_seconds: wall time, summed over the lanes (see `LocalExecutor`) that could have worked on the cohort.
+    lost_workers: why each worker that was lost in the round is gone, by its rank.
+    """
 
     sum: ExactSum
     reports: list[ClientReport]
+    lane_seconds: float
+    lost_workers: dict[int, str] = field(default_factory=dict)
 
-    def merge(self, other: CohortUpdate) -> None:
-        self.sum.merge(other.sum)
-        self.reports += other.reports
+    @property
+    def idle_share(self) -> float:
+        """Share of the lanes' time in which they had no client, 0 .. 1."""
+        busy_seconds = math.fsum(report.seconds for report in self.reports)
+        return max(0.0, 1.0 - busy_seconds / self.lane_seconds)
 
 
 class Executor(Protocol):
@@ -106,30 +122,54 @@ class LocalExecutor:
         self._device = torch.device(device)
         self._loss_function = loss_function
         self._lanes = [FlatModel(model, device) for _ in range(num_lanes)]
-        self._pool = ThreadPoolExecutor(num_lanes, thread_name_prefix="lane") if num_lanes > 1 else None
+        self._free_lanes: SimpleQueue[FlatModel] = SimpleQueue()
+        for lane in self._lanes:
+            self._free_lanes.put(lane)
+        self._pool = ThreadPoolExecutor(num_lanes, thread_name_prefix="lane")
+
+    @property
+    def num_lanes(self) -> int:
+        return len(self._lanes)
 
     def train(self, task: CohortTask, parameters: Tensor) -> CohortUpdate:
-        """Raises ValueError, with the client's id, where an update is not finite or out of range."""
-        start = parameters.to(self._device)
-        sums = {id(lane): ExactSum.zeros(start.numel(), task.capacity, self._device) for lane in self._lanes}
-
-        def train_one(lane: FlatModel, client_id: int) -> ClientReport:
-            return self._train_client(lane, client_id, task, start, sums[id(lane)])
-
-        reports = self._on_lanes(train_one, task.client_ids)
-        first, *others = sums.values()
-        for other in others:
-            first.merge(other)
-        first.total = first.total.cpu()
-        return CohortUpdate(first, reports)
+        started = time.monotonic()
+        training = self.begin_training(task, parameters)
+        reports = self._on_lanes(training.train, task.client_ids)
+        lane_seconds = self.num_lanes * (time.monotonic() - started)
+        return CohortUpdate(training.take_sum(), reports, lane_seconds)
 
     def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
+        return self._on_lanes(self.begin_scoring(task, parameters), task.client_ids)
+
+    def begin_training(self, task: CohortTask, parameters: Tensor) -> CohortTraining:
+        """A round that takes its clients one by one; those that the task names need not be known yet."""
+        return CohortTraining(self, task, parameters.to(self._device))
+
+    def begin_scoring(self, task: ScoringTask, parameters: Tensor) -> Callable[[int], ClientScore]:
+        """A function that scores a client by its id; it waits for a free lane, and may be called from any thread."""
         start = parameters.to(self._device)
-        return self._on_lanes(lambda lane, client_id: self._score_client(lane, client_id, task, start), task.client_ids)
+        return lambda client_id: self._on_lane(lambda lane: self._score_client(lane, client_id, task, start))
+
+    def submit(self, work: Callable[[int], Result], client_id: int) -> Future[Result]:
+        """Do the work in a thread of a lane, behind what was submitted before."""
+        return self._pool.submit(work, client_id)
+
+    def _on_lanes(self, work: Callable[[int], Result], client_ids: Sequence[int]) -> list[Result]:
+        """`work` for every client, the largest first, so that the lanes end together."""
+        ordered = sorted(client_ids, key=lambda client_id: -self._dataset.num_train_examples(client_id))
+        return list(self._pool.map(work, ordered))
+
+    def _on_lane(self, work: Callable[[FlatModel], Result]) -> Result:
+        lane = self._free_lanes.get()
+        try:
+            return work(lane)
+        finally:
+            self._free_lanes.put(lane)
 
     def _train_client(
         self, lane: FlatModel, client_id: int, task: CohortTask, start: Tensor, running: ExactSum
     ) -> ClientReport:
+        started = time.monotonic()
         phase = self._config.phases[task.phase]
         training = LocalTraining(phase.client_optimizer, phase.num_local_epochs, self._config.batch_size)
         seeds = seed_sequence(
@@ -143,8 +183,12 @@ class LocalExecutor:
         inputs, labels = data.train_inputs.to(self._device), data.train_labels.to(self._device)
         lane.load(start)
         loss = train_locally(lane, inputs, labels, training, seeds, self._loss_function)
-        running.add(lane.parameters - start, client_weight(task.phase, len(labels)), client_id)
-        return ClientReport(client_id, len(labels), loss)
+        refused = None
+        try:
+            running.add(lane.parameters - start, client_weight(task.phase, len(labels)), client_id)
+        except BadUpdateError as error:
+            refused = str(error)
+        return ClientReport(client_id, len(labels), loss, time.monotonic() - started, refused)
 
     def _score_client(self, lane: FlatModel, client_id: int, task: ScoringTask, start: Tensor) -> ClientScore:
         """Score, adapt on the training part with FedAvg's client optimizer, score again on the same test part."""
@@ -175,20 +219,33 @@ class LocalExecutor:
             personalized_accuracy,
         )
 
-    def _on_lanes(self, work: Callable[[FlatModel, int], Result], client_ids: Sequence[int]) -> list[Result]:
-        """`work` for every client, the largest first, so that the lanes end together."""
-        ordered = sorted(client_ids, key=lambda client_id: -self._dataset.num_train_examples(client_id))
-        if self._pool is None:
-            return [work(self._lanes[0], client_id) for client_id in ordered]
-        free: SimpleQueue[FlatModel] = SimpleQueue()
-        for lane in self._lanes:
-            free.put(lane)
 
-        def on_a_free_lane(client_id: int) -> Result:
-            lane = free.get()
-            try:
-                return work(lane, client_id)
-            finally:
-                free.put(lane)
+class CohortTraining:
+    """A round of a `LocalExecutor`, client by client. What was trained so far can be taken out at any time."""
 
-        return list(self._pool.map(on_a_free_lane, ordered))
+    def __init__(self, executor: LocalExecutor, task: CohortTask, start: Tensor) -> None:
+        self._executor = executor
+        self._task = task
+        self._start = start
+        self._sums: dict[FlatModel, ExactSum] = {}
+
+    def train(self, client_id: int) -> ClientReport:
+        """Add a client's update to the sum, or refuse it and say why. May be called from several threads at once."""
+
+        def work(lane: FlatModel) -> ClientReport:
+            running = self._sums.get(lane)
+            if running is None:
+                running = self._sums[lane] = ExactSum.zeros(len(self._start), self._task.capacity, self._start.device)
+            return self._executor._train_client(lane, client_id, self._task, self._start, running)
+
+        return self._executor._on_lane(work)
+
+    def take_sum(self) -> ExactSum:
+        """The sum over the clients trained since the last call, on the CPU. None may be in training meanwhile."""
+        sums = list(self._sums.values()) or [ExactSum.zeros(len(self._start), self._task.capacity)]
+        self._sums.clear()
+        first, *others = sums
+        for other in others:
+            first.merge(other)
+        first.total = first.total.cpu()
+        return first

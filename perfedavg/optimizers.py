@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -34,6 +34,27 @@ class ServerOptimizer:
     def parameters(self) -> Tensor:
         """The global model after the steps so far, (num_parameters,). A copy."""
         return self._parameters.detach().clone()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._parameters.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on, by name. Not copies: the next step changes them."""
+        state = self._optimizer.state[self._parameters] if self._optimizer.state else {}
+        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        return {"parameters": self._parameters.detach(), **tensors}
+
+    @classmethod
+    def from_tensors(cls, config: OptimizerConfig, tensors: Mapping[str, Tensor]) -> ServerOptimizer:
+        """The inverse of `tensors`; the new one owns copies. Raises ValueError where there are no parameters."""
+        if "parameters" not in tensors:
+            raise ValueError("there are no parameters")
+        state = {name: tensor.clone() for name, tensor in tensors.items() if name != "parameters"}
+        server = cls(config, tensors["parameters"])
+        if state:
+            server._optimizer.state[server._parameters] = state
+        return server
 
     def step(self, mean_update: Tensor) -> None:
         """One server step along the mean update, (num_parameters,)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from perfedavg.config import Phase
+from perfedavg.files import replace_file
 from perfedavg.scores import ClientScore
 
 if TYPE_CHECKING:
@@ -20,13 +22,15 @@ INITIAL_COLOR, PERSONALIZED_COLOR = "#7f7f7f", "#1f77b4"
 
 
 def write_plots(folder: Path, curve: Sequence[RoundRecord], scores: dict[Phase, list[ClientScore]]) -> None:
-    """Write accuracy.png and clients.png into the folder, which is created.
+    """Write accuracy.png and clients.png into the folder, which is created. Raises OSError.
 
     curve: the records of rounds that were evaluated, in order.  scores: of all unseen clients, after each phase.
     """
     folder.mkdir(exist_ok=True)
     for name, figure in (("accuracy.png", _accuracy_curve(curve)), ("clients.png", _client_accuracies(scores))):
-        figure.savefig(folder / name, dpi=120)
+        image = io.BytesIO()
+        figure.savefig(image, dpi=120)
+        replace_file(folder / name, [image.getbuffer()])
 
 
 def _figure(columns: int) -> Figure:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
+import signal
 from typing import Any
 
 from torch import nn
 
 from perfedavg.client_data import ClientDirectory
 from perfedavg.config import ExperimentConfig
+from perfedavg.console import at_early_end, say, show
 from perfedavg.display import ProgressDisplay, result_table
 from perfedavg.executor import Executor
-from perfedavg.experiment import run_experiment
+from perfedavg.experiment import ExperimentState, run_experiment
 from perfedavg.flat_model import flatten
 from perfedavg.run_folder import RunFolder
+
+SAVE_TIMEOUT_SECONDS = 30.0
+"""How long a signal waits for a server step or a checkpoint that is under way."""
 
 
 def run_and_record(
@@ -24,17 +28,79 @@ def run_and_record(
     folder: RunFolder,
     run_settings: dict[str, Any],
 ) -> None:
-    """Run the experiment from the model's weights; show it, record it in the folder, and print the result table.
+    """Run the experiment from the model's weights, or from where the folder's run was stopped.
 
-    run_settings: as `RunFolder.write_config` takes them; `world_size` among them.
+    Shows it, records it in the folder, and prints the result table. Whatever ends it early, a signal or an error,
+    leaves a checkpoint and a line that tells how to go on.
+    run_settings: as `RunFolder.begin` takes them; `world_size` among them.
     """
-    folder.write_config(config, run_settings)
-    outcome = run_experiment(config, executor, clients, flatten(model), [folder, ProgressDisplay(config)])
-    facts = {
-        "train_clients": len(clients.train_client_ids),
-        "unseen_clients": len(clients.unseen_client_ids),
-        "world_size": run_settings["world_size"],
-        "data_fingerprint": clients.fingerprint,
-    }
-    result = folder.write_result(config, outcome, model, facts)
-    print(f"\n{result_table(result)}\nresults in {os.path.relpath(folder.path)}", flush=True)
+    state = folder.begin(config, clients.fingerprint, run_settings)
+    if state is None:
+        state = ExperimentState.fresh(config, flatten(model))
+    keeper = _StateKeeper(folder, state)
+    withdraw = at_early_end(keeper.end_early)
+    try:
+        outcome = run_experiment(config, executor, clients, state, [folder, ProgressDisplay(config)])
+        facts = {
+            "train_clients": len(clients.train_client_ids),
+            "unseen_clients": len(clients.unseen_client_ids),
+            "world_size": run_settings["world_size"],
+            "data_fingerprint": clients.fingerprint,
+        }
+        result = folder.result(config, outcome, facts)
+        show(f"\n{result_table(result)}")
+        with state.lock:
+            folder.write_result(config, outcome, model, result)
+            keeper.has_ended = True
+    except BaseException as error:
+        keeper.end_early(error)
+        raise
+    finally:
+        withdraw()
+    show(f"results in {folder.shown_path}")
+
+
+class _StateKeeper:
+    """Saves the state of a run that ends early.
+
+    has_ended: whether the run came to its good end, so that there is nothing to save.
+    """
+
+    def __init__(self, folder: RunFolder, state: ExperimentState) -> None:
+        self._folder = folder
+        self._state = state
+        self.has_ended = False
+
+    def end_early(self, reason: signal.Signals | BaseException) -> None:
+        """Save a checkpoint and say how to go on.
+
+        After a signal, which comes in the main thread while the run's own thread goes on, the state stays locked:
+        the process is about to end, and nothing after this checkpoint may be recorded.
+        """
+        if not self._state.lock.acquire(timeout=SAVE_TIMEOUT_SECONDS):
+            say(f"no checkpoint was saved: a step has been under way for {SAVE_TIMEOUT_SECONDS:.0f} s")
+            return
+        try:
+            if not self.has_ended:
+                self._save()
+        finally:
+            if isinstance(reason, BaseException):
+                self._state.lock.release()
+
+    def _save(self) -> None:
+        path, state = self._folder.shown_path, self._state
+        if not state.has_begun:
+            say("no round has ended yet, so there is nothing to save")
+            return
+        if state.torn:
+            say(f"{state.label} failed in its middle; continue from the checkpoint before it with --resume {path}")
+            return
+        try:
+            self._folder.save_checkpoint(state)
+        except OSError as error:
+            say(
+                f"the checkpoint of {state.label} cannot be written ({error.strerror}); make room in {path}, then "
+                f"continue from the one before it with --resume {path}"
+            )
+        else:
+            say(f"checkpoint of {state.label} saved; continue with --resume {path}")

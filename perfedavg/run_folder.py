@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import dataclasses
 import io
-import itertools
 import json
 import logging
+import math
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import filelock
 import safetensors.torch
 from torch import nn
 
+from perfedavg.checkpoint import Checkpoints, RunIdentity
 from perfedavg.config import ExperimentConfig, Phase
-from perfedavg.experiment import ExperimentOutcome, RoundRecord
+from perfedavg.console import say
+from perfedavg.experiment import ExperimentOutcome, ExperimentState, RoundRecord
+from perfedavg.files import LineFile, remove_partial_files, replace_file
 from perfedavg.flat_model import unflatten_into
 from perfedavg.plots import write_plots
+from perfedavg.runs import read_run
 from perfedavg.scores import ClientScore, summarize
 
 LOGGER = logging.getLogger("perfedavg")
@@ -32,72 +37,167 @@ RESULT_KEYS = {Phase.FEDAVG: "after_fedavg", Phase.REPTILE: "after_fine_tune"}
 """The names in result.json and in clients.csv of the scores taken after each phase."""
 
 _PACKAGES = ("fedlab", "torch", "torchvision", "numpy")
+_DECIDE_BITS = ("torch", "numpy", "commit")
 
 
 class RunFolder:
     """The folder of one run, and the observer that fills it.
 
-    config.json    every setting, versions, commit, how the run was started
-    metrics.jsonl  a line a round, flushed as the round ends
+    config.json    every setting, versions, commit, how the run was started, and each time it went on
+    metrics.jsonl  a line a round, written as the round ends
     clients.csv    a row an unseen client: its scores before and after personalization, after each phase
+    checkpoint/    the last states from which the run can go on; gone when the run has ended
     result.json    the summary; written last, so a folder without it holds an unfinished run
     plots/         the accuracy curve, and the accuracy of unseen clients before and after, as PNG
     model.safetensors  the final global model
     log.txt        what was logged
+    .lock          held by the process that writes here
+
+    A full disk does not end the run as long as there are rounds to train: what could not be written is said once,
+    kept, and written when there is room.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Create the folder and its log. Raises ValueError where it holds a run already or cannot be written."""
-        self.path = path
-        self._scores: dict[Phase, Sequence[ClientScore]] = {}
-        self._curve: list[RoundRecord] = []
-        if (path / "config.json").exists():
-            raise ValueError(f"--run_dir {path} already holds a run; name another folder, or move that one away")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            log_handler = logging.FileHandler(path / "log.txt", encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"--run_dir {path} cannot be written ({error.strerror}); name another folder") from error
-        log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        LOGGER.addHandler(log_handler)
+    def __init__(
+        self,
+        path: Path,
+        flags: Mapping[str, Any] | None = None,
+        checkpoint_every: int = 10,
+        resume: bool = False,
+    ) -> None:
+        """Create the folder, or with `resume` open one that holds an unfinished run; take its lock, open its log.
 
-    def write_config(self, config: ExperimentConfig, run_settings: dict[str, Any]) -> None:
-        """Write config.json, from which on the folder holds a run.
-
-        run_settings: what does not change the result (command, number of processes, devices).
+        flags: the experiment's flags, kept in config.json for whoever resumes it.
+        checkpoint_every: rounds between two checkpoints, 1 or more.
+        Raises ValueError where the folder holds a run (with `resume`: holds none, or one that has ended), cannot be
+        written, or is in use by another process.
         """
-        settings = {"experiment": config.to_dict(), "run": run_settings, "environment": _environment()}
-        self._write("config.json", _json(settings))
+        self.path = path
+        self._flags = dict(flags or {})
+        self._checkpoint_every = checkpoint_every
+        self._resumes = resume
+        self._metrics = LineFile(path / "metrics.jsonl")
+        self._curve: list[RoundRecord] = []
+        self._failing: set[str] = set()
+        self._checkpoints: Checkpoints | None = None
+        self._saved: tuple[Phase, int, bool, int] | None = None
+        self._lock, self._log_handler = self._open()
+        LOGGER.addHandler(self._log_handler)
 
-    def phase_started(self, phase: Phase, num_rounds: int) -> None:
-        LOGGER.info("%s: %d rounds", phase.label, num_rounds)
+    def _open(self) -> tuple[filelock.BaseFileLock, logging.Handler]:
+        flag = "--resume" if self._resumes else "--run_dir"
+        if self._resumes:
+            read_run(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = _lock(self.path)
+            remove_partial_files(self.path)
+            log_handler = _RunLog(self.path / "log.txt", encoding="utf-8")
+        except filelock.Timeout as error:
+            raise ValueError(
+                f"{flag} {self.path} is in use by another process; wait until that has ended, or name another folder"
+            ) from error
+        except OSError as error:
+            raise ValueError(f"{flag} {self.path} cannot be written ({error.strerror}); name another folder") from error
+        if not self._resumes and (self.path / "config.json").exists():
+            log_handler.close()
+            lock.release()
+            raise ValueError(
+                f"--run_dir {self.path} already holds a run; name another folder, or move that one away (an "
+                "unfinished one goes on with --resume)"
+            )
+        log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        return lock, log_handler
+
+    @property
+    def shown_path(self) -> str:
+        """The path as a person would type it here."""
+        relative = os.path.relpath(self.path)
+        return str(self.path.absolute()) if relative.startswith(os.pardir) else relative
+
+    def close(self) -> None:
+        """Let others use the folder, and log no more to it. A process that ends need not call it."""
+        LOGGER.removeHandler(self._log_handler)
+        self._log_handler.close()
+        self._lock.release()
+
+    def begin(self, config: ExperimentConfig, fingerprint: str, run_settings: dict[str, Any]) -> ExperimentState | None:
+        """Write config.json, from which on the folder holds a run; or find the state where the run goes on.
+
+        fingerprint: of the data.  run_settings: what does not change the result (command, processes, devices).
+        Returns None for a run that starts at its first round. Raises ValueError where the folder's run is another
+        experiment, was made with other data, or has no checkpoint that can be read; OSError for a full disk.
+        """
+        try:
+            return self._begin(config, fingerprint, run_settings)
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written ({error.strerror}); make room there") from error
+
+    def _begin(
+        self, config: ExperimentConfig, fingerprint: str, run_settings: dict[str, Any]
+    ) -> ExperimentState | None:
+        environment = _environment()
+        identity = RunIdentity(config, fingerprint, {name: environment[name] for name in _DECIDE_BITS})
+        self._checkpoints = Checkpoints(self.path / "checkpoint", identity)
+        if not self._resumes:
+            settings = {
+                "flags": self._flags,
+                "experiment": config.to_dict(),
+                "run": run_settings,
+                "environment": environment,
+            }
+            self._write("config.json", _json(settings))
+            return None
+        state = self._checkpoints.load()
+        recorded = read_run(self.path)
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        resumption = {"time": now, "run": run_settings, "environment": environment}
+        recorded["resumed"] = [*recorded.get("resumed", []), resumption]
+        self._write("config.json", _json(recorded))
+        self._cut_metrics_back(config, state)
+        if state is None:
+            say(f"{self.shown_path} has no checkpoint yet, so it starts from its first round")
+        else:
+            self._saved = state.progress
+            say(f"{self.shown_path} goes on after {state.label}")
+        return state
+
+    def phase_started(self, phase: Phase, num_rounds: int, num_recorded: int) -> None:
+        LOGGER.info("%s: %d rounds, %d of them done", phase.label, num_rounds, num_recorded)
 
     def round_ended(self, record: RoundRecord) -> None:
-        line = {**dataclasses.asdict(record), "phase": phase_name(record.phase)}
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as metrics:
-            metrics.write(json.dumps(line) + "\n")
+        if record.refused:
+            _say_refused(record)
+        for rank, reason in record.lost_workers.items():
+            LOGGER.warning("%s round %d: worker %d was lost: %s", record.phase.label, record.round_number, rank, reason)
+        line = json.dumps(_without_nan(record.to_dict()), allow_nan=False)
+        self._attempt("metrics.jsonl", lambda: self._metrics.append(line))
         if record.evaluation is not None:
             self._curve.append(record)
+
+    def settled(self, state: ExperimentState) -> None:
+        if state.num_rounds % self._checkpoint_every == 0 or state.phase in state.scores:
+            with state.lock:
+                self._attempt("a checkpoint", lambda: self.save_checkpoint(state))
 
     def scoring_started(self, phase: Phase, num_clients: int) -> None:
         LOGGER.info("%s: scoring %d unseen clients", phase.label, num_clients)
 
-    def phase_ended(self, phase: Phase, scores: Sequence[ClientScore]) -> None:
-        self._scores[phase] = scores
-        self._write("clients.csv", _clients_csv(self._scores))
+    def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
+        self._attempt("clients.csv", lambda: self._write("clients.csv", _clients_csv(scores)))
 
-    def write_result(
-        self, config: ExperimentConfig, outcome: ExperimentOutcome, model: nn.Module, facts: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Write model, plots and result.json, and return the latter's content. `model` takes the final parameters.
+    def save_checkpoint(self, state: ExperimentState) -> None:
+        """Save the state, and before it the lines of metrics.jsonl that it stands for. The caller holds its lock.
 
-        facts: what else is to stand in result.json, such as the number of processes.
+        Does nothing where it has been saved already. Raises OSError, and keeps the checkpoints that are there.
         """
-        unflatten_into(model, outcome.parameters.clone())
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        metadata = {"dataset": config.dataset, "architecture": config.architecture, "format": "pt"}
-        self._write("model.safetensors", safetensors.torch.save(state, metadata))
-        write_plots(self.path / "plots", self._curve, outcome.scores)
+        assert self._checkpoints is not None, "the run has begun"
+        if state.progress != self._saved:
+            self._metrics.flush(to_disk=True)
+            self._checkpoints.save(state)
+            self._saved = state.progress
+
+    def result(self, config: ExperimentConfig, outcome: ExperimentOutcome, facts: dict[str, Any]) -> dict[str, Any]:
+        """The content of result.json. facts: what else is to stand in it, such as the number of processes."""
         result: dict[str, Any] = {
             "dataset": config.dataset,
             "seed": config.seed,
@@ -106,41 +206,86 @@ class RunFolder:
             "model_sha256": outcome.model_sha256,
             "seconds": outcome.seconds,
             "phases": {
-                phase_name(phase): {
-                    "rounds": config.phases[phase].num_rounds,
-                    "seconds": outcome.phase_seconds[phase],
-                }
+                phase.field: {"rounds": config.phases[phase].num_rounds, "seconds": outcome.phase_seconds[phase]}
                 for phase in outcome.scores
             },
         }
         for phase, scores in outcome.scores.items():
             result[RESULT_KEYS[phase]] = summarize(scores)
-        self._write("result.json", _json(result))
         return result
 
-    def _write(self, name: str, content: bytes) -> None:
-        """Replace a file in one step, so that a reader or a crash never sees half of it."""
-        temporary = self.path / f".{name}.{os.getpid()}"
-        temporary.write_bytes(content)
-        os.replace(temporary, self.path / name)
+    def write_result(
+        self, config: ExperimentConfig, outcome: ExperimentOutcome, model: nn.Module, result: dict[str, Any]
+    ) -> None:
+        """Write model, clients.csv, plots and, last, result.json; then remove the checkpoints.
 
-
-def phase_name(phase: Phase) -> str:
-    """The phase's name in files: `fedavg` or `fine_tune`, like the fields of ExperimentConfig."""
-    return {Phase.FEDAVG: "fedavg", Phase.REPTILE: "fine_tune"}[phase]
-
-
-def make_default_folder(parent: Path, dataset: str) -> Path:
-    """Create `<parent>/<date-time>-<dataset>`, with a number behind it where another run has just taken that."""
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset.replace(':', '.')}"
-    for number in itertools.count(1):
-        path = parent / (stem if number == 1 else f"{stem}-{number}")
+        `model` takes the final parameters. Raises OSError, one line with the fix, where there is no room; the
+        checkpoints are then kept.
+        """
+        unflatten_into(model, outcome.parameters.clone())
+        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+        metadata = {"dataset": config.dataset, "architecture": config.architecture, "format": "pt"}
         try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return path
-    raise AssertionError("unreachable")
+            self._metrics.flush(to_disk=True)
+            self._write("model.safetensors", safetensors.torch.save(state, metadata))
+            self._write("clients.csv", _clients_csv(outcome.scores))
+            write_plots(self.path / "plots", self._curve, outcome.scores)
+            self._write("result.json", _json(result))
+        except OSError as error:
+            raise OSError(
+                f"the results cannot be written to {self.path} ({error.strerror}); make room there, then continue "
+                f"with --resume {self.shown_path}"
+            ) from error
+        if self._checkpoints is not None:
+            self._checkpoints.remove()
+
+    def _cut_metrics_back(self, config: ExperimentConfig, state: ExperimentState | None) -> None:
+        """Keep the lines of the rounds that the state has recorded, and restore the curve from them."""
+        expected = [] if state is None else _recorded_rounds(config, state)
+        lines: list[str] = []
+        records: list[RoundRecord] = []
+        for line, (phase, round_number) in zip(self._metrics.lines(), expected, strict=False):
+            try:
+                record = RoundRecord.from_dict(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                break
+            if (record.phase, record.round_number) != (phase, round_number):
+                break
+            lines.append(line)
+            records.append(record)
+        if len(lines) < len(expected):
+            say(
+                f"{self.path / 'metrics.jsonl'} has been damaged: the lines of {len(expected) - len(lines)} rounds "
+                "behind the checkpoint are lost, the model is not"
+            )
+        self._metrics.replace(lines)
+        self._curve = [record for record in records if record.evaluation is not None]
+
+    def _attempt(self, what: str, write: Callable[[], None]) -> None:
+        """Write, or say once that there is no room for it, and once when there is again."""
+        try:
+            write()
+        except OSError as error:
+            if what not in self._failing:
+                say(
+                    f"{what} cannot be written to {self.shown_path} ({error.strerror}); the run goes on, "
+                    "and writes it when there is room"
+                )
+            self._failing.add(what)
+        else:
+            if what in self._failing:
+                say(f"{what} can be written again")
+            self._failing.discard(what)
+
+    def _write(self, name: str, content: bytes) -> None:
+        replace_file(self.path / name, [content])
+
+
+class _RunLog(logging.FileHandler):
+    """The run's log. On a full disk, lines are lost without a word: the run is what counts."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        pass
 
 
 def _environment() -> dict[str, Any]:
@@ -163,7 +308,7 @@ def _commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _clients_csv(scores: dict[Phase, Sequence[ClientScore]]) -> bytes:
+def _clients_csv(scores: Mapping[Phase, Sequence[ClientScore]]) -> bytes:
     """A row an unseen client, in order of id; the scores' columns are prefixed with the phase they were taken after."""
     identity = ("client_id", "num_train_examples", "num_test_examples")
     measured = ("initial_loss", "initial_accuracy", "personalized_loss", "personalized_accuracy")
@@ -177,4 +322,40 @@ def _clients_csv(scores: dict[Phase, Sequence[ClientScore]]) -> bytes:
 
 
 def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
+    return (json.dumps(_without_nan(value), indent=2, allow_nan=False) + "\n").encode()
+
+
+def _without_nan(value: Any) -> Any:
+    """The same with null for each number that is not finite, which JSON does not know."""
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _recorded_rounds(config: ExperimentConfig, state: ExperimentState) -> list[tuple[Phase, int]]:
+    """The rounds, in order, of which a state says that they were recorded."""
+    counts = {phase: settings.num_rounds for phase, settings in config.phases.items() if phase < state.phase}
+    counts[state.phase] = state.num_recorded
+    return [(phase, number) for phase, count in counts.items() for number in range(1, count + 1)]
+
+
+def _lock(path: Path) -> filelock.BaseFileLock:
+    """Take the lock of a run's folder, until it is released or the process ends. Raises Timeout where it is taken."""
+    lock = filelock.FileLock(path / ".lock", blocking=False, thread_local=False)
+    with contextlib.suppress(NotImplementedError):  # a file system without locks: there, nobody is kept out
+        lock.acquire()
+    return lock
+
+
+def _say_refused(record: RoundRecord) -> None:
+    refused, cohort = record.refused, record.client_ids
+    line = (
+        f"{record.phase.label} round {record.round_number}: refused {len(refused)} of {len(cohort)} updates "
+        f"(clients {', '.join(map(str, refused))}); see metrics.jsonl"
+    )
+    if len(refused) == len(cohort):
+        flag = "--local_lr" if record.phase is Phase.FEDAVG else "--fine_tune_local_lr"
+        line += f". The model is left as it was; if this goes on, start again with a lower {flag}"
+    say(line)

@@ -13,6 +13,17 @@ from perfedavg.compute import use_reproducible_kernels
 import_fedlab("fedlab.core")  # some tests import fedlab by themselves
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _reproducible_kernels() -> None:
     """The tests compute as the entry points do."""

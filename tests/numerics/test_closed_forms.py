@@ -14,7 +14,7 @@ from torch import Tensor
 
 from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.executor import LocalExecutor
-from perfedavg.experiment import ExperimentOutcome, run_experiment
+from perfedavg.experiment import ExperimentOutcome, ExperimentState, run_experiment
 from perfedavg.flat_model import flatten
 
 START = [2.0, -1.0]
@@ -38,7 +38,7 @@ def config(fedavg_rounds: int, server: OptimizerConfig, fine_tune: PhaseConfig |
 def run(settings: ExperimentConfig) -> ExperimentOutcome:
     dataset, model = QuadraticClients(CENTRES, SIZES, num_unseen=1), Difference(START)
     executor = LocalExecutor(settings, model, dataset, loss_function=half_squared_norm)
-    return run_experiment(settings, executor, dataset, flatten(model))
+    return run_experiment(settings, executor, dataset, ExperimentState.fresh(settings, flatten(model)))
 
 
 def shrinkage(size: int, epochs: int, rate: float) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from datasets import FederatedDataset
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
-from perfedavg.experiment import parameters_sha256, run_experiment
+from perfedavg.experiment import ExperimentState, parameters_sha256, run_experiment
 from perfedavg.flat_model import flatten
 
 CONFIG = make_config(cohort_size=6)
@@ -47,8 +47,8 @@ def train(lanes: int, client_ids: tuple[int, ...], capacity: int, round_number: 
 
 
 def final_model(lanes: int, config: ExperimentConfig = CONFIG) -> Tensor:
-    start = flatten(model_with_dropout())
-    return run_experiment(config, executor(lanes, config), dataset(), start).parameters
+    state = ExperimentState.fresh(config, flatten(model_with_dropout()))
+    return run_experiment(config, executor(lanes, config), dataset(), state).parameters
 
 
 def test_lanes_do_not_change_a_bit() -> None:
@@ -68,11 +68,28 @@ def test_a_cohort_may_be_cut_anywhere(cut: int) -> None:
     capacity = sum(dataset().num_train_examples(client_id) for client_id in clients)
     whole = train(1, clients, capacity)
     part, rest = train(1, clients[cut:], capacity), train(2, clients[:cut], capacity)
-    part.merge(rest)
+    part.sum.merge(rest.sum)
     assert torch.equal(part.sum.mean(), whole.sum.mean())
-    assert sorted(part.reports, key=lambda report: report.client_id) == sorted(
-        whole.reports, key=lambda report: report.client_id
-    )
+    losses = [
+        {report.client_id: report.loss for report in reports}
+        for reports in (part.reports + rest.reports, whole.reports)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_sum_may_be_taken_out_in_the_middle_of_a_round() -> None:
+    """A worker that gave its sum away and is then handed the clients of a lost one begins a new sum."""
+    clients = (9, 2, 14, 0, 5)
+    capacity = sum(dataset().num_train_examples(client_id) for client_id in clients)
+    training = executor(2).begin_training(CohortTask(Phase.FEDAVG, 1, (), capacity), flatten(model_with_dropout()))
+    taken = []
+    for part in (clients[:2], clients[2:]):
+        for client_id in part:
+            training.train(client_id)
+        taken.append(training.take_sum())
+    taken[0].merge(taken[1])
+    assert torch.equal(taken[0].total, train(1, clients, capacity).sum.total)
+    assert training.take_sum().weight == 0
 
 
 def test_a_clients_work_follows_from_its_round() -> None:

@@ -12,7 +12,7 @@ from helpers import ROOT, Launched, finish, wait_for_line
 PROGRAM = """
 import sys, time, threading
 sys.path.insert(0, {root!r})
-from perfedavg.console import run_entry_point, say
+from perfedavg.console import at_early_end, run_entry_point, say
 def main():
     {body}
 run_entry_point(main)
@@ -47,3 +47,35 @@ def test_a_signal_ends_a_process_that_is_blocked(number: signal.Signals, launche
     process.send_signal(number)
     status, _, errors = finish(process)
     assert (status, errors) == (128 + number, f"stopped by {number.name}\n")
+
+
+def test_what_is_to_be_done_before_an_early_end_is_done_in_reverse_order(launched: Launched) -> None:
+    """A callback that fails takes nothing from the others, one that was withdrawn is not called."""
+    body = """at_early_end(lambda reason: say(f"first, {reason!r}"))
+    withdraw = at_early_end(lambda reason: say("withdrawn"))
+    at_early_end(lambda reason: [][0])
+    at_early_end(lambda reason: say("last"))
+    withdraw()
+    say("ready")
+    """
+    process = start(launched, body + "threading.Event().wait()")
+    wait_for_line(process, "ready")
+    process.send_signal(signal.SIGTERM)
+    status, _, errors = finish(process)
+    failed = "while ending: list index out of range"
+    first = f"first, {signal.SIGTERM!r}"
+    assert (status, errors.splitlines()) == (143, ["stopped by SIGTERM", "last", failed, first])
+    status, _, errors = finish(start(launched, body + "raise OSError('the cause')"))
+    assert status == 2
+    assert errors.splitlines() == ["ready", "last", failed, "first, OSError('the cause')", "error: the cause"]
+    assert finish(start(launched, body))[2] == "ready\n", "a good end is no early one"
+
+
+def test_a_second_signal_ends_at_once(launched: Launched) -> None:
+    body = "at_early_end(lambda reason: (say('saving'), threading.Event().wait())); say('ready')"
+    process = start(launched, body + "; threading.Event().wait()")
+    wait_for_line(process, "ready")
+    process.send_signal(signal.SIGTERM)
+    wait_for_line(process, "saving")
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 128 + signal.SIGINT

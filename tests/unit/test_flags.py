@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_every_flag_of_the_experiment_changes_it(argv: list[str], field: object)
 
 def test_the_list_above_holds_every_flag_of_the_experiment() -> None:
     listed = {argv[0].removeprefix("--") for argv, _ in EXPERIMENT_FLAGS}
-    settings = {"run_dir", "data_root", "device", "threads"}
+    settings = {"run_dir", "resume", "checkpoint_every", "data_root", "device", "threads"}
     assert set(vars(utils.get_args("single", []))) == listed | settings
 
 
@@ -100,6 +101,39 @@ def test_quick_start_passes_every_flag_on() -> None:
     args.rank = 1
     worker = utils.get_args("worker", utils.to_argv(args, "worker"))
     assert (worker.device, worker.threads, worker.data_root) == ("cpu", 3, Path("/tmp/y"))
+
+
+def unfinished_run(path: Path, *argv: str) -> Path:
+    """A folder with the config.json that a run with these flags leaves."""
+    path.mkdir()
+    flags = utils.experiment_flags(utils.get_args("single", argv))
+    (path / "config.json").write_text(json.dumps({"flags": flags}))
+    return path
+
+
+@pytest.mark.parametrize("base", [["--dataset", "femnist"], ["--dataset", "digits", "--fine_tune", "false"]])
+@pytest.mark.parametrize("role", ["single", "server", "quick_start"])
+def test_resume_takes_the_experiment_from_the_run(base: list[str], role: str, tmp_path: Path) -> None:
+    """Also for the processes that quick_start.py starts; how it is run is up to the present command line."""
+    argv = [*base, "--epochs", "7", "--local_lr", "0.1", "--server_lr", "0.3333333333333333"]
+    run = unfinished_run(tmp_path / "run", *argv)
+    args = utils.get_args(role, ["--resume", str(run), "--data_root", "/elsewhere", "--checkpoint_every", "3"])
+    assert utils.config_from_args(args) == config(*argv)
+    server = utils.get_args("server", utils.to_argv(args, "server"))
+    assert utils.config_from_args(server) == config(*argv)
+    assert (server.resume, server.data_root, server.checkpoint_every) == (run, Path("/elsewhere"), 3)
+
+
+def test_resume_refuses_another_experiment_but_not_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(unfinished_run(tmp_path / "run", "--dataset", "mnist", "--epochs", "7"))
+    for given, recorded in ((["--epochs", "8"], "7"), (["--dataset", "emnist"], "mnist"), (["--seed", "1"], "0")):
+        with pytest.raises(SystemExit) as end:
+            utils.get_args("single", ["--resume", run, *given])
+        assert end.value.code == 2
+        message = f"error: {' '.join(given)} differs from the run's {recorded}; leave it out, or start a new run\n"
+        assert capsys.readouterr().err == message
+    same = utils.get_args("single", ["--resume", run, "--epochs", "7", "--dataset", "mnist", "--seed", "0"])
+    assert same.epochs == 7
 
 
 def test_quick_start_defaults_to_the_data_that_needs_no_download() -> None:

@@ -1,45 +1,369 @@
-"""Joining: a worker must tell a server that is not quite ready from something that is no server."""
+"""Joining: the server's door opens for its workers only, stays open, and says what it turns away."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import re
 import socket
 import threading
-from datetime import timedelta
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from torch.distributed import TCPStore
+import torch
+from torch import device
 
 from multi_process import network
-from multi_process.network import interface_towards
+from multi_process.control import PROTOCOL_VERSION, Application, ControlConnection, Greeting, receive_greeting
+from multi_process.link import DismissedError, GoneError
+from multi_process.messages import Finish, Join, Message
+from multi_process.network import BEATS, MAX_BEAT_SECONDS, Connected, ServerNetwork, WorkerNetwork
+from quick_start import free_port
+
+CPU = device("cpu")
+TOKEN = "a secret of 16 or more"
+
+
+class Run:
+    """A server's network in this process, and what joins it. The address is the loopback interface's.
+
+    said: the lines that either has for the person at the terminal.
+    """
+
+    def __init__(self) -> None:
+        self.address = ("127.0.0.1", free_port())
+        self.said: list[str] = []
+        self._opened: list[Any] = []
+
+    def server(self, world_size: int = 3, silence: float = 8.0, token_file: Path | None = None) -> ServerNetwork:
+        server = ServerNetwork(self.address, world_size, None, "gloo", CPU, token_file, silence)
+        server.listen()
+        self._opened.append(server.close_network_connection)
+        return server
+
+    def worker(self, rank: int, world_size: int | None = None, join: float = 20.0, wait: float = 5.0) -> WorkerNetwork:
+        return WorkerNetwork(self.address, world_size, rank, None, "gloo", CPU, None, join, wait)
+
+    def joined(self, rank: int) -> WorkerNetwork:
+        worker = self.worker(rank)
+        worker.init_network_connection()
+        self._opened.append(worker.close_network_connection)
+        return worker
+
+    def silent_worker(self, rank: int) -> ControlConnection:
+        """One that is admitted, and gives no sign of life from then on."""
+        control = self.stranger()
+        receive_greeting(control)
+        control.send(**asdict(Application(PROTOCOL_VERSION, "nonce", rank, "", "")))
+        assert "ticket" in control.receive(10)
+        return control
+
+    def stranger(self) -> ControlConnection:
+        control = ControlConnection(socket.create_connection(self.address))
+        self._opened.append(control.close)
+        return control
+
+    def close(self) -> None:
+        for close in reversed(self._opened):
+            close()
+        for thread in threading.enumerate():
+            if thread.name.startswith("greet "):
+                thread.join(20)
+                assert not thread.is_alive(), "a connection that was closed keeps its thread"
 
 
 @pytest.fixture
-def store() -> TCPStore:
-    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    monkeypatch.delenv("PERFEDAVG_TOKEN", raising=False)
+    opened = Run()
+    monkeypatch.setattr(network, "say", opened.said.append)
+    yield opened
+    opened.close()
 
 
-def test_a_server_that_has_just_begun_to_listen_is_waited_for(store: TCPStore) -> None:
-    timer = threading.Timer(0.5, store.set, (network._HELLO, "{}"))
-    timer.start()
-    assert network._open_store(("127.0.0.1", store.port)).get(network._HELLO) == b"{}"
-    timer.join()
+@contextlib.contextmanager
+def beside(body: Callable[[], object]) -> Iterator[None]:
+    """Run a function in a thread beside the block, and wait for its end."""
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    yield
+    thread.join(30)
+    assert not thread.is_alive()
 
 
-def test_a_store_of_another_program_is_no_server(store: TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "STORE_TIMEOUT", timedelta(seconds=0.5))
-    with pytest.raises(ConnectionError, match="is not a server of this project"):
-        network._open_store(("127.0.0.1", store.port))
+def wait_until(condition: Callable[[], bool]) -> None:
+    """For what another thread is about to do."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
 
 
-def test_the_interface_is_the_one_that_the_route_takes() -> None:
-    loopback = interface_towards(("127.0.0.1", 1))
-    assert "127.0.0.1" in {entry.address for entry in psutil.net_if_addrs()[loopback]}
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        assert interface_towards(("localhost", listener.getsockname()[1])) == loopback
+def next_event(server: ServerNetwork) -> tuple[Connected, Message | Exception]:
+    """What a worker says next. One that is gone is let go, as the pool of workers does."""
+    connected, event = server.events.get(timeout=20)
+    if isinstance(event, Exception):
+        connected.link.close("it is gone")
+    return connected, event
 
 
-def test_a_name_that_nobody_knows() -> None:
+def join_message(worker: WorkerNetwork) -> Join:
+    return Join(worker.ticket, "a machine", 1, None)
+
+
+def test_what_a_worker_says_comes_as_events_and_its_end_is_the_last(run: Run) -> None:
+    server = run.server()
+    worker = run.joined(2)
+    worker.link.send(join_message(worker))
+    connected, event = next_event(server)
+    assert event == join_message(worker)
+    assert (connected.rank, connected.ticket) == (2, worker.ticket)
+    connected.link.send(Finish())
+    assert worker.link.receive() == Finish()
+    worker.close_network_connection()
+    connected, event = next_event(server)
+    assert isinstance(event, GoneError)
+    assert worker.send_volume_intotal > 0
+
+
+def test_every_admission_has_a_generation_and_a_ticket_of_its_own(run: Run) -> None:
+    """By which what a worker left behind is told from what it sends when it has joined anew."""
+    server = run.server()
+    tickets, generations = set(), set()
+    for _ in range(3):
+        worker = run.joined(1)
+        worker.link.send(join_message(worker))
+        connected, _ = next_event(server)
+        tickets.add(connected.ticket)
+        generations.add(connected.generation)
+        worker.close_network_connection()
+        assert isinstance(next_event(server)[1], GoneError)
+    assert (len(tickets), len(generations)) == (3, 3)
+
+
+def test_more_workers_than_the_run_began_with_may_join(run: Run) -> None:
+    run.server(world_size=2)
+    for rank in (1, 2, 7):
+        run.joined(rank)
+
+
+def test_a_worker_that_comes_before_its_server_waits_for_it(run: Run) -> None:
+    with beside(lambda: run.joined(1)):
+        wait_until(lambda: bool(run.said))
+        run.server()
+    where = f"127.0.0.1:{run.address[1]}"
+    assert run.said[0] == f"worker 1: no server at {where} yet (Connection refused); trying for 20 s more"
+
+
+def test_a_worker_that_lost_its_server_waits_for_it_for_another_time(run: Run) -> None:
+    """--join_timeout_seconds before it has met it, --server_wait_seconds afterwards."""
+    with pytest.raises(ConnectionError, match=r"within 0 s .*--join_timeout_seconds"):
+        run.worker(1, join=0.0).init_network_connection()
+    server = run.server()
+    worker = run.worker(1, wait=0.0)
+    worker.init_network_connection()
+    server.close_network_connection()
+    with pytest.raises(ConnectionError, match=r"within 0 s .*--server_wait_seconds"):
+        worker.init_network_connection()
+    run.server()
+    worker.init_network_connection()
+    worker.close_network_connection()
+
+
+def test_no_attempt_to_connect_takes_longer_than_is_left(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that swallows packets answers nothing at all."""
+    timeouts = []
+
+    def swallow(address: object, timeout: float) -> None:
+        timeouts.append(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(socket, "create_connection", swallow)
+    with pytest.raises(ConnectionError, match="within 1 s"):
+        run.worker(1, join=1.0).init_network_connection()
+    assert max(timeouts) <= 1.0
+
+
+def test_a_rank_in_use_is_refused_and_that_of_a_silent_worker_is_not(run: Run) -> None:
+    """A machine that was switched off and on again comes back before anybody has missed it."""
+    server = run.server(silence=1.0)
+    run.joined(1)
+    with pytest.raises(ValueError, match="refuses worker 1: --rank 1 is taken by another worker"):
+        run.joined(1)
+    run.silent_worker(2)
+    run.joined(2)
+    ends = []
+    while not any("another worker came with its rank" in str(end) or "no sign of life" in str(end) for end in ends):
+        ends.append(next_event(server)[1])
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "text"), [(1, 4, "its --world_size is 3, this worker's 4"), (1, 2, "is 3, this worker's 2")]
+)
+def test_what_differs_from_the_servers_is_named(run: Run, rank: int, world_size: int, text: str) -> None:
+    run.server(world_size=3)
+    with pytest.raises(ValueError, match=text):
+        run.worker(rank, world_size).init_network_connection()
+
+
+def test_a_made_up_rank_is_refused_by_the_server_too(run: Run) -> None:
+    run.server()
+    control = run.stranger()
+    receive_greeting(control)
+    control.send(**asdict(Application(PROTOCOL_VERSION, "nonce", 0, "", "")))
+    assert control.receive(10) == {"refused": "--rank 0 is not a worker's; use 1 or more"}
+
+
+def test_who_is_dismissed_does_not_come_back(run: Run) -> None:
+    server = run.server()
+    worker = run.joined(1)
+    server.dismiss("it was stopped by SIGINT")
+    with pytest.raises(DismissedError, match="the server ended the run: it was stopped by SIGINT"):
+        worker.link.receive()
+
+
+def test_signs_of_life_come_several_times_within_the_silence_that_counts_as_death(run: Run) -> None:
+    """One that is late or lost on the way must not cost a worker."""
+    for silence in (0.4, 2.0, 4.0, 600.0):
+        server = run.server(silence=silence)
+        greeting = receive_greeting(run.stranger())
+        server.close_network_connection()
+        assert greeting.silence_seconds == silence
+        assert greeting.beat_seconds * BEATS <= silence
+        assert greeting.beat_seconds <= MAX_BEAT_SECONDS
+
+
+def test_a_host_that_is_dropped_again_and_again_does_not_fill_the_log(run: Run) -> None:
+    server = run.server()
+    for number in range(1, 101):
+        run.stranger().close()
+        wait_until(lambda number=number: server._num_dropped["127.0.0.1"] >= number)  # type: ignore[misc]
+    said = [line for line in run.said if "dropped" in line]
+    assert [re.findall(r"number (\d+)", line) for line in said] == [[str(2**power)] for power in range(7)]
+    assert all(line.startswith("server: dropped a connection from 127.0.0.1 (number ") for line in said)
+
+
+def test_no_more_than_so_many_are_greeted_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a thread. Who comes too much is turned away, and there is room again when the others have left."""
+    monkeypatch.setattr(network, "MAX_UNGREETED", 2)
+    server = run.server()
+    first, second = run.stranger(), run.stranger()
+    for early in (first, second):
+        receive_greeting(early)
+    with pytest.raises(ConnectionError):
+        run.stranger().receive(10)
+    first.close()
+    wait_until(lambda: server._num_dropped["127.0.0.1"] == 2)
+    run.joined(1)
+    assert any("2 connections are being greeted already" in line for line in run.said)
+
+
+def test_a_connection_that_cannot_be_accepted_does_not_close_the_door(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that left in the queue, or a moment without free file descriptors."""
+    failures = [OSError(24, "Too many open files"), ConnectionAbortedError(103, "Software caused connection abort")]
+    accept = socket.socket.accept
+
+    def accept_at_last(listener: socket.socket) -> tuple[socket.socket, Any]:
+        if failures:
+            raise failures.pop()
+        return accept(listener)
+
+    monkeypatch.setattr(socket.socket, "accept", accept_at_last)
+    run.server()
+    run.joined(1)
+    text = "server: dropped a connection from an unknown host (number 2): not accepted (Too many open files)"
+    assert text in run.said
+
+
+def test_strangers_hear_nothing_but_the_greeting(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    run.server(token_file=tmp_path / "token")
+    with socket.create_connection(run.address) as wire:
+        wire.sendall(b"GET / HTTP/1.1\r\n")
+        with wire.makefile("rb") as heard:
+            greeting = json.loads(heard.readline())
+    assert set(greeting) == set(Greeting.__annotations__)
+    assert TOKEN not in str(greeting)
+
+
+def test_the_server_listens_on_its_address_only(run: Run) -> None:
+    run.server()
+    listening = {
+        entry.laddr.ip
+        for entry in psutil.Process().net_connections("inet")
+        if entry.status == psutil.CONN_LISTEN and entry.laddr.port == run.address[1]
+    }
+    assert listening == {"127.0.0.1"}
+
+
+def test_a_port_is_free_again_when_the_network_is_closed(run: Run) -> None:
+    """A run that is resumed at once takes the same one."""
+    run.server().close_network_connection()
+    run.server()
+
+
+def test_an_address_or_port_that_cannot_be_had(run: Run) -> None:
+    run.server()
+    with pytest.raises(ValueError, match=rf"--port {run.address[1]} \(Address already in use\)"):
+        run.server()
+    with pytest.raises(ValueError, match=r"--ip 203\.0\.113\.77 .*use an address of this machine"):
+        network._listen(("203.0.113.77", run.address[1]))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: ServerNetwork(("", 1), 1, None, "gloo", CPU, None, 1.0), "--world_size 1 leaves no worker"),
+        (lambda: ServerNetwork(("", 1), 2, None, "gloo", CPU, None, 0.0), "--worker_timeout_seconds 0 must be above"),
+        (lambda: ServerNetwork(("", 1), 2, "eth99", "gloo", CPU, None, 1.0), "--ethernet eth99 is not here; use .*lo"),
+        (lambda: ServerNetwork(("", 1), 2, None, "nccl", CPU, None, 1.0), "--backend nccl needs a GPU"),
+        (lambda: WorkerNetwork(("", 1), None, 0, None, "gloo", CPU, None, 1, 1), r"--rank 0 .*\(0 is the server\)"),
+        (lambda: WorkerNetwork(("", 1), 1, 1, None, "gloo", CPU, None, 1, 1), "--world_size 1 leaves no worker"),
+        (lambda: WorkerNetwork(("", 1), None, 1, "eth99", "gloo", CPU, None, 1, 1), "--ethernet eth99 is not here"),
+        (lambda: WorkerNetwork(("", 1), None, 1, None, "nccl", CPU, None, 1, 1), "--backend nccl needs a GPU"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_before_anything_is_opened(make: Callable[[], object], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("name", "host"),
+    [("10.1.2.3", "10.1.2.3"), ("127.0.0.1", "127.0.0.1"), ("127.0.1.1", "127.0.1.1"), ("localhost", "127.0.0.1")],
+)
+def test_addresses_mean_what_they_say(name: str, host: str) -> None:
+    """Who gives a loopback address as such, or `localhost`, wants this machine alone."""
+    assert network._resolve((name, 5)) == (host, 5)
+
+
+def test_a_name_that_means_the_loopback_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian gives a machine's own name 127.0.1.1: a server there waits for workers that cannot come."""
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    monkeypatch.setattr(network, "_own_addresses", lambda: ["10.1.2.3", "192.168.0.7"])
+    text = r"--ip node7 means 127\.0\.1\.1 on this machine.*this machine has 10\.1\.2\.3, 192\.168\.0\.7\), or 127\."
+    with pytest.raises(ValueError, match=text):
+        network._resolve(("node7", 5))
+
+
+def test_names_and_addresses_that_lead_nowhere_are_refused() -> None:
     with pytest.raises(ValueError, match=r"--ip no\.such\.host\.invalid is neither"):
-        interface_towards(("no.such.host.invalid", 1))
+        network._resolve(("no.such.host.invalid", 5))
+    with pytest.raises(ValueError, match=r"--ip 0\.0\.0\.0 is not an address that workers can reach"):
+        network._resolve(("0.0.0.0", 5))
+
+
+def test_own_addresses_are_those_that_others_may_reach() -> None:
+    assert "127.0.0.1" not in network._own_addresses()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_has_an_identity() -> None:
+    assert network._gpu_identity(device("cuda", 0))

@@ -15,7 +15,8 @@ from perfedavg.executor import LocalExecutor
 from perfedavg.experiment import parameters_sha256
 from perfedavg.flat_model import flatten
 from perfedavg.run import run_and_record
-from perfedavg.run_folder import RunFolder, make_default_folder
+from perfedavg.run_folder import RunFolder
+from perfedavg.runs import make_default_folder
 
 CONFIG = make_config(fedavg=make_config().fedavg, eval_every=1)
 
@@ -32,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
 
 def test_holds_every_promised_file(run: tuple[Path, nn.Module]) -> None:
     names = {str(path.relative_to(run[0])) for path in run[0].rglob("*") if path.is_file()}
-    tables = {"config.json", "metrics.jsonl", "clients.csv", "result.json", "log.txt"}
+    tables = {"config.json", "metrics.jsonl", "clients.csv", "result.json", "log.txt", ".lock"}
     assert names == tables | {"model.safetensors", "plots/accuracy.png", "plots/clients.png"}
 
 

@@ -1,0 +1,237 @@
+"""Checkpoints: the state of a run in a file, from which it goes on to the same result, to the bit.
+
+A checkpoint is a safetensors file: parameters, state of the server's optimizer and scores as tensors, all else as JSON
+in the file's metadata. Nothing in it is executed when it is read.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from perfedavg.config import ExperimentConfig, Phase
+from perfedavg.console import say
+from perfedavg.experiment import ExperimentState, RoundRecord
+from perfedavg.files import remove_partial_files, replace_file
+from perfedavg.optimizers import ServerOptimizer
+from perfedavg.scores import ClientScore
+
+FORMAT_VERSION = 1
+NUM_KEPT = 2
+"""Files kept: the one before the last is there for a disk that loses the last one."""
+
+_NAME = re.compile(r"(?P<field>fedavg|fine_tune)-(?P<round>\d+)\.safetensors")
+_DTYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+_UNREADABLE = (SafetensorError, OSError, ValueError, KeyError)
+"""What reading a damaged file raises, wherever the damage is."""
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a run must have in common with its checkpoints.
+
+    fingerprint: of the data.  versions: of what computes (torch, numpy, commit); others may give other bits.
+    """
+
+    config: ExperimentConfig
+    fingerprint: str
+    versions: Mapping[str, str | None]
+
+
+class Checkpoints:
+    """The checkpoints of one run, in a folder that this process alone writes to."""
+
+    def __init__(self, folder: Path, identity: RunIdentity) -> None:
+        self._folder = folder
+        self._identity = identity
+        if folder.is_dir():
+            remove_partial_files(folder)
+
+    def save(self, state: ExperimentState) -> None:
+        """Write a checkpoint and remove those before the last two. The caller holds the state's lock.
+
+        Raises OSError, and leaves those that are there, where it cannot be written.
+        """
+        assert not state.torn, "a step has failed in its middle"
+        state.read_clock()
+        self._folder.mkdir(exist_ok=True)
+        name = f"{state.phase.field}-{state.num_rounds:06d}.safetensors"
+        replace_file(self._folder / name, _encode(state, self._identity))
+        for path in self._paths()[NUM_KEPT:]:
+            path.unlink(missing_ok=True)
+
+    def load(self) -> ExperimentState | None:
+        """The last state that was saved, or None where none ever was.
+
+        A damaged file is said and set aside, and the one before it taken. Raises ValueError where all are damaged, or
+        where they belong to another experiment or other data.
+        """
+        paths = self._paths()
+        damaged: list[str] = []
+        for path in paths:
+            try:
+                content, tensors = _read(path)
+            except _UNREADABLE as error:
+                damaged.append(f"{path.name} ({error})")
+                continue
+            self._check_identity(content, path)
+            if damaged:
+                say(f"damaged, and so set aside: {', '.join(damaged)}; going on from {path.name}")
+            for newer in paths[: len(damaged)]:
+                newer.rename(newer.with_suffix(".damaged"))
+            return _decode(content, tensors, self._identity.config)
+        if damaged:
+            raise ValueError(
+                f"no checkpoint in {self._folder} can be read: {', '.join(damaged)}; start a new run, or remove that "
+                "folder to let this one start from its first round"
+            )
+        return None
+
+    def remove(self) -> None:
+        """Remove them all, with their folder."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _paths(self) -> list[Path]:
+        """The latest first."""
+        found = []
+        for path in self._folder.glob("*.safetensors"):
+            match = _NAME.fullmatch(path.name)
+            if match:
+                found.append((Phase.of_field(match["field"]), int(match["round"]), path))
+        return [path for *_, path in sorted(found, reverse=True)]
+
+    def _check_identity(self, content: Mapping[str, Any], path: Path) -> None:
+        """Raises ValueError where the checkpoint is another experiment's, or of other data; says other versions."""
+        if content["format_version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format {content['format_version']}, this version reads {FORMAT_VERSION}; go on with the "
+                "version that the run was begun with"
+            )
+        own = json.loads(json.dumps(self._identity.config.to_dict()))  # tuples become lists, as in the file
+        differences = list(_differences(own, content["config"]))
+        if differences:
+            raise ValueError(
+                f"{path} is of another experiment: {'; '.join(differences)}; restore the run's config.json, or start "
+                "a new run"
+            )
+        if content["fingerprint"] != self._identity.fingerprint:
+            raise ValueError(
+                f"{path}: the run was made with other data (fingerprint {content['fingerprint']}, not "
+                f"{self._identity.fingerprint}); name the folder with the same files in --data_root"
+            )
+        versions = "; ".join(_differences(dict(self._identity.versions), content["versions"]))
+        if versions:
+            say(f"this run was begun with other versions ({versions}): its result may differ in the last bits")
+
+
+def _differences(present: Mapping[str, Any], saved: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """`name is X, was Y` for every value that differs, also inside of dictionaries."""
+    for name in dict.fromkeys([*present, *saved]):
+        ours, theirs = present.get(name), saved.get(name)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from _differences(ours, theirs, f"{prefix}{name}.")
+        elif ours != theirs:
+            yield f"{prefix}{name} is {ours}, was {theirs}"
+
+
+def _encode(state: ExperimentState, identity: RunIdentity) -> Iterator[bytes | memoryview]:
+    """The file, piece by piece, so that no copy of the model is made: header's length, header, the tensors' bytes.
+
+    The format is that of https://github.com/huggingface/safetensors; its library would hold two copies of all.
+    """
+    tensors = {f"server.{name}": tensor for name, tensor in state.server.tensors().items()}
+    for phase, scores in state.scores.items():
+        counts = [(row.client_id, row.num_train_examples, row.num_test_examples) for row in scores]
+        measures = [
+            (row.initial_loss, row.initial_accuracy, row.personalized_loss, row.personalized_accuracy) for row in scores
+        ]
+        tensors[f"scores.{phase.field}.counts"] = torch.tensor(counts, dtype=torch.int64)
+        tensors[f"scores.{phase.field}.measures"] = torch.tensor(measures, dtype=torch.float64)
+    content = json.dumps(
+        {
+            "format_version": FORMAT_VERSION,
+            "config": identity.config.to_dict(),
+            "fingerprint": identity.fingerprint,
+            "versions": dict(identity.versions),
+            "phase": state.phase.field,
+            "num_rounds": state.num_rounds,
+            "trained": None if state.trained is None else state.trained.to_dict(),
+            "scores": [phase.field for phase in state.scores],
+            "phase_seconds": {phase.field: seconds for phase, seconds in state.phase_seconds.items()},
+        }
+    )
+    header: dict[str, Any] = {"__metadata__": {"checkpoint": content, "crc32": str(_checksum(content, tensors))}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    yield len(text).to_bytes(8, "little")
+    yield text
+    yield from map(_bytes_of, tensors.values())
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The JSON and the tensors of a checkpoint. Raises one of _UNREADABLE where it is damaged."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    text = metadata["checkpoint"]
+    if metadata["crc32"] != str(_checksum(text, tensors)):
+        raise ValueError("its checksum does not fit")
+    content: dict[str, Any] = json.loads(text)
+    return content, tensors
+
+
+def _decode(content: Mapping[str, Any], tensors: Mapping[str, Tensor], config: ExperimentConfig) -> ExperimentState:
+    phase = Phase.of_field(content["phase"])
+    server = {name.removeprefix("server."): tensor for name, tensor in tensors.items() if name.startswith("server.")}
+    return ExperimentState(
+        phase=phase,
+        num_rounds=content["num_rounds"],
+        server=ServerOptimizer.from_tensors(config.phases[phase].server_optimizer, server),
+        trained=None if content["trained"] is None else RoundRecord.from_dict(content["trained"]),
+        scores={Phase.of_field(name): _decode_scores(tensors, name) for name in content["scores"]},
+        phase_seconds={Phase.of_field(name): seconds for name, seconds in content["phase_seconds"].items()},
+    )
+
+
+def _decode_scores(tensors: Mapping[str, Tensor], name: str) -> list[ClientScore]:
+    counts, measures = tensors[f"scores.{name}.counts"].tolist(), tensors[f"scores.{name}.measures"].tolist()
+    return [ClientScore(*row, *measured) for row, measured in zip(counts, measures, strict=True)]
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of everything that a checkpoint says, which finds what a disk did to it."""
+    checksum = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
+        checksum = zlib.crc32(_bytes_of(tensor), checksum)
+    return checksum
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The tensor's own memory (little-endian on every machine that torch is built for), not a copy."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,294 @@
+"""The control connection: who may join, and what becomes of everybody else."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multi_process import control
+from multi_process.control import (
+    PROTOCOL_VERSION,
+    Admission,
+    Application,
+    ControlConnection,
+    Greeting,
+    NotOursError,
+    RefusedError,
+    admit,
+    apply,
+    greet,
+    read_token,
+    receive_greeting,
+)
+
+TOKEN, OTHER = b"a secret of 16 or more", b"another secret of 16 or more"
+
+
+class Pair:
+    """The two ends of a connection over the loopback interface, and the worker's bare socket."""
+
+    def __init__(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.wire = socket.create_connection(listener.getsockname())
+            accepted, _ = listener.accept()
+        self.server, self.worker = ControlConnection(accepted), ControlConnection(self.wire)
+
+    def close(self) -> None:
+        self.server.close()
+        self.worker.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[Pair]:
+    ends = Pair()
+    yield ends
+    ends.close()
+
+
+@contextlib.contextmanager
+def beside(body: Callable[[], Any]) -> Iterator[list[Any]]:
+    """Run a function in a thread beside the block. Yields what will hold its result, or its error."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(body())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield outcome
+    thread.join(30)
+    assert not thread.is_alive()
+
+
+def serve(end: ControlConnection, token: bytes | None) -> tuple[Application, Admission]:
+    greeting, application = greet(end, token, 3, "gloo", 1.0, 30.0)
+    return application, admit(end, token, greeting, application, 7)
+
+
+def join(end: ControlConnection, token: bytes | None) -> tuple[Greeting, Admission]:
+    greeting = receive_greeting(end)
+    return greeting, apply(end, token, greeting, 2, "a GPU")
+
+
+@pytest.mark.parametrize("token", [TOKEN, None])
+def test_a_worker_is_told_the_terms_and_admitted(pair: Pair, token: bytes | None) -> None:
+    with beside(lambda: serve(pair.server, token)) as served:
+        greeting, admission = join(pair.worker, token)
+    ((application, admitted),) = served
+    assert (greeting.world_size, greeting.backend, greeting.silence_seconds) == (3, "gloo", 30.0)
+    assert (application.rank, application.gpu) == (2, "a GPU")
+    assert admission == admitted
+    assert admission.generation == 7
+
+
+@pytest.mark.parametrize("token", [None, OTHER])
+def test_who_does_not_know_the_token_is_refused(pair: Pair, token: bytes | None) -> None:
+    with beside(lambda: serve(pair.server, TOKEN)) as served:
+        with pytest.raises(RefusedError, match="token"):
+            join(pair.worker, token)
+        pair.worker.close()
+    assert isinstance(served[0], RefusedError if token else ConnectionError)
+
+
+def test_a_server_that_asks_for_no_token_is_refused_by_a_worker_that_has_one(pair: Pair) -> None:
+    with beside(lambda: serve(pair.server, None)), pytest.raises(RefusedError, match="the server does not know"):
+        join(pair.worker, TOKEN)
+
+
+def test_a_proof_is_good_for_one_conversation_and_one_side() -> None:
+    """It depends on both nonces, the rank and the terms, so none that was overheard is of use elsewhere."""
+    greeting = Greeting("personalized-fedavg", PROTOCOL_VERSION, "a", True, 3, "gloo", 1.0, 30.0)
+    application = Application(PROTOCOL_VERSION, "b", 1, "", "")
+    proofs = {
+        control._worker_proof(token, said, answered)
+        for token in (TOKEN, OTHER)
+        for said in (greeting, replace(greeting, nonce="c"), replace(greeting, world_size=4))
+        for answered in (application, replace(application, nonce="d"), replace(application, rank=2))
+    }
+    assert len(proofs) == 18
+    from_server = {
+        control._server_proof(TOKEN, greeting, application, generation, ticket)
+        for generation in (1, 2)
+        for ticket in ("e", "f")
+    }
+    assert len(from_server) == 4
+    assert not proofs & from_server
+    assert not any(TOKEN.decode() in proof for proof in proofs | from_server)
+
+
+def test_every_greeting_has_a_nonce_and_a_ticket_of_its_own() -> None:
+    """A nonce that comes again would let a proof be used again."""
+    nonces, tickets = set(), set()
+    for _ in range(3):
+        ends = Pair()
+        with beside(lambda ends=ends: serve(ends.server, TOKEN)) as served:  # type: ignore[misc]
+            greeting, _ = join(ends.worker, TOKEN)
+        ((application, admission),) = served
+        ends.close()
+        nonces |= {greeting.nonce, application.nonce}
+        tickets.add(admission.ticket)
+    assert (len(nonces), len(tickets)) == (6, 3)
+
+
+def line(**changes: Any) -> bytes:
+    application = asdict(Application(PROTOCOL_VERSION, "nonce", 1, "", "proof"))
+    return json.dumps({**application, **changes}).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "not a line of JSON"),
+        (b"\xff\xfe\n", "not a line of JSON"),
+        (b"\n", "not a line of JSON"),
+        (b"[" * 60_000 + b"\n", "not a line of JSON"),
+        (b"1" * 60_000 + b"\n", "not a line of JSON"),
+        (b"[1, 2]\n", "not a JSON object"),
+        (b"{}\n", "no application"),
+        (line(extra=1), "no application"),
+        (line(rank="1"), "rank is not int"),
+        (line(rank=1.5), "rank is not int"),
+        (line(nonce=None), "nonce is not str"),
+        (line(proof=["proof"]), "proof is not str"),
+        (b"A" * 70_000, "more than 65536 bytes"),
+    ],
+    ids=lambda value: repr(value[:20]) if isinstance(value, bytes) else "",
+)
+def test_what_does_not_speak_the_protocol_is_dropped(pair: Pair, content: bytes, reason: str) -> None:
+    """With this very error, which the network drops it for: any other would end its thread with a traceback."""
+    with beside(lambda: serve(pair.server, TOKEN)) as served:
+        pair.wire.sendall(content)
+    (error,) = served
+    assert type(error) is NotOursError
+    assert reason in str(error)
+
+
+@pytest.mark.parametrize("proof", ["", "0" * 64, "\u00e4", "\ud800"])
+def test_a_made_up_proof_is_refused(pair: Pair, proof: str) -> None:
+    with beside(lambda: serve(pair.server, TOKEN)) as served:
+        pair.wire.sendall(line(proof=proof))
+    assert type(served[0]) is RefusedError
+
+
+def test_another_version_is_named_on_both_sides(pair: Pair) -> None:
+    """Whatever else it says: its other messages may have changed too."""
+    with beside(lambda: serve(pair.server, TOKEN)) as served:
+        pair.wire.sendall(b'{"protocol": 99, "new": true}\n')
+    assert isinstance(served[0], RefusedError)
+    assert receive_greeting(pair.worker).protocol == PROTOCOL_VERSION
+    expected = f"its protocol version 99 differs from the server's {PROTOCOL_VERSION}"
+    assert pair.worker.receive(5) == {"refused": expected}
+    pair.server.send(service="personalized-fedavg", protocol=99, new=True)
+    with pytest.raises(RefusedError, match="server's 99; use the same version"):
+        receive_greeting(pair.worker)
+
+
+@pytest.mark.parametrize("said", [{"service": "ssh"}, {}, {"service": "personalized-fedavg", "protocol": 2}])
+def test_what_is_no_server_of_ours_is_told_from_one(pair: Pair, said: dict[str, Any]) -> None:
+    pair.server.send(**said)
+    with pytest.raises(NotOursError):
+        receive_greeting(pair.worker)
+
+
+def test_nobody_stays_in_the_greeting_longer_than_is_due(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then gains no time, or a few such connections would keep the workers out for good."""
+    monkeypatch.setattr(control, "GREETING_SECONDS", 0.5)
+    with beside(lambda: serve(pair.server, TOKEN)) as served:
+        deadline = time.monotonic() + 30
+        while not served and time.monotonic() < deadline:
+            with contextlib.suppress(ConnectionError):
+                pair.wire.sendall(b"{")
+            time.sleep(0.05)
+    assert isinstance(served[0], ConnectionError)
+    assert "no sign of life for 0.5 s" in str(served[0])
+
+
+def test_objects_arrive_whole_in_whatever_pieces(pair: Pair) -> None:
+    pair.worker.beat()
+    pair.worker.send(message="one", number=1)
+    for byte in b'{"two": "\xc3\xa4"}\n{"three"':
+        pair.wire.sendall(bytes([byte]))
+    assert pair.server.receive(5) == {"message": "one", "number": 1}
+    assert pair.server.receive(5) == {"two": "\u00e4"}
+    pair.wire.sendall(b": 3}\n")
+    assert pair.server.receive(5) == {"three": 3}
+
+
+def test_signs_of_life_keep_a_silent_worker_alive(pair: Pair) -> None:
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(0.05):
+            pair.worker.beat()
+
+    started = time.monotonic()
+    with beside(lambda: pair.server.receive(1)) as received, beside(beat):
+        deadline = time.monotonic() + 1.5
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            assert not received
+        pair.worker.send(at="last")
+        stop.set()
+    assert received == [{"at": "last"}]
+    assert pair.server.last_heard > started
+
+
+def test_silence_and_an_end_are_told_apart(pair: Pair) -> None:
+    with pytest.raises(ConnectionError, match=r"no sign of life for 0\.2 s"):
+        pair.server.receive(0.2)
+    pair.worker.close()
+    with pytest.raises(ConnectionError, match="the connection was closed"):
+        pair.server.receive(5)
+    pair.server.close()
+    pair.server.close()  # may be closed again
+    with pytest.raises(ConnectionError):
+        pair.server.send(more=1)
+
+
+def test_closing_wakes_whoever_receives(pair: Pair) -> None:
+    with beside(lambda: pair.server.receive(60)) as received:
+        pair.server.close()
+    assert isinstance(received[0], ConnectionError)
+
+
+def test_the_addresses_are_those_of_the_two_ends(pair: Pair) -> None:
+    assert pair.server.local_host == pair.server.peer_host == "127.0.0.1"
+
+
+def test_the_token_comes_from_the_file_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(control.TOKEN_VARIABLE, raising=False)
+    assert read_token(None) is None
+    monkeypatch.setenv(control.TOKEN_VARIABLE, OTHER.decode())
+    assert read_token(None) == OTHER
+    file = tmp_path / "token"
+    file.write_bytes(b"\n" + TOKEN + b"\r\n")
+    assert read_token(file) == TOKEN
+
+
+def test_a_token_that_is_no_secret_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty file or variable is a mistake; to go on without a token would open the door."""
+    file = tmp_path / "token"
+    file.write_text("  \n")
+    with pytest.raises(ValueError, match=r"--token_file .*token has 0 characters, fewer than 16"):
+        read_token(file)
+    file.write_bytes(b"\xff" * 32)
+    with pytest.raises(ValueError, match=r"cannot be read \(not text\)"):
+        read_token(file)
+    with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
+        read_token(tmp_path)
+    for value in ("", "short"):
+        monkeypatch.setenv(control.TOKEN_VARIABLE, value)
+        with pytest.raises(ValueError, match=f"in PERFEDAVG_TOKEN has {len(value)} characters"):
+            read_token(None)

@@ -1,0 +1,300 @@
+"""A link is alive or gone, never in between: whoever sends or receives on it hears at once, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import pytest
+import torch
+
+from multi_process import link as link_module
+from multi_process.control import ControlConnection
+from multi_process.link import SERVER, WORKER, DismissedError, GoneError, Link
+from multi_process.messages import ClientTrained, Finish, Message, PartialSum, SendSum, StartTraining, WorkOn
+
+NEVER = 1000.0
+"""Seconds between signs of life of an end that falls silent."""
+
+
+class Ends:
+    """Both ends of a link, in this process. A gloo group of two takes one thread an end to form."""
+
+    def __init__(self, server_beat: float, worker_beat: float, silence: float, is_formed: bool) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.worker_wire = socket.create_connection(listener.getsockname())
+            self.server_wire, _ = listener.accept()
+        self.server_control = ControlConnection(self.server_wire)
+        self.worker_control = ControlConnection(self.worker_wire)
+        self.server = Link(self.server_control, SERVER, "worker 1", server_beat, silence)
+        self.worker = Link(self.worker_control, WORKER, "the server", worker_beat, silence)
+        if is_formed:
+            with beside(lambda: self.server.form(None, None)):
+                self.worker.form(None, None)
+
+    def close(self) -> None:
+        for end in (self.server, self.worker):
+            end.close("the test is over")
+
+
+Connect = Callable[..., Ends]
+
+
+@pytest.fixture
+def connect() -> Iterator[Connect]:
+    opened: list[Ends] = []
+
+    def build(
+        server_beat: float = 0.1, worker_beat: float = 0.1, silence: float = 10.0, is_formed: bool = True
+    ) -> Ends:
+        opened.append(Ends(server_beat, worker_beat, silence, is_formed))
+        return opened[-1]
+
+    yield build
+    for ends in opened:
+        ends.close()
+
+
+@contextlib.contextmanager
+def beside(body: Callable[[], object]) -> Iterator[list[BaseException]]:
+    """Run a function in a thread beside the block. Yields what will hold the error that it raises."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            body()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield errors
+    thread.join(30)
+    assert not thread.is_alive(), "it waits for ever"
+
+
+def hear_of_the_end(end: Link) -> Exception:
+    """Receive until the link is gone. Returns the error that says why."""
+    try:
+        while True:
+            end.receive()
+    except (GoneError, DismissedError) as error:
+        return error
+
+
+def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -> None:
+    """A server sends the next client while the worker reports the last one."""
+    ends = connect()
+    parameters = torch.randn(100_000)
+    total = torch.randint(-(2**62), 2**62, (100_000,))
+    down: list[Message] = [StartTraining(1, 2, 3, parameters), WorkOn([5, 2**40]), SendSum(), Finish()]
+    up: list[Message] = [ClientTrained(5), ClientTrained(2**40), PartialSum(7, 3, [{"client_id": 5}], total)]
+    for message in down:
+        ends.server.send(message)
+    for message in up:
+        ends.worker.send(message)
+    start = ends.worker.receive()
+    assert isinstance(start, StartTraining)
+    assert (start.phase, start.round_number, start.capacity) == (1, 2, 3)
+    assert torch.equal(start.parameters, parameters)
+    assert [ends.worker.receive() for _ in down[1:]] == down[1:]
+    assert [ends.server.receive() for _ in up[:2]] == up[:2]
+    answer = ends.server.receive()
+    assert isinstance(answer, PartialSum)
+    assert (answer.weight, answer.reports) == (7, [{"client_id": 5}])
+    assert torch.equal(answer.total, total)
+    for end in (ends.server, ends.worker):
+        end.drain(10)
+    assert ends.server.bytes_sent == ends.worker.bytes_received > parameters.nbytes
+    assert ends.worker.bytes_sent == ends.server.bytes_received > total.nbytes
+
+
+def test_messages_of_several_threads_stay_whole(connect: Connect) -> None:
+    """A worker's lanes report side by side; parts of two messages that mix on the wire would be neither."""
+    ends = connect()
+    num_threads, num_messages = 4, 25
+
+    def report(lane: int) -> None:
+        for number in range(num_messages):
+            total = torch.full((1000,), lane * num_messages + number)
+            ends.worker.send(PartialSum(lane, number, [], total))
+
+    with contextlib.ExitStack() as stack:
+        failures = [stack.enter_context(beside(lambda lane=lane: report(lane))) for lane in range(num_threads)]  # type: ignore[misc]
+        received = [ends.server.receive() for _ in range(num_threads * num_messages)]
+    assert failures == [[]] * num_threads
+    seen = set()
+    for message in received:
+        assert isinstance(message, PartialSum)
+        seen.add((message.weight, message.capacity))
+    assert len(seen) == num_threads * num_messages
+
+
+def test_tensors_are_whole_while_signs_of_life_go_on(connect: Connect) -> None:
+    ends = connect(server_beat=0.001, worker_beat=0.001)
+    for value in range(20):
+        ends.server.send(StartTraining(1, value, 1, torch.full((50_000,), float(value))))
+        start = ends.worker.receive()
+        assert isinstance(start, StartTraining)
+        assert start.parameters.unique().tolist() == [value]
+
+
+def test_an_end_that_is_closed_ends_the_other(connect: Connect) -> None:
+    ends = connect()
+    with beside(lambda: hear_of_the_end(ends.server)):
+        ends.worker.close("it had enough")
+    assert str(ends.worker.end) == "the server is gone: it had enough"
+    assert str(ends.server.end) == "worker 1 is gone: the connection was closed"
+    for end in (ends.server, ends.worker):
+        with pytest.raises(GoneError):
+            end.send(Finish())
+        assert isinstance(hear_of_the_end(end), GoneError)
+
+
+def test_a_peer_without_signs_of_life_is_gone(connect: Connect) -> None:
+    """Nothing closes the connections of a host that is cut off."""
+    ends = connect(worker_beat=NEVER, silence=0.5)
+    started = time.monotonic()
+    error = hear_of_the_end(ends.server)
+    assert str(error) == "worker 1 is gone: no sign of life for 0.5 s"
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("side", [SERVER, WORKER])
+def test_a_peer_that_falls_silent_in_the_middle_of_a_message_is_gone(connect: Connect, side: int) -> None:
+    """Nothing interrupts gloo's receive, so whoever waits for the message must not wait in there."""
+    ends = connect(server_beat=NEVER, worker_beat=NEVER, silence=0.5)
+    receiver, sender = ((ends.server, ends.worker_control), (ends.worker, ends.server_control))[side]
+    sender.send(message="PartialSum")  # of which nothing comes
+    started = time.monotonic()
+    with pytest.raises(GoneError, match=r"no sign of life for 0\.5 s"):
+        receiver.receive()
+    assert time.monotonic() - started < link_module.ARRIVAL_SECONDS + 5
+
+
+def test_a_peer_that_leaves_in_the_middle_of_a_message_is_gone(connect: Connect) -> None:
+    ends = connect()
+    ends.worker_control.send(message="PartialSum")
+    ends.worker_wire.shutdown(socket.SHUT_RDWR)
+    with pytest.raises(GoneError, match="the connection was closed"):
+        ends.server.receive()
+
+
+def test_a_message_that_was_sent_before_the_end_arrives(connect: Connect) -> None:
+    """The server says that the run is over, and closes at once."""
+    ends = connect()
+    ends.server.send(Finish())
+    with beside(lambda: ends.server.drain(20)):
+        assert isinstance(ends.worker.receive(), Finish)
+    ends.server.close("the run is over")
+    assert isinstance(hear_of_the_end(ends.worker), GoneError)
+
+
+@pytest.mark.parametrize(
+    ("tell", "kind", "text"),
+    [
+        ("dropped", GoneError, "the server is gone: it dropped this worker: other data"),
+        ("dismissed", DismissedError, "the server ended the run: other data"),
+    ],
+)
+def test_a_worker_is_told_whether_to_join_anew(connect: Connect, tell: str, kind: type[Exception], text: str) -> None:
+    ends = connect()
+    ends.server.close("other data", tell=tell)
+    error = hear_of_the_end(ends.worker)
+    assert type(error) is kind
+    assert str(error) == text
+    with pytest.raises(kind, match="other data"):
+        ends.worker.send(Finish())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b'{"hello": 1}\n', b"nonsense\n", b"[1]\n", b'{"key": "a", "value": "b"}\n', b"[" * 60_000 + b"\n"],
+    ids=lambda content: content[:20].decode(),
+)
+def test_a_peer_that_says_what_is_not_of_the_protocol_is_gone(connect: Connect, content: bytes) -> None:
+    """Any other error would end the thread that listens, and the end of the link would never be heard of."""
+    ends = connect(is_formed=False)
+    ends.worker_wire.sendall(content)
+    assert isinstance(hear_of_the_end(ends.server), GoneError)
+
+
+def test_a_worker_cannot_dismiss_the_server(connect: Connect) -> None:
+    ends = connect(is_formed=False)
+    ends.worker_control.send(dismissed="because")
+    assert str(hear_of_the_end(ends.server)) == "worker 1 is gone: it said what is not of this protocol"
+
+
+def test_drain_waits_until_everything_has_left(connect: Connect) -> None:
+    ends = connect()
+    for _ in range(10):
+        ends.worker.send(PartialSum(1, 1, [], torch.zeros(10_000, dtype=torch.int64)))
+    with beside(lambda: ends.worker.drain(30)) as errors:
+        received = [ends.server.receive() for _ in range(10)]
+    assert not errors
+    assert len(received) == 10
+
+
+def test_drain_does_not_wait_for_who_is_gone(connect: Connect) -> None:
+    ends = connect()
+    ends.server.close("over")
+    hear_of_the_end(ends.worker)
+    started = time.monotonic()
+    ends.worker.drain(30)
+    assert time.monotonic() - started < 10
+
+
+def test_an_error_of_a_lane_reaches_the_thread_that_receives(connect: Connect) -> None:
+    """The main thread of a worker waits for messages while its lanes work."""
+    ends = connect()
+    with beside(ends.worker.receive) as errors:
+        ends.worker.interrupt(ArithmeticError("client 3"))
+    assert isinstance(errors[0], ArithmeticError)
+    assert ends.worker.end is None, "the link itself goes on, so that the server can be told"
+
+
+def test_the_interface_of_the_tensors_can_be_named(connect: Connect) -> None:
+    ends = connect(is_formed=False)
+    with beside(lambda: ends.server.form("lo", None)) as errors:
+        ends.worker.form("lo", None)
+    assert not errors
+    ends.server.send(Finish())
+    assert isinstance(ends.worker.receive(), Finish)
+
+
+def test_no_group_is_formed_with_who_is_gone(connect: Connect) -> None:
+    ends = connect(is_formed=False)
+    ends.worker.close("over")
+    with pytest.raises(GoneError):
+        ends.server.form(None, None)
+
+
+def test_a_peer_that_does_not_answer_is_not_waited_for_in_vain(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "FORMATION_TIMEOUT", timedelta(seconds=0.5))
+    ends = connect(is_formed=False)
+    with pytest.raises(ConnectionError, match="no process group with worker 1 could be formed; check --ethernet"):
+        ends.server.form(None, None)
+
+
+def test_who_leaves_while_the_group_is_formed_is_not_waited_for(connect: Connect) -> None:
+    ends = connect(is_formed=False)
+    with beside(lambda: ends.server.form(None, None)) as errors:
+        while not ends.worker._store.check(["gloo/0/0"]):  # the server has said at which address it listens
+            time.sleep(0.01)
+        ends.worker.close("over")
+    assert isinstance(errors[0], GoneError)
+
+
+def test_the_last_sign_of_life_is_known(connect: Connect) -> None:
+    """By it the server tells a rank that is in use from one whose worker is gone."""
+    ends = connect(is_formed=False)
+    asked = time.monotonic()
+    while ends.server.last_heard <= asked:
+        assert time.monotonic() - asked < 10
+        time.sleep(0.01)
