@@ -84,17 +84,38 @@ def test_a_signal_to_quick_start_leaves_no_process(number: signal.Signals, launc
     assert not (tmp_path / "run" / "result.json").exists()
 
 
-@pytest.mark.parametrize("victim", [0, 1], ids=["server", "worker"])
-def test_a_process_that_dies_ends_quick_start(victim: int, launched: Launched, tmp_path: Path) -> None:
+def test_quick_start_starts_a_dead_worker_again(launched: Launched, tmp_path: Path) -> None:
     process = launched.start("quick_start.py", *TINY, "--epochs", "100000", "--run_dir", tmp_path / "run")
     wait_for_line(process, "FedAvg round")
+    server, first, second = children_of(process.pid)
+    launched.start("kill", "-KILL", str(first))
+    wait_for_line(process, "worker 1 is started again (1 of 3 times)")
+    wait_for_line(process, "server: worker 1 is ready")
+    (new,) = set(children_of(process.pid)) - {server, first, second}
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 128 + signal.SIGTERM
+    for pid in (server, second, new):
+        assert_ended(pid)
+
+
+def test_quick_start_ends_with_its_server_and_can_be_resumed(launched: Launched, tmp_path: Path) -> None:
+    flags = [*TINY, "--epochs", "40", "--checkpoint_every", "1"]
+    process = launched.start("quick_start.py", *flags, "--run_dir", tmp_path / "run")
+    wait_for_line(process, "FedAvg round")
     children = children_of(process.pid)
-    launched.start("kill", "-KILL", str(children[victim]))
+    launched.start("kill", "-KILL", str(children[0]))
     status, _, errors = finish(process)
-    assert status != 0
-    assert f"{('server', 'worker 1')[victim]} ended by signal SIGKILL" in errors
+    assert status == 128 + signal.SIGKILL
+    assert "server ended by signal SIGKILL" in errors
+    assert f"--resume {tmp_path / 'run'}" in errors
     for pid in children:
         assert_ended(pid)
+    resumed = launched.start("quick_start.py", "--resume", tmp_path / "run")
+    status, _, errors = finish(resumed)
+    assert status == 0, errors
+    assert read_result(tmp_path / "run")["model_sha256"] == run_single(launched, tmp_path / "single", tmp_path, flags)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["round_number"] for line in lines] == [*range(1, 41), 1, 2]
 
 
 def test_a_worker_stops_at_ctrl_c_while_it_waits(launched: Launched, tmp_path: Path) -> None:

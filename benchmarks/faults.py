@@ -1,0 +1,300 @@
+"""The fault matrix: which process, which signal, at which point of which phase, and what it costs.
+
+python benchmarks/faults.py [--rows TEXT]
+
+Each row is a run of real processes, a server and two workers, with one fault planted at an exact point
+(`planted_fault.py`). Every row must end with the model, the metrics and the scores of the undisturbed run, and leave no
+process behind. Prints for each row how long it took until the fault was noticed, and how much longer than the
+undisturbed run (median of three) the whole took, start-up of new processes included. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from quick_start import free_port  # noqa: E402
+
+POLL_SECONDS = 0.02
+ENDS_WITHIN_SECONDS = 150
+SILENCE_SECONDS = 2
+"""--worker_timeout_seconds of every run."""
+
+EXPERIMENT = ["--dataset", "digits", "--client_num_in_total", "20", "--client_num_per_round", "6", "--pers_round", "2"]
+EXPERIMENT += ["--epochs", "5", "--inner_loops", "12", "--fine_tune_outer_loops", "4", "--fine_tune_inner_loops", "12"]
+EXPERIMENT += ["--eval_every", "2", "--eval_clients", "4"]
+"""Long enough that a worker that is started again in round 2 is there before the end."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fault. point: of `planted_fault.POINTS`.  then: what follows, `others` (go on), `again` (started again, the
+    server with --resume), `continued` (SIGCONT, once it was taken for dead)."""
+
+    point: str
+    phase: str
+    round_number: int
+    signal: str
+    then: str
+
+    @property
+    def name(self) -> str:
+        when = "before the first round" if self.round_number == 0 else f"{self.phase} round {self.round_number}"
+        return f"{self.point}, {when}, {self.signal}, {self.then}"
+
+    @property
+    def process(self) -> str:
+        return self.point.split()[0]
+
+
+MATRIX = [
+    Row("worker joining", "fedavg", 0, "SIGKILL", "again"),
+    Row("worker loading", "fedavg", 0, "SIGKILL", "again"),
+    Row("worker idle", "fedavg", 3, "SIGKILL", "others"),
+    Row("worker idle", "fine_tune", 2, "SIGTERM", "others"),
+    Row("worker training", "fedavg", 1, "SIGKILL", "others"),
+    Row("worker training", "fedavg", 2, "SIGKILL", "again"),
+    Row("worker training", "fedavg", 3, "SIGSEGV", "others"),
+    Row("worker training", "fedavg", 3, "SIGSTOP", "others"),
+    Row("worker training", "fedavg", 2, "SIGSTOP", "continued"),
+    Row("worker training", "fine_tune", 2, "SIGKILL", "others"),
+    Row("worker training", "fine_tune", 1, "SIGSTOP", "continued"),
+    Row("worker sending", "fedavg", 1, "SIGKILL", "again"),
+    Row("worker sending", "fedavg", 3, "SIGKILL", "others"),
+    Row("worker sending", "fedavg", 3, "SIGSTOP", "continued"),
+    Row("worker sending", "fine_tune", 4, "SIGKILL", "others"),
+    Row("worker scoring", "fedavg", 4, "SIGKILL", "others"),
+    Row("worker scoring", "fedavg", 2, "SIGKILL", "again"),
+    Row("worker scoring", "fedavg", 4, "SIGSTOP", "continued"),
+    Row("worker scoring", "fine_tune", 4, "SIGKILL", "others"),
+    Row("server joining", "fedavg", 0, "SIGKILL", "again"),
+    Row("server waiting", "fedavg", 1, "SIGKILL", "again"),
+    Row("server waiting", "fedavg", 4, "SIGKILL", "again"),
+    Row("server waiting", "fedavg", 4, "SIGTERM", "again"),
+    Row("server waiting", "fedavg", 3, "SIGSTOP", "continued"),
+    Row("server waiting", "fine_tune", 3, "SIGKILL", "again"),
+    Row("server stepping", "fedavg", 3, "SIGKILL", "again"),
+    Row("server stepping", "fine_tune", 1, "SIGTERM", "again"),
+    Row("server scoring", "fedavg", 4, "SIGKILL", "again"),
+    Row("server scoring", "fedavg", 5, "SIGTERM", "again"),
+    Row("server scoring", "fine_tune", 4, "SIGKILL", "again"),
+    Row("server saving", "fedavg", 4, "SIGKILL", "again"),
+    Row("server saving", "fine_tune", 2, "SIGKILL", "again"),
+]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run ended with. seconds: from its first process to the end of its last.
+
+    rounds: (phase, number) of each line of the metrics.  scores: clients.csv.
+    noticed_s: from the fault to the line that says so, None where nothing says so.
+    """
+
+    model_sha256: str
+    rounds: list[tuple[str, int]]
+    scores: list[list[str]]
+    seconds: float
+    noticed_s: float | None
+
+
+class Processes:
+    """The processes of one run, each with its standard error in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.port = free_port()
+        self.run_dir = folder / "run"
+        self.note = folder / "struck"
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, row: Row | None = None, resume: bool = False) -> None:
+        """Start `server`, `worker 1` or `worker 2`, with the row's fault planted in it."""
+        address = ["--port", str(self.port)]
+        if name == "server":
+            run = ["--resume", str(self.run_dir)] if resume else ["--run_dir", str(self.run_dir), *EXPERIMENT]
+            limits = ["--worker_timeout_seconds", str(SILENCE_SECONDS), "--worker_wait_seconds", "60"]
+            words = ["server.py", *run, *limits, "--checkpoint_every", "2"]
+        else:
+            words = ["client_worker.py", "--rank", name[-1], "--threads", "1", "--server_wait_seconds", "60"]
+        if row is not None:
+            fault = [row.point, row.phase, str(row.round_number), row.signal, str(self.note)]
+            words = ["benchmarks/planted_fault.py", *fault, *words]
+        with open(self.error_file(name), "ab") as errors:
+            self._running[name] = subprocess.Popen(
+                [sys.executable, *words, *address], cwd=ROOT, stdout=errors, stderr=errors
+            )
+
+    def error_file(self, name: str) -> Path:
+        return self._folder / name
+
+    def status(self, name: str) -> int | None:
+        return self._running[name].poll()
+
+    def is_stopped(self, name: str) -> bool:
+        return bool(psutil.Process(self._running[name].pid).status() == psutil.STATUS_STOPPED)
+
+    def send(self, name: str, number: signal.Signals) -> None:
+        self._running[name].send_signal(number)
+
+    def wait_until_ended(self, names: list[str]) -> dict[str, int]:
+        deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+        return {name: self._running[name].wait(max(0.0, deadline - time.monotonic())) for name in names}
+
+    def end(self) -> None:
+        for process in self._running.values():
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def account(self) -> str:
+        """What all of them said, for an error."""
+        return "\n".join(f"--- {name}\n{self.error_file(name).read_text()}" for name in self._running)
+
+
+@contextmanager
+def processes_in(folder: Path) -> Iterator[Processes]:
+    folder.mkdir(parents=True)
+    processes = Processes(folder)
+    try:
+        yield processes
+    finally:
+        processes.end()
+
+
+def run_undisturbed(folder: Path) -> Result:
+    return _run(folder, None)
+
+
+def run_row(row: Row, folder: Path) -> Result:
+    """Run with the row's fault, and see to it that every process that should end well does.
+
+    Raises AssertionError, with what the processes said, where one does not.
+    """
+    return _run(folder, row)
+
+
+def _run(folder: Path, row: Row | None) -> Result:
+    with processes_in(folder) as processes:
+        started = time.monotonic()
+        struck = None if row is None else ("server" if row.process == "server" else "worker 2")
+        for name in ("server", "worker 1", "worker 2"):
+            processes.start(name, row if name == struck else None)
+        if row is not None and struck is not None:
+            _follow_up(processes, struck, row)
+        expected = ["server", "worker 1", "worker 2"]
+        if row is not None and row.then == "others":
+            expected.remove("worker 2")
+        try:
+            statuses = processes.wait_until_ended(expected)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError(f"{error}\n{processes.account()}") from error
+        assert not any(statuses.values()), f"{statuses}\n{processes.account()}"
+        return _read_result(processes, time.monotonic() - started)
+
+
+def _follow_up(processes: Processes, struck: str, row: Row) -> None:
+    """Wait for the fault, and do what is to follow it."""
+    is_stop = row.signal == "SIGSTOP"
+    _wait_for(lambda: processes.note.exists(), "the fault", processes)
+    if is_stop:
+        _wait_for(lambda: processes.is_stopped(struck), "the process to stop", processes)
+    else:
+        _wait_for(lambda: processes.status(struck) is not None, "the process to die", processes)
+    if row.then == "again":
+        processes.start(struck, resume=struck == "server" and (processes.run_dir / "config.json").exists())
+    elif row.then == "continued":
+        _wait_for(lambda: _noticed(processes) is not None, "the others to notice", processes)
+        processes.send(struck, signal.SIGCONT)
+
+
+def _wait_for(condition: object, what: str, processes: Processes) -> None:
+    assert callable(condition), "a condition is asked again and again"
+    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}\n{processes.account()}"
+        time.sleep(POLL_SECONDS)
+
+
+def _noticed(processes: Processes) -> float | None:
+    """Seconds from the fault to the line in which another process tells of it: the server's log, or worker 1's word."""
+    struck_at = float(processes.note.read_text())
+    log = processes.run_dir / "log.txt"
+    lines = log.read_text().splitlines() if log.exists() else []
+    for line in lines:
+        match = re.match(r"(\S+ \S+),(\d+) INFO server: (?:lost worker 2|worker 2 could not join)", line)
+        if match:
+            at = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S").timestamp() + int(match[2]) / 1000
+            return at - struck_at
+    if "the server is gone" in processes.error_file("worker 1").read_text():
+        return processes.error_file("worker 1").stat().st_mtime - struck_at
+    return None
+
+
+def _read_result(processes: Processes, seconds: float) -> Result:
+    run_dir = processes.run_dir
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    with open(run_dir / "clients.csv", newline="") as file:
+        scores = list(csv.reader(file))
+    digest = json.loads((run_dir / "result.json").read_text())["model_sha256"]
+    noticed = _noticed(processes) if processes.note.exists() else None
+    return Result(digest, [(line["phase"], line["round_number"]) for line in lines], scores, seconds, noticed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose name contains TEXT (default: all)")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves no process behind
+    rows = [row for row in MATRIX if args.rows in row.name]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        undisturbed = [run_undisturbed(folder / f"undisturbed {number}") for number in range(3)]
+        normal_s = statistics.median(result.seconds for result in undisturbed)
+        print(f"undisturbed: {normal_s:.1f} s from the first process to the last, start-up included\n")
+        print(
+            f"| {'process, doing':16} | {'in':17} | {'gets':7} | {'then':9} | noticed after | time lost | same model |"
+        )
+        print(f"|{'---|' * 7}")
+        summary = []
+        for number, row in enumerate(rows):
+            result = run_row(row, folder / str(number))
+            lost_s = result.seconds - normal_s
+            same = (result.model_sha256, result.rounds, result.scores) == (
+                undisturbed[0].model_sha256,
+                undisturbed[0].rounds,
+                undisturbed[0].scores,
+            )
+            when = "start" if row.round_number == 0 else f"{row.phase} {row.round_number}"
+            noticed = "" if result.noticed_s is None else f"{result.noticed_s:.2f} s"
+            print(
+                f"| {row.point:16} | {when:11} | {row.signal:7} | {row.then:9} | {noticed:>13} | {lost_s:>7.1f} s "
+                f"| {'yes' if same else 'NO':10} |",
+                flush=True,
+            )
+            summary.append({"row": row.name, "noticed_s": result.noticed_s, "lost_s": lost_s, "same": same})
+    print(json.dumps({"benchmark": "faults", "undisturbed_s": normal_s, "rows": summary}))
+    if not all(entry["same"] for entry in summary):
+        sys.exit("a fault changed the result")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Run server.py or client_worker.py with a fault planted: at an exact point the process gets a signal from itself.
+
+python benchmarks/planted_fault.py POINT PHASE ROUND SIGNAL NOTE server.py|client_worker.py [flags]
+
+POINT: see POINTS.  PHASE: fedavg or fine_tune, and ROUND a round of it, in which the point is to be reached (ignored
+by points before the first round).  SIGNAL: such as SIGKILL.  NOTE: file that gets the time just before the signal.
+The code that runs is the project's own; only the functions at the point are wrapped.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from perfedavg.config import Phase  # noqa: E402
+from perfedavg.console import run_entry_point  # noqa: E402
+
+
+@dataclass
+class Fault:
+    """What is to happen, once. doing: the phase and round that the process is in; the wrapped functions keep it."""
+
+    phase: Phase
+    round_number: int
+    signal: signal.Signals
+    note: Path
+    doing: tuple[Phase, int] | None = None
+
+    def strike_if_due(self) -> None:
+        if self.doing == (self.phase, self.round_number):
+            self.strike()
+
+    def strike(self) -> None:
+        if not self.note.exists():
+            self.note.write_text(str(time.time()))
+            os.kill(os.getpid(), self.signal)
+
+
+def before(owner: Any, name: str, action: Callable[..., None]) -> None:
+    """Let a function of a class or module do something before its own work, with the same arguments."""
+    original = getattr(owner, name)
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        action(*args, **kwargs)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def follow_worker(fault: Fault) -> None:
+    """Keep the context in a worker."""
+    from multi_process.worker import PersonalizationTrainer
+
+    def begin(trainer: object, payload: Any) -> None:
+        fault.doing = Phase(payload.phase), payload.round_number
+
+    before(PersonalizationTrainer, "begin", begin)
+
+
+def follow_server(fault: Fault) -> None:
+    """Keep the context in the server."""
+    from multi_process.server import WorkerPoolManager
+
+    def begin(manager: object, task: Any, parameters: object) -> None:
+        fault.doing = task.phase, task.round_number
+
+    before(WorkerPoolManager, "train", begin)
+    before(WorkerPoolManager, "score", begin)
+
+
+def worker_joining(fault: Fault) -> None:
+    """Admitted, but its process group is not formed yet."""
+    from multi_process.link import Link
+
+    before(Link, "form", lambda *args: fault.strike())
+
+
+def worker_loading(fault: Fault) -> None:
+    """Joined, and about to read its data."""
+    import utils
+
+    before(utils, "get_datasets", lambda *args: fault.strike())
+
+
+def worker_idle(fault: Fault) -> None:
+    """Between two rounds: it has delivered the last one, and does not know of the next."""
+    from multi_process.worker import PersonalizationTrainer
+
+    follow_worker(fault)
+
+    def begin(trainer: object, payload: Any) -> None:
+        if fault.doing == (fault.phase, fault.round_number - 1):
+            fault.strike()
+
+    before(PersonalizationTrainer, "begin", begin)
+
+
+def worker_training(fault: Fault) -> None:
+    """With a client on its lane."""
+    from perfedavg import executor
+
+    follow_worker(fault)
+    before(executor, "train_locally", lambda *args: fault.strike_if_due())
+
+
+def worker_sending(fault: Fault) -> None:
+    """In the middle of sending the round's sum: announced, header sent, content not."""
+    from fedlab.utils import MessageCode
+
+    from multi_process.link import ExactPackageProcessor
+
+    follow_worker(fault)
+
+    def strike(processor: Any, package: Any, dst: int) -> None:
+        if package.header[3] == MessageCode.GradientUpdate.value:
+            processor._control_group.send([package.header], dst, 0).wait()
+            fault.strike_if_due()
+
+    before(ExactPackageProcessor, "send", strike)
+
+
+def worker_scoring(fault: Fault) -> None:
+    """Personalizing an unseen client."""
+    from perfedavg import executor
+
+    follow_worker(fault)
+    before(executor.LocalExecutor, "_score_client", lambda *args: fault.strike_if_due())
+
+
+def server_joining(fault: Fault) -> None:
+    """Between two workers' joining."""
+    from multi_process.server import WorkerPoolManager
+
+    before(WorkerPoolManager, "_take_join", lambda *args: fault.strike())
+
+
+def server_waiting(fault: Fault) -> None:
+    """While its workers train: a client of the round has been reported, others have not."""
+    from multi_process.messages import ClientTrained
+    from multi_process.server import WorkerPoolManager
+
+    follow_server(fault)
+
+    def strike(manager: object, worker: object, message: object, piece: object) -> None:
+        if isinstance(message, ClientTrained):
+            fault.strike_if_due()
+
+    before(WorkerPoolManager, "_take_answer", strike)
+
+
+def server_stepping(fault: Fault) -> None:
+    """The round's mean update is known, the step is not taken."""
+    from perfedavg.optimizers import ServerOptimizer
+
+    follow_server(fault)
+    before(ServerOptimizer, "step", lambda *args: fault.strike_if_due())
+
+
+def server_scoring(fault: Fault) -> None:
+    """While its workers score unseen clients."""
+    from multi_process.messages import ClientScored
+    from multi_process.server import WorkerPoolManager
+
+    follow_server(fault)
+
+    def strike(manager: object, worker: object, message: object, piece: object) -> None:
+        if isinstance(message, ClientScored):
+            fault.strike_if_due()
+
+    before(WorkerPoolManager, "_take_answer", strike)
+
+
+def server_saving(fault: Fault) -> None:
+    """A checkpoint is written, but not under its own name yet."""
+    follow_server(fault)
+
+    def strike(partial: Path, path: Path) -> None:
+        if path.suffix == ".safetensors":
+            fault.strike_if_due()
+
+    before(os, "replace", strike)
+
+
+POINTS: dict[str, Callable[[Fault], None]] = {
+    "worker joining": worker_joining,
+    "worker loading": worker_loading,
+    "worker idle": worker_idle,
+    "worker training": worker_training,
+    "worker sending": worker_sending,
+    "worker scoring": worker_scoring,
+    "server joining": server_joining,
+    "server waiting": server_waiting,
+    "server stepping": server_stepping,
+    "server scoring": server_scoring,
+    "server saving": server_saving,
+}
+
+
+def main() -> None:
+    point, phase, round_number, number, note, entry_point, *flags = sys.argv[1:]
+    fault = Fault(Phase.of_field(phase), int(round_number), signal.Signals[number], Path(note))
+    sys.argv = [entry_point, *flags]
+    if entry_point == "server.py":
+        import server as program
+    else:
+        import client_worker as program  # type: ignore[no-redef]
+    POINTS[point](fault)
+    program.main()
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

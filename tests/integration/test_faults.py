@@ -1,0 +1,112 @@
+"""Real processes that die, hang and come back: the result must be that of a run that was left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from helpers import TINY, Launched, assert_one_clear_line, finish, read_result, wait_for_line
+
+from benchmarks.faults import MATRIX, Result, Row, run_row, run_undisturbed
+from quick_start import free_port
+
+NUM_SAMPLED = 3
+SAMPLE_SEED = os.environ.get("PERFEDAVG_FAULT_SAMPLE") or str(random.SystemRandom().randrange(10**6))
+"""The sample differs from run to run; its seed is in the tests' names."""
+SAMPLE = random.Random(SAMPLE_SEED).sample(MATRIX, NUM_SAMPLED)
+REST = [row for row in MATRIX if row not in SAMPLE]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    return run_undisturbed(tmp_path_factory.mktemp("undisturbed") / "run")
+
+
+def assert_same(result: Result, undisturbed: Result) -> None:
+    assert result.model_sha256 == undisturbed.model_sha256
+    assert result.rounds == undisturbed.rounds, "the metrics have no gaps and no repeats"
+    assert result.scores == undisturbed.scores
+
+
+@pytest.mark.parametrize("row", SAMPLE, ids=[f"sample {SAMPLE_SEED}: {row.name}" for row in SAMPLE])
+def test_a_sample_of_the_fault_matrix(row: Row, undisturbed: Result, tmp_path: Path) -> None:
+    """PERFEDAVG_FAULT_SAMPLE repeats a sample."""
+    assert_same(run_row(row, tmp_path / "run"), undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", REST, ids=[row.name for row in REST])
+def test_the_rest_of_the_fault_matrix(row: Row, undisturbed: Result, tmp_path: Path) -> None:
+    assert_same(run_row(row, tmp_path / "run"), undisturbed)
+
+
+def test_a_worker_more_is_taken_in_and_then_the_first_ones_may_leave(launched: Launched, tmp_path: Path) -> None:
+    """world_size is the number to start with; ranks beyond it may join, and the run may go over to them."""
+    flags = [*TINY, "--epochs", "400"]
+    server, port = launched.start_server(tmp_path / "run", 2, *flags)
+    first = launched.start_worker(port, 2, 1)
+    wait_for_line(server, "FedAvg round")
+    launched.start_worker(port, 2, 7)
+    wait_for_line(server, "worker 7 is ready")
+    first.send_signal(signal.SIGTERM)
+    wait_for_line(server, "lost worker 1")
+    status, _, errors = finish(server)
+    assert status == 0, errors
+    single = launched.start("single_process.py", *flags, "--run_dir", tmp_path / "single")
+    assert finish(single)[0] == 0
+    assert read_result(tmp_path / "run")["model_sha256"] == read_result(tmp_path / "single")["model_sha256"]
+
+
+def test_without_workers_the_run_is_saved_and_ends(launched: Launched, tmp_path: Path) -> None:
+    flags = ("--epochs", "100000", "--checkpoint_every", "100000", "--worker_wait_seconds", "2")
+    server, port = launched.start_server(tmp_path / "run", 2, *TINY, *flags)
+    worker = launched.start_worker(port, 2, 1)
+    wait_for_line(server, "FedAvg round")
+    worker.kill()
+    wait_for_line(server, "lost worker 1")
+    wait_for_line(server, "saved; continue with --resume")
+    assert_one_clear_line(server, "no worker is left, and none came within 2 s (--worker_wait_seconds)")
+    assert list((tmp_path / "run" / "checkpoint").glob("fedavg-*.safetensors"))
+
+
+def test_a_client_that_cannot_be_worked_on_ends_the_run_with_its_reason(launched: Launched, tmp_path: Path) -> None:
+    """It would fail on every worker, so it must not use them up one after the other."""
+    (tmp_path / "own.py").write_text(
+        """
+import torch
+
+class Tones:
+    num_classes = 2
+    fingerprint = "tones"
+    train_client_ids, unseen_client_ids = range(8), range(8, 10)
+
+    def __init__(self, data_root, num_clients, seed):
+        pass
+
+    def num_train_examples(self, client_id):
+        return 16
+
+    def client_data(self, client_id):
+        if client_id == 3:
+            raise ValueError("client 3 has no data today")
+        return Client()
+
+    def build_model(self):
+        return torch.nn.Linear(1, 2)
+
+class Client:
+    train_inputs, train_labels = torch.ones(16, 1), torch.zeros(16, dtype=torch.int64)
+    test_inputs, test_labels = torch.ones(4, 1), torch.zeros(4, dtype=torch.int64)
+"""
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    port = str(free_port())
+    flags = ("--dataset", "own:Tones", "--client_num_per_round", "8", "--run_dir", tmp_path / "run", "--port", port)
+    server = launched.start("server.py", *flags, env=environment)
+    words = ("client_worker.py", "--port", port, "--device", "cpu", "--rank")
+    for worker in [launched.start(*words, rank, env=environment) for rank in ("1", "2")]:
+        assert_one_clear_line(worker, "client 3 has no data today")
+    assert_one_clear_line(server, "client 3 has no data today")

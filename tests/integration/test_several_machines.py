@@ -1,0 +1,242 @@
+"""Several machines: hosts that share a network and nothing else, whose cables are pulled.
+
+A network namespace stands for a machine, a port of a bridge for its cable. The addresses exist only in there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, TINY, Launched, assert_one_clear_line, finish, read_result, wait_for_line
+
+HOSTS = ("alpha", "beta", "gamma")
+"""The server's host and the two workers'."""
+PORT = "3002"
+FLAGS = [*TINY, "--epochs", "30", "--eval_every", "3"]
+"""An experiment that lasts some seconds, so that a cable is pulled in the middle of it."""
+MIDDLE = "FedAvg round 3/30"
+TIMEOUT_SECONDS = 3
+"""Without a sign of life, after which a worker counts as lost."""
+SLACK_SECONDS = 5
+"""What a busy machine may add to a time that was promised."""
+
+
+class Lan:
+    """Hosts on one bridge, which is in a namespace of its own. Everything is gone when the block is left."""
+
+    def __init__(self) -> None:
+        suffix = secrets.token_hex(3)
+        self._switch = f"pfa-{suffix}-switch"
+        self._namespaces = {host: f"pfa-{suffix}-{host}" for host in HOSTS}
+        self.address = {host: f"10.77.0.{number}" for number, host in enumerate(HOSTS, start=1)}
+
+    def __enter__(self) -> Lan:
+        with contextlib.ExitStack() as undo:
+            for namespace in (self._switch, *self._namespaces.values()):
+                ip("netns", "add", namespace)
+                undo.callback(ip, "netns", "del", namespace)
+            ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
+            ip("-n", self._switch, "link", "set", "bridge", "up")
+            for host, namespace in self._namespaces.items():
+                peer = ("type", "veth", "peer", "name", "eth0", "netns", namespace)
+                ip("-n", self._switch, "link", "add", host, *peer)
+                ip("-n", self._switch, "link", "set", host, "master", "bridge", "up")
+                ip("-n", namespace, "address", "add", f"{self.address[host]}/24", "dev", "eth0")
+                ip("-n", namespace, "link", "set", "lo", "up")
+                ip("-n", namespace, "link", "set", "eth0", "up")
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._undo.close()
+
+    def command(self, host: str, *words: str | Path) -> tuple[str | Path, ...]:
+        """The command that runs a command on a host."""
+        return ("ip", "netns", "exec", self._namespaces[host], *words)
+
+    def unplug(self, host: str) -> None:
+        ip("-n", self._switch, "link", "set", host, "down")
+
+    def plug_in(self, host: str) -> None:
+        ip("-n", self._switch, "link", "set", host, "up")
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def wires() -> Iterator[Lan]:
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need the command ip (iproute2)")
+    with contextlib.ExitStack() as stack:
+        try:
+            lan = stack.enter_context(Lan())
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces are not permitted here: {error.stderr.strip()}")
+        yield lan
+
+
+@pytest.fixture
+def lan(wires: Lan) -> Iterator[Lan]:
+    """The hosts, with all cables plugged in."""
+    yield wires
+    for host in HOSTS:
+        wires.plug_in(host)
+
+
+@pytest.fixture(scope="module")
+def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the model that the experiment gives in one process."""
+    run_dir = tmp_path_factory.mktemp("single") / "run"
+    command = [sys.executable, str(ROOT / "single_process.py"), *FLAGS, "--run_dir", str(run_dir)]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    return str(read_result(run_dir)["model_sha256"])
+
+
+class Job:
+    """A server on the first host and a worker on each other one."""
+
+    def __init__(self, launched: Launched, lan: Lan, run_dir: Path, *flags: str, server_wait: int = 60) -> None:
+        self._run_dir = run_dir
+        where = ("--ip", lan.address["alpha"], "--port", PORT)
+        self.server = launched.start(
+            *lan.command("alpha", sys.executable, ROOT / "server.py", *where, *FLAGS, "--run_dir", run_dir, *flags)
+        )
+        self.workers = {
+            rank: launched.start(
+                *lan.command(host, sys.executable, ROOT / "client_worker.py", *where, "--rank", str(rank)),
+                *("--device", "cpu", "--join_timeout_seconds", "60", "--server_wait_seconds", str(server_wait)),
+            )
+            for rank, host in enumerate(HOSTS[1:], start=1)
+        }
+
+    def result(self) -> str:
+        """Wait for the server to end well. Returns the model's digest."""
+        status, _, errors = finish(self.server)
+        assert status == 0, errors
+        return str(read_result(self._run_dir)["model_sha256"])
+
+    def log(self) -> str:
+        return (self._run_dir / "log.txt").read_text()
+
+
+def listening(pid: int) -> set[str]:
+    """The addresses on which anything listens in the network namespace of a process."""
+    addresses = set()
+    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            local, _, state = line.split()[1:4]
+            if state == "0A":  # TCP_LISTEN
+                digits = local.partition(":")[0]
+                words = [int(digits[start : start + 8], 16) for start in range(0, len(digits), 8)]
+                addresses.add(socket.inet_ntop(family, struct.pack(f"={len(words)}I", *words)))
+    return addresses
+
+
+def test_three_hosts_train_the_model_of_one_process(launched: Launched, lan: Lan, digest: str, tmp_path: Path) -> None:
+    """And each listens where the others reach it, and nowhere else: not on every interface, not on the loopback."""
+    job = Job(launched, lan, tmp_path / "run")
+    wait_for_line(job.server, MIDDLE)
+    processes = (job.server, *job.workers.values())
+    listening_on = [listening(process.pid) for process in processes]
+    assert listening_on == [{lan.address[host]} for host in HOSTS]
+    assert job.result() == digest
+    for worker in job.workers.values():
+        status, _, errors = finish(worker)
+        assert status == 0, errors
+
+
+def test_a_host_that_is_cut_off_for_good_is_done_without(
+    launched: Launched, lan: Lan, digest: str, tmp_path: Path
+) -> None:
+    """Nothing closes the connection of a host that falls silent: without signs of life both would wait for ever."""
+    job = Job(launched, lan, tmp_path / "run", "--worker_timeout_seconds", str(TIMEOUT_SECONDS), server_wait=5)
+    wait_for_line(job.server, MIDDLE)
+    lan.unplug("gamma")
+    unplugged = time.monotonic()
+    wait_for_line(job.server, f"lost worker 2 (no sign of life for {TIMEOUT_SECONDS} s)")
+    assert time.monotonic() - unplugged < TIMEOUT_SECONDS + SLACK_SECONDS
+    wait_for_line(job.workers[2], f"no sign of life for {TIMEOUT_SECONDS} s; joining anew")
+    lost = time.monotonic()
+    assert_one_clear_line(job.workers[2], f"no server at {lan.address['alpha']}:{PORT} within 5 s")
+    assert time.monotonic() - lost < 5 + SLACK_SECONDS
+    assert job.result() == digest
+    status, _, errors = finish(job.workers[1])
+    assert status == 0, errors
+
+
+def test_an_outage_below_the_timeout_loses_nobody(launched: Launched, lan: Lan, digest: str, tmp_path: Path) -> None:
+    """A cable that is plugged in again at once must not cost a worker."""
+    job = Job(launched, lan, tmp_path / "run", "--worker_timeout_seconds", "15")
+    wait_for_line(job.server, MIDDLE)
+    lan.unplug("gamma")
+    time.sleep(2)  # the length of the outage
+    lan.plug_in("gamma")
+    assert job.result() == digest
+    for worker in job.workers.values():
+        status, _, errors = finish(worker)
+        assert status == 0, errors
+        assert "joining anew" not in errors
+    assert "lost worker" not in job.log()
+
+
+def test_after_an_outage_above_the_timeout_all_join_anew(
+    launched: Launched, lan: Lan, digest: str, tmp_path: Path
+) -> None:
+    """The server's own cable: it loses all its workers, waits, and goes on with them in the middle of the round."""
+    job = Job(launched, lan, tmp_path / "run", "--worker_timeout_seconds", str(TIMEOUT_SECONDS))
+    wait_for_line(job.server, MIDDLE)
+    lan.unplug("alpha")
+    wait_for_line(job.server, "; 0 left")
+    for worker in job.workers.values():
+        wait_for_line(worker, "joining anew")
+    lan.plug_in("alpha")
+    assert job.result() == digest
+    for rank, worker in job.workers.items():
+        status, _, errors = finish(worker)
+        assert status == 0, errors
+        assert job.log().count(f"worker {rank} joined") == 2
+
+
+def test_who_waits_says_for_whom_and_a_name_that_others_cannot_reach_is_refused(
+    launched: Launched, lan: Lan, tmp_path: Path
+) -> None:
+    """Many systems give a host's own name the address 127.0.1.1; a server there would wait for ever."""
+    hosts_file = tmp_path / "hosts"
+    hosts_file.write_text("127.0.0.1 localhost\n127.0.1.1 alpha\n")
+    see_hosts_file = ("sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', hosts_file)  # in a mount namespace
+    waiting = launched.start(
+        *lan.command("alpha", sys.executable, ROOT / "server.py", *FLAGS, "--run_dir", tmp_path / "run"),
+        *("--ip", lan.address["alpha"], "--port", PORT),
+    )
+    trying = launched.start(
+        *lan.command("beta", sys.executable, ROOT / "client_worker.py", "--rank", "1"),
+        *("--ip", "10.77.0.99", "--port", PORT, "--join_timeout_seconds", "6"),
+    )
+    named = [
+        launched.start(*lan.command("alpha", *see_hosts_file, sys.executable, ROOT / words[0], *words[1:]))
+        for words in (
+            ("server.py", *FLAGS, "--ip", "alpha", "--run_dir", str(tmp_path / "named")),
+            ("client_worker.py", "--ip", "alpha", "--rank", "1"),
+        )
+    ]
+    for process in named:
+        assert_one_clear_line(process, "--ip alpha means 127.0.1.1", f"this machine has {lan.address['alpha']}")
+    assert not (tmp_path / "named").exists(), "a server that cannot be reached leaves no folder behind"
+    wait_for_line(trying, f"worker 1: no server at 10.77.0.99:{PORT} yet (")
+    assert_one_clear_line(trying, f"no server at 10.77.0.99:{PORT} within 6 s", "firewall")
+    wait_for_line(waiting, "server: waiting for workers 1, 2, ")

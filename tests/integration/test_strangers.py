@@ -1,0 +1,287 @@
+"""What reaches the server's port and is no worker of the run: it learns nothing, and the run goes on undisturbed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import select
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+from helpers import TINY, Launched, assert_one_clear_line, finish, read_result, wait_for_line
+
+from multi_process.control import (
+    PROTOCOL_VERSION,
+    Admission,
+    Application,
+    ControlConnection,
+    Greeting,
+    receive_greeting,
+)
+from multi_process.network import MAX_UNGREETED
+
+TOKEN, OTHER_TOKEN = "a secret of 16 or more", "another secret of 16 or more"
+FLAGS = [*TINY, "--epochs", "30"]
+NUM_SCANS = 100
+NUM_LEFT_OPEN = MAX_UNGREETED + 16
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    return write_token(tmp_path / "token", TOKEN)
+
+
+def write_token(path: Path, token: str) -> Path:
+    path.write_text(token + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the model that the experiment gives in one process."""
+    launched, run_dir = Launched(), tmp_path_factory.mktemp("single") / "run"
+    try:
+        status, _, errors = finish(launched.start("single_process.py", *FLAGS, "--run_dir", run_dir))
+    finally:
+        launched.kill_all()
+    assert status == 0, errors
+    return str(read_result(run_dir)["model_sha256"])
+
+
+class Strangers:
+    """Clients of the server's port. Each has a loopback address of its own, by which the server's log tells it."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self._open: list[socket.socket] = []
+        self._threads: list[threading.Thread] = []
+        self.heard: dict[str, list[bytes]] = {}
+
+    def come(self, host: str, *content: bytes, times: int = 1, pause_seconds: float = 0.0, waits: bool = True) -> None:
+        """Connect, send the pieces with a pause after each, and listen until the server ends it, or leave at once."""
+
+        def visit() -> None:
+            for _ in range(times):
+                with self._connect(host) as connection, contextlib.suppress(ConnectionError):
+                    for piece in content:
+                        connection.sendall(piece)
+                        if self._is_ended(host, connection, pause_seconds):
+                            break
+                    while waits and not self._is_ended(host, connection, 60):
+                        pass
+
+        thread = threading.Thread(target=visit, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def leave_open(self, host: str, times: int) -> None:
+        """Connect so many times, and do nothing."""
+        self._open += [self._connect(host) for _ in range(times)]
+
+    def wait(self) -> None:
+        """Until the server has ended every connection of those that came."""
+        for thread in self._threads:
+            thread.join(60)
+            assert not thread.is_alive(), "a stranger was never dropped"
+
+    def close(self) -> None:
+        for connection in self._open:
+            connection.close()
+
+    def _connect(self, host: str) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self._port), timeout=60, source_address=(host, 0))
+
+    def _is_ended(self, host: str, connection: socket.socket, timeout_seconds: float) -> bool:
+        """Take in what the server says within a time. True where it ended the connection instead."""
+        if not select.select([connection], [], [], timeout_seconds)[0]:
+            return False
+        received = connection.recv(65536)
+        self.heard.setdefault(host, []).append(received)
+        return not received
+
+
+def application(**changes: object) -> bytes:
+    """The line that a worker without a proof would send."""
+    spoken = asdict(Application(PROTOCOL_VERSION, "0" * 64, 2, "", "0" * 64))
+    return json.dumps({**spoken, **changes}).encode() + b"\n"
+
+
+STRANGERS = {
+    "127.0.0.11": ((random.Random(0).randbytes(2**20),), "is not a line of JSON"),
+    "127.0.0.12": ((b"A" * 2**20,), "bytes without the end of a line"),
+    "127.0.0.13": ((b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n",), "is not a line of JSON"),
+    "127.0.0.14": ((b'{"hello": "world"}\n',), "is no application of this protocol"),
+    "127.0.0.15": ((b"[" * 60_000 + b"\n",), "is not a line of JSON"),
+    "127.0.0.16": ((application(),), "does not know the server's token"),
+    "127.0.0.17": ((application(proof="\u00e4\ud800"),), "does not know the server's token"),
+    "127.0.0.18": ((application(rank="1"),), "rank is not int"),
+    "127.0.0.19": ((), "no sign of life for 10 s"),
+    "127.0.0.20": ((b"{",) * 100, "no sign of life for 10 s"),
+    "127.0.0.21": ((b"\n",) * 100, "is not a line of JSON"),
+}
+"""Their addresses, what they send, and why the server drops them."""
+SCANNER, IDLERS = "127.0.0.31", "127.0.0.32"
+
+
+def test_strangers_neither_disturb_a_run_nor_learn_of_it(
+    launched: Launched, token_file: Path, digest: str, tmp_path: Path
+) -> None:
+    """In the middle of a round, which cannot end meanwhile because one of its workers is stopped."""
+    known = ("--token_file", token_file)
+    server, port = launched.start_server(tmp_path / "run", 3, *FLAGS, *known, "--worker_timeout_seconds", "100")
+    workers = [launched.start_worker(port, 3, rank, *known) for rank in (1, 2)]
+    wait_for_line(server, "FedAvg round")
+    workers[0].send_signal(signal.SIGSTOP)
+    strangers = Strangers(port)
+    strangers.come(SCANNER, times=NUM_SCANS, waits=False)
+    for host, (content, _) in STRANGERS.items():
+        strangers.come(host, *content, pause_seconds=0.3 if len(content) > 1 else 0.0)
+    strangers.wait()
+    strangers.leave_open(IDLERS, NUM_LEFT_OPEN)
+    workers[0].send_signal(signal.SIGCONT)
+    for process in (server, *workers):
+        status, _, errors = finish(process)
+        assert status == 0, errors
+        assert "Traceback" not in errors, errors
+    strangers.close()
+    assert read_result(tmp_path / "run")["model_sha256"] == digest
+
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "lost worker" not in log
+    for host, (_, reason) in STRANGERS.items():
+        (line,) = [line for line in log.splitlines() if f"dropped a connection from {host} " in line]
+        assert reason in line
+    assert log.count(f"dropped a connection from {SCANNER}") == NUM_SCANS.bit_length(), "the 1st, 2nd, 4th, 8th .."
+    assert f"dropped a connection from {IDLERS} (number 1): {MAX_UNGREETED} connections are being greeted" in log
+    for host in STRANGERS:
+        assert_only_the_greeting(b"".join(strangers.heard.get(host, [])))
+
+
+def assert_only_the_greeting(heard: bytes) -> None:
+    """Nothing of the configuration or the model, only what a worker needs to prove itself, and why it was refused."""
+    greeting, *others = heard.splitlines() or [b""]
+    if greeting:  # a connection that is ended while there is more to read may lose it
+        assert set(json.loads(greeting)) == {field.name for field in fields(Greeting)}
+    assert all(set(json.loads(line)) == {"refused"} for line in others)
+
+
+def test_workers_that_may_not_join_are_told_why(
+    launched: Launched, token_file: Path, digest: str, tmp_path: Path
+) -> None:
+    """They come while the server waits for its second worker, which then comes too."""
+    known = ("--token_file", token_file)
+    server, port = launched.start_server(tmp_path / "run", 3, *FLAGS, *known)
+    workers = [launched.start_worker(port, 3, 1, *known)]
+    wait_for_line(server, "worker 1 joined")
+    without = launched.start_worker(port, 3, 2)
+    mistaken = launched.start_worker(port, 3, 2, "--token_file", write_token(tmp_path / "other", OTHER_TOKEN))
+    second = launched.start_worker(port, 3, 1, *known)
+    assert other_version(port) == {
+        "refused": f"its protocol version {PROTOCOL_VERSION + 1} differs from the server's {PROTOCOL_VERSION}"
+    }
+    assert_one_clear_line(without, "refuses worker 2", "asks for a token", "--token_file", "PERFEDAVG_TOKEN")
+    assert_one_clear_line(mistaken, "refuses worker 2", "does not know the server's token")
+    assert_one_clear_line(second, "refuses worker 1", "--rank 1 is taken by another worker")
+    workers.append(launched.start_worker(port, 3, 2, *known))
+    status, _, errors = finish(server)
+    assert status == 0, errors
+    assert "dropped a connection from 127.0.0.1 (number 4)" in errors
+    for worker in workers:
+        status, _, worker_errors = finish(worker)
+        assert status == 0, worker_errors
+    assert read_result(tmp_path / "run")["model_sha256"] == digest
+
+
+def other_version(port: int) -> dict[str, object]:
+    """What the server answers to a worker of the next version."""
+    control = ControlConnection(socket.create_connection(("127.0.0.1", port)))
+    try:
+        receive_greeting(control)
+        control.send(**{**json.loads(application()), "protocol": PROTOCOL_VERSION + 1, "a new field": 1})
+        return control.receive(10)
+    finally:
+        control.close()
+
+
+def test_a_worker_with_a_token_refuses_a_server_without_one(
+    launched: Launched, token_file: Path, tmp_path: Path
+) -> None:
+    """The server names the code that a worker imports, so a worker must know whose server it is."""
+    server, port = launched.start_server(tmp_path / "run", 2, *TINY)
+    refusing = launched.start_worker(port, 2, 1, "--token_file", token_file)
+    assert_one_clear_line(refusing, "the server does not know this worker's token")
+    wait_for_line(server, "worker 1 could not join")
+    worker = launched.start_worker(port, 2, 1)
+    for process in (worker, server):
+        status, _, errors = finish(process)
+        assert status == 0, errors
+
+
+@contextlib.contextmanager
+def impostor(answer: Callable[[ControlConnection], None]) -> Iterator[int]:
+    """A server of somebody else's for one worker. Yields its port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            accepted, _ = listener.accept()
+            control = ControlConnection(accepted)
+            with accepted, contextlib.suppress(ConnectionError):
+                answer(control)
+                control.receive(60)  # until the worker leaves
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield int(listener.getsockname()[1])
+        thread.join(60)
+        assert not thread.is_alive(), "the worker left"
+
+
+def greeting(**changes: object) -> dict[str, object]:
+    spoken = Greeting("personalized-fedavg", PROTOCOL_VERSION, "0" * 64, True, 2, "gloo", 1.0, 30.0)
+    return {**asdict(spoken), **changes}
+
+
+def guess_the_proof(control: ControlConnection) -> None:
+    control.send(**greeting())
+    proof = control.receive(60)["proof"]
+    control.send(**asdict(Admission(1, "0" * 64, str(proof))))  # the worker's own, which is all that it has seen
+
+
+def speak_another_version(control: ControlConnection) -> None:
+    control.send(**greeting(protocol=PROTOCOL_VERSION + 1))
+
+
+def test_a_worker_leaves_a_server_that_cannot_prove_itself(launched: Launched, token_file: Path) -> None:
+    for answer, reason in (
+        (guess_the_proof, "the server does not know this worker's token"),
+        (
+            speak_another_version,
+            f"protocol version {PROTOCOL_VERSION} differs from the server's {PROTOCOL_VERSION + 1}",
+        ),
+    ):
+        with impostor(answer) as port:
+            worker = launched.start_worker(port, 2, 1, "--token_file", token_file)
+            assert_one_clear_line(worker, f"the server at 127.0.0.1:{port} refuses worker 1: ", reason)
+
+
+def test_a_token_that_is_missing_or_too_short(launched: Launched, tmp_path: Path) -> None:
+    """Neither side may start as if it needed no token."""
+
+    def start(token_file: Path) -> list[subprocess.Popen[str]]:
+        server, port = launched.start_server(tmp_path / "run", 2, *TINY, "--token_file", token_file)
+        return [server, launched.start_worker(port, 2, 1, "--token_file", token_file)]
+
+    nowhere, short = tmp_path / "nowhere", write_token(tmp_path / "short", "123456789")
+    missing, too_short = start(nowhere), start(short)
+    for process in missing:
+        assert_one_clear_line(process, f"--token_file {nowhere} cannot be read", "No such file")
+    for process in too_short:
+        assert_one_clear_line(process, f"--token_file {short} has 9 characters, fewer than 16", "secrets.token_hex")
+    assert not (tmp_path / "run").exists()
