@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import utils
 from perfedavg.console import run_entry_point
@@ -15,7 +16,9 @@ def main() -> None:
 
     from multi_process.network import ServerNetwork
     from multi_process.server import CohortHandler, WorkerPoolManager
+    from perfedavg.client_batching import settle_client_batching
     from perfedavg.compute import resolve_device, return_freed_memory, use_reproducible_kernels
+    from perfedavg.config import ExperimentConfig
     from perfedavg.executor import Executor
     from perfedavg.run import run_and_record
 
@@ -37,12 +40,13 @@ def main() -> None:
     model = utils.get_model(config, dataset)
     run_settings = {"command": sys.argv, "world_size": args.world_size, "backend": args.backend}
 
-    def experiment(executor: Executor) -> None:
-        run_and_record(config, executor, dataset, model, folder, run_settings)
+    def experiment(settled: ExperimentConfig, executor: Executor) -> None:
+        run_and_record(settled, executor, dataset, model, folder, run_settings)
 
     handler = CohortHandler(model)
+    settle = partial(settle_client_batching, config, model, dataset)
     WorkerPoolManager(
-        network, handler, config, dataset, experiment, args.join_timeout_seconds, args.worker_wait_seconds
+        network, handler, settle, dataset, experiment, args.join_timeout_seconds, args.worker_wait_seconds
     ).run()
 
 

@@ -13,7 +13,8 @@ def main() -> None:
     args = utils.get_args("single")
     config = utils.config_from_args(args)
 
-    from perfedavg.compute import resolve_device, use_reproducible_kernels
+    from perfedavg.client_batching import settle_client_batching
+    from perfedavg.compute import describe_device, resolve_device, use_reproducible_kernels
     from perfedavg.executor import LocalExecutor
     from perfedavg.run import run_and_record
 
@@ -23,6 +24,7 @@ def main() -> None:
     folder = utils.open_run_folder(args)
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset)
+    config = settle_client_batching(config, model, dataset, [describe_device(device)])
     executor = LocalExecutor(config, model, dataset, device, num_lanes)
     run_settings = {"command": sys.argv, "world_size": 1, "device": str(device), "threads": num_lanes}
     run_and_record(config, executor, dataset, model, folder, run_settings)

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perfedavg.config import OPTIMIZERS, ExperimentConfig, OptimizerConfig, PhaseConfig, num_unseen_clients
+from perfedavg.config import OPTIMIZERS, PRECISIONS, ExperimentConfig, OptimizerConfig, PhaseConfig, num_unseen_clients
 from perfedavg.console import EXIT_BAD_INPUT, say
 from perfedavg.runs import make_default_folder, read_run
 
@@ -218,6 +218,8 @@ def config_from_args(args: argparse.Namespace) -> ExperimentConfig:
         num_personalization_epochs=args.pers_round,
         eval_every=args.eval_every,
         eval_clients=args.eval_clients,
+        precision=args.precision,
+        client_batching=None if args.client_batching == "auto" else args.client_batching,
     )
 
 
@@ -337,6 +339,15 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=20, help="examples a local step")
     by_dataset("eval_every", "communication rounds between two points of the accuracy curve")
     add("--eval_clients", type=int, default=100, help="unseen clients behind a point of the curve; results take all")
+    add("--precision", choices=PRECISIONS, default="float32", help="of the clients' training; scores are float32's")
+    add(
+        "--client_batching",
+        type=_client_batching,
+        default="auto",
+        metavar="auto|N",
+        help="clients trained at once, as one computation; auto: 1 on a CPU unless the model is tiny, on GPUs as many "
+        "of a round's clients as fit their memory",
+    )
 
 
 def _add_phases(parser: argparse.ArgumentParser) -> None:
@@ -512,6 +523,10 @@ def _boolean(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return values[text.lower()]
+
+
+def _client_batching(text: str) -> str | int:
+    return text if text == "auto" else _positive(text)
 
 
 def _positive(text: str) -> int:

@@ -23,7 +23,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -106,7 +105,7 @@ class Result:
     """What a run ended with. seconds: from its first process to the end of its last.
 
     rounds: (phase, number) of each line of the metrics.  scores: clients.csv.
-    noticed_s: from the fault to the line that says so, None where nothing says so.
+    noticed_s: from the fault until another process said so, None where there was no fault.
     """
 
     model_sha256: str
@@ -198,8 +197,9 @@ def _run(folder: Path, row: Row | None) -> Result:
         struck = None if row is None else ("server" if row.process == "server" else "worker 2")
         for name in ("server", "worker 1", "worker 2"):
             processes.start(name, row if name == struck else None)
+        noticed_s = None
         if row is not None and struck is not None:
-            _follow_up(processes, struck, row)
+            noticed_s = _follow_up(processes, struck, row)
         expected = ["server", "worker 1", "worker 2"]
         if row is not None and row.then == "others":
             expected.remove("worker 2")
@@ -208,11 +208,11 @@ def _run(folder: Path, row: Row | None) -> Result:
         except subprocess.TimeoutExpired as error:
             raise AssertionError(f"{error}\n{processes.account()}") from error
         assert not any(statuses.values()), f"{statuses}\n{processes.account()}"
-        return _read_result(processes, time.monotonic() - started)
+        return _read_result(processes, time.monotonic() - started, noticed_s)
 
 
-def _follow_up(processes: Processes, struck: str, row: Row) -> None:
-    """Wait for the fault, and do what is to follow it."""
+def _follow_up(processes: Processes, struck: str, row: Row) -> float:
+    """Wait for the fault, and do what is to follow it. Returns the seconds until another process told of it."""
     is_stop = row.signal == "SIGSTOP"
     _wait_for(lambda: processes.note.exists(), "the fault", processes)
     if is_stop:
@@ -221,9 +221,11 @@ def _follow_up(processes: Processes, struck: str, row: Row) -> None:
         _wait_for(lambda: processes.status(struck) is not None, "the process to die", processes)
     if row.then == "again":
         processes.start(struck, resume=struck == "server" and (processes.run_dir / "config.json").exists())
-    elif row.then == "continued":
-        _wait_for(lambda: _noticed(processes) is not None, "the others to notice", processes)
+    _wait_for(lambda: _is_noticed(processes), "the others to notice", processes)
+    noticed_s = time.time() - float(processes.note.read_text())
+    if row.then == "continued":
         processes.send(struck, signal.SIGCONT)
+    return noticed_s
 
 
 def _wait_for(condition: object, what: str, processes: Processes) -> None:
@@ -234,29 +236,21 @@ def _wait_for(condition: object, what: str, processes: Processes) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _noticed(processes: Processes) -> float | None:
-    """Seconds from the fault to the line in which another process tells of it: the server's log, or worker 1's word."""
-    struck_at = float(processes.note.read_text())
+def _is_noticed(processes: Processes) -> bool:
+    """Whether another process has told of the fault: the server in its log, or worker 1 on its terminal."""
     log = processes.run_dir / "log.txt"
-    lines = log.read_text().splitlines() if log.exists() else []
-    for line in lines:
-        match = re.match(r"(\S+ \S+),(\d+) INFO server: (?:lost worker 2|worker 2 could not join)", line)
-        if match:
-            at = datetime.strptime(match[1], "%Y-%m-%d %H:%M:%S").timestamp() + int(match[2]) / 1000
-            return at - struck_at
-    if "the server is gone" in processes.error_file("worker 1").read_text():
-        return processes.error_file("worker 1").stat().st_mtime - struck_at
-    return None
+    told = log.read_text() if log.exists() else ""
+    words = re.search(r"server: (?:lost worker 2|worker 2 could not join)", told)
+    return words is not None or "the server is gone" in processes.error_file("worker 1").read_text()
 
 
-def _read_result(processes: Processes, seconds: float) -> Result:
+def _read_result(processes: Processes, seconds: float, noticed_s: float | None) -> Result:
     run_dir = processes.run_dir
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     with open(run_dir / "clients.csv", newline="") as file:
         scores = list(csv.reader(file))
     digest = json.loads((run_dir / "result.json").read_text())["model_sha256"]
-    noticed = _noticed(processes) if processes.note.exists() else None
-    return Result(digest, [(line["phase"], line["round_number"]) for line in lines], scores, seconds, noticed)
+    return Result(digest, [(line["phase"], line["round_number"]) for line in lines], scores, seconds, noticed_s)
 
 
 def main() -> None:

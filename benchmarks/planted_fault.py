@@ -35,8 +35,12 @@ class Fault:
     note: Path
     doing: tuple[Phase, int] | None = None
 
+    @property
+    def is_due(self) -> bool:
+        return self.doing == (self.phase, self.round_number)
+
     def strike_if_due(self) -> None:
-        if self.doing == (self.phase, self.round_number):
+        if self.is_due:
             self.strike()
 
     def strike(self) -> None:
@@ -121,9 +125,9 @@ def worker_sending(fault: Fault) -> None:
     follow_worker(fault)
 
     def strike(processor: Any, package: Any, dst: int) -> None:
-        if package.header[3] == MessageCode.GradientUpdate.value:
+        if package.header[3] == MessageCode.GradientUpdate.value and fault.is_due:
             processor._control_group.send([package.header], dst, 0).wait()
-            fault.strike_if_due()
+            fault.strike()
 
     before(ExactPackageProcessor, "send", strike)
 
@@ -145,13 +149,13 @@ def server_joining(fault: Fault) -> None:
 
 def server_waiting(fault: Fault) -> None:
     """While its workers train: a client of the round has been reported, others have not."""
-    from multi_process.messages import ClientTrained
+    from multi_process.messages import GroupTrained
     from multi_process.server import WorkerPoolManager
 
     follow_server(fault)
 
     def strike(manager: object, worker: object, message: object, piece: object) -> None:
-        if isinstance(message, ClientTrained):
+        if isinstance(message, GroupTrained):
             fault.strike_if_due()
 
     before(WorkerPoolManager, "_take_answer", strike)
@@ -167,13 +171,13 @@ def server_stepping(fault: Fault) -> None:
 
 def server_scoring(fault: Fault) -> None:
     """While its workers score unseen clients."""
-    from multi_process.messages import ClientScored
+    from multi_process.messages import GroupScored
     from multi_process.server import WorkerPoolManager
 
     follow_server(fault)
 
     def strike(manager: object, worker: object, message: object, piece: object) -> None:
-        if isinstance(message, ClientScored):
+        if isinstance(message, GroupScored):
             fault.strike_if_due()
 
     before(WorkerPoolManager, "_take_answer", strike)

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class EmnistCNN(nn.Sequential):
-    """conv5x5-32 same, ReLU, pool2, conv5x5-64 same, ReLU, pool2, dense 1024, ReLU, dropout 0.6, dense num_classes.
+    """conv5x5-32 same, pool2, ReLU, conv5x5-64 same, pool2, ReLU, dense 1024, ReLU, dropout 0.6, dense num_classes.
 
     (batch, 1, 28, 28) to (batch, num_classes) logits; 3.3 million parameters with 62 classes.
     """
@@ -14,11 +14,11 @@ class EmnistCNN(nn.Sequential):
     def __init__(self, num_classes: int) -> None:
         super().__init__(
             nn.Conv2d(1, 32, kernel_size=5, padding="same"),
-            nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.ReLU(),
             nn.Conv2d(32, 64, kernel_size=5, padding="same"),
-            nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.ReLU(),
             nn.Flatten(),
             nn.Linear(64 * 7 * 7, 1024),
             nn.ReLU(),

@@ -6,7 +6,7 @@ from torch import nn
 
 
 class MnistCNN(nn.Sequential):
-    """conv5x5-32 stride 2, ReLU, conv5x5-64, ReLU, pool2, dense 512, ReLU, dense num_classes.
+    """conv5x5-32 stride 2, ReLU, conv5x5-64, pool2, ReLU, dense 512, ReLU, dense num_classes.
 
     (batch, 1, 28, 28) to (batch, num_classes) logits; 0.58 million parameters with 10 classes.
     """
@@ -16,8 +16,8 @@ class MnistCNN(nn.Sequential):
             nn.Conv2d(1, 32, kernel_size=5, stride=2),
             nn.ReLU(),
             nn.Conv2d(32, 64, kernel_size=5),
-            nn.ReLU(),
             nn.MaxPool2d(2),
+            nn.ReLU(),
             nn.Flatten(),
             nn.Linear(64 * 4 * 4, 512),
             nn.ReLU(),

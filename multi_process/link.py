@@ -1,6 +1,6 @@
 """A link: the two connections between the server and one worker, as one thing that is alive or gone.
 
-Signs of life, and the news that a message is coming, go over the control connection. Messages go over a torch
+Signs of life, words, and the news that a message is coming, go over the control connection. Messages go over a torch
 process group of two, the server and this worker, formed for this link alone: gloo's, and with nccl one of nccl's
 beside it. So a worker that dies, hangs or joins disturbs no other pair, and nobody waits in a receive for a message
 that may never come: a receive begins only when the message has been announced.
@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
 from multi_process.control import ControlConnection, NotOursError
-from multi_process.messages import Message, from_package, to_package
+from multi_process.messages import Message, Word, from_line, from_package, to_line, to_package
 from perfedavg.console import LOGGER
 
 FORMATION_TIMEOUT = timedelta(seconds=30)
@@ -81,7 +81,7 @@ class Link:
         self._silence_seconds = silence_seconds
         self._store = _ControlStore(control)
         self._processor: ExactPackageProcessor | None = None
-        self._announced: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()  # None: a message is coming
+        self._announced: queue.SimpleQueue[Exception | Word | None] = queue.SimpleQueue()  # None: a message is coming
         self._outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: nothing more will come
         self._transfers: queue.SimpleQueue[Future[Any] | None] = queue.SimpleQueue()  # None: nothing more
         self._speaker = self._thread(self._speak)
@@ -151,11 +151,13 @@ class Link:
         Raises GoneError where the peer is gone, DismissedError where the server ended the run for good, ValueError for
         a message that is not one.
         """
-        error = self._announced.get()
-        if error is not None:
-            if error is self._end:
-                self._announced.put(error)  # for whoever receives next
-            raise error
+        announced = self._announced.get()
+        if isinstance(announced, Word):
+            return announced
+        if announced is not None:
+            if announced is self._end:
+                self._announced.put(announced)  # for whoever receives next
+            raise announced
         transfer: Future[Any] = Future()
         self._transfers.put(transfer)
         wait([transfer, self._ended], return_when=FIRST_COMPLETED)
@@ -195,7 +197,9 @@ class Link:
             self._set_end(GoneError(self.name, str(error)))
 
     def _take_in(self, fields: dict[str, Any]) -> None:
-        if "message" in fields:
+        if "word" in fields:
+            self._announced.put(from_line(fields))
+        elif "message" in fields:
             self._announced.put(None)
         elif "key" in fields:
             self._store.take_in(str(fields["key"]), str(fields.get("value")))
@@ -217,19 +221,24 @@ class Link:
 
     def _speak(self) -> None:
         """Announce and send what is to be sent, one message after the other."""
-        assert self._processor is not None, "the group is formed before messages are sent"
         while (message := self._outgoing.get()) is not None:
             try:
-                package = to_package(message)
                 with self._connection_errors():
-                    self._control.send(message=type(message).__name__)
-                    self._processor.send(package, 1 - self._side)
+                    if isinstance(message, Word):
+                        self._control.send(**to_line(message))
+                    else:
+                        self._send_package(to_package(message))
             except (GoneError, DismissedError):
                 return
             except Exception as error:  # a message that cannot be written down; whoever waits here must hear of it
                 self.interrupt(error)
                 return
-            self.bytes_sent += package.content.nbytes
+
+    def _send_package(self, package: Package) -> None:
+        assert self._processor is not None, "the group is formed before messages are sent"
+        self._control.send(message="package")
+        self._processor.send(package, 1 - self._side)
+        self.bytes_sent += package.content.nbytes
 
     def _hear(self) -> None:
         """Receive what was announced, in a thread of its own: nothing interrupts a receive from a silent peer."""

@@ -1,7 +1,8 @@
-"""What server and workers say to each other: dataclasses, and their one translation to FedLab packages and back.
+"""What server and workers say to each other: dataclasses, and their one translation to what travels.
 
-A FedLab package holds tensors of one type, so a message travels as bytes: a JSON header with the message's kind and
-its plain fields, then each tensor's own bytes, none of them converted. Nothing else touches tensors by position.
+Most are FedLab packages. A package holds tensors of one type, so a message travels as bytes: a JSON header with the
+message's kind and its plain fields, then each tensor's own bytes, none of them converted. Nothing else touches tensors
+by position. What is said of single clients, often and in a few words, goes as a line over the control connection.
 """
 
 from __future__ import annotations
@@ -26,6 +27,12 @@ class Message:
     """A message. Fields are tensors, or values that JSON holds."""
 
     code: ClassVar[MessageCode]
+    """FedLab's code of the package that carries it."""
+
+
+@dataclass(frozen=True)
+class Word(Message):
+    """A message without tensors that is short enough for a line of the control connection."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Join(Message):
 
     ticket: of its admission (`control.Admission`).  machine: the same for all processes of one machine.
     num_cores: cores that the worker may use.  threads: what its user asked for with --threads, or None.
+    device_kind, device_memory_bytes: see `compute.ComputeDevice`.
     """
 
     code = MessageCode.SetUp
@@ -41,6 +49,8 @@ class Join(Message):
     machine: str
     num_cores: int
     threads: int | None
+    device_kind: str
+    device_memory_bytes: int
 
 
 @dataclass(frozen=True)
@@ -90,34 +100,32 @@ class StartScoring(Message):
 
 
 @dataclass(frozen=True)
-class WorkOn(Message):
-    """Server to worker: train or score these clients too, whichever was started last."""
+class WorkOn(Word):
+    """Server to worker: train or score these groups of clients too, whichever was started last."""
 
-    code = MessageCode.Activation
-    client_ids: list[int]
-
-
-@dataclass(frozen=True)
-class ClientTrained(Message):
-    """Worker to server: a client's update is in its running sum, or was refused; it has room for another client."""
-
-    code = MessageCode.Activation
-    client_id: int
+    groups: list[list[int]]
 
 
 @dataclass(frozen=True)
-class ClientScored(Message):
-    """Worker to server: the fields of the client's `scores.ClientScore`."""
+class GroupTrained(Word):
+    """Worker to server: the updates of a group are in its running sum, or were refused; it has room for another.
 
-    code = MessageCode.EvaluateParams
-    score: dict[str, Any]
+    first: the first client of the group, by which it is known.
+    """
+
+    first: int
 
 
 @dataclass(frozen=True)
-class SendSum(Message):
+class GroupScored(Word):
+    """Worker to server: the fields of the `scores.ClientScore` of each client of a group."""
+
+    scores: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class SendSum(Word):
     """Server to worker: send the running sum up, and begin a new one."""
-
-    code = MessageCode.ParameterRequest
 
 
 @dataclass(frozen=True)
@@ -150,23 +158,10 @@ class Finish(Message):
     code = MessageCode.Exit
 
 
-_KINDS: dict[str, type[Message]] = {
-    kind.__name__: kind
-    for kind in (
-        Join,
-        Configure,
-        Ready,
-        StartTraining,
-        StartScoring,
-        WorkOn,
-        ClientTrained,
-        ClientScored,
-        SendSum,
-        PartialSum,
-        Failed,
-        Finish,
-    )
+_PACKAGED: dict[str, type[Message]] = {
+    kind.__name__: kind for kind in (Join, Configure, Ready, StartTraining, StartScoring, PartialSum, Failed, Finish)
 }
+_WORDS: dict[str, type[Word]] = {kind.__name__: kind for kind in (WorkOn, GroupTrained, GroupScored, SendSum)}
 
 
 def to_package(message: Message) -> Package:
@@ -195,7 +190,7 @@ def from_package(code: MessageCode, content: list[Tensor] | None) -> Message:
     try:
         header_bytes, *parts = content[::2]  # what lies between them is padding
         header = json.loads(header_bytes.numpy().tobytes())
-        kind, values = _KINDS[header["kind"]], header["values"]
+        kind, values = _PACKAGED[header["kind"]], header["values"]
         for (name, (type_name, shape)), part in zip(header["tensors"].items(), parts, strict=True):
             values[name] = part.view(getattr(torch, type_name)).view(shape)
         message = kind(**values)
@@ -204,6 +199,19 @@ def from_package(code: MessageCode, content: list[Tensor] | None) -> Message:
     if message.code is not code:
         raise ValueError(f"a {header['kind']} message came with code {code.name}")
     return message
+
+
+def to_line(word: Word) -> dict[str, Any]:
+    """The fields of the line that carries a word. `from_line` is its inverse."""
+    return {"word": type(word).__name__, "values": dataclasses.asdict(word)}
+
+
+def from_line(fields: dict[str, Any]) -> Word:
+    """The word that a line carries. Raises ValueError where it is not one of this protocol's."""
+    try:
+        return _WORDS[fields["word"]](**fields["values"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a line is not a word of protocol {PROTOCOL_VERSION}") from error
 
 
 def _type_name(tensor: Tensor) -> str:

@@ -64,9 +64,9 @@ class Schedule:
         self._done.get(worker, set()).difference_update(client_ids)
         self._num_undelivered -= len(client_ids)
 
-    def lose(self, worker: int) -> int:
-        """The worker is gone: what it had not delivered waits again. Returns how many clients that are."""
+    def lose(self, worker: int) -> set[int]:
+        """The worker is gone: what it had not delivered waits again. Returns which clients that are."""
         lost = self._in_work.pop(worker, set()) | self._done.pop(worker, set())
         for client_id in lost:
             heapq.heappush(self._waiting, self._position[client_id])
-        return len(lost)
+        return lost

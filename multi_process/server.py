@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from multi_process.link import GoneError
 from multi_process.messages import (
-    ClientScored,
-    ClientTrained,
     Configure,
     Failed,
     Finish,
+    GroupScored,
+    GroupTrained,
     Join,
     Message,
     PartialSum,
@@ -32,10 +32,11 @@ from multi_process.messages import (
 from multi_process.network import REMINDER_SECONDS, Connected, ServerNetwork
 from multi_process.schedule import Schedule
 from perfedavg.client_data import ClientDirectory
+from perfedavg.compute import ComputeDevice
 from perfedavg.config import ExperimentConfig
 from perfedavg.console import LOGGER, at_early_end, say
 from perfedavg.exact_sum import ExactSum
-from perfedavg.executor import ClientReport, CohortTask, CohortUpdate, Executor, ScoringTask
+from perfedavg.executor import ClientReport, CohortTask, CohortUpdate, Executor, ScoringTask, cut_into_groups
 from perfedavg.scores import ClientScore
 
 FINISH_SECONDS = 10.0
@@ -128,15 +129,25 @@ class _Worker:
 class _Piece:
     """A piece of work that the pool does together: a round's training, or a scoring.
 
+    groups: of clients that are worked on at once, by the first client of each; the schedule hands these out.
     start: tells a worker of it.  deliver: takes the results that an answer has, or raises and takes none.
     lane_seconds, lost: see `executor.CohortUpdate`.
     """
 
+    groups: dict[int, tuple[int, ...]]
     schedule: Schedule
     start: Message
     deliver: Callable[[Message], None]
     lane_seconds: float
     lost: dict[int, str]
+
+    def first_of_each(self, client_ids: Sequence[int]) -> list[int]:
+        """The first clients of the groups that these clients are. Raises ValueError where a group is not whole."""
+        firsts = [client_id for client_id in client_ids if client_id in self.groups]
+        whole = [client_id for first in firsts for client_id in self.groups[first]]
+        if sorted(whole) != sorted(client_ids):
+            raise ValueError(f"clients {sorted(set(whole) ^ set(client_ids))} were not delivered as their group")
+        return firsts
 
 
 class WorkerPoolManager(ServerManager):
@@ -145,7 +156,8 @@ class WorkerPoolManager(ServerManager):
     Workers may come and go at any time: what a lost one had not delivered is given to the others, and one that joins
     is given work at once. All of it happens in the experiment's thread, which waits for the network's events.
 
-    experiment: is called once the workers to start with are ready, with this manager as the executor.
+    settle: the configuration for the devices that the workers to start with compute on.
+    experiment: is called once these workers are ready, with the configuration and this manager as the executor.
     join_seconds: for them to join.  worker_wait_seconds: how long to go on without any worker.
     """
 
@@ -153,16 +165,17 @@ class WorkerPoolManager(ServerManager):
         self,
         network: ServerNetwork,
         handler: CohortHandler,
-        config: ExperimentConfig,
+        settle: Callable[[Sequence[ComputeDevice]], ExperimentConfig],
         clients: ClientDirectory,
-        experiment: Callable[[Executor], None],
+        experiment: Callable[[ExperimentConfig, Executor], None],
         join_seconds: float,
         worker_wait_seconds: float,
     ) -> None:
         super().__init__(network, handler, mode="GLOBAL")
         self._network: ServerNetwork = network
         self._handler: CohortHandler = handler
-        self._experiment_config = config
+        self._settle = settle
+        self._settled: ExperimentConfig | None = None
         self._clients = clients
         self._experiment = experiment
         self._join_seconds = join_seconds
@@ -195,12 +208,19 @@ class WorkerPoolManager(ServerManager):
                 say(f"server: waiting for {self._missing()}, {max(0.0, deadline - time.monotonic()):.0f} s left")
             num_first = self._network.world_size - 1
             if len(self._workers) >= num_first:
+                if self._settled is None:
+                    self._settled = self._settle([_device_of(worker.join) for worker in self._workers.values()])
                 for worker in self._workers.values():
                     self._configure(worker)
             self._is_started = sum(worker.is_ready for worker in self._workers.values()) >= num_first
 
     def main_loop(self) -> None:
-        self._experiment(self)
+        self._experiment(self._experiment_config, self)
+
+    @property
+    def _experiment_config(self) -> ExperimentConfig:
+        assert self._settled is not None, "the configuration is settled before it is used"
+        return self._settled
 
     def shutdown(self) -> None:
         """Let the workers end, and close the network."""
@@ -232,16 +252,19 @@ class WorkerPoolManager(ServerManager):
         scores: list[ClientScore] = []
 
         def deliver(answer: Message) -> None:
-            assert isinstance(answer, ClientScored), "a scored client's result comes by itself"
-            scores.append(ClientScore(**answer.score))
+            assert isinstance(answer, GroupScored), "a scored group's result comes by itself"
+            scores.extend([ClientScore(**fields) for fields in answer.scores])
 
         self._perform(StartScoring(int(task.phase), task.round_number, parameters), task.client_ids, deliver)
         return scores
 
     def _perform(self, start: Message, client_ids: Sequence[int], deliver: Callable[[Message], None]) -> _Piece:
-        """Hand out the clients, the largest first, until each one's result has been delivered."""
-        ordered = sorted(client_ids, key=lambda client_id: -self._clients.num_train_examples(client_id))
-        piece = self._piece = _Piece(Schedule(ordered), start, deliver, 0.0, self._lost_between)
+        """Hand out the clients, group by group, the largest first, until each one's result has been delivered."""
+        group_size = self._experiment_config.client_batching
+        assert group_size is not None, "the configuration is settled"
+        cut = cut_into_groups(client_ids, self._clients.num_train_examples, group_size)
+        groups = {group[0]: group for group in cut}
+        piece = self._piece = _Piece(groups, Schedule(list(groups)), start, deliver, 0.0, self._lost_between)
         self._lost_between = {}
         for worker in self._workers.values():
             worker.has_begun = worker.is_asked = False
@@ -264,7 +287,7 @@ class WorkerPoolManager(ServerManager):
         return piece
 
     def _feed(self, worker: _Worker, piece: _Piece) -> None:
-        """Give a worker as many clients as it has lanes, and one to go on with while there are plenty.
+        """Give a worker as many groups as it has lanes, and one to go on with while there are plenty.
 
         Where none is left for it, ask for the sum over those that it has trained.
         """
@@ -273,12 +296,12 @@ class WorkerPoolManager(ServerManager):
         schedule = piece.schedule
         num_lanes = sum(other.num_lanes for other in self._workers.values() if other.is_ready)
         in_hand = worker.num_lanes + (1 if schedule.num_waiting > 2 * num_lanes else 0)
-        client_ids = schedule.take(worker.number, in_hand - schedule.num_in_work(worker.number))
-        if client_ids:
+        firsts = schedule.take(worker.number, in_hand - schedule.num_in_work(worker.number))
+        if firsts:
             if not worker.has_begun:
                 self._send(worker, piece.start)
                 worker.has_begun = True
-            self._send(worker, WorkOn(client_ids))
+            self._send(worker, WorkOn([list(piece.groups[first]) for first in firsts]))
         elif not schedule.num_in_work(worker.number) and schedule.num_done(worker.number) and not worker.is_asked:
             self._send(worker, SendSum())
             worker.is_asked = True
@@ -324,8 +347,7 @@ class WorkerPoolManager(ServerManager):
             return
         on_same_machine = sum(other.join.machine == worker.join.machine for other in self._workers.values())
         worker.num_lanes = worker.join.threads or max(1, worker.join.num_cores // on_same_machine)
-        experiment = self._experiment_config.to_dict()
-        self._send(worker, Configure(worker.connected.ticket, experiment, worker.num_lanes))
+        self._send(worker, Configure(worker.connected.ticket, self._experiment_config.to_dict(), worker.num_lanes))
 
     def _take_message(self, worker: _Worker, message: Message) -> None:
         """Act on what a worker says. Raises _MisbehavedError where it does not fit."""
@@ -340,20 +362,21 @@ class WorkerPoolManager(ServerManager):
             raise _MisbehavedError(str(error)) from error
 
     def _take_answer(self, worker: _Worker, message: Message, piece: _Piece) -> None:
-        if isinstance(message, ClientTrained):
-            piece.schedule.finish(worker.number, message.client_id)
+        if isinstance(message, GroupTrained):
+            piece.schedule.finish(worker.number, message.first)
             return
         if isinstance(message, PartialSum) and worker.is_asked:
-            client_ids = [report["client_id"] for report in message.reports]
+            firsts = piece.first_of_each([report["client_id"] for report in message.reports])
             worker.is_asked = False
-        elif isinstance(message, ClientScored):
-            client_ids = [message.score["client_id"]]
-            piece.schedule.finish(worker.number, client_ids[0])
+        elif isinstance(message, GroupScored):
+            firsts = piece.first_of_each([score["client_id"] for score in message.scores])
+            for first in firsts:
+                piece.schedule.finish(worker.number, first)
         else:
             raise ValueError(f"a {type(message).__name__} message was not expected")
-        piece.schedule.check_done(worker.number, client_ids)
+        piece.schedule.check_done(worker.number, firsts)
         piece.deliver(message)
-        piece.schedule.deliver(worker.number, client_ids)
+        piece.schedule.deliver(worker.number, firsts)
 
     def _take_ready(self, worker: _Worker, ready: Ready) -> None:
         if ready.fingerprint != self._clients.fingerprint:
@@ -388,7 +411,7 @@ class WorkerPoolManager(ServerManager):
         num_clients = 0
         if self._piece is not None:
             self._account(worker, self._piece)
-            num_clients = self._piece.schedule.lose(worker.number)
+            num_clients = sum(len(self._piece.groups[first]) for first in self._piece.schedule.lose(worker.number))
         again = f"; {num_clients} client(s) are given to others" if num_clients else ""
         say(f"server: lost worker {worker.rank} ({reason}){again}; {len(self._workers)} left")
 
@@ -411,3 +434,7 @@ class WorkerPoolManager(ServerManager):
             self._network.dismiss(str(cause))
         elif cause == signal.SIGINT:
             self._network.dismiss("it was stopped by SIGINT")
+
+
+def _device_of(join: Join) -> ComputeDevice:
+    return ComputeDevice(join.device_kind, join.device_memory_bytes)

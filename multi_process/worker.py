@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import asdict
 from pathlib import Path
@@ -18,11 +18,11 @@ from torch import nn
 
 from multi_process.link import DismissedError, GoneError
 from multi_process.messages import (
-    ClientScored,
-    ClientTrained,
     Configure,
     Failed,
     Finish,
+    GroupScored,
+    GroupTrained,
     Join,
     Message,
     PartialSum,
@@ -34,6 +34,7 @@ from multi_process.messages import (
 )
 from multi_process.network import WorkerNetwork
 from perfedavg.client_data import FederatedDataset
+from perfedavg.compute import describe_device
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.console import say
 from perfedavg.executor import ClientReport, CohortTask, CohortTraining, LocalExecutor, ScoringTask
@@ -49,7 +50,7 @@ class PersonalizationTrainer(SerialClientTrainer):
     """FedLab's serial trainer: simulates many clients in one process, by means of a `LocalExecutor`.
 
     tell: is given each answer as soon as there is one, in the thread of a lane.
-    fail: is given what went wrong with a client, and its id.
+    fail: is given what went wrong with a group of clients, and the first one's id.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class PersonalizationTrainer(SerialClientTrainer):
         self._executor = LocalExecutor(config, self._model, dataset, device, num_lanes)
         self._tell = tell
         self._fail = fail
-        self._work: Callable[[int], Message] | None = None
+        self._work: Callable[[Sequence[int]], Message] | None = None
         self._training: CohortTraining | None = None
         self._reports: list[ClientReport] = []
         self._futures: list[Future[None]] = []
@@ -88,12 +89,12 @@ class PersonalizationTrainer(SerialClientTrainer):
         else:
             scoring = ScoringTask(phase, payload.round_number, ())
             score = self._executor.begin_scoring(scoring, payload.parameters.clone())
-            self._work = lambda client_id: ClientScored(asdict(score(client_id)))
+            self._work = lambda group: GroupScored([asdict(client_score) for client_score in score(group)])
 
-    def local_process(self, payload: WorkOn, id_list: list[int]) -> None:
-        """Let the clients of the list train or be scored, each on the next free lane. Does not wait for them."""
-        for client_id in id_list:
-            self._futures.append(self._executor.submit(self._process, client_id))
+    def local_process(self, payload: WorkOn, id_list: list[list[int]]) -> None:
+        """Let the groups of the list train or be scored, each on the next free lane. Does not wait for them."""
+        for group in id_list:
+            self._futures.append(self._executor.submit(self._process, group))
 
     @property
     def uplink_package(self) -> PartialSum:
@@ -112,19 +113,19 @@ class PersonalizationTrainer(SerialClientTrainer):
         self._reports = []
         self._training = self._work = None
 
-    def _process(self, client_id: int) -> None:
+    def _process(self, group: Sequence[int]) -> None:
         assert self._work is not None, "a piece of work was begun before its clients came"
         try:
-            answer = self._work(client_id)
+            answer = self._work(group)
         except Exception as error:  # whatever it is, the worker's main thread must hear of it
-            self._fail(error, client_id)
+            self._fail(error, group[0])
         else:
             self._tell(answer)
 
-    def _train(self, client_id: int) -> Message:
+    def _train(self, group: Sequence[int]) -> Message:
         assert self._training is not None, "a round was begun"
-        self._reports.append(self._training.train(client_id))
-        return ClientTrained(client_id)
+        self._reports += self._training.train(group)
+        return GroupTrained(group[0])
 
 
 class _ClientError(Exception):
@@ -184,7 +185,7 @@ class WorkerManager(PassiveClientManager):
                 case StartTraining() | StartScoring():
                     trainer.begin(request)
                 case WorkOn():
-                    trainer.local_process(request, request.client_ids)
+                    trainer.local_process(request, request.groups)
                 case SendSum():
                     self.synchronize()
                 case _:
@@ -196,7 +197,18 @@ class WorkerManager(PassiveClientManager):
         self._tell(self._trainer.uplink_package)
 
     def _configure(self) -> None:
-        self._tell(Join(self._network.ticket, machine_identity(), len(os.sched_getaffinity(0)), self._threads))
+        device = describe_device(self._device)
+        num_cores = len(os.sched_getaffinity(0))
+        self._tell(
+            Join(
+                self._network.ticket,
+                machine_identity(),
+                num_cores,
+                self._threads,
+                device.kind,
+                device.memory_bytes,
+            )
+        )
         answer = self._network.link.receive()
         if not isinstance(answer, Configure) or answer.ticket != self._network.ticket:
             raise ValueError("what speaks on the tensors' connection is not the server")

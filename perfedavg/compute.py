@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -29,6 +30,21 @@ def resolve_device(name: str) -> torch.device:
             "use --device cpu or --device auto"
         )
     return torch.device("cuda", int(index or 0))
+
+
+@dataclass(frozen=True)
+class ComputeDevice:
+    """What clients are trained on. kind: `cpu` or `cuda`.  memory_bytes: that can be had of it; 0 for a CPU."""
+
+    kind: str
+    memory_bytes: int
+
+
+def describe_device(device: torch.device) -> ComputeDevice:
+    """The memory of a GPU is all that it has, so that it is the same in every run on it."""
+    if device.type != "cuda":
+        return ComputeDevice(device.type, 0)
+    return ComputeDevice(device.type, torch.cuda.get_device_properties(device).total_memory)
 
 
 def use_reproducible_kernels() -> None:

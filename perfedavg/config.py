@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 OPTIMIZERS = ("sgd", "adam")
+PRECISIONS = ("float32", "bf16")
 
 
 class Phase(IntEnum):
@@ -93,6 +94,9 @@ class ExperimentConfig:
     eval_every: rounds between two points of the accuracy curve.
     eval_clients: unseen clients (a fixed draw from the seed) behind a point of the curve; the results after a
         phase always take all of them.
+    precision: of PRECISIONS, in which clients train (see `flat_model.FlatModel`); they are scored in float32.
+    client_batching: clients that are trained at once, as one computation, 1 or more, or None until it is settled for
+        the devices that do the work (see `executor.settle_client_batching`). It changes only how sums are rounded.
     """
 
     dataset: str
@@ -108,6 +112,8 @@ class ExperimentConfig:
     num_personalization_epochs: int
     eval_every: int
     eval_clients: int
+    precision: str
+    client_batching: int | None
 
     @property
     def phases(self) -> dict[Phase, PhaseConfig]:
@@ -130,6 +136,10 @@ class ExperimentConfig:
         _at_least_one("--pers_round", self.num_personalization_epochs)
         _at_least_one("--eval_every", self.eval_every)
         _at_least_one("--eval_clients", self.eval_clients)
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"unknown --precision {self.precision!r}; use one of {', '.join(PRECISIONS)}")
+        if self.client_batching is not None:
+            _at_least_one("--client_batching", self.client_batching)
         _at_least_one("--epochs", self.fedavg.num_rounds)
         _at_least_one("--inner_loops", self.fedavg.num_local_epochs)
         self.fedavg.client_optimizer.check("--local_lr")

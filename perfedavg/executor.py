@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from perfedavg.client_data import FederatedDataset
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.exact_sum import BadUpdateError, ExactSum
 from perfedavg.flat_model import FlatModel
+from perfedavg.group_training import GroupMember, StackedModel, score_together, train_together
 from perfedavg.local_training import LocalTraining, Loss, score, train_locally
 from perfedavg.scores import ClientScore
 from perfedavg.seeding import Purpose, seed_sequence
@@ -100,11 +102,38 @@ def client_weight(phase: Phase, num_examples: int) -> int:
     return num_examples if phase is Phase.FEDAVG else 1
 
 
+def cut_into_groups(
+    client_ids: Sequence[int], num_examples: Callable[[int], int], group_size: int
+) -> list[tuple[int, ...]]:
+    """The clients that are trained or scored at once, the largest first: the units in which work is handed out.
+
+    They follow from the clients alone, not from who works on them, because the rounding of what is computed together
+    depends on what it is computed with.
+    """
+    ordered = sorted(client_ids, key=lambda client_id: (-num_examples(client_id), client_id))
+    return [tuple(ordered[first : first + group_size]) for first in range(0, len(ordered), group_size)]
+
+
+class _Lane:
+    """What one thread trains with: a model for one client, and one for a group, made when it is first needed."""
+
+    def __init__(self, build_single: Callable[[], FlatModel], build_group: Callable[[], StackedModel]) -> None:
+        self.single = build_single()
+        self._build_group = build_group
+        self._group: StackedModel | None = None
+
+    @property
+    def group(self) -> StackedModel:
+        if self._group is None:
+            self._group = self._build_group()
+        return self._group
+
+
 class LocalExecutor:
     """Trains and scores clients in this process, several side by side.
 
-    num_lanes: clients trained at the same time, 1 or more. Each lane is a thread with a model of its own that runs
-    its kernels on one core. So the lanes change the speed, but not a bit of the result, unlike torch's intra-op
+    num_lanes: groups of clients trained at the same time, 1 or more. Each lane is a thread with models of its own that
+    runs its kernels on one core. So the lanes change the speed, but not a bit of the result, unlike torch's intra-op
     threads, whose number changes the order of additions inside a kernel.
     """
 
@@ -117,12 +146,24 @@ class LocalExecutor:
         num_lanes: int = 1,
         loss_function: Loss = F.cross_entropy,
     ) -> None:
+        if config.client_batching is None:
+            raise ValueError("--client_batching auto has not been settled; see settle_client_batching")
         self._config = config
+        self._group_size = config.client_batching
         self._dataset = dataset
         self._device = torch.device(device)
         self._loss_function = loss_function
-        self._lanes = [FlatModel(model, device) for _ in range(num_lanes)]
-        self._free_lanes: SimpleQueue[FlatModel] = SimpleQueue()
+
+        def build_single() -> FlatModel:
+            return FlatModel(model, device, config.precision)
+
+        def build_group() -> StackedModel:
+            return StackedModel(model, self._group_size, device, config.precision)
+
+        if self._group_size > 1:
+            build_group()  # now, because it may refuse the model
+        self._lanes = [_Lane(build_single, build_group) for _ in range(num_lanes)]
+        self._free_lanes: SimpleQueue[_Lane] = SimpleQueue()
         for lane in self._lanes:
             self._free_lanes.put(lane)
         self._pool = ThreadPoolExecutor(num_lanes, thread_name_prefix="lane")
@@ -142,24 +183,30 @@ class LocalExecutor:
         return self._on_lanes(self.begin_scoring(task, parameters), task.client_ids)
 
     def begin_training(self, task: CohortTask, parameters: Tensor) -> CohortTraining:
-        """A round that takes its clients one by one; those that the task names need not be known yet."""
+        """A round that takes its clients group by group; those that the task names need not be known yet."""
         return CohortTraining(self, task, parameters.to(self._device))
 
-    def begin_scoring(self, task: ScoringTask, parameters: Tensor) -> Callable[[int], ClientScore]:
-        """A function that scores a client by its id; it waits for a free lane, and may be called from any thread."""
+    def begin_scoring(self, task: ScoringTask, parameters: Tensor) -> Callable[[Sequence[int]], list[ClientScore]]:
+        """A function that scores a group of clients; it waits for a free lane, and may be called from any thread."""
         start = parameters.to(self._device)
-        return lambda client_id: self._on_lane(lambda lane: self._score_client(lane, client_id, task, start))
 
-    def submit(self, work: Callable[[int], Result], client_id: int) -> Future[Result]:
+        def score_group(group: Sequence[int]) -> list[ClientScore]:
+            if len(group) == 1:
+                return self._on_lane(lambda lane: [self._score_client(lane.single, group[0], task, start)])
+            return self._on_lane(lambda lane: self._score_group(lane.group, group, task, start))
+
+        return score_group
+
+    def submit(self, work: Callable[[Sequence[int]], Result], group: Sequence[int]) -> Future[Result]:
         """Do the work in a thread of a lane, behind what was submitted before."""
-        return self._pool.submit(work, client_id)
+        return self._pool.submit(work, group)
 
-    def _on_lanes(self, work: Callable[[int], Result], client_ids: Sequence[int]) -> list[Result]:
-        """`work` for every client, the largest first, so that the lanes end together."""
-        ordered = sorted(client_ids, key=lambda client_id: -self._dataset.num_train_examples(client_id))
-        return list(self._pool.map(work, ordered))
+    def _on_lanes(self, work: Callable[[Sequence[int]], list[Result]], client_ids: Sequence[int]) -> list[Result]:
+        """`work` for every group of the clients, the largest first, so that the lanes end together."""
+        groups = cut_into_groups(client_ids, self._dataset.num_train_examples, self._group_size)
+        return [result for results in self._pool.map(work, groups) for result in results]
 
-    def _on_lane(self, work: Callable[[FlatModel], Result]) -> Result:
+    def _on_lane(self, work: Callable[[_Lane], Result]) -> Result:
         lane = self._free_lanes.get()
         try:
             return work(lane)
@@ -167,76 +214,102 @@ class LocalExecutor:
             self._free_lanes.put(lane)
 
     def _train_client(
-        self, lane: FlatModel, client_id: int, task: CohortTask, start: Tensor, running: ExactSum
-    ) -> ClientReport:
+        self, model: FlatModel, client_id: int, task: CohortTask, start: Tensor, running: ExactSum
+    ) -> list[ClientReport]:
         started = time.monotonic()
-        phase = self._config.phases[task.phase]
-        training = LocalTraining(phase.client_optimizer, phase.num_local_epochs, self._config.batch_size)
-        seeds = seed_sequence(
-            self._config.seed,
-            Purpose.LOCAL_TRAINING,
-            phase=task.phase,
-            round_number=task.round_number,
-            client_id=client_id,
-        )
         data = self._dataset.client_data(client_id)
         inputs, labels = data.train_inputs.to(self._device), data.train_labels.to(self._device)
-        lane.load(start)
-        loss = train_locally(lane, inputs, labels, training, seeds, self._loss_function)
-        refused = None
-        try:
-            running.add(lane.parameters - start, client_weight(task.phase, len(labels)), client_id)
-        except BadUpdateError as error:
-            refused = str(error)
-        return ClientReport(client_id, len(labels), loss, time.monotonic() - started, refused)
+        model.load(start)
+        seeds = self._seeds(Purpose.LOCAL_TRAINING, task, client_id)
+        loss = train_locally(model, inputs, labels, self._training(task.phase), seeds, self._loss_function)
+        refused = _add(running, model.parameters - start, task.phase, client_id, len(labels))
+        return [ClientReport(client_id, len(labels), loss, time.monotonic() - started, refused)]
 
-    def _score_client(self, lane: FlatModel, client_id: int, task: ScoringTask, start: Tensor) -> ClientScore:
+    def _train_group(
+        self, model: StackedModel, group: Sequence[int], task: CohortTask, start: Tensor, running: ExactSum
+    ) -> list[ClientReport]:
+        started = time.monotonic()
+        members = [
+            GroupMember(data.train_inputs, data.train_labels, self._seeds(Purpose.LOCAL_TRAINING, task, client_id))
+            for client_id, data in zip(group, map(self._dataset.client_data, group), strict=True)
+        ]
+        losses = train_together(model, start, members, self._training(task.phase), self._loss_function)
+        sizes = [len(member.labels) for member in members]
+        refusals = [
+            _add(running, parameters - start, task.phase, client_id, size)
+            for parameters, client_id, size in zip(model.parameters, group, sizes, strict=False)
+        ]
+        seconds = (time.monotonic() - started) / len(group)
+        return [
+            ClientReport(client_id, size, loss, seconds, refused)
+            for client_id, size, loss, refused in zip(group, sizes, losses, refusals, strict=True)
+        ]
+
+    def _score_client(self, model: FlatModel, client_id: int, task: ScoringTask, start: Tensor) -> ClientScore:
         """Score, adapt on the training part with FedAvg's client optimizer, score again on the same test part."""
-        training = LocalTraining(
-            self._config.fedavg.client_optimizer, self._config.num_personalization_epochs, self._config.batch_size
-        )
-        seeds = seed_sequence(
-            self._config.seed,
-            Purpose.PERSONALIZATION,
-            phase=task.phase,
-            round_number=task.round_number,
-            client_id=client_id,
-        )
         data = self._dataset.client_data(client_id)
         inputs, labels = data.train_inputs.to(self._device), data.train_labels.to(self._device)
         test_inputs, test_labels = data.test_inputs.to(self._device), data.test_labels.to(self._device)
-        lane.load(start)
-        initial_loss, initial_accuracy = score(lane, test_inputs, test_labels, self._loss_function)
-        train_locally(lane, inputs, labels, training, seeds, self._loss_function)
-        personalized_loss, personalized_accuracy = score(lane, test_inputs, test_labels, self._loss_function)
-        return ClientScore(
-            client_id,
-            len(labels),
-            len(test_labels),
-            initial_loss,
-            initial_accuracy,
-            personalized_loss,
-            personalized_accuracy,
+        model.load(start)
+        initial = score(model, test_inputs, test_labels, self._loss_function)
+        seeds = self._seeds(Purpose.PERSONALIZATION, task, client_id)
+        train_locally(model, inputs, labels, self._personalization, seeds, self._loss_function)
+        personalized = score(model, test_inputs, test_labels, self._loss_function)
+        return ClientScore(client_id, len(labels), len(test_labels), *initial, *personalized)
+
+    def _score_group(
+        self, model: StackedModel, group: Sequence[int], task: ScoringTask, start: Tensor
+    ) -> list[ClientScore]:
+        """As `_score_client`, for clients at once."""
+        parts = [self._dataset.client_data(client_id) for client_id in group]
+        tests = [(data.test_inputs, data.test_labels) for data in parts]
+        members = [
+            GroupMember(data.train_inputs, data.train_labels, self._seeds(Purpose.PERSONALIZATION, task, client_id))
+            for client_id, data in zip(group, parts, strict=True)
+        ]
+        model.load(start)
+        initial = score_together(model, tests, self._loss_function)
+        train_together(model, start, members, self._personalization, self._loss_function)
+        personalized = score_together(model, tests, self._loss_function)
+        return [
+            ClientScore(client_id, len(data.train_labels), len(data.test_labels), *before, *after)
+            for client_id, data, before, after in zip(group, parts, initial, personalized, strict=True)
+        ]
+
+    @property
+    def _personalization(self) -> LocalTraining:
+        optimizer = self._config.fedavg.client_optimizer
+        return LocalTraining(optimizer, self._config.num_personalization_epochs, self._config.batch_size)
+
+    def _training(self, phase: Phase) -> LocalTraining:
+        settings = self._config.phases[phase]
+        return LocalTraining(settings.client_optimizer, settings.num_local_epochs, self._config.batch_size)
+
+    def _seeds(self, purpose: Purpose, task: CohortTask | ScoringTask, client_id: int) -> np.random.SeedSequence:
+        return seed_sequence(
+            self._config.seed, purpose, phase=task.phase, round_number=task.round_number, client_id=client_id
         )
 
 
 class CohortTraining:
-    """A round of a `LocalExecutor`, client by client. What was trained so far can be taken out at any time."""
+    """A round of a `LocalExecutor`, group by group. What was trained so far can be taken out at any time."""
 
     def __init__(self, executor: LocalExecutor, task: CohortTask, start: Tensor) -> None:
         self._executor = executor
         self._task = task
         self._start = start
-        self._sums: dict[FlatModel, ExactSum] = {}
+        self._sums: dict[_Lane, ExactSum] = {}
 
-    def train(self, client_id: int) -> ClientReport:
-        """Add a client's update to the sum, or refuse it and say why. May be called from several threads at once."""
+    def train(self, group: Sequence[int]) -> list[ClientReport]:
+        """Add the clients' updates to the sum, or refuse one and say why. May be called from several threads."""
 
-        def work(lane: FlatModel) -> ClientReport:
+        def work(lane: _Lane) -> list[ClientReport]:
             running = self._sums.get(lane)
             if running is None:
                 running = self._sums[lane] = ExactSum.zeros(len(self._start), self._task.capacity, self._start.device)
-            return self._executor._train_client(lane, client_id, self._task, self._start, running)
+            if len(group) == 1:
+                return self._executor._train_client(lane.single, group[0], self._task, self._start, running)
+            return self._executor._train_group(lane.group, group, self._task, self._start, running)
 
         return self._executor._on_lane(work)
 
@@ -249,3 +322,12 @@ class CohortTraining:
             first.merge(other)
         first.total = first.total.cpu()
         return first
+
+
+def _add(running: ExactSum, update: Tensor, phase: Phase, client_id: int, num_examples: int) -> str | None:
+    """Add a client's update to a sum. Returns why it is refused, or None."""
+    try:
+        running.add(update, client_weight(phase, num_examples), client_id)
+    except BadUpdateError as error:
+        return str(error)
+    return None

@@ -8,56 +8,123 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-
-class SeededDropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) that draws its masks from a generator of its own.
-
-    `nn.Dropout` reads torch's global generator, which clients that train side by side in one process would share.
-    """
-
-    def __init__(self, probability: float, generator: torch.Generator) -> None:
-        super().__init__()
-        self.probability = probability
-        self.generator = generator
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if not self.training or self.probability == 0.0:
-            return inputs
-        keep = 1.0 - self.probability
-        if keep == 0.0:
-            return torch.zeros_like(inputs)
-        mask = torch.empty_like(inputs).bernoulli_(keep, generator=self.generator).div_(keep)
-        return inputs * mask
+from perfedavg.layers import FactoredLinear, Factors, SeededDropout, channels_last, replace_layers
 
 
 class FlatModel:
     """A private copy of a model on one device, with its parameters as views of one flat vector.
 
-    module: the copy; calling it runs the model.
-    parameters: (num_parameters,) the flat vector; writing to it changes the model.
+    module: the copy, with layers that are seeded or faster in place of some (see `perfedavg.layers`).
+    parameters: (num_parameters,) the flat vector; writing to it changes the model, once `refresh` is called.
     dropout_generator: the source of every dropout mask; seed it before training a client.
+
+    precision: `float32`, which leaves every type as it is, or `bf16`: while the model trains, its layers compute in
+        bfloat16 as torch.autocast chooses; parameters, optimizer and losses keep their own type.
 
     Raises ValueError where the model has buffers (running statistics of BatchNorm would pass from one client to the
     next) or a layer whose randomness cannot be seeded for each client.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str = "cpu") -> None:
+    def __init__(self, model: nn.Module, device: torch.device | str = "cpu", precision: str = "float32") -> None:
         self.device = torch.device(device)
         self.dropout_generator = torch.Generator(device=self.device)
-        buffers = [name for name, _ in model.named_buffers()]
-        if buffers:
-            raise ValueError(
-                f"the model has buffers ({', '.join(buffers[:3])}), which would pass from client to client; "
-                "use layers without running state, such as GroupNorm in place of BatchNorm"
-            )
+        refuse_buffers(model)
+        self._computes_in_bf16 = precision == "bf16"
+        self._factors: Factors = []
         # The generator is bound after the copy, because a generator cannot be deep-copied.
-        self.module = _with_seeded_dropout(copy.deepcopy(model), self.dropout_generator).to(self.device)
+        self.module = replace_layers(copy.deepcopy(model).to(self.device), self._replacement)
         self.parameters = flatten(self.module)
         unflatten_into(self.module, self.parameters)
+        self._views = list(self.module.parameters())
+        layers = list(self.module.modules())
+        self._dense_layers = [layer for layer in layers if isinstance(layer, FactoredLinear)]
+        # On a CPU, torch's pooling is many times faster with the channels side by side, its convolutions a little.
+        convolves = any(isinstance(layer, nn.Conv2d) for layer in layers)
+        self._prefers_channels_last = convolves and self.device.type == "cpu"
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Run the model, in the memory format and the precision that are due."""
+        if self._prefers_channels_last and inputs.ndim == 4:
+            inputs = channels_last(inputs)
+        if not (self._computes_in_bf16 and self.module.training):
+            outputs: Tensor = self.module(inputs)
+            return outputs
+        with torch.autocast(self.device.type, torch.bfloat16):
+            outputs = self.module(inputs)
+        return outputs.to(self.parameters.dtype)
 
     def load(self, parameters: Tensor) -> None:
         """Take over a flat vector of the same size, from any device."""
         self.parameters.copy_(parameters)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """The flat vector has been written to: bring what is derived from it up to date."""
+        for layer in self._dense_layers:
+            layer.refresh()
+
+    def descend(self, loss: Tensor, learning_rate: float) -> None:
+        """A step of plain SGD: parameters -= learning_rate * gradient of the loss, a scalar that the model gave."""
+        gradients = self._differentiate(loss)
+        with torch.no_grad():
+            for view, gradient in zip(self._views, gradients, strict=True):
+                if gradient is not None:
+                    view.add_(gradient, alpha=-learning_rate)
+            for weight, outputs_gradient, rows in self._take_factors():
+                weight.addmm_(outputs_gradient.t(), rows, alpha=-learning_rate)
+        self.refresh()
+
+    def gradient(self, loss: Tensor) -> Tensor:
+        """The gradient of the loss, a scalar that the model gave: (num_parameters,), in the parameters' order."""
+        gradients = self._differentiate(loss)
+        flat = torch.zeros_like(self.parameters)
+        parts: dict[Tensor, Tensor] = {}
+        position = 0
+        for view, gradient in zip(self._views, gradients, strict=True):
+            parts[view] = flat[position : position + view.numel()].view_as(view)
+            position += view.numel()
+            if gradient is not None:
+                parts[view].copy_(gradient)
+        for weight, outputs_gradient, rows in self._take_factors():
+            parts[weight].addmm_(outputs_gradient.t(), rows)
+        return flat
+
+    def _differentiate(self, loss: Tensor) -> tuple[Tensor | None, ...]:
+        """For each parameter its gradient, or None; what dense layers add to it is in the factors."""
+        self._factors.clear()
+        return torch.autograd.grad(loss, self._views, allow_unused=True)
+
+    def _take_factors(self) -> Factors:
+        """The factors of the gradient just taken, in the weights' own type."""
+        taken = [(weight, gradient.to(weight.dtype), rows.to(weight.dtype)) for weight, gradient, rows in self._factors]
+        self._factors.clear()
+        return taken
+
+    def _replacement(self, layer: nn.Module) -> nn.Module | None:
+        if isinstance(layer, nn.Dropout):
+            return SeededDropout(layer.p, self.dropout_generator)
+        refuse_unseedable(layer)
+        if type(layer) is nn.Linear:
+            return FactoredLinear(layer, self._factors, torch.bfloat16 if self._computes_in_bf16 else None)
+        return None
+
+
+def refuse_buffers(model: nn.Module) -> None:
+    """Raise ValueError where the model has buffers."""
+    buffers = [name for name, _ in model.named_buffers()]
+    if buffers:
+        raise ValueError(
+            f"the model has buffers ({', '.join(buffers[:3])}), which would pass from client to client; "
+            "use layers without running state, such as GroupNorm in place of BatchNorm"
+        )
+
+
+def refuse_unseedable(layer: nn.Module) -> None:
+    """Raise ValueError where a layer, other than an `nn.Dropout`, has randomness that no seed of a client reaches."""
+    if isinstance(layer, nn.Dropout):
+        return
+    if isinstance(layer, _DropoutNd) or (isinstance(layer, nn.RNNBase) and layer.dropout > 0):
+        raise ValueError(f"{type(layer).__name__} draws from torch's global generator; use nn.Dropout in its place")
 
 
 def flatten(model: nn.Module) -> Tensor:
@@ -68,13 +135,3 @@ def flatten(model: nn.Module) -> Tensor:
 def unflatten_into(model: nn.Module, parameters: Tensor) -> None:
     """Let a model's parameters be views of a flat vector, (num_parameters,), of the same device and type."""
     nn.utils.vector_to_parameters(parameters, model.parameters())
-
-
-def _with_seeded_dropout(module: nn.Module, generator: torch.Generator) -> nn.Module:
-    if isinstance(module, nn.Dropout):
-        return SeededDropout(module.p, generator)
-    if isinstance(module, _DropoutNd) or (isinstance(module, nn.RNNBase) and module.dropout > 0):
-        raise ValueError(f"{type(module).__name__} draws from torch's global generator; use nn.Dropout in its place")
-    for name, child in module.named_children():
-        setattr(module, name, _with_seeded_dropout(child, generator))
-    return module

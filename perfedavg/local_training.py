@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from perfedavg.config import OptimizerConfig
 from perfedavg.flat_model import FlatModel
@@ -47,17 +47,15 @@ def train_locally(
     order_seed, dropout_seed = torch_seeds(seeds, 2)
     order_generator = torch.Generator().manual_seed(order_seed)
     model.dropout_generator.manual_seed(dropout_seed)
-    optimizer = build_optimizer(training.optimizer, model.module.parameters())
+    step = _step_of(model, training.optimizer)
     model.module.train()
     epoch_loss = torch.zeros((), dtype=torch.float64, device=model.device)
     for _ in range(training.num_epochs):
         epoch_loss.zero_()
         for batch in _batches(len(labels), training.batch_size, order_generator):
             batch = batch.to(model.device)
-            loss = loss_function(model.module(inputs[batch]), labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss = loss_function(model(inputs[batch]), labels[batch])
+            step(loss)
             epoch_loss += loss.detach() * len(batch)
     return epoch_loss.item() / len(labels)
 
@@ -72,10 +70,25 @@ def score(
     with torch.no_grad():
         for start in range(0, len(labels), SCORING_BATCH_SIZE):
             batch_labels = labels[start : start + SCORING_BATCH_SIZE]
-            outputs = model.module(inputs[start : start + SCORING_BATCH_SIZE])
+            outputs = model(inputs[start : start + SCORING_BATCH_SIZE])
             loss += loss_function(outputs, batch_labels) * len(batch_labels)
             correct += (outputs.argmax(dim=1) == batch_labels).sum()
     return loss.item() / len(labels), correct.item() / len(labels)
+
+
+def _step_of(model: FlatModel, config: OptimizerConfig) -> Callable[[Tensor], None]:
+    """A function that takes one step of a fresh optimizer, given the loss."""
+    if config.name == "sgd" and config.momentum == 0.0:
+        return lambda loss: model.descend(loss, config.learning_rate)
+    parameters = nn.Parameter(model.parameters)
+    optimizer = build_optimizer(config, [parameters])
+
+    def step(loss: Tensor) -> None:
+        parameters.grad = model.gradient(loss)
+        optimizer.step()
+        model.refresh()
+
+    return step
 
 
 def _batches(num_examples: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -213,5 +213,7 @@ def make_config(**changes: Any) -> ExperimentConfig:
         "num_personalization_epochs": 1,
         "eval_every": 1,
         "eval_clients": 2,
+        "precision": "float32",
+        "client_batching": 1,
     }
     return ExperimentConfig(**{**fields, **changes})

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from datasets import FederatedDataset
 from perfedavg.config import ExperimentConfig, Phase
-from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
+from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask, cut_into_groups
 from perfedavg.experiment import ExperimentState, parameters_sha256, run_experiment
 from perfedavg.flat_model import flatten
 
 CONFIG = make_config(cohort_size=6)
+IN_GROUPS = dataclasses.replace(CONFIG, client_batching=4)  # four clients, then two
 
 
 @cache
@@ -51,11 +52,33 @@ def final_model(lanes: int, config: ExperimentConfig = CONFIG) -> Tensor:
     return run_experiment(config, executor(lanes, config), dataset(), state).parameters
 
 
-def test_lanes_do_not_change_a_bit() -> None:
-    models = [final_model(lanes) for lanes in (1, 2, 3)]
+@pytest.mark.parametrize("config", [CONFIG, IN_GROUPS, dataclasses.replace(CONFIG, precision="bf16")])
+def test_lanes_do_not_change_a_bit(config: ExperimentConfig) -> None:
+    models = [final_model(lanes, config) for lanes in (1, 2, 3)]
     assert torch.equal(models[0], models[1])
     assert torch.equal(models[0], models[2])
     assert parameters_sha256(models[0]) == parameters_sha256(models[2])
+
+
+def test_groups_change_no_more_than_the_rounding() -> None:
+    """Through both phases, dropout included; the scores too."""
+    start = flatten(model_with_dropout())
+    torch.testing.assert_close(final_model(2, IN_GROUPS), final_model(2), rtol=1e-4, atol=1e-5)
+    task = ScoringTask(Phase.FEDAVG, 1, tuple(dataset().unseen_client_ids))
+    for together, alone in zip(
+        sorted(executor(1, IN_GROUPS).score(task, start), key=lambda score: score.client_id),
+        sorted(executor(1).score(task, start), key=lambda score: score.client_id),
+        strict=True,
+    ):
+        assert dataclasses.astuple(together) == pytest.approx(dataclasses.astuple(alone), rel=1e-4)
+
+
+def test_groups_follow_from_the_clients_alone() -> None:
+    """Largest first, equal ones by their id, whatever the order in which they are named."""
+    sizes = {7: 10, 3: 30, 9: 10, 1: 20, 4: 10}
+    expected = [(3, 1), (4, 7), (9,)]
+    assert cut_into_groups([7, 3, 9, 1, 4], sizes.__getitem__, 2) == expected
+    assert cut_into_groups([1, 4, 3, 9, 7], sizes.__getitem__, 2) == expected
 
 
 def test_another_seed_gives_another_model() -> None:
@@ -85,7 +108,7 @@ def test_a_sum_may_be_taken_out_in_the_middle_of_a_round() -> None:
     taken = []
     for part in (clients[:2], clients[2:]):
         for client_id in part:
-            training.train(client_id)
+            training.train((client_id,))
         taken.append(training.take_sum())
     taken[0].merge(taken[1])
     assert torch.equal(taken[0].total, train(1, clients, capacity).sum.total)

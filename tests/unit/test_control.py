@@ -195,7 +195,9 @@ def test_another_version_is_named_on_both_sides(pair: Pair) -> None:
         receive_greeting(pair.worker)
 
 
-@pytest.mark.parametrize("said", [{"service": "ssh"}, {}, {"service": "personalized-fedavg", "protocol": 2}])
+@pytest.mark.parametrize(
+    "said", [{"service": "ssh"}, {}, {"service": "personalized-fedavg", "protocol": PROTOCOL_VERSION}]
+)
 def test_what_is_no_server_of_ours_is_told_from_one(pair: Pair, said: dict[str, Any]) -> None:
     pair.server.send(**said)
     with pytest.raises(NotOursError):

@@ -38,6 +38,8 @@ EXPERIMENT_FLAGS = [
     (["--eval_every", "7"], lambda c: c.eval_every),
     (["--eval_clients", "7"], lambda c: c.eval_clients),
     (["--seed", "7"], lambda c: c.seed),
+    (["--precision", "bf16"], lambda c: c.precision),
+    (["--client_batching", "7"], lambda c: c.client_batching),
 ]
 
 

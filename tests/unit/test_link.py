@@ -15,7 +15,7 @@ import torch
 from multi_process import link as link_module
 from multi_process.control import ControlConnection
 from multi_process.link import SERVER, WORKER, DismissedError, GoneError, Link
-from multi_process.messages import ClientTrained, Finish, Message, PartialSum, SendSum, StartTraining, WorkOn
+from multi_process.messages import Finish, GroupTrained, Message, PartialSum, SendSum, StartTraining, WorkOn
 
 NEVER = 1000.0
 """Seconds between signs of life of an end that falls silent."""
@@ -91,8 +91,8 @@ def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -
     ends = connect()
     parameters = torch.randn(100_000)
     total = torch.randint(-(2**62), 2**62, (100_000,))
-    down: list[Message] = [StartTraining(1, 2, 3, parameters), WorkOn([5, 2**40]), SendSum(), Finish()]
-    up: list[Message] = [ClientTrained(5), ClientTrained(2**40), PartialSum(7, 3, [{"client_id": 5}], total)]
+    down: list[Message] = [StartTraining(1, 2, 3, parameters), WorkOn([[5, 6], [2**40]]), SendSum(), Finish()]
+    up: list[Message] = [GroupTrained(5), GroupTrained(2**40), PartialSum(7, 3, [{"client_id": 5}], total)]
     for message in down:
         ends.server.send(message)
     for message in up:

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from multi_process import messages
 from multi_process.messages import (
-    ClientScored,
-    ClientTrained,
     Configure,
     Failed,
     Finish,
+    GroupScored,
+    GroupTrained,
     Join,
     Message,
     PartialSum,
@@ -28,8 +28,11 @@ from multi_process.messages import (
     SendSum,
     StartScoring,
     StartTraining,
+    Word,
     WorkOn,
+    from_line,
     from_package,
+    to_line,
     to_package,
 )
 from perfedavg.config import ExperimentConfig
@@ -59,14 +62,14 @@ SCORES = st.builds(ClientScore, **{field.name: FLOATS for field in dataclasses.f
     dataclasses.asdict
 )
 KINDS: dict[type[Message], st.SearchStrategy[Any]] = {
-    Join: st.builds(Join, TEXTS, TEXTS, COUNTS, st.one_of(st.none(), COUNTS)),
+    Join: st.builds(Join, TEXTS, TEXTS, COUNTS, st.one_of(st.none(), COUNTS), TEXTS, COUNTS),
     Configure: st.builds(Configure, TEXTS, st.dictionaries(TEXTS, st.one_of(FLOATS, TEXTS)), COUNTS),
     Ready: st.builds(Ready, TEXTS, TEXTS),
     StartTraining: st.builds(StartTraining, COUNTS, INTS, INTS, float_tensors()),
     StartScoring: st.builds(StartScoring, COUNTS, INTS, float_tensors()),
-    WorkOn: st.builds(WorkOn, st.lists(IDS, max_size=5)),
-    ClientTrained: st.builds(ClientTrained, IDS),
-    ClientScored: st.builds(ClientScored, SCORES),
+    WorkOn: st.builds(WorkOn, st.lists(st.lists(IDS, max_size=3), max_size=5)),
+    GroupTrained: st.builds(GroupTrained, IDS),
+    GroupScored: st.builds(GroupScored, st.lists(SCORES, max_size=3)),
     SendSum: st.builds(SendSum),
     PartialSum: st.builds(PartialSum, INTS, INTS, st.lists(REPORTS, max_size=3), int_tensors()),
     Failed: st.builds(Failed, TEXTS, st.one_of(st.none(), IDS)),
@@ -75,7 +78,9 @@ KINDS: dict[type[Message], st.SearchStrategy[Any]] = {
 
 
 def travel(message: Message) -> Message:
-    """Through a FedLab package and back, as a link does it."""
+    """Over the control connection or in a FedLab package, as a link does it."""
+    if isinstance(message, Word):
+        return from_line(json.loads(json.dumps(to_line(message))))
     package = to_package(message)
     return from_package(MessageCode(int(package.header[3])), Package.parse_content(package.slices, package.content))
 
@@ -97,8 +102,8 @@ def assert_equal(sent: Message, received: Message) -> None:
 
 
 def test_every_kind_of_message_is_tried_below() -> None:
-    assert set(KINDS) == set(messages._KINDS.values())
-    assert set(KINDS) == set(Message.__subclasses__())
+    assert set(KINDS) == {*messages._PACKAGED.values(), *messages._WORDS.values()}
+    assert set(KINDS) == {*Message.__subclasses__(), *Word.__subclasses__()} - {Word}
 
 
 @given(st.one_of(*KINDS.values()))
@@ -144,7 +149,8 @@ FOUR = torch.zeros(4, dtype=torch.float32)
         package_of({}),
         package_of({"kind": "Nothing", "values": {}, "tensors": {}}),
         package_of({"kind": "Finish", "values": {"extra": 1}, "tensors": {}}),
-        package_of({"kind": "ClientTrained", "values": {}, "tensors": {}}),
+        package_of({"kind": "Ready", "values": {}, "tensors": {}}),
+        package_of({"kind": "GroupTrained", "values": {"first": 1}, "tensors": {}}),
         package_of({"kind": "StartScoring", "values": {}, "tensors": {"parameters": ["float32", [4]]}}),
         package_of({"kind": "StartScoring", "values": {}, "tensors": {"parameters": ["float32", [5]]}}, FOUR),
         package_of({"kind": "StartScoring", "values": {}, "tensors": {"parameters": ["load", [4]]}}, FOUR),
@@ -156,6 +162,23 @@ def test_what_is_not_a_message_is_refused(content: list[torch.Tensor]) -> None:
     """With the one error for which a worker is dropped, not with another that would end the server."""
     with pytest.raises(ValueError, match="a package with code SetUp is not a message of protocol"):
         from_package(MessageCode.SetUp, content)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"word": "Nothing", "values": {}},
+        {"word": ["GroupTrained"], "values": {"first": 1}},
+        {"word": "GroupTrained", "values": {}},
+        {"word": "GroupTrained", "values": {"first": 1, "extra": 1}},
+        {"word": "GroupTrained", "values": 1},
+        {"word": "GroupTrained"},
+        {"word": "Finish", "values": {}},
+    ],
+)
+def test_a_line_that_is_not_a_word_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a line is not a word of protocol"):
+        from_line(fields)
 
 
 def test_a_package_that_is_empty_or_comes_with_another_code_is_refused() -> None:

@@ -1,0 +1,142 @@
+"""A local step of SGD at batch 20 on one thread: ms, and the share of the machine's own matrix-multiply rate.
+
+python benchmarks/step.py
+
+For each convolutional model the step as torch itself takes it (`plain`), and this project's at each precision, in turn,
+many times. The rate is that of the fastest of three square products of the same type, measured in between; the
+arithmetic of a step is what torch.utils.flop_counter counts in its products and convolutions. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+from models import build_model  # noqa: E402
+from perfedavg.compute import use_reproducible_kernels  # noqa: E402
+from perfedavg.config import PRECISIONS  # noqa: E402
+from perfedavg.flat_model import FlatModel  # noqa: E402
+
+MODELS = {"emnist_cnn": 62, "mnist_cnn": 10}
+BATCH, LEARNING_RATE = 20, 0.02
+PRODUCT_SIZES = (512, 1024, 2048)
+STEPS = 10
+"""Between two looks at the clock."""
+TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+
+Step = Callable[[Tensor, Tensor], None]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=30, help="how often each is timed (default: 30)")
+    repeats = parser.parse_args().repeats
+    use_reproducible_kernels()
+    results = {name: measure(name, num_classes, repeats) for name, num_classes in MODELS.items()}
+    print(json.dumps({"benchmark": "step", "batch": BATCH, "threads": 1, "cpu": cpu_name(), **results}))
+
+
+def measure(name: str, num_classes: int, repeats: int) -> dict[str, dict[str, float]]:
+    """By the way of stepping: ms a step, share of the product rate of its type, times that of the plain step."""
+    torch.manual_seed(0)
+    model = build_model(name, num_classes)
+    images, labels = torch.rand(BATCH, 1, 28, 28), torch.randint(0, num_classes, (BATCH,))
+    arithmetic = count_arithmetic(model, images, labels)
+    steps: dict[str, Step] = {"plain": plain_step(model)}
+    steps |= {precision: own_step(model, precision) for precision in PRECISIONS}
+    seconds: dict[str, list[float]] = {way: [] for way in steps}
+    rates: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
+    for repeat in range(repeats + 1):
+        for precision in PRECISIONS:
+            rates[precision].append(product_rate(TYPES[precision]))
+        for way, step in steps.items():
+            took = seconds_a_step(step, images, labels)
+            if repeat:  # the first time warms up
+                seconds[way].append(took)
+    results = {}
+    for way in steps:
+        precision = "float32" if way == "plain" else way
+        rate = statistics.median(rates[precision])
+        took = statistics.median(seconds[way])
+        faster = statistics.median(a / b for a, b in zip(seconds["plain"], seconds[way], strict=True))
+        than_float32 = statistics.median(a / b for a, b in zip(seconds["float32"], seconds[way], strict=True))
+        share = arithmetic / took / rate
+        print(
+            f"{name}, {way}: {1000 * took:.2f} ms a step, {share:.2f} of {rate / 1e9:.0f} GFLOP/s; "
+            f"{faster:.2f} times as fast as plain, {than_float32:.2f} times as fast as float32"
+        )
+        results[way] = {
+            "ms": round(1000 * took, 3),
+            "share": round(share, 3),
+            "gflops_of_products": round(rate / 1e9, 1),
+            "times_plain": round(faster, 3),
+            "times_float32": round(than_float32, 3),
+        }
+    return results
+
+
+def plain_step(model: nn.Module) -> Step:
+    own = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(own.parameters(), lr=LEARNING_RATE)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(own(images), labels).backward()
+        optimizer.step()
+
+    return step
+
+
+def own_step(model: nn.Module, precision: str) -> Step:
+    own = FlatModel(model, precision=precision)
+    return lambda images, labels: own.descend(F.cross_entropy(own(images), labels), LEARNING_RATE)
+
+
+def seconds_a_step(step: Step, images: Tensor, labels: Tensor) -> float:
+    started = time.perf_counter()
+    for _ in range(STEPS):
+        step(images, labels)
+    return (time.perf_counter() - started) / STEPS
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of the square products."""
+    rates = []
+    for size in PRODUCT_SIZES:
+        left, right = torch.rand(size, size).to(dtype), torch.rand(size, size).to(dtype)
+        started = time.perf_counter()
+        left @ right
+        rates.append(2 * size**3 / (time.perf_counter() - started))
+    return max(rates)
+
+
+def count_arithmetic(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """FLOPs of a step's products and convolutions, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(copy.deepcopy(model)(images), labels).backward()
+    return int(counter.get_total_flops())
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    return f"{', '.join(sorted(names))}, {os.cpu_count()} cores"
+
+
+if __name__ == "__main__":
+    main()

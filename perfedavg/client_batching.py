@@ -1,0 +1,55 @@
+"""How many clients are trained at once: settled once, before any work, because it changes how sums are rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from perfedavg.client_data import FederatedDataset
+from perfedavg.compute import ComputeDevice
+from perfedavg.config import ExperimentConfig
+from perfedavg.group_training import group_memory_bytes
+from perfedavg.local_training import LocalTraining
+
+TINY_MODEL = 10_000
+"""Parameters up to which a CPU trains clients faster together than one by one (`benchmarks/gpu.py --device cpu`)."""
+TINY_MODEL_CLIENTS = 20
+MEMORY_SHARE = 0.5
+"""Of a GPU's memory for a group. The rest is for libraries' workspaces, the sum, and other processes."""
+SIZED_CLIENTS = 1000
+"""Clients among which the largest is looked for. A data set may have a million."""
+
+
+def settle_client_batching(
+    config: ExperimentConfig, model: nn.Module, dataset: FederatedDataset, devices: Sequence[ComputeDevice]
+) -> ExperimentConfig:
+    """The configuration with `client_batching` as a number: the user's, or else one that suits all of the devices.
+
+    devices: those of all processes that train. Their number does not matter, so that it does not change the model.
+    """
+    if config.client_batching is not None:
+        return config
+    if all(device.kind == "cuda" for device in devices):
+        fitting = (
+            min(device.memory_bytes for device in devices) * MEMORY_SHARE // _bytes_a_client(config, model, dataset)
+        )
+        return replace(config, client_batching=max(1, min(config.cohort_size, int(fitting))))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return replace(config, client_batching=TINY_MODEL_CLIENTS if num_parameters <= TINY_MODEL else 1)
+
+
+def _bytes_a_client(config: ExperimentConfig, model: nn.Module, dataset: FederatedDataset) -> int:
+    """The most that a client of a group takes in any phase."""
+    sized = dataset.train_client_ids[:SIZED_CLIENTS]
+    largest = dataset.client_data(max(sized, key=dataset.num_train_examples))
+    return max(
+        group_memory_bytes(
+            model,
+            largest.train_inputs,
+            largest.train_labels,
+            LocalTraining(phase.client_optimizer, phase.num_local_epochs, config.batch_size),
+        )
+        for phase in config.phases.values()
+    )

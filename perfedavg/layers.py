@@ -1,0 +1,186 @@
+"""Layers that a private copy of a model uses in place of torch's: the same functions, seeded or faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Factors = list[tuple[Tensor, Tensor, Tensor]]
+"""Of each use of a dense layer: its weight, (outputs, inputs), the gradient of its outputs, (rows, outputs), and what
+went in, (rows, inputs). The weight's gradient is the sum over its uses of `gradient.t() @ went_in`."""
+
+
+class SeededDropout(nn.Module):
+    """Dropout (Srivastava et al. 2014) that draws its masks from a generator of its own.
+
+    `nn.Dropout` reads torch's global generator, which clients that train side by side in one process would share.
+    """
+
+    def __init__(self, probability: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.probability = probability
+        self.generator = generator
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if not self.training or self.probability == 0.0:
+            return inputs
+        keep = 1.0 - self.probability
+        if keep == 0.0:
+            return torch.zeros_like(inputs)
+        return inputs * self._mask(inputs, keep) * (1.0 / keep)
+
+    def _mask(self, inputs: Tensor, keep: float) -> Tensor:
+        """Of the shape of the inputs, true with probability `keep`."""
+        return torch.rand(inputs.shape, generator=self.generator, device=inputs.device) < keep
+
+
+@dataclass
+class GroupBatches:
+    """What `GroupDropout` must know of clients that go through one model together, under `torch.vmap`.
+
+    generators: a client's own, one a client; there may be more of them than clients.
+    sizes: of each client's batch in this step; the largest is the number of rows that all of them have.
+    """
+
+    generators: list[torch.Generator]
+    sizes: list[int]
+
+
+class GroupDropout(SeededDropout):
+    """`SeededDropout` under `torch.vmap` over clients, each of which draws what it would draw alone.
+
+    Behind its own rows a client has copies of its first row, which get that row's mask. The first dimension of the
+    inputs must be the batch's. Works under any nesting of torch.func's transforms in which `vmap` maps over clients.
+    """
+
+    def __init__(self, probability: float, batches: GroupBatches) -> None:
+        super().__init__(probability, batches.generators[0])
+        self._batches = batches
+
+    def _mask(self, inputs: Tensor, keep: float) -> Tensor:
+        mask: Tensor = _GroupMask.apply(inputs, keep, self._batches)  # type: ignore[no-untyped-call]
+        return mask
+
+
+class _GroupMask(torch.autograd.Function):
+    """The masks of a `GroupDropout`: a function of autograd, because a rule for vmap sees all clients at once."""
+
+    @staticmethod
+    def forward(inputs: Tensor, keep: float, batches: GroupBatches) -> Tensor:
+        raise AssertionError("a GroupDropout was used outside a vmap over clients")
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        context.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        return None, None, None
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int, None, None], inputs: Tensor, keep: float, batches: GroupBatches
+    ) -> tuple[Tensor, int]:
+        inputs = inputs.movedim(in_dims[0], 0)
+        if inputs.shape[:2] != (len(batches.sizes), max(batches.sizes)):
+            raise ValueError(
+                f"a dropout's inputs have {inputs.shape[1]} rows where the batch has {max(batches.sizes)}; their first "
+                "dimension must be the batch's; or use --client_batching 1"
+            )
+        uniform = torch.empty(inputs.shape, device=inputs.device)
+        for rows, size, generator in zip(uniform, batches.sizes, batches.generators, strict=False):
+            rows[:size].uniform_(generator=generator)
+            rows[size:] = rows[0]
+        return uniform < keep, 0
+
+
+class FactoredLinear(nn.Module):
+    """A dense layer that leaves its weight's gradient in factors; autograd itself is told of none.
+
+    Over a batch of 20 that gradient is a product of two narrow matrices. Multiplied out it is as large as the weight,
+    and to write it and read it again is most of what the layer costs in a step of SGD; added to the weight as a
+    product (`addmm_`), it is not.
+
+    linear: whose parameters it shares.  factors: is given the factors of each use, in the backward pass.
+    precision: in which it multiplies while it trains, with a copy of the weight that `refresh` brings up to date; None
+        for the weight's own.
+    """
+
+    def __init__(self, linear: nn.Linear, factors: Factors, precision: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self._factors = factors
+        self._copy = None if precision is None else linear.weight.detach().to(precision)
+
+    def refresh(self) -> None:
+        """The weight has changed."""
+        if self._copy is not None:
+            self._copy.copy_(self.weight.detach())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(..., inputs) to (..., outputs)."""
+        multiplied = self.weight.detach() if self._copy is None or not self.training else self._copy
+        rows = inputs.reshape(-1, inputs.shape[-1]).to(multiplied.dtype)
+        outputs: Tensor = _DenseProduct.apply(rows, self.weight, multiplied, self.bias, self._factors)  # type: ignore[no-untyped-call]
+        return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
+
+
+class _DenseProduct(torch.autograd.Function):
+    """`rows @ multiplied.t() + bias`, in the type of the rows.
+
+    rows: (rows, inputs).  weight: (outputs, inputs), to whose gradient the factors belong.  multiplied: its values, in
+    the type of the rows.  bias: (outputs,) or None.
+    """
+
+    @staticmethod
+    def forward(
+        context: Any, rows: Tensor, weight: Tensor, multiplied: Tensor, bias: Tensor | None, factors: Factors
+    ) -> Tensor:
+        context.save_for_backward(rows, weight, multiplied)
+        context.bias_type = None if bias is None else bias.dtype
+        context.factors = factors
+        if bias is None:
+            return rows.mm(multiplied.t())
+        return torch.addmm(bias.to(rows.dtype), rows, multiplied.t())
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
+        (gradient,) = gradients
+        rows, weight, multiplied = context.saved_tensors
+        context.factors.append((weight, gradient, rows.detach()))
+        to_rows = gradient.mm(multiplied) if context.needs_input_grad[0] else None
+        to_bias = None if context.bias_type is None else gradient.sum(0, dtype=context.bias_type)
+        return to_rows, None, None, to_bias, None
+
+
+def channels_last(images: Tensor) -> Tensor:
+    """The same images, (batch, channels, height, width), with each pixel's channels side by side in memory.
+
+    With one channel that is the same memory, and torch goes by the strides, which therefore say so.
+    """
+    _, channels, height, width = images.shape
+    if channels == 1:
+        return images.contiguous().as_strided(images.shape, (height * width, 1, width, 1))
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+def replace_layers(module: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> nn.Module:
+    """The module with every layer for which there is a replacement exchanged, wherever and however often it stands."""
+    done: dict[nn.Module, nn.Module] = {}
+
+    def replaced(layer: nn.Module) -> nn.Module:
+        if layer not in done:
+            done[layer] = layer
+            done[layer] = replacement(layer) or layer
+            if done[layer] is layer:
+                for name, child in layer._modules.items():
+                    if child is not None:
+                        layer._modules[name] = replaced(child)
+        return done[layer]
+
+    return replaced(module)
