@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from perfedavg.layers import FactoredLinear, Factors, SeededDropout, channels_last, replace_layers
+from perfedavg.layers import FactoredLinear, Factors, SeededDropout, blocks, channels_last, replace_layers
 
 
 class FlatModel:
@@ -30,7 +30,7 @@ class FlatModel:
         self.dropout_generator = torch.Generator(device=self.device)
         refuse_buffers(model)
         self._computes_in_bf16 = precision == "bf16"
-        self._factors: Factors = []
+        self._factors = Factors()
         # The generator is bound after the copy, because a generator cannot be deep-copied.
         self.module = replace_layers(copy.deepcopy(model).to(self.device), self._replacement)
         self.parameters = flatten(self.module)
@@ -65,18 +65,22 @@ class FlatModel:
 
     def descend(self, loss: Tensor, learning_rate: float) -> None:
         """A step of plain SGD: parameters -= learning_rate * gradient of the loss, a scalar that the model gave."""
-        gradients = self._differentiate(loss)
+        self._factors.begin(learning_rate)
+        gradients = torch.autograd.grad(loss, self._views, allow_unused=True)
         with torch.no_grad():
             for view, gradient in zip(self._views, gradients, strict=True):
                 if gradient is not None:
                     view.add_(gradient, alpha=-learning_rate)
-            for weight, outputs_gradient, rows in self._take_factors():
-                weight.addmm_(outputs_gradient.t(), rows, alpha=-learning_rate)
+            for weight, outputs_gradient, rows in self._factors.end():
+                outputs_gradient, rows = outputs_gradient.to(weight.dtype), rows.to(weight.dtype)
+                for block in blocks(weight):
+                    weight[block].addmm_(outputs_gradient[:, block].t(), rows, alpha=-learning_rate)
         self.refresh()
 
     def gradient(self, loss: Tensor) -> Tensor:
         """The gradient of the loss, a scalar that the model gave: (num_parameters,), in the parameters' order."""
-        gradients = self._differentiate(loss)
+        self._factors.begin(None)
+        gradients = torch.autograd.grad(loss, self._views, allow_unused=True)
         flat = torch.zeros_like(self.parameters)
         parts: dict[Tensor, Tensor] = {}
         position = 0
@@ -85,20 +89,9 @@ class FlatModel:
             position += view.numel()
             if gradient is not None:
                 parts[view].copy_(gradient)
-        for weight, outputs_gradient, rows in self._take_factors():
-            parts[weight].addmm_(outputs_gradient.t(), rows)
+        for weight, outputs_gradient, rows in self._factors.end():
+            parts[weight].addmm_(outputs_gradient.to(weight.dtype).t(), rows.to(weight.dtype))
         return flat
-
-    def _differentiate(self, loss: Tensor) -> tuple[Tensor | None, ...]:
-        """For each parameter its gradient, or None; what dense layers add to it is in the factors."""
-        self._factors.clear()
-        return torch.autograd.grad(loss, self._views, allow_unused=True)
-
-    def _take_factors(self) -> Factors:
-        """The factors of the gradient just taken, in the weights' own type."""
-        taken = [(weight, gradient.to(weight.dtype), rows.to(weight.dtype)) for weight, gradient, rows in self._factors]
-        self._factors.clear()
-        return taken
 
     def _replacement(self, layer: nn.Module) -> nn.Module | None:
         if isinstance(layer, nn.Dropout):

@@ -2,16 +2,73 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-Factors = list[tuple[Tensor, Tensor, Tensor]]
-"""Of each use of a dense layer: its weight, (outputs, inputs), the gradient of its outputs, (rows, outputs), and what
-went in, (rows, inputs). The weight's gradient is the sum over its uses of `gradient.t() @ went_in`."""
+BLOCK_BYTES = 3 * 2**19
+"""Of a large weight, worked on at once: what stays in a core's cache between its use for a gradient and its update."""
+
+
+class Factors:
+    """What dense layers do with the gradients of their weights: leave them in factors, or subtract them at once.
+
+    left: of each use of a dense layer in the last backward pass its weight, (outputs, inputs), the gradient of what
+        came out, (rows, outputs), and what went in, (rows, inputs). The weight's gradient is the sum over its uses of
+        `gradient.t() @ went_in`.
+    learning_rate: of the step of plain SGD that the backward pass is for, or None. With it, a weight that was used
+        once is updated as soon as its gradient is known, while it is in the cache, and leaves no factors.
+    """
+
+    def __init__(self) -> None:
+        self.left: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.learning_rate: float | None = None
+        self._num_uses: Counter[Tensor] = Counter()
+
+    def begin(self, learning_rate: float | None) -> None:
+        """A backward pass begins."""
+        self.left.clear()
+        self.learning_rate = learning_rate
+
+    def end(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The backward pass is over: take what it left."""
+        taken, self.left = self.left, []
+        self.learning_rate = None
+        self._num_uses.clear()
+        return taken
+
+    def note_use(self, weight: Tensor) -> None:
+        self._num_uses[weight] += 1
+
+    def pass_back(
+        self, weight: Tensor, multiplied: Tensor, gradient: Tensor, rows: Tensor, is_wanted: bool
+    ) -> Tensor | None:
+        """Deal with a weight's gradient; returns `gradient @ multiplied` where it is wanted."""
+        if multiplied.dtype != weight.dtype:
+            self.left.append((weight, gradient, rows))
+            return gradient.mm(multiplied) if is_wanted else None
+        subtracts = self.learning_rate is not None and self._num_uses[weight] == 1
+        to_rows: Tensor | None = None
+        for block in blocks(weight):
+            part, part_gradient = multiplied[block], gradient[:, block]
+            if is_wanted:
+                to_rows = part_gradient.mm(part) if to_rows is None else to_rows.addmm_(part_gradient, part)
+            if subtracts:
+                part.addmm_(part_gradient.t(), rows, alpha=-cast(float, self.learning_rate))
+        if not subtracts:
+            self.left.append((weight, gradient, rows))
+        return to_rows
+
+
+def blocks(weight: Tensor) -> list[slice]:
+    """The rows of a weight, in blocks. The same ones in every use, so that every way of using them rounds the same."""
+    num_rows = weight.shape[0]
+    size = max(1, BLOCK_BYTES // (weight.shape[1] * weight.itemsize)) if weight.device.type == "cpu" else num_rows
+    return [slice(first, first + size) for first in range(0, num_rows, size)]
 
 
 class SeededDropout(nn.Module):
@@ -105,7 +162,7 @@ class FactoredLinear(nn.Module):
     and to write it and read it again is most of what the layer costs in a step of SGD; added to the weight as a
     product (`addmm_`), it is not.
 
-    linear: whose parameters it shares.  factors: is given the factors of each use, in the backward pass.
+    linear: whose parameters it shares.  factors: deals with its weight's gradient, in the backward pass.
     precision: in which it multiplies while it trains, with a copy of the weight that `refresh` brings up to date; None
         for the weight's own.
     """
@@ -126,6 +183,8 @@ class FactoredLinear(nn.Module):
         """(..., inputs) to (..., outputs)."""
         multiplied = self.weight.detach() if self._copy is None or not self.training else self._copy
         rows = inputs.reshape(-1, inputs.shape[-1]).to(multiplied.dtype)
+        if torch.is_grad_enabled():
+            self._factors.note_use(self.weight)
         outputs: Tensor = _DenseProduct.apply(rows, self.weight, multiplied, self.bias, self._factors)  # type: ignore[no-untyped-call]
         return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
@@ -152,8 +211,7 @@ class _DenseProduct(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         (gradient,) = gradients
         rows, weight, multiplied = context.saved_tensors
-        context.factors.append((weight, gradient, rows.detach()))
-        to_rows = gradient.mm(multiplied) if context.needs_input_grad[0] else None
+        to_rows = context.factors.pass_back(weight, multiplied, gradient, rows.detach(), context.needs_input_grad[0])
         to_bias = None if context.bias_type is None else gradient.sum(0, dtype=context.bias_type)
         return to_rows, None, None, to_bias, None
 
