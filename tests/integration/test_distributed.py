@@ -55,6 +55,19 @@ def test_one_two_three_workers_and_none_give_the_same_model(launched: Launched, 
     assert digests != {run_single(launched, tmp_path / "other", tmp_path, [*flags, "--seed", "1"])}
 
 
+@pytest.mark.parametrize("flags", [["--client_batching", "2"], ["--precision", "bf16"]], ids=" ".join)
+def test_groups_and_bf16_do_not_depend_on_the_processes_either(
+    launched: Launched, tmp_path: Path, flags: list[str]
+) -> None:
+    """Five clients a round in groups of 2, 2 and 1, which two workers share out as it comes."""
+    digests = {
+        run_single(launched, tmp_path / "single", tmp_path, [*TINY, *flags]),
+        run_distributed(launched, tmp_path / "two", 2, tmp_path, [*TINY, *flags]),
+    }
+    assert len(digests) == 1
+    assert digests != {run_single(launched, tmp_path / "plain", tmp_path, TINY)}
+
+
 def test_quick_start_shows_the_result_and_what_comes_next(launched: Launched, tmp_path: Path) -> None:
     flags = [word for word in TINY if word not in ("--dataset", "digits")]
     process = launched.start("quick_start.py", *flags, "--run_dir", tmp_path / "run")
