@@ -6,11 +6,14 @@ It imports nothing of the project, so that every package may use it before it im
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 # torch imports the pynvml package, a requirement of fedlab, and then warns that it is deprecated.
 warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
@@ -51,27 +54,52 @@ def import_torchvision() -> None:
 def import_fedlab(module: str) -> None:
     """Import a module of fedlab for the first time, without what the import does besides.
 
-    It imports torchvision. It sets up the root logger to print at level INFO. And it imports pandas and sklearn, which
-    load pyarrow wherever it is installed, at some 35 MB in each process; here only the reader of parquet files needs
-    it, and imports it itself.
+    It sets up the root logger to print at level INFO. And its trainers import one light class from a package,
+    `fedlab.contrib.dataset`, whose other modules import torchvision, sklearn and pandas: 180 MB and two seconds in each
+    process, of which nothing is used. So that package's own code waits until somebody imports the package itself, and
+    pandas, in which fedlab's partitions write reports, until it is used.
     """
-    import_torchvision()
     root = logging.getLogger()
     level, handler = root.level, logging.NullHandler()
     root.addHandler(handler)  # logging.basicConfig leaves a root logger with a handler alone
-    with _without("pyarrow"):
+    with _only_promised("pandas"), _without_its_own_code("fedlab.contrib.dataset"):
         importlib.import_module(module)
     root.removeHandler(handler)
     root.setLevel(level)
 
 
+class _Promised(types.ModuleType):
+    """Stands for a module that is imported when something in it is first used."""
+
+    def __getattr__(self, attribute: str) -> object:
+        return getattr(importlib.import_module(self.__name__), attribute)
+
+
 @contextmanager
-def _without(package: str) -> Iterator[None]:
-    """Let the import of a package fail, as if it were not installed, unless it is imported already."""
+def _only_promised(name: str) -> Iterator[None]:
+    """Let imports of a module get no more than a promise of it, unless it was imported already."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = _Promised(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
+@contextmanager
+def _without_its_own_code(package: str) -> Iterator[None]:
+    """Let modules of a package be imported without the package's `__init__`, unless that was run already."""
     if package in sys.modules:
         yield
         return
-    sys.modules[package] = None  # type: ignore[assignment]  # Python's own way to say so
+    top, *below = package.split(".")
+    spec = importlib.util.find_spec(top)
+    assert spec is not None, f"{top} is installed"
+    stand_in = types.ModuleType(package)
+    stand_in.__path__ = [str(Path(folder, *below)) for folder in spec.submodule_search_locations or ()]
+    sys.modules[package] = stand_in
     try:
         yield
     finally:

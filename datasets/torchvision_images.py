@@ -22,9 +22,8 @@ from urllib.error import HTTPError
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
-from torchvision.datasets import EMNIST, MNIST, FashionMNIST
-from torchvision.datasets.utils import download_url
 
+from compat import import_torchvision
 from datasets.idx import map_idx
 from datasets.partitioned import ImageSplits
 
@@ -44,13 +43,13 @@ UNPACK_ERRORS = (OSError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile
 class Source:
     """A data set that torchvision knows.
 
-    torchvision_class: says the folder, the mirrors and the checksums.
+    torchvision_name: of the class that says the mirrors and the checksums, and of the folder.
     train_prefix, test_prefix: beginnings of the file names.
     first_label: in the files; here labels begin at 0.
     transposed: the files hold each image with rows and columns exchanged.
     """
 
-    torchvision_class: type[MNIST]
+    torchvision_name: str
     train_prefix: str
     test_prefix: str
     num_classes: int
@@ -59,11 +58,11 @@ class Source:
 
     def raw(self, data_root: Path) -> Path:
         """The folder of the unpacked files."""
-        return data_root / self.torchvision_class.__name__ / "raw"
+        return data_root / self.torchvision_name / "raw"
 
 
 def _emnist(split: str, num_classes: int, first_label: int = 0) -> Source:
-    return Source(EMNIST, f"emnist-{split}-train", f"emnist-{split}-test", num_classes, first_label, transposed=True)
+    return Source("EMNIST", f"emnist-{split}-train", f"emnist-{split}-test", num_classes, first_label, transposed=True)
 
 
 SOURCES = {
@@ -71,8 +70,8 @@ SOURCES = {
     "emnist_balanced": _emnist("balanced", 47),
     "emnist_letters": _emnist("letters", 26, first_label=1),
     "emnist_digits": _emnist("digits", 10),
-    "mnist": Source(MNIST, "train", "t10k", 10),
-    "fashion_mnist": Source(FashionMNIST, "train", "t10k", 10),
+    "mnist": Source("MNIST", "train", "t10k", 10),
+    "fashion_mnist": Source("FashionMNIST", "train", "t10k", 10),
 }
 """MNIST: LeCun et al. 1998. Fashion-MNIST: Xiao et al. 2017. EMNIST: Cohen et al. 2017, `emnist` being its byclass."""
 
@@ -91,7 +90,7 @@ def load_images(name: str, data_root: Path) -> ImageSplits:
         train = _read_split(source, source.train_prefix, data_root)
         test = _read_split(source, source.test_prefix, data_root)
     except ValueError as error:
-        shared = ", which all EMNIST data sets share," if source.torchvision_class is EMNIST else ""
+        shared = ", which all EMNIST data sets share," if source.torchvision_name == "EMNIST" else ""
         raise ValueError(
             f"{error}; replace it, or delete {source.raw(data_root)}{shared} to download {name} anew"
         ) from error
@@ -141,7 +140,7 @@ def _download_if_missing(name: str, source: Source, data_root: Path) -> None:
             print(f"downloading {name} to {data_root}", file=sys.stderr, flush=True)
             shutil.rmtree(incoming, ignore_errors=True)  # of a process that was killed
             try:
-                unpacked = _download(source.torchvision_class, incoming)
+                unpacked = _download(source.torchvision_name, incoming)
                 folder.mkdir(exist_ok=True)
                 os.replace(unpacked, raw)
             finally:
@@ -154,11 +153,11 @@ def _download_if_missing(name: str, source: Source, data_root: Path) -> None:
         ) from error
 
 
-def _download(torchvision_class: type[MNIST], incoming: Path) -> Path:
+def _download(torchvision_name: str, incoming: Path) -> Path:
     """Fetch and unpack every archive. Returns the folder of the unpacked files, below `incoming`."""
     unpacked = incoming / "raw"
     unpacked.mkdir(parents=True)
-    for urls, md5 in _archives(torchvision_class):
+    for urls, md5 in _archives(torchvision_name):
         archive = _fetch(urls, md5, incoming)
         if archive.suffix == ".zip":
             _unpack_zip(archive, unpacked)
@@ -169,12 +168,15 @@ def _download(torchvision_class: type[MNIST], incoming: Path) -> Path:
     return unpacked
 
 
-def _archives(torchvision_class: type[MNIST]) -> list[tuple[list[str], str]]:
+def _archives(torchvision_name: str) -> list[tuple[list[str], str]]:
     """Each archive's addresses and its MD5."""
-    if torchvision_class is EMNIST:
+    import_torchvision()  # here, because it takes a second and 90 MB, and few runs download
+    from torchvision.datasets import EMNIST, MNIST, FashionMNIST
+
+    if torchvision_name == "EMNIST":
         return [([EMNIST.url], EMNIST.md5)]
-    mirrors = torchvision_class.mirrors
-    return [([f"{mirror}{file}" for mirror in mirrors], md5) for file, md5 in torchvision_class.resources]
+    source = {"MNIST": MNIST, "FashionMNIST": FashionMNIST}[torchvision_name]
+    return [([f"{mirror}{file}" for mirror in source.mirrors], md5) for file, md5 in source.resources]
 
 
 def _fetch(urls: list[str], md5: str, folder: Path) -> Path:
@@ -182,6 +184,8 @@ def _fetch(urls: list[str], md5: str, folder: Path) -> Path:
 
     Raises RuntimeError, saying the last failure, when the attempts are used up.
     """
+    from torchvision.datasets.utils import download_url
+
     name = urls[0].rpartition("/")[2]
     for pause in (*PAUSES_SECONDS, None):
         for url in urls:

@@ -19,10 +19,15 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import MNIST_PREFIXES, write_image_files
-from torchvision.datasets import EMNIST, MNIST, FashionMNIST
 
-from datasets import torchvision_images
-from datasets.torchvision_images import SOURCES, load_images
+from compat import import_torchvision
+
+import_torchvision()
+
+from torchvision.datasets import EMNIST, MNIST, FashionMNIST  # noqa: E402
+
+from datasets import torchvision_images  # noqa: E402
+from datasets.torchvision_images import SOURCES, load_images  # noqa: E402
 
 MNIST_FILES = [file for file, _ in MNIST.resources]
 
