@@ -13,18 +13,18 @@ def main() -> None:
     args = utils.get_args("single")
     config = utils.config_from_args(args)
 
-    from perfedavg.client_batching import settle_client_batching
+    from perfedavg.client_batching import default_num_lanes, settle_client_batching
     from perfedavg.compute import describe_device, resolve_device, use_reproducible_kernels
     from perfedavg.executor import LocalExecutor
     from perfedavg.run import run_and_record
 
     device = resolve_device(args.device)
     use_reproducible_kernels()
-    num_lanes = args.threads or len(os.sched_getaffinity(0))
     folder = utils.open_run_folder(args)
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset)
     config = settle_client_batching(config, model, dataset, [describe_device(device)])
+    num_lanes = args.threads or default_num_lanes(config, device.type, len(os.sched_getaffinity(0)))
     executor = LocalExecutor(config, model, dataset, device, num_lanes)
     run_settings = {"command": sys.argv, "world_size": 1, "device": str(device), "threads": num_lanes}
     run_and_record(config, executor, dataset, model, folder, run_settings)

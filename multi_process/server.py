@@ -31,6 +31,7 @@ from multi_process.messages import (
 )
 from multi_process.network import REMINDER_SECONDS, Connected, ServerNetwork
 from multi_process.schedule import Schedule
+from perfedavg.client_batching import default_num_lanes
 from perfedavg.client_data import ClientDirectory
 from perfedavg.compute import ComputeDevice
 from perfedavg.config import ExperimentConfig
@@ -346,7 +347,10 @@ class WorkerPoolManager(ServerManager):
         if worker.num_lanes:
             return
         on_same_machine = sum(other.join.machine == worker.join.machine for other in self._workers.values())
-        worker.num_lanes = worker.join.threads or max(1, worker.join.num_cores // on_same_machine)
+        num_cores = worker.join.num_cores // on_same_machine
+        worker.num_lanes = worker.join.threads or default_num_lanes(
+            self._experiment_config, worker.join.device_kind, num_cores
+        )
         self._send(worker, Configure(worker.connected.ticket, self._experiment_config.to_dict(), worker.num_lanes))
 
     def _take_message(self, worker: _Worker, message: Message) -> None:

@@ -40,6 +40,16 @@ def settle_client_batching(
     return replace(config, client_batching=TINY_MODEL_CLIENTS if num_parameters <= TINY_MODEL else 1)
 
 
+def default_num_lanes(config: ExperimentConfig, device_kind: str, num_cores: int) -> int:
+    """Lanes of a process (see `LocalExecutor`) that has so many cores for itself: one each.
+
+    A GPU that trains groups gets one: they fill it, and each further lane would take a group's memory.
+    """
+    if device_kind == "cuda" and config.client_batching != 1:
+        return 1
+    return max(1, num_cores)
+
+
 def _bytes_a_client(config: ExperimentConfig, model: nn.Module, dataset: FederatedDataset) -> int:
     """The most that a client of a group takes in any phase."""
     sized = dataset.train_client_ids[:SIZED_CLIENTS]

@@ -7,7 +7,7 @@ from helpers import digits_dataset, make_config
 from torch import nn
 
 from models import build_model
-from perfedavg.client_batching import TINY_MODEL_CLIENTS, settle_client_batching
+from perfedavg.client_batching import TINY_MODEL_CLIENTS, default_num_lanes, settle_client_batching
 from perfedavg.compute import ComputeDevice
 from perfedavg.executor import LocalExecutor
 
@@ -52,3 +52,9 @@ def test_an_executor_asks_for_a_number_and_for_a_model_that_can_be_stacked() -> 
         LocalExecutor(AUTO, nn.Linear(1, 1), digits_dataset(20))
     with pytest.raises(ValueError, match="LSTM cannot be trained many at once; use --client_batching 1"):
         LocalExecutor(make_config(client_batching=2), build_model("lstm", 80), digits_dataset(20))
+
+
+def test_a_gpu_trains_one_group_at_a_time_and_a_cpu_one_client_a_core() -> None:
+    alone, together = make_config(client_batching=1), make_config(client_batching=4)
+    assert [default_num_lanes(alone, "cpu", cores) for cores in (0, 1, 8)] == [1, 1, 8]
+    assert [default_num_lanes(together, kind, 8) for kind in ("cpu", "cuda")] == [8, 1]
