@@ -8,6 +8,7 @@ FedLab server manager of `multi_process` hands it to workers, each of which runs
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perfedavg.client_data import FederatedDataset
+from perfedavg.client_data import ClientData, FederatedDataset
+from perfedavg.client_reader import ClientReader
+from perfedavg.cohorts import draw_next_cohort
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.exact_sum import BadUpdateError, ExactSum
 from perfedavg.flat_model import FlatModel
@@ -152,6 +155,9 @@ class LocalExecutor:
         self._group_size = config.client_batching
         self._dataset = dataset
         self._device = torch.device(device)
+        # A CPU's cores are the lanes', and reading takes them no less time in another thread.
+        num_readers = 0 if self._device.type == "cpu" else len(os.sched_getaffinity(0))
+        self._reader = ClientReader(dataset, num_readers) if num_readers else None
         self._loss_function = loss_function
 
         def build_single() -> FlatModel:
@@ -183,7 +189,13 @@ class LocalExecutor:
         return self._on_lanes(self.begin_scoring(task, parameters), task.client_ids)
 
     def begin_training(self, task: CohortTask, parameters: Tensor) -> CohortTraining:
-        """A round that takes its clients group by group; those that the task names need not be known yet."""
+        """A round that takes its clients group by group; those that the task names need not be known yet.
+
+        While a GPU trains them, the clients of the next round are read.
+        """
+        if self._reader is not None:
+            train_clients = self._dataset.train_client_ids
+            self._reader.read_ahead(draw_next_cohort(self._config, train_clients, task.phase, task.round_number))
         return CohortTraining(self, task, parameters.to(self._device))
 
     def begin_scoring(self, task: ScoringTask, parameters: Tensor) -> Callable[[Sequence[int]], list[ClientScore]]:
@@ -217,7 +229,7 @@ class LocalExecutor:
         self, model: FlatModel, client_id: int, task: CohortTask, start: Tensor, running: ExactSum
     ) -> list[ClientReport]:
         started = time.monotonic()
-        data = self._dataset.client_data(client_id)
+        data = self._client_data(client_id)
         inputs, labels = data.train_inputs.to(self._device), data.train_labels.to(self._device)
         model.load(start)
         seeds = self._seeds(Purpose.LOCAL_TRAINING, task, client_id)
@@ -231,7 +243,7 @@ class LocalExecutor:
         started = time.monotonic()
         members = [
             GroupMember(data.train_inputs, data.train_labels, self._seeds(Purpose.LOCAL_TRAINING, task, client_id))
-            for client_id, data in zip(group, map(self._dataset.client_data, group), strict=True)
+            for client_id, data in zip(group, map(self._client_data, group), strict=True)
         ]
         losses = train_together(model, start, members, self._training(task.phase), self._loss_function)
         sizes = [len(member.labels) for member in members]
@@ -247,7 +259,7 @@ class LocalExecutor:
 
     def _score_client(self, model: FlatModel, client_id: int, task: ScoringTask, start: Tensor) -> ClientScore:
         """Score, adapt on the training part with FedAvg's client optimizer, score again on the same test part."""
-        data = self._dataset.client_data(client_id)
+        data = self._client_data(client_id)
         inputs, labels = data.train_inputs.to(self._device), data.train_labels.to(self._device)
         test_inputs, test_labels = data.test_inputs.to(self._device), data.test_labels.to(self._device)
         model.load(start)
@@ -261,7 +273,7 @@ class LocalExecutor:
         self, model: StackedModel, group: Sequence[int], task: ScoringTask, start: Tensor
     ) -> list[ClientScore]:
         """As `_score_client`, for clients at once."""
-        parts = [self._dataset.client_data(client_id) for client_id in group]
+        parts = [self._client_data(client_id) for client_id in group]
         tests = [(data.test_inputs, data.test_labels) for data in parts]
         members = [
             GroupMember(data.train_inputs, data.train_labels, self._seeds(Purpose.PERSONALIZATION, task, client_id))
@@ -284,6 +296,9 @@ class LocalExecutor:
     def _training(self, phase: Phase) -> LocalTraining:
         settings = self._config.phases[phase]
         return LocalTraining(settings.client_optimizer, settings.num_local_epochs, self._config.batch_size)
+
+    def _client_data(self, client_id: int) -> ClientData:
+        return (self._reader or self._dataset).client_data(client_id)
 
     def _seeds(self, purpose: Purpose, task: CohortTask | ScoringTask, client_id: int) -> np.random.SeedSequence:
         return seed_sequence(

@@ -15,16 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from perfedavg.client_data import ClientDirectory
+from perfedavg.cohorts import draw_cohort, draw_eval_clients
 from perfedavg.config import ExperimentConfig, Phase, PhaseConfig
 from perfedavg.executor import CohortTask, CohortUpdate, Executor, ScoringTask, client_weight
 from perfedavg.optimizers import ServerOptimizer
 from perfedavg.scores import ClientScore, summarize
-from perfedavg.seeding import Purpose, seed_sequence
 
 
 @dataclass(frozen=True)
@@ -300,25 +299,6 @@ def _score(executor: Executor, state: ExperimentState, client_ids: tuple[int, ..
     scores.sort(key=lambda score: score.client_id)
     assert [score.client_id for score in scores] == sorted(client_ids), "every client is scored exactly once"
     return scores
-
-
-def draw_cohort(
-    config: ExperimentConfig, train_client_ids: Sequence[int], phase: Phase, round_number: int
-) -> tuple[int, ...]:
-    """The clients of a round: uniform, without repeats, ascending. Follows from (seed, phase, round)."""
-    sequence = seed_sequence(config.seed, Purpose.COHORT, phase=phase, round_number=round_number)
-    return _draw(sequence, train_client_ids, config.cohort_size)
-
-
-def draw_eval_clients(config: ExperimentConfig, unseen_client_ids: Sequence[int]) -> tuple[int, ...]:
-    """The unseen clients behind the accuracy curve: the same ones in every round. Follows from the seed."""
-    sequence = seed_sequence(config.seed, Purpose.EVAL_CLIENTS)
-    return _draw(sequence, unseen_client_ids, min(config.eval_clients, len(unseen_client_ids)))
-
-
-def _draw(sequence: np.random.SeedSequence, client_ids: Sequence[int], count: int) -> tuple[int, ...]:
-    positions = np.random.default_rng(sequence).choice(len(client_ids), size=count, replace=False)
-    return tuple(sorted(client_ids[position] for position in positions.tolist()))
 
 
 def parameters_sha256(parameters: Tensor) -> str:
