@@ -17,7 +17,7 @@ MAX_ENTRY = float(2**MAX_ENTRY_BITS)
 """Largest absolute entry of a vector that can be added. A trained update is orders of magnitude below it."""
 
 PIECE = 2**17
-"""Entries that are added at once."""
+"""Entries that a CPU adds at once."""
 
 
 class BadUpdateError(ValueError):
@@ -71,9 +71,10 @@ class ExactSum:
         if weight < 1 or self.weight + weight > self.capacity:
             raise ValueError(f"client {client_id}: weight {weight} on top of {self.weight} exceeds {self.capacity}")
         # A float32 mantissa has 24 bits and the weight at most 28, so the float64 product is exact before rounding.
-        # Piece by piece, what is in between stays in the cache: a third of the time for a vector of 13 MB.
+        # Piece by piece, what is in between stays in a CPU's cache: a third of the time for a vector of 13 MB.
         scale = weight * 2.0**self.fraction_bits
-        for part, total in zip(vector.split(PIECE), self.total.split(PIECE), strict=True):
+        size = PIECE if vector.device.type == "cpu" else max(1, len(vector))
+        for part, total in zip(vector.split(size), self.total.split(size), strict=True):
             total += part.to(torch.float64).mul_(scale).round_().to(torch.int64)
         self.weight += weight
 
