@@ -34,8 +34,11 @@ PROTOCOL_VERSION = 3
 GREETING_SECONDS = 10.0
 """For each line of the greeting. Who takes longer is not one of ours."""
 SEND_SECONDS = 10.0
-"""For a line to leave this machine. Lines are short, so it takes longer only where the peer is gone."""
-MAX_LINE_BYTES = 64 * 1024
+"""For a line to leave this machine. Lines are short enough that it takes longer only where the peer is gone."""
+MAX_GREETING_BYTES = 64 * 1024
+"""In a line of the greeting, in which anybody may say anything."""
+MAX_LINE_BYTES = 16 * 2**20
+"""In a line after it. The longest ones hold the scores of a group of clients, 250 bytes each."""
 TOKEN_VARIABLE = "PERFEDAVG_TOKEN"
 _SERVICE = "personalized-fedavg"
 _MIN_TOKEN_CHARACTERS = 16
@@ -129,13 +132,13 @@ class ControlConnection:
         Raises ConnectionError where the peer ended the connection or was silent for so long, NotOursError where what
         it says is not a JSON object in a line.
         """
-        while not (line := self._receive_line(silence_seconds).strip()):
+        while not (line := self._receive_line(silence_seconds, MAX_LINE_BYTES).strip()):
             pass
         return _parse_line(line)
 
     def receive_at_once(self, timeout_seconds: float) -> dict[str, Any]:
         """The next line, an object: as `receive`, for the greeting, in which nobody may gain time by signs of life."""
-        return _parse_line(self._receive_line(timeout_seconds))
+        return _parse_line(self._receive_line(timeout_seconds, MAX_GREETING_BYTES))
 
     def close(self) -> None:
         """End the connection, for both sides and for whatever thread receives on it. May be called again."""
@@ -150,14 +153,14 @@ class ControlConnection:
         except OSError as error:
             raise ConnectionError(error.strerror or "the connection does not take what is sent") from error
 
-    def _receive_line(self, timeout_seconds: float) -> bytes:
+    def _receive_line(self, timeout_seconds: float, max_bytes: int) -> bytes:
         deadline = time.monotonic() + timeout_seconds
         while (end := self._received.find(b"\n")) < 0:
-            if len(self._received) > MAX_LINE_BYTES:
-                raise NotOursError(f"it sent more than {MAX_LINE_BYTES} bytes without the end of a line")
+            if len(self._received) > max_bytes:
+                raise NotOursError(f"it sent more than {max_bytes} bytes without the end of a line")
             try:
                 is_ready = self._poll.poll(1000 * max(0.0, deadline - time.monotonic()))
-                received = self._socket.recv(MAX_LINE_BYTES) if is_ready else None
+                received = self._socket.recv(MAX_GREETING_BYTES) if is_ready else None
             except OSError as error:
                 raise ConnectionError(error.strerror or "the connection was closed") from error
             if received is None:

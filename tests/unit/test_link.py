@@ -15,7 +15,16 @@ import torch
 from multi_process import link as link_module
 from multi_process.control import ControlConnection
 from multi_process.link import SERVER, WORKER, DismissedError, GoneError, Link
-from multi_process.messages import Finish, GroupTrained, Message, PartialSum, SendSum, StartTraining, WorkOn
+from multi_process.messages import (
+    Finish,
+    GroupScored,
+    GroupTrained,
+    Message,
+    PartialSum,
+    SendSum,
+    StartTraining,
+    WorkOn,
+)
 
 NEVER = 1000.0
 """Seconds between signs of life of an end that falls silent."""
@@ -111,6 +120,14 @@ def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -
         end.drain(10)
     assert ends.server.bytes_sent == ends.worker.bytes_received > parameters.nbytes
     assert ends.worker.bytes_sent == ends.server.bytes_received > total.nbytes
+
+
+def test_a_word_about_a_large_group_arrives(connect: Connect) -> None:
+    """A GPU may score a thousand clients at once; in a greeting, nobody may say so much."""
+    ends = connect()
+    word = GroupScored([{"client_id": number, "initial_loss": 1.5, "note": "x" * 200} for number in range(1000)])
+    ends.worker.send(word)
+    assert ends.server.receive() == word
 
 
 def test_messages_of_several_threads_stay_whole(connect: Connect) -> None:
