@@ -237,11 +237,12 @@ def _wait_for(condition: object, what: str, processes: Processes) -> None:
 
 
 def _is_noticed(processes: Processes) -> bool:
-    """Whether another process has told of the fault: the server in its log, or worker 1 on its terminal."""
+    """Whether another process has told of the fault: the server in its log, or a worker on its terminal."""
     log = processes.run_dir / "log.txt"
     told = log.read_text() if log.exists() else ""
     words = re.search(r"server: (?:lost worker 2|worker 2 could not join)", told)
-    return words is not None or "the server is gone" in processes.error_file("worker 1").read_text()
+    terminals = [processes.error_file(name).read_text() for name in ("worker 1", "worker 2")]
+    return words is not None or any("the server is gone" in text for text in terminals)
 
 
 def _read_result(processes: Processes, seconds: float, noticed_s: float | None) -> Result:
