@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from perfedavg.layers import FactoredLinear, Factors, SeededDropout, blocks, channels_last, replace_layers
+from perfedavg.layers import (
+    FactoredLinear,
+    Factors,
+    SeededDropout,
+    blocks,
+    channels_last,
+    is_plain_linear,
+    replace_layers,
+)
 
 
 class FlatModel:
@@ -35,7 +43,7 @@ class FlatModel:
         self.module = replace_layers(copy.deepcopy(model).to(self.device), self._replacement)
         self.parameters = flatten(self.module)
         unflatten_into(self.module, self.parameters)
-        self._views = list(self.module.parameters())
+        self._trained = [view for view in self.module.parameters() if view.requires_grad]
         layers = list(self.module.modules())
         self._dense_layers = [layer for layer in layers if isinstance(layer, FactoredLinear)]
         # On a CPU, torch's pooling is many times faster with the channels side by side, its convolutions a little.
@@ -66,9 +74,9 @@ class FlatModel:
     def descend(self, loss: Tensor, learning_rate: float) -> None:
         """A step of plain SGD: parameters -= learning_rate * gradient of the loss, a scalar that the model gave."""
         self._factors.begin(learning_rate)
-        gradients = torch.autograd.grad(loss, self._views, allow_unused=True)
+        gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
         with torch.no_grad():
-            for view, gradient in zip(self._views, gradients, strict=True):
+            for view, gradient in zip(self._trained, gradients, strict=True):
                 if gradient is not None:
                     view.add_(gradient, alpha=-learning_rate)
             for weight, outputs_gradient, rows in self._factors.end():
@@ -78,15 +86,19 @@ class FlatModel:
         self.refresh()
 
     def gradient(self, loss: Tensor) -> Tensor:
-        """The gradient of the loss, a scalar that the model gave: (num_parameters,), in the parameters' order."""
+        """The gradient of the loss, a scalar that the model gave: (num_parameters,), in the parameters' order.
+
+        It is 0 for parameters that do not require one.
+        """
         self._factors.begin(None)
-        gradients = torch.autograd.grad(loss, self._views, allow_unused=True)
+        gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
         flat = torch.zeros_like(self.parameters)
         parts: dict[Tensor, Tensor] = {}
         position = 0
-        for view, gradient in zip(self._views, gradients, strict=True):
+        for view in self.module.parameters():
             parts[view] = flat[position : position + view.numel()].view_as(view)
             position += view.numel()
+        for view, gradient in zip(self._trained, gradients, strict=True):
             if gradient is not None:
                 parts[view].copy_(gradient)
         for weight, outputs_gradient, rows in self._factors.end():
@@ -97,7 +109,7 @@ class FlatModel:
         if isinstance(layer, nn.Dropout):
             return SeededDropout(layer.p, self.dropout_generator)
         refuse_unseedable(layer)
-        if type(layer) is nn.Linear:
+        if is_plain_linear(layer):
             return FactoredLinear(layer, self._factors, torch.bfloat16 if self._computes_in_bf16 else None)
         return None
 

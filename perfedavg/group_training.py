@@ -75,6 +75,7 @@ class StackedModel:
             row = slice(position, position + parameter.numel())
             self._views[name] = self.parameters[:, row].view(group_size, *parameter.shape)
             position = row.stop
+        self._frozen = [name for name, parameter in self._module.named_parameters() if not parameter.requires_grad]
         self._uses = _uses_of_parameters(self._module)
 
     @property
@@ -116,7 +117,10 @@ class StackedModel:
             computed_in = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         with computed_in:
             differentiated = vmap(grad_and_value(loss_of_client))(self._first(len(sizes)), inputs, labels, weights)
-        return cast(tuple[Gradients, Tensor], differentiated)
+        gradients, losses = cast(tuple[Gradients, Tensor], differentiated)
+        for name in self._frozen:
+            gradients[name] = torch.zeros_like(gradients[name])
+        return gradients, losses
 
     def descend(self, gradients: Gradients, learning_rate: float) -> None:
         """A step of plain SGD of the first clients: parameters -= learning_rate * gradients."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,6 +187,22 @@ class FactoredLinear(nn.Module):
             self._factors.note_use(self.weight)
         outputs: Tensor = _DenseProduct.apply(rows, self.weight, multiplied, self.bias, self._factors)  # type: ignore[no-untyped-call]
         return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
+
+
+def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a `FactoredLinear` can take a layer's place: a dense one whose weight is a parameter that is trained.
+
+    A weight that is made of others (weight normalization), one that is frozen, and a layer with hooks are left alone.
+    """
+    return (
+        type(layer) is nn.Linear
+        and isinstance(layer.weight, nn.Parameter)
+        and layer.weight.requires_grad
+        and not layer._forward_hooks
+        and not layer._forward_pre_hooks
+        and not layer._backward_hooks
+        and not layer._backward_pre_hooks
+    )
 
 
 class _DenseProduct(torch.autograd.Function):

@@ -35,6 +35,26 @@ class UsedTwice(nn.Module):
         return self.again(torch.tanh(self.dense(inputs))) + self.embedding(torch.arange(len(inputs)) % 6)
 
 
+class Frozen(nn.Module):
+    """A dense layer that is not trained, one with a frozen bias, and one whose weight is made of two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
+        self.partly = nn.Linear(6, 6)
+        self.partly.bias.requires_grad_(False)
+        self.normalized = nn.utils.parametrizations.weight_norm(nn.Linear(6, 6))
+        self.hooked = nn.Linear(6, 6)
+        self.hooked.register_forward_hook(double_outputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.hooked(self.normalized(torch.tanh(self.partly(torch.tanh(self.frozen(inputs))))))
+
+
+def double_outputs(layer: nn.Module, inputs: tuple[Tensor, ...], outputs: Tensor) -> Tensor:
+    return 2 * outputs
+
+
 def without_dropout(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
@@ -49,6 +69,7 @@ CASES = {
     "lstm": (lambda: CharLSTM(11), lambda: torch.randint(0, 11, (6, 9))),
     "dense on sequences": (lambda: nn.Linear(5, 4), lambda: torch.rand(3, 2, 5).double()),
     "dense on one example": (lambda: nn.Linear(5, 4), lambda: torch.rand(5).double()),
+    "frozen, normalized, hooked": (Frozen, lambda: torch.rand(8, 6).double()),
     "used twice": (UsedTwice, lambda: torch.rand(8, 6).double()),
 }
 

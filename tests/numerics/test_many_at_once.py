@@ -61,6 +61,10 @@ def mlp_with_dropout() -> nn.Module:
     )
 
 
+def with_frozen_layer() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 30).requires_grad_(False), nn.Tanh(), nn.Linear(30, 10))
+
+
 def emnist_cnn_without_dropout() -> nn.Module:
     model = build_model("emnist_cnn", 10)
     for layer in model.modules():
@@ -76,6 +80,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "emnist_cnn without dropout": emnist_cnn_without_dropout,
     "mlp with dropout": mlp_with_dropout,
     "tied weights": TiedWeights,
+    "frozen layer": with_frozen_layer,
 }
 
 
