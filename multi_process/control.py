@@ -1,7 +1,8 @@
 """The control connection between a worker and the server: who may join, and who is still alive.
 
 It is a TCP connection to the server's port, beside the one that carries tensors, so that a sign of life gets through
-while a client trains and while 13 MB are on their way. It carries JSON objects, one a line; an empty line is a sign
+while a client trains and while 13 MB are on their way; so does what is said of single clients (`messages.Word`). It
+carries JSON objects, one a line; an empty line is a sign
 of life. Before anything else the two sides greet each other:
 
     server -> worker   Greeting: protocol, nonce, the terms of the run, whether a token is asked for
