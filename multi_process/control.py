@@ -2,8 +2,7 @@
 
 It is a TCP connection to the server's port, beside the one that carries tensors, so that a sign of life gets through
 while a client trains and while 13 MB are on their way; so does what is said of single clients (`messages.Word`). It
-carries JSON objects, one a line; an empty line is a sign
-of life. Before anything else the two sides greet each other:
+carries JSON objects, one a line; an empty line is a sign of life. Before anything else the two sides greet each other:
 
     server -> worker   Greeting: protocol, nonce, the terms of the run, whether a token is asked for
     worker -> server   Application: protocol, nonce, rank, GPU, proof that it knows the token
