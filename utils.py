@@ -8,9 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from perfedavg.config import OPTIMIZERS, PRECISIONS, ExperimentConfig, OptimizerConfig, PhaseConfig, num_unseen_clients
+from perfedavg.config import (
+    LOCAL_SPLITS,
+    METHODS,
+    PRECISIONS,
+    SCHEDULES,
+    ExperimentConfig,
+    OptimizerConfig,
+    PhaseConfig,
+    num_unseen_clients,
+)
 from perfedavg.console import EXIT_BAD_INPUT, say
 from perfedavg.runs import make_default_folder, read_run
 
@@ -23,8 +32,13 @@ if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
 ROOT = Path(__file__).resolve().parent
 STRUCTURES = ("cnn", "mlp", "lstm")
 BACKENDS = ("gloo", "nccl")
-CLIENT_ADAM_BETAS = (0.0, 0.999)
-"""Of a client's Adam: no first moment, as Reptile's authors set it (Nichol et al. 2018, section 6)."""
+OPTIMIZER_FLAGS = ("sgd", "momentum", "adam", "yogi", "adagrad")
+"""`momentum` is SGD with momentum."""
+CLIENT_MOMENTUM = 0.9
+CLIENT_BETAS = (0.0, 0.999)
+"""Of a client's Adam or Yogi: no first moment, as Reptile's authors set it (Nichol et al. 2018, section 6)."""
+SERVER_BETAS = {"adam": (0.9, 0.999), "yogi": (0.9, 0.99)}
+"""Adam's are its authors', Yogi's those that Reddi et al. 2020 give a server."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +72,13 @@ DATASET_DEFAULTS = {
     "shakespeare": replace(NATURAL, struct="lstm", local_lr=0.8, fine_tune_local_lr=0.8),
     "synthetic_writers": replace(PAPER, partition=None),
     "folder": NATURAL,
+    "sine": Defaults(struct="mlp", client_num_in_total=30_600, unseen_fraction="1/51", partition=None),
 }
-ABSENT = {"client_num_in_total": "all clients", "partition": "none, for natural clients,"}
+ABSENT = {"client_num_in_total": "all clients", "partition": "none"}
 """What it means that a default is absent."""
 USERS_OWN = NATURAL
 """For a data set given as package.module:factory."""
-MODELS = {"mnist": "mnist_cnn", "fashion_mnist": "mnist_cnn", "digits": "mnist_cnn"}
+CNNS = {"mnist": "mnist_cnn", "fashion_mnist": "mnist_cnn", "digits": "mnist_cnn"}
 """Data sets whose `cnn` is the small one of the MNIST experiments; the others have 62 classes or so."""
 
 
@@ -191,14 +206,32 @@ def to_argv(args: argparse.Namespace, role: str) -> list[str]:
 
 def config_from_args(args: argparse.Namespace) -> ExperimentConfig:
     """Raises ValueError, naming the flag, its value and the fix, where the values do not make an experiment."""
-    fine_tune = PhaseConfig(
-        num_rounds=args.fine_tune_outer_loops,
-        num_local_epochs=args.fine_tune_inner_loops,
-        client_optimizer=OptimizerConfig(
-            args.fine_tune_client_optimizer, args.fine_tune_local_lr, betas=CLIENT_ADAM_BETAS
+    fedavg = PhaseConfig(
+        num_rounds=args.epochs,
+        num_local_epochs=args.inner_loops,
+        num_local_steps=args.inner_steps,
+        client_optimizer=_client_optimizer(args.client_optimizer, args.local_lr),
+        server_optimizer=_server_optimizer(
+            args.server_optimizer, args.server_lr, args.server_momentum, args.server_epsilon
         ),
-        server_optimizer=OptimizerConfig(args.fine_tune_server_optimizer, args.fine_tune_server_lr),
     )
+    fine_tune = None
+    if args.fine_tune and args.fine_tune_method != "none":
+        fine_tune = PhaseConfig(
+            num_rounds=args.fine_tune_outer_loops,
+            num_local_epochs=args.fine_tune_inner_loops,
+            num_local_steps=args.fine_tune_inner_steps,
+            client_optimizer=_client_optimizer(args.fine_tune_client_optimizer, args.fine_tune_local_lr),
+            server_optimizer=_server_optimizer(
+                args.fine_tune_server_optimizer,
+                args.fine_tune_server_lr,
+                args.fine_tune_server_momentum,
+                args.fine_tune_server_epsilon,
+            ),
+            server_schedule=args.fine_tune_server_schedule,
+            method=args.fine_tune_method,
+            support_fraction=args.fine_tune_support_fraction,
+        )
     return ExperimentConfig(
         dataset=args.dataset,
         architecture=_architecture(args.dataset, args.struct),
@@ -206,21 +239,34 @@ def config_from_args(args: argparse.Namespace) -> ExperimentConfig:
         num_clients=args.client_num_in_total,
         unseen_fraction=args.unseen_fraction,
         partition=args.partition,
+        local_split=args.local_split,
+        joint=args.joint,
+        validation=args.validation,
         cohort_size=args.client_num_per_round,
         batch_size=args.batch_size,
-        fedavg=PhaseConfig(
-            num_rounds=args.epochs,
-            num_local_epochs=args.inner_loops,
-            client_optimizer=OptimizerConfig("sgd", args.local_lr),
-            server_optimizer=OptimizerConfig("sgd", args.server_lr, momentum=args.server_momentum),
-        ),
-        fine_tune=fine_tune if args.fine_tune else None,
+        fedavg=fedavg,
+        fine_tune=fine_tune,
         num_personalization_epochs=args.pers_round,
+        num_curve_epochs=args.pers_curve,
         eval_every=args.eval_every,
         eval_clients=args.eval_clients,
         precision=args.precision,
         client_batching=None if args.client_batching == "auto" else args.client_batching,
     )
+
+
+def _client_optimizer(name: str, learning_rate: float) -> OptimizerConfig:
+    if name == "momentum":
+        return OptimizerConfig("sgd", learning_rate, momentum=CLIENT_MOMENTUM)
+    return OptimizerConfig(name, learning_rate, betas=CLIENT_BETAS)
+
+
+def _server_optimizer(name: str, learning_rate: float, momentum: float, epsilon: float) -> OptimizerConfig:
+    if name == "momentum":
+        return OptimizerConfig("sgd", learning_rate, momentum=momentum)
+    if name == "sgd":
+        return OptimizerConfig("sgd", learning_rate)
+    return OptimizerConfig(name, learning_rate, betas=SERVER_BETAS.get(name, (0.9, 0.999)), epsilon=epsilon)
 
 
 def check_num_workers(config: ExperimentConfig, num_workers: int) -> None:
@@ -235,27 +281,59 @@ def check_num_workers(config: ExperimentConfig, num_workers: int) -> None:
 def get_datasets(config: ExperimentConfig, data_root: Path) -> FederatedDataset:
     """The experiment's data, dealt out to its clients. Raises ValueError where it cannot be had or is damaged."""
     dataset = _load_dataset(
-        config.dataset, config.num_clients, config.unseen_fraction, config.partition, config.seed, data_root
+        config.dataset,
+        config.num_clients,
+        config.unseen_fraction,
+        config.partition,
+        config.seed,
+        config.local_split,
+        data_root,
     )
     if getattr(dataset, "num_left_out", 0):
         say(f"left out of {config.dataset}, too small to train and be scored: {dataset.num_left_out} client(s)")
-    return dataset
+    return _seen_as(config, dataset)
+
+
+def _seen_as(config: ExperimentConfig, dataset: FederatedDataset) -> FederatedDataset:
+    from datasets.views import JointView, ValidationView
+
+    if config.validation:
+        if config.dataset == "sine":
+            raise ValueError(
+                "--validation true has no meaning for sine, whose tasks follow from --seed; try another"
+            )
+        num_scored = num_unseen_clients(len(dataset.train_client_ids), config.unseen_fraction)
+        dataset = cast("FederatedDataset", ValidationView(dataset, num_scored))
+    return cast("FederatedDataset", JointView(dataset)) if config.joint else dataset
 
 
 def get_described_dataset(args: argparse.Namespace) -> FederatedDataset:
     """The data that the flags of `python -m datasets.describe` stand for, dealt out as in a run with these flags."""
     return _load_dataset(
-        args.dataset, args.client_num_in_total, args.unseen_fraction, args.partition, args.seed, args.data_root
+        args.dataset,
+        args.client_num_in_total,
+        args.unseen_fraction,
+        args.partition,
+        args.seed,
+        args.local_split,
+        args.data_root,
     )
 
 
 def _load_dataset(
-    name: str, num_clients: int | None, unseen_fraction: str, partition: str | None, seed: int, data_root: Path
+    name: str,
+    num_clients: int | None,
+    unseen_fraction: str,
+    partition: str | None,
+    seed: int,
+    local_split: str,
+    data_root: Path,
 ) -> FederatedDataset:
     from datasets import DatasetRequest, load_federated_dataset
 
     num_unseen = partial(num_unseen_clients, unseen_fraction=unseen_fraction)
-    return load_federated_dataset(DatasetRequest(name, num_clients, num_unseen, partition, seed), data_root)
+    request = DatasetRequest(name, num_clients, num_unseen, partition, seed, local_split)
+    return load_federated_dataset(request, data_root)
 
 
 def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
@@ -286,10 +364,13 @@ def open_run_folder(args: argparse.Namespace) -> RunFolder:
 
 
 def _architecture(dataset: str, struct: str) -> str:
-    is_text = _defaults_of(dataset).struct == "lstm"
-    if is_text != (struct == "lstm") and ":" not in dataset:
-        raise ValueError(f"--struct {struct} does not fit {dataset}; use {'lstm' if is_text else 'cnn or mlp'}")
-    return MODELS.get(dataset, "emnist_cnn") if struct == "cnn" else struct
+    own = _defaults_of(dataset).struct
+    fitting = ("cnn", "mlp") if own == "cnn" else (own,)
+    if struct not in fitting and ":" not in dataset:
+        raise ValueError(f"--struct {struct} does not fit {dataset}; use {' or '.join(fitting)}")
+    if dataset == "sine":
+        return "sine_mlp"
+    return CNNS.get(dataset, "emnist_cnn") if struct == "cnn" else struct
 
 
 def _defaults_of(dataset: str) -> Defaults:
@@ -327,6 +408,13 @@ def _add_clients(parser: argparse.ArgumentParser) -> None:
         type=str,
         metavar="NAME[:X]",
     )
+    group.add_argument(
+        "--local_split",
+        choices=LOCAL_SPLITS,
+        default="shuffled",
+        help="how a client's examples are put in order before they are cut 80/20 into its training and test parts: "
+        "tail sorts them by label, as the code behind the published figures does",
+    )
     group.add_argument("--seed", type=int, default=0, help="everything random follows from it; same seed, same model")
 
 
@@ -337,6 +425,13 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     by_dataset("struct", "model: a convolutional network, an MLP, or (text) an LSTM", choices=STRUCTURES, type=str)
     by_dataset("client_num_per_round", "training clients drawn for each round")
     add("--batch_size", type=int, default=20, help="examples a local step")
+    _add_boolean(group, "joint", False, "pool the training clients' data in one client, the centralized baseline")
+    _add_boolean(
+        group,
+        "validation",
+        False,
+        "hold a share of the training clients out and score them in place of the unseen ones, to choose settings by",
+    )
     by_dataset("eval_every", "communication rounds between two points of the accuracy curve")
     add("--eval_clients", type=int, default=100, help="unseen clients behind a point of the curve; results take all")
     add("--precision", choices=PRECISIONS, default="float32", help="of the clients' training; scores are float32's")
@@ -353,34 +448,62 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
 def _add_phases(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("phase 1, FedAvg")
     add = group.add_argument
-    _add_by_dataset(group, "epochs", "communication rounds")
+    _add_by_dataset(group, "epochs", "communication rounds; 0 leaves this phase out")
     add("--inner_loops", type=int, default=5, help="local epochs a client a round (E)")
-    _add_by_dataset(group, "local_lr", "learning rate of the clients' SGD, also in personalization", type=float)
-    add("--server_lr", type=float, default=1.0, help="learning rate of the server's SGD; 1.0 without momentum averages")
-    add("--server_momentum", type=float, default=0.9, help="momentum of the server's SGD, 0 or more and below 1")
-
-    group = parser.add_argument_group("phase 2, Reptile fine-tuning")
-    add = group.add_argument
+    add("--inner_steps", type=int, help="local steps a client a round, in place of epochs; 1 is FedSGD (default: not)")
     add(
-        "--fine_tune",
-        type=_boolean,
-        nargs="?",
-        const=True,
-        default=True,
-        metavar="true|false",
-        help="whether to fine-tune",
+        "--client_optimizer", choices=OPTIMIZER_FLAGS, default="sgd", help="the clients' optimizer, also to personalize"
+    )
+    _add_by_dataset(group, "local_lr", "the clients' learning rate, also to personalize", type=float)
+    add("--server_optimizer", choices=OPTIMIZER_FLAGS, default="momentum", help="the server's optimizer")
+    add("--server_lr", type=float, default=1.0, help="the server's learning rate; with sgd, 1.0 averages")
+    add("--server_momentum", type=float, default=0.9, help="of the server's momentum, 0 or more and below 1")
+    add("--server_epsilon", type=float, default=0.001, help="of the server's adam, yogi or adagrad, above 0")
+
+    group = parser.add_argument_group("phase 2, fine-tuning")
+    add = group.add_argument
+    _add_boolean(group, "fine_tune", True, "whether to fine-tune")
+    add(
+        "--fine_tune_method",
+        choices=(*METHODS, "none"),
+        default="reptile",
+        help="what a client sends: how far it got (reptile), or the gradient on a part of its data after it adapted to "
+        "the rest, there (fomaml) or through its steps (maml); none is --fine_tune false",
     )
     _add_by_dataset(group, "fine_tune_outer_loops", "communication rounds")
     add("--fine_tune_inner_loops", type=int, default=10, help="local epochs a client a round (K)")
-    add("--fine_tune_client_optimizer", choices=OPTIMIZERS, default="sgd", help="the clients' optimizer")
+    add("--fine_tune_inner_steps", type=int, help="local steps a client a round, in place of epochs (default: not)")
+    add(
+        "--fine_tune_support_fraction",
+        type=float,
+        default=0.5,
+        help="of fomaml and maml: share of a client's training part that it adapts to; 1 measures on the same examples",
+    )
+    add("--fine_tune_client_optimizer", choices=OPTIMIZER_FLAGS, default="sgd", help="the clients' optimizer")
     _add_by_dataset(group, "fine_tune_local_lr", "the clients' learning rate", type=float)
-    add("--fine_tune_server_optimizer", choices=OPTIMIZERS, default="adam", help="the server's optimizer")
+    add("--fine_tune_server_optimizer", choices=OPTIMIZER_FLAGS, default="adam", help="the server's optimizer")
     add(
         "--fine_tune_server_lr", type=float, default=0.001, help="the server's learning rate (with sgd, Reptile's step)"
     )
+    add("--fine_tune_server_momentum", type=float, default=0.9, help="of the server's momentum, 0 or more and below 1")
+    add("--fine_tune_server_epsilon", type=float, default=1e-8, help="of the server's adam, yogi or adagrad, above 0")
+    add(
+        "--fine_tune_server_schedule",
+        choices=SCHEDULES,
+        default="constant",
+        help="the server's learning rate over the rounds; linear falls to 0",
+    )
 
     group = parser.add_argument_group("phase 3, personalization of unseen clients")
-    group.add_argument("--pers_round", type=int, default=5, help="local epochs by which an unseen client adapts")
+    add = group.add_argument
+    add("--pers_round", type=int, default=5, help="local epochs by which an unseen client adapts")
+    add("--pers_curve", type=int, default=0, help="measure results also after each of 0 .. so many epochs; 0 for not")
+
+
+def _add_boolean(group: argparse._ArgumentGroup, name: str, default: bool, text: str) -> None:
+    group.add_argument(
+        f"--{name}", type=_boolean, nargs="?", const=True, default=default, metavar="true|false", help=text
+    )
 
 
 def _add_by_dataset(group: argparse._ArgumentGroup, name: str, text: str, **options: Any) -> None:

@@ -23,7 +23,7 @@ CACHE_FORMAT = 2
 class Clients(Protocol):
     """Clients 0 .. num_clients - 1 with their raw examples, before they are cut or turned into tensors.
 
-    num_classes: labels are below it.
+    num_classes: labels are below it.  class_names: what they stand for, label i the i-th, or None where not known.
     fingerprint: digest of all examples and of who has them; equal clients, equal digest.
     overlap: examples of a client that are no more than so many places apart share some of their text, as neighbouring
         windows do; 0 where examples are independent.
@@ -34,6 +34,8 @@ class Clients(Protocol):
     def num_clients(self) -> int: ...
     @property
     def num_classes(self) -> int: ...
+    @property
+    def class_names(self) -> Sequence[str] | None: ...
     @property
     def fingerprint(self) -> str: ...
     @property
@@ -66,11 +68,12 @@ class NamedClient:
 class StoredClients:
     """Clients in one folder of plain files, of which inputs and labels are mapped and not loaded."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
         meta = json.loads((folder / "meta.json").read_text())
         self.names: list[str] = meta["names"]
         self.num_clients = len(self.names)
         self.num_classes: int = meta["num_classes"]
+        self.class_names = tuple(class_names)
         self.fingerprint: str = meta["fingerprint"]
         self.overlap: int = meta["overlap"]
         self._offsets = np.array(meta["offsets"], dtype=np.int64)
@@ -95,7 +98,7 @@ def cached_clients(
     name: str,
     sources: Iterable[Path],
     clients: Iterator[NamedClient],
-    num_classes: int,
+    class_names: Sequence[str],
     overlap: int = 0,
 ) -> StoredClients:
     """The clients that an iterator yields, from the cache where it holds them already.
@@ -103,7 +106,7 @@ def cached_clients(
     cache: folder of all caches, created.  name: of the data set, part of the folder's name.
     sources: the files that the clients are read from; another size or time of one of them means another cache.
     clients: is exhausted only where the cache is built. Whatever it raises leaves no cache behind.
-    overlap: see Clients.
+    class_names: label i stands for the i-th.  overlap: see Clients.
     Raises ValueError where there is no client, two have the same name, or a label is out of range.
     """
     folder = cache / f"{name}-{_sources_digest(sources)}"
@@ -113,11 +116,11 @@ def cached_clients(
             with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as building:
                 finished = Path(building) / "clients"
                 finished.mkdir()
-                _write_clients(finished, clients, num_classes, overlap)
+                _write_clients(finished, clients, len(class_names), overlap)
                 for old in cache.glob(f"{name}-*"):
                     shutil.rmtree(old)
                 os.replace(finished, folder)
-    return StoredClients(folder)
+    return StoredClients(folder, class_names)
 
 
 def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: int, overlap: int) -> None:

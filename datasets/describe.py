@@ -56,8 +56,10 @@ class Description:
 
 
 def describe(dataset: FederatedDataset) -> Description:
-    """Read the clients, or MAX_SAMPLE of them."""
+    """Read the clients, or MAX_SAMPLE of them. Raises ValueError where labels are numbers to predict, not classes."""
     everyone = [dataset.train_client_ids, dataset.unseen_client_ids]
+    if dataset.client_data(dataset.train_client_ids[0]).train_labels.is_floating_point():
+        raise ValueError(f"--dataset {dataset.name} has no classes to describe; its labels are numbers")
     share = min(1.0, MAX_SAMPLE / sum(map(len, everyone)))
     client_ids = [client_id for ids in everyone for client_id in _evenly(ids, max(1, round(share * len(ids))))]
     counts = []

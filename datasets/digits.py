@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from datasets.class_names import DIGITS
 from datasets.partitioned import ImageSplits
 
 LARGEST_VALUE = 16
@@ -33,4 +34,4 @@ def load_digits_images() -> ImageSplits:
     in_test = np.zeros(len(labels), dtype=bool)
     for label in range(10):
         in_test[np.flatnonzero(labels == label)[4::5]] = True
-    return ImageSplits(images[~in_test], labels[~in_test], images[in_test], labels[in_test], num_classes=10)
+    return ImageSplits(images[~in_test], labels[~in_test], images[in_test], labels[in_test], 10, DIGITS)

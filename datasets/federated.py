@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 import numpy as np
@@ -40,14 +41,21 @@ class FederatedDataset:
     label sorted last. Examples that overlap keep their order, and those at the cut that share text with the training
     part are dropped; otherwise a client would be scored on text that it trained on. Clients too small to have an
     example in each part are left out of both lists.
+
+    local_split: `shuffled` is what was just said. `tail` sorts a client's examples by label before they are cut, as the
+    code behind the published figures does: the test part then has its last labels only, often a single one.
     """
 
-    def __init__(self, name: str, clients: Clients, num_train: int, num_unseen: int, seed: int) -> None:
+    def __init__(
+        self, name: str, clients: Clients, num_train: int, num_unseen: int, seed: int, local_split: str = "shuffled"
+    ) -> None:
         """Raises ValueError where no training client or no unseen client remains."""
         self.name = name
         self.num_classes = clients.num_classes
+        self.class_names = clients.class_names
         self._clients = clients
         self._seed = seed
+        self._local_split = local_split
         used, smallest = num_train + num_unseen, _smallest_client(clients.overlap)
         left_out = {client for client in clients.smaller_than(smallest) if client < used}
         self.num_left_out = len(left_out)
@@ -61,35 +69,45 @@ class FederatedDataset:
             )
 
     def num_train_examples(self, client_id: int) -> int:
-        return _num_train(self._clients.num_examples(client_id))
+        return count_train(self._clients.num_examples(client_id))
 
     def client_data(self, client_id: int) -> ClientData:
         raw, labels = self._clients.examples(client_id)
         order: NDArray[np.int64] = np.arange(len(labels))
-        if not self._clients.overlap:
+        if self._local_split == "tail":
+            order = np.argsort(labels, kind="stable")
+        elif not self._clients.overlap:
             order = np.random.default_rng(stream(self._seed, LOCAL_CUT_STREAM, client_id)).permutation(len(labels))
-        inputs, targets = _to_tensor(raw[order]), torch.from_numpy(labels[order].astype(np.int64, copy=False))
-        cut = _num_train(len(labels))
+        inputs, targets = to_tensor(raw[order]), torch.from_numpy(labels[order].astype(np.int64, copy=False))
+        cut = count_train(len(labels))
         resume = cut + self._clients.overlap
         return ClientData(inputs[:cut], targets[:cut], inputs[resume:], targets[resume:])
 
     @cached_property
     def fingerprint(self) -> str:
         """Digest of all examples, of who has them, who trains, and how each client's are cut."""
-        parts = (self._clients.fingerprint, len(self.train_client_ids), len(self.unseen_client_ids), self._seed)
+        parts: tuple[object, ...] = (
+            self._clients.fingerprint,
+            len(self.train_client_ids),
+            len(self.unseen_client_ids),
+            self._seed,
+        )
+        if self._local_split != "shuffled":
+            parts += (self._local_split,)
         return hashlib.blake2b(str(parts).encode(), digest_size=16).hexdigest()
 
 
-def _to_tensor(raw: NDArray[np.uint8]) -> Tensor:
+def to_tensor(raw: NDArray[np.uint8]) -> Tensor:
+    """What a model takes, from images (num_examples, 28, 28) or tokens (num_examples, length)."""
     values = torch.from_numpy(raw)
     if values.ndim == 2:
         return values.to(torch.int64)  # tokens
     return values.unsqueeze(1).to(torch.float32).div_(255)
 
 
-def _num_train(num_examples: int) -> int:
-    """80 % of a client's examples, rounded down, but at least one example on each side of the cut."""
-    return min(max(num_examples * TRAIN_PERCENT // 100, 1), num_examples - 1)
+def count_train(num_examples: int, train_percent: int | Fraction = TRAIN_PERCENT) -> int:
+    """So many percent of a client's examples, rounded down, but at least one example on each side of the cut."""
+    return min(max(int(num_examples * train_percent // 100), 1), num_examples - 1)
 
 
 def _smallest_client(overlap: int) -> int:

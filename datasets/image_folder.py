@@ -1,4 +1,4 @@
-"""A user's own images: a folder of client/class/image.png."""
+"""A user's own images: a folder of client/class/image.png, or of one person's class/image.png."""
 
 from __future__ import annotations
 
@@ -26,12 +26,28 @@ def load_image_folder(folder: Path) -> StoredClients:
         raise ValueError(f"--data_root {folder} is no folder; --dataset folder reads client/class/image.png below it")
     images = sorted(path for path in folder.glob("*/*/*") if not _is_hidden(path.relative_to(folder)))
     for path in images:
-        _check_inside(path, folder)
+        _check_inside(path, folder, "client/class/image.png")
     classes = sorted({path.parent.name for path in images})
     if not images:
         raise ValueError(f"--data_root {folder} holds no client/class/image.png")
     clients = _read_clients(folder, images, classes)
-    return cached_clients(folder / ".cache", "folder", images, clients, len(classes))
+    return cached_clients(folder / ".cache", "folder", images, clients, classes)
+
+
+def read_class_folders(folder: Path) -> dict[str, NDArray[np.uint8]]:
+    """One person's images, (num_images, 28, 28), by the name of their class's folder; names in sorted order.
+
+    The layout is class/image.png; all else is as for `load_image_folder`, but that there is no cache.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is no folder; name one that holds class/image.png")
+    images: dict[str, list[NDArray[np.uint8]]] = {}
+    for path in sorted(path for path in folder.glob("*/*") if not _is_hidden(path.relative_to(folder))):
+        _check_inside(path, folder, "class/image.png")
+        images.setdefault(path.parent.name, []).append(_read_image(path))
+    if not images:
+        raise ValueError(f"{folder} holds no class/image.png")
+    return {name: np.stack(own) for name, own in images.items()}
 
 
 def _read_clients(folder: Path, images: list[Path], classes: list[str]) -> Iterator[NamedClient]:
@@ -56,11 +72,11 @@ def _read_image(path: Path) -> NDArray[np.uint8]:
         raise ValueError(f"{path} is damaged ({error})") from error
 
 
-def _check_inside(path: Path, folder: Path) -> None:
+def _check_inside(path: Path, folder: Path, layout: str) -> None:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path} leads out of {folder}; replace the link by the file")
     if not path.is_file():
-        raise ValueError(f"{path} is no file; the layout is client/class/image.png")
+        raise ValueError(f"{path} is no file; the layout is {layout}")
 
 
 def _is_hidden(path: Path) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from datasets.class_names import BYCLASS
 from datasets.clients import NamedClient, StoredClients, cached_clients
 
 LEAF_FILES = "all_data*.json"
@@ -66,7 +67,7 @@ def load_femnist(data_root: Path) -> StoredClients:
         clients = _clients_of_parquet(parquet_files)
     else:
         raise _missing("femnist", folder, "all_data_*.json of LEAF's FEMNIST, or the *.parquet of the femnist data set")
-    return cached_clients(data_root / "cache", "femnist", json_files or parquet_files, clients, FEMNIST_CLASSES)
+    return cached_clients(data_root / "cache", "femnist", json_files or parquet_files, clients, BYCLASS)
 
 
 def load_shakespeare(data_root: Path) -> StoredClients:
@@ -82,7 +83,7 @@ def load_shakespeare(data_root: Path) -> StoredClients:
         raise _missing("shakespeare", folder, "all_data*.json of LEAF's Shakespeare")
     clients = _clients_of_json(files, _sequences, _next_characters)
     # LEAF's windows begin at every character, so that one and its label end where the window 80 places on begins.
-    return cached_clients(data_root / "cache", "shakespeare", files, clients, len(VOCABULARY), overlap=SEQUENCE_LENGTH)
+    return cached_clients(data_root / "cache", "shakespeare", files, clients, VOCABULARY, overlap=SEQUENCE_LENGTH)
 
 
 def _missing(name: str, folder: Path, files: str) -> ValueError:

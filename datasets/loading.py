@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from datasets.clients import Clients, StoredClients
 from datasets.digits import load_digits_images
@@ -17,6 +17,7 @@ from datasets.image_folder import load_image_folder
 from datasets.leaf import load_femnist, load_shakespeare
 from datasets.partition import Partition
 from datasets.partitioned import PartitionedClients
+from datasets.sine import SineTasks
 from datasets.synthetic_writers import SyntheticWriters
 from datasets.torchvision_images import IMAGE_NAMES, load_images
 
@@ -39,6 +40,7 @@ class DatasetRequest:
     num_clients: training and unseen clients together, or None for all that natural clients are.
     num_unseen: from the number of clients to the number of those that never train.
     partition: see `Partition.parse`; None for data with natural clients.
+    local_split: see `FederatedDataset`.
     """
 
     name: str
@@ -46,13 +48,18 @@ class DatasetRequest:
     num_unseen: Callable[[int], int]
     partition: str | None
     seed: int
+    local_split: str = "shuffled"
 
 
 def load_federated_dataset(request: DatasetRequest, data_root: Path) -> FederatedDataset:
     """Raises ValueError where the data cannot be had, is damaged, or has too little for so many clients."""
     if ":" in request.name:
+        _refuse_local_split(request, "it cuts its clients' data itself")
         own: FederatedDataset = _load_users_own(request, data_root)
         return own
+    if request.name == "sine":
+        _refuse_local_split(request, "its targets are no classes")
+        return cast(FederatedDataset, _load_sine(request))  # it has what a data set's readers use
     clients = _load_clients(request, data_root)
     num_clients = clients.num_clients if request.num_clients is None else request.num_clients
     if num_clients > clients.num_clients:
@@ -61,28 +68,44 @@ def load_federated_dataset(request: DatasetRequest, data_root: Path) -> Federate
             f"lower it to {clients.num_clients} or less"
         )
     num_unseen = request.num_unseen(num_clients)
-    return FederatedDataset(request.name, clients, num_clients - num_unseen, num_unseen, request.seed)
+    num_train = num_clients - num_unseen
+    if clients.overlap:
+        _refuse_local_split(request, "its examples overlap and stay in order")
+    return FederatedDataset(request.name, clients, num_train, num_unseen, request.seed, request.local_split)
 
 
 def _load_clients(request: DatasetRequest, data_root: Path) -> Clients:
     if request.name in NATURAL:
         _refuse_partition(request)
         return NATURAL[request.name](data_root)
-    if request.num_clients is None:
-        raise ValueError(f"--client_num_in_total is needed for {request.name}, which has no natural clients")
+    num_clients = _asked_for(request)
     if request.name == "synthetic_writers":
         _refuse_partition(request)
-        return SyntheticWriters(request.num_clients, request.seed)
+        return SyntheticWriters(num_clients, request.seed)
     partition = Partition.parse(request.partition or "shards")
-    num_unseen = request.num_unseen(request.num_clients)
+    num_unseen = request.num_unseen(num_clients)
     if request.name == "digits":
         splits = load_digits_images()
     elif request.name in IMAGE_NAMES:
         splits = load_images(request.name, data_root)
     else:
-        names = ", ".join((*IMAGE_NAMES, "digits", "synthetic_writers", *NATURAL))
+        names = ", ".join((*IMAGE_NAMES, "digits", "synthetic_writers", *NATURAL, "sine"))
         raise ValueError(f"--dataset {request.name} is unknown; use one of {names}, or package.module:factory")
-    return PartitionedClients(splits, partition, request.num_clients - num_unseen, num_unseen, request.seed)
+    return PartitionedClients(splits, partition, num_clients - num_unseen, num_unseen, request.seed)
+
+
+def _load_sine(request: DatasetRequest) -> SineTasks:
+    _refuse_partition(request)
+    num_clients = _asked_for(request)
+    num_unseen = request.num_unseen(num_clients)
+    return SineTasks(num_clients - num_unseen, num_unseen, request.seed)
+
+
+def _asked_for(request: DatasetRequest) -> int:
+    """The number of clients of data that may be dealt out to any."""
+    if request.num_clients is None:
+        raise ValueError(f"--client_num_in_total is needed for {request.name}, which has no natural clients")
+    return request.num_clients
 
 
 def _load_users_own(request: DatasetRequest, data_root: Path) -> Any:
@@ -103,7 +126,28 @@ def _load_users_own(request: DatasetRequest, data_root: Path) -> Any:
         raise ValueError(
             f"what --dataset {request.name} returns has no {', '.join(missing)}; see docs/your-own-data.md"
         )
+    _check_class_names(request.name, getattr(dataset, "class_names", None), dataset.num_classes)
     return dataset
+
+
+def _check_class_names(dataset: str, names: Any, num_classes: int) -> None:
+    """A user's own data set may leave them out; but they are written with the model, when all the work is done."""
+    if names is None:
+        return
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"--dataset {dataset}: class_names must be a list of texts, one a class")
+    if len(set(names)) != num_classes or len(names) != num_classes:
+        raise ValueError(
+            f"--dataset {dataset}: class_names has {len(names)} names, {len(set(names))} of them different, for "
+            f"{num_classes} classes; name each class once"
+        )
+
+
+def _refuse_local_split(request: DatasetRequest, reason: str) -> None:
+    if request.local_split != "shuffled":
+        raise ValueError(
+            f"--local_split {request.local_split} has no meaning for {request.name}: {reason}; leave it out"
+        )
 
 
 def _refuse_partition(request: DatasetRequest) -> None:

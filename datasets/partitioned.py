@@ -20,13 +20,17 @@ FINGERPRINT_CHUNK = 10_000
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """A data set's splits. Images (num_examples, 28, 28) uint8; labels (num_examples,) int64, below num_classes."""
+    """A data set's splits. Images (num_examples, 28, 28) uint8; labels (num_examples,) int64, below num_classes.
+
+    class_names: label i stands for the i-th, or None where that is not known.
+    """
 
     train_images: NDArray[np.uint8]
     train_labels: NDArray[np.int64]
     test_images: NDArray[np.uint8]
     test_labels: NDArray[np.int64]
     num_classes: int
+    class_names: tuple[str, ...] | None = None
 
 
 class PartitionedClients:
@@ -46,6 +50,7 @@ class PartitionedClients:
         self._noise = partition.value if partition.name == "noise" else 0.0
         self.num_clients = num_train + num_unseen
         self.num_classes = splits.num_classes
+        self.class_names = splits.class_names
         dealt: list[NDArray[np.int64]] = []
         for first, labels, count in ((0, splits.train_labels, num_train), (num_train, splits.test_labels, num_unseen)):
             dealt += partition.deal(labels, count, splits.num_classes, stream(seed, PARTITION_STREAM, first))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-PARTITION_STREAM, LOCAL_CUT_STREAM, NOISE_STREAM, WRITER_STREAM = 101, 102, 103, 104
+PARTITION_STREAM, LOCAL_CUT_STREAM, NOISE_STREAM, WRITER_STREAM, SINE_STREAM = 101, 102, 103, 104, 105
 """First part of the spawn keys. The algorithm's own are below 100: never reuse one."""
 
 

@@ -174,6 +174,7 @@ class SyntheticWriters:
     """
 
     num_classes = len(CHARACTERS)
+    class_names = tuple(CHARACTERS)
     overlap = 0
 
     def __init__(self, num_clients: int, seed: int, mean_num_examples: float = 110) -> None:

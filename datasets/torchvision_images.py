@@ -24,6 +24,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from compat import import_torchvision
+from datasets.class_names import BALANCED, BYCLASS, DIGITS, FASHION, LETTERS
 from datasets.idx import map_idx
 from datasets.partitioned import ImageSplits
 
@@ -45,6 +46,7 @@ class Source:
 
     torchvision_name: of the class that says the mirrors and the checksums, and of the folder.
     train_prefix, test_prefix: beginnings of the file names.
+    class_names: label i stands for the i-th.
     first_label: in the files; here labels begin at 0.
     transposed: the files hold each image with rows and columns exchanged.
     """
@@ -52,26 +54,30 @@ class Source:
     torchvision_name: str
     train_prefix: str
     test_prefix: str
-    num_classes: int
+    class_names: tuple[str, ...]
     first_label: int = 0
     transposed: bool = False
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
 
     def raw(self, data_root: Path) -> Path:
         """The folder of the unpacked files."""
         return data_root / self.torchvision_name / "raw"
 
 
-def _emnist(split: str, num_classes: int, first_label: int = 0) -> Source:
-    return Source("EMNIST", f"emnist-{split}-train", f"emnist-{split}-test", num_classes, first_label, transposed=True)
+def _emnist(split: str, class_names: tuple[str, ...], first_label: int = 0) -> Source:
+    return Source("EMNIST", f"emnist-{split}-train", f"emnist-{split}-test", class_names, first_label, transposed=True)
 
 
 SOURCES = {
-    "emnist": _emnist("byclass", 62),
-    "emnist_balanced": _emnist("balanced", 47),
-    "emnist_letters": _emnist("letters", 26, first_label=1),
-    "emnist_digits": _emnist("digits", 10),
-    "mnist": Source("MNIST", "train", "t10k", 10),
-    "fashion_mnist": Source("FashionMNIST", "train", "t10k", 10),
+    "emnist": _emnist("byclass", BYCLASS),
+    "emnist_balanced": _emnist("balanced", BALANCED),
+    "emnist_letters": _emnist("letters", LETTERS, first_label=1),
+    "emnist_digits": _emnist("digits", DIGITS),
+    "mnist": Source("MNIST", "train", "t10k", DIGITS),
+    "fashion_mnist": Source("FashionMNIST", "train", "t10k", FASHION),
 }
 """MNIST: LeCun et al. 1998. Fashion-MNIST: Xiao et al. 2017. EMNIST: Cohen et al. 2017, `emnist` being its byclass."""
 
@@ -94,7 +100,7 @@ def load_images(name: str, data_root: Path) -> ImageSplits:
         raise ValueError(
             f"{error}; replace it, or delete {source.raw(data_root)}{shared} to download {name} anew"
         ) from error
-    return ImageSplits(*train, *test, source.num_classes)
+    return ImageSplits(*train, *test, source.num_classes, source.class_names)
 
 
 def _read_split(source: Source, prefix: str, data_root: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

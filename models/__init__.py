@@ -8,12 +8,14 @@ from models.emnist_cnn import EmnistCNN
 from models.lstm import CharLSTM
 from models.mlp import MLP
 from models.mnist_cnn import MnistCNN
+from models.sine_mlp import SineMLP
 
 
 def build_model(name: str, num_classes: int) -> nn.Module:
     """A freshly initialized model, from torch's global generator. Its output is (batch, num_classes) logits.
 
-    name: `emnist_cnn`, `mnist_cnn` or `mlp`, for (batch, 1, 28, 28) images, or `lstm`, for (batch, length) tokens.
+    name: `emnist_cnn`, `mnist_cnn` or `mlp`, for (batch, 1, 28, 28) images, `lstm`, for (batch, length) tokens, or
+        `sine_mlp`, for (batch, 1) numbers, whose output is (batch, num_classes) values.
     Raises ValueError where the name is unknown.
     """
     if name == "emnist_cnn":
@@ -24,4 +26,6 @@ def build_model(name: str, num_classes: int) -> nn.Module:
         return MLP(num_classes)
     if name == "lstm":
         return CharLSTM(num_classes)
-    raise ValueError(f"unknown model {name!r}; use emnist_cnn, mnist_cnn, mlp or lstm")
+    if name == "sine_mlp":
+        return SineMLP(num_classes)
+    raise ValueError(f"unknown model {name!r}; use emnist_cnn, mnist_cnn, mlp, lstm or sine_mlp")

@@ -96,6 +96,7 @@ class StartScoring(Message):
     code = MessageCode.ParameterUpdate
     phase: int
     round_number: int
+    num_curve_epochs: int
     parameters: Tensor
 
 

@@ -254,9 +254,10 @@ class WorkerPoolManager(ServerManager):
 
         def deliver(answer: Message) -> None:
             assert isinstance(answer, GroupScored), "a scored group's result comes by itself"
-            scores.extend([ClientScore(**fields) for fields in answer.scores])
+            scores.extend([ClientScore.from_dict(fields) for fields in answer.scores])
 
-        self._perform(StartScoring(int(task.phase), task.round_number, parameters), task.client_ids, deliver)
+        start = StartScoring(int(task.phase), task.round_number, task.num_curve_epochs, parameters)
+        self._perform(start, task.client_ids, deliver)
         return scores
 
     def _perform(self, start: Message, client_ids: Sequence[int], deliver: Callable[[Message], None]) -> _Piece:

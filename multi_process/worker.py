@@ -87,7 +87,7 @@ class PersonalizationTrainer(SerialClientTrainer):
             self._training = self._executor.begin_training(task, payload.parameters.clone())
             self._work = self._train
         else:
-            scoring = ScoringTask(phase, payload.round_number, ())
+            scoring = ScoringTask(phase, payload.round_number, (), payload.num_curve_epochs)
             score = self._executor.begin_scoring(scoring, payload.parameters.clone())
             self._work = lambda group: GroupScored([asdict(client_score) for client_score in score(group)])
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from perfedavg.files import remove_partial_files, replace_file
 from perfedavg.optimizers import ServerOptimizer
 from perfedavg.scores import ClientScore
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_SCORE_PARTS = ("counts", "measures", "by_epoch")
 NUM_KEPT = 2
 """Files kept: the one before the last is there for a disk that loses the last one."""
 
@@ -163,6 +164,8 @@ def _encode(state: ExperimentState, identity: RunIdentity) -> Iterator[bytes | m
         ]
         tensors[f"scores.{phase.field}.counts"] = torch.tensor(counts, dtype=torch.int64)
         tensors[f"scores.{phase.field}.measures"] = torch.tensor(measures, dtype=torch.float64)
+        curves = [row.by_epoch for row in scores]
+        tensors[f"scores.{phase.field}.by_epoch"] = torch.tensor(curves, dtype=torch.float64)
     content = json.dumps(
         {
             "format_version": FORMAT_VERSION,
@@ -219,8 +222,11 @@ def _decode(content: Mapping[str, Any], tensors: Mapping[str, Tensor], config: E
 
 
 def _decode_scores(tensors: Mapping[str, Tensor], name: str) -> list[ClientScore]:
-    counts, measures = tensors[f"scores.{name}.counts"].tolist(), tensors[f"scores.{name}.measures"].tolist()
-    return [ClientScore(*row, *measured) for row, measured in zip(counts, measures, strict=True)]
+    counts, measures, curves = (tensors[f"scores.{name}.{part}"].tolist() for part in _SCORE_PARTS)
+    return [
+        replace(ClientScore(*row, *measured), by_epoch=tuple((loss, accuracy) for loss, accuracy in curve))
+        for row, measured, curve in zip(counts, measures, curves, strict=True)
+    ]
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> int:

@@ -9,9 +9,9 @@ from torch import nn
 
 from perfedavg.client_data import FederatedDataset
 from perfedavg.compute import ComputeDevice
-from perfedavg.config import ExperimentConfig
+from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.group_training import group_memory_bytes
-from perfedavg.local_training import LocalTraining
+from perfedavg.local_training import local_training_of, loss_of
 
 TINY_MODEL = 10_000
 """Parameters up to which a CPU trains clients faster together than one by one (`benchmarks/gpu.py --device cpu`)."""
@@ -54,12 +54,12 @@ def _bytes_a_client(config: ExperimentConfig, model: nn.Module, dataset: Federat
     """The most that a client of a group takes in any phase."""
     sized = dataset.train_client_ids[:SIZED_CLIENTS]
     largest = dataset.client_data(max(sized, key=dataset.num_train_examples))
-    return max(
-        group_memory_bytes(
-            model,
-            largest.train_inputs,
-            largest.train_labels,
-            LocalTraining(phase.client_optimizer, phase.num_local_epochs, config.batch_size),
-        )
-        for phase in config.phases.values()
-    )
+    inputs, labels, loss_function = largest.train_inputs, largest.train_labels, loss_of(dataset)
+
+    def bytes_in(phase: Phase) -> int:
+        training = local_training_of(config, phase)
+        # What MAML differentiates through, it keeps.
+        num_kept = 1 + training.count_steps(len(labels)) if config.phases[phase].method == "maml" else 1
+        return num_kept * group_memory_bytes(model, inputs, labels, training, loss_function)
+
+    return max(map(bytes_in, config.phases))

@@ -43,7 +43,12 @@ class ClientDirectory(Protocol):
 
 
 class FederatedDataset(ClientDirectory, Protocol):
-    """Clients and their data. Safe to read from several threads."""
+    """Clients and their data. Safe to read from several threads.
+
+    It may also bring its own model, as a method `build_model()`, and its own loss, as a function
+    `loss_function(outputs, labels)` that is the mean over a batch. Labels that are not whole numbers are targets of a
+    regression.
+    """
 
     def client_data(self, client_id: int) -> ClientData:
         """A client's examples, on the CPU."""

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from fractions import Fraction
 from typing import Any
 
-OPTIMIZERS = ("sgd", "adam")
+OPTIMIZERS = ("sgd", "adam", "yogi", "adagrad")
+SCHEDULES = ("constant", "linear")
+METHODS = ("reptile", "fomaml", "maml")
+LOCAL_SPLITS = ("shuffled", "tail")
 PRECISIONS = ("float32", "bf16")
 
 
@@ -21,16 +25,16 @@ class Phase(IntEnum):
     """A training phase. The value enters the seeds, so it must never be reused for another phase."""
 
     FEDAVG = 1
-    REPTILE = 2
+    FINE_TUNE = 2
 
     @property
     def label(self) -> str:
-        return {Phase.FEDAVG: "FedAvg", Phase.REPTILE: "Reptile"}[self]
+        return {Phase.FEDAVG: "FedAvg", Phase.FINE_TUNE: "fine-tuning"}[self]
 
     @property
     def field(self) -> str:
         """Its name in files, which is that of its settings in ExperimentConfig."""
-        return {Phase.FEDAVG: "fedavg", Phase.REPTILE: "fine_tune"}[self]
+        return {Phase.FEDAVG: "fedavg", Phase.FINE_TUNE: "fine_tune"}[self]
 
     @classmethod
     def of_field(cls, name: str) -> Phase:
@@ -45,13 +49,15 @@ class OptimizerConfig:
     name: one of OPTIMIZERS.
     learning_rate: step size, above 0. For the server, 1.0 with sgd and no momentum is plain averaging.
     momentum: 0 or more and below 1; sgd only.
-    betas: decay rates of the first and second moment, each 0 or more and below 1; adam only.
+    betas: decay rates of the first and second moment, each 0 or more and below 1; adam and yogi only.
+    epsilon: what is added to the root of the second moment, above 0; not for sgd. The larger, the less adaptive.
     """
 
     name: str
     learning_rate: float
     momentum: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
 
     def check(self, learning_rate_flag: str) -> None:
         if self.name not in OPTIMIZERS:
@@ -60,21 +66,59 @@ class OptimizerConfig:
             raise ValueError(f"{learning_rate_flag} {self.learning_rate} must be a finite number above 0")
         if not all(0 <= decay < 1 for decay in (self.momentum, *self.betas)):
             raise ValueError(f"momentum {self.momentum} and betas {self.betas} must each be in [0, 1)")
+        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
+            raise ValueError(f"epsilon {self.epsilon} must be a finite number above 0")
 
 
 @dataclass(frozen=True)
 class PhaseConfig:
     """One training phase: how often the server aggregates, and what a client does in between.
 
-    num_rounds: communication rounds, 1 or more.
+    num_rounds: communication rounds, 1 or more. 0 in phase 1 leaves it out, so that phase 2 starts from the initial
+        weights, or, where there is no phase 2 either, these are scored as they are.
     num_local_epochs: passes over its own training part that each client of a round makes, 1 or more.
     client_optimizer, server_optimizer: who takes which step.
+    num_local_steps: local steps of each client of a round, whatever its size, 1 or more; in place of epochs.
+    server_schedule: of SCHEDULES; `linear` lets the server's rate fall from its full value in the first round towards 0
+        after the last, as Nichol et al. 2018 (arXiv 1803.02999) do.
+    method: of METHODS, what a client's update is. `reptile`, which is FedAvg's too: how far it got, theta_K - theta.
+        `fomaml`: minus the gradient on its query part at theta_K, after K steps on its support part. `maml`: minus the
+        gradient of the same loss with respect to theta, through these steps (Finn et al. 2017, arXiv 1703.03400).
+    support_fraction: for fomaml and maml, the share of a client's training part that is its support part, above 0; the
+        rest is its query part. 1 makes all of it both.
     """
 
     num_rounds: int
     num_local_epochs: int
     client_optimizer: OptimizerConfig
     server_optimizer: OptimizerConfig
+    num_local_steps: int | None = None
+    server_schedule: str = "constant"
+    method: str = "reptile"
+    support_fraction: float = 0.5
+
+    def server_rate_factor(self, round_number: int) -> float:
+        """What the server's learning rate is multiplied with in a round, counted from 1."""
+        if self.server_schedule == "linear":
+            return 1.0 - (round_number - 1) / self.num_rounds
+        return 1.0
+
+    def check(self, prefix: str, epochs_flag: str, steps_flag: str) -> None:
+        """Raise ValueError where a setting cannot be run. prefix: of the flags of this phase's optimizers."""
+        _at_least_one(epochs_flag, self.num_local_epochs)
+        if self.num_local_steps is not None:
+            _at_least_one(steps_flag, self.num_local_steps)
+        self.client_optimizer.check(f"--{prefix}local_lr")
+        self.server_optimizer.check(f"--{prefix}server_lr")
+        _one_of(f"--{prefix}server_schedule", self.server_schedule, SCHEDULES)
+        _one_of("--fine_tune_method", self.method, METHODS)
+        if not 0 < self.support_fraction <= 1:
+            raise ValueError(f"--fine_tune_support_fraction {self.support_fraction} must be above 0 and at most 1")
+        if self.method == "maml" and (self.client_optimizer.name, self.client_optimizer.momentum) != ("sgd", 0.0):
+            raise ValueError(
+                "--fine_tune_method maml differentiates through the clients' steps, which must be plain ones; use "
+                "--fine_tune_client_optimizer sgd, or --fine_tune_method fomaml"
+            )
 
 
 @dataclass(frozen=True)
@@ -89,8 +133,13 @@ class ExperimentConfig:
         are natural.
     cohort_size: training clients drawn, without repeats, for each round.
     batch_size: examples a local step; the last batch of an epoch may be smaller.
+    local_split: of LOCAL_SPLITS, how a client's examples are cut into its own training and test parts: `shuffled`, or
+        `tail`, sorted by label, so that the test part has the last labels only (see `datasets.federated`).
+    joint: whether the training parts of all training clients are pooled in one client, the centralized baseline.
+    validation: whether some of the training clients are held out and scored in place of the unseen ones.
     fedavg: phase 1.  fine_tune: phase 2, or None to leave it out.
     num_personalization_epochs: passes over its own training part by which an unseen client adapts.
+    num_curve_epochs: the results after a phase are also measured after each of 0 .. so many of these passes; 0 for not.
     eval_every: rounds between two points of the accuracy curve.
     eval_clients: unseen clients (a fixed draw from the seed) behind a point of the curve; the results after a
         phase always take all of them.
@@ -105,11 +154,15 @@ class ExperimentConfig:
     num_clients: int | None
     unseen_fraction: str
     partition: str | None
+    local_split: str
+    joint: bool
+    validation: bool
     cohort_size: int
     batch_size: int
     fedavg: PhaseConfig
     fine_tune: PhaseConfig | None
     num_personalization_epochs: int
+    num_curve_epochs: int
     eval_every: int
     eval_clients: int
     precision: str
@@ -117,10 +170,12 @@ class ExperimentConfig:
 
     @property
     def phases(self) -> dict[Phase, PhaseConfig]:
-        """The training phases in the order in which they run."""
+        """The training phases in the order in which they run. Never none; a phase without rounds stands alone."""
         phases = {Phase.FEDAVG: self.fedavg}
         if self.fine_tune is not None:
-            phases[Phase.REPTILE] = self.fine_tune
+            phases[Phase.FINE_TUNE] = self.fine_tune
+            if self.fedavg.num_rounds == 0:
+                del phases[Phase.FEDAVG]
         return phases
 
     def __post_init__(self) -> None:
@@ -129,26 +184,26 @@ class ExperimentConfig:
             raise ValueError(f"--seed {self.seed} must be a whole number from 0 to 2^63 - 1")
         self._check_unseen_fraction()
         _at_least_one("--client_num_per_round", self.cohort_size)
+        _one_of("--local_split", self.local_split, LOCAL_SPLITS)
         if self.num_clients is not None:
             self._check_num_clients(self.num_clients)
-            self.check_cohort_size(self.num_clients - num_unseen_clients(self.num_clients, self.unseen_fraction))
+            num_unseen = num_unseen_clients(self.num_clients, self.unseen_fraction)
+            self.check_cohort_size(1 if self.joint else self.num_clients - num_unseen)
         _at_least_one("--batch_size", self.batch_size)
         _at_least_one("--pers_round", self.num_personalization_epochs)
         _at_least_one("--eval_every", self.eval_every)
         _at_least_one("--eval_clients", self.eval_clients)
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"unknown --precision {self.precision!r}; use one of {', '.join(PRECISIONS)}")
+        _one_of("--precision", self.precision, PRECISIONS)
+        if self.num_curve_epochs < 0:
+            raise ValueError(f"--pers_curve {self.num_curve_epochs} must be 0 or more")
         if self.client_batching is not None:
             _at_least_one("--client_batching", self.client_batching)
-        _at_least_one("--epochs", self.fedavg.num_rounds)
-        _at_least_one("--inner_loops", self.fedavg.num_local_epochs)
-        self.fedavg.client_optimizer.check("--local_lr")
-        self.fedavg.server_optimizer.check("--server_lr")
+        if self.fedavg.num_rounds < 0:
+            raise ValueError(f"--epochs {self.fedavg.num_rounds} must be 0 or more")
+        self.fedavg.check("", "--inner_loops", "--inner_steps")
         if self.fine_tune is not None:
             _at_least_one("--fine_tune_outer_loops", self.fine_tune.num_rounds)
-            _at_least_one("--fine_tune_inner_loops", self.fine_tune.num_local_epochs)
-            self.fine_tune.client_optimizer.check("--fine_tune_local_lr")
-            self.fine_tune.server_optimizer.check("--fine_tune_server_lr")
+            self.fine_tune.check("fine_tune_", "--fine_tune_inner_loops", "--fine_tune_inner_steps")
 
     def check_cohort_size(self, num_train_clients: int) -> None:
         """Raises ValueError where a round asks for more clients than there are to train."""
@@ -204,6 +259,11 @@ def _phase_from_dict(values: dict[str, Any]) -> PhaseConfig:
         for name in ("client_optimizer", "server_optimizer")
     }
     return PhaseConfig(**{**values, **optimizers})
+
+
+def _one_of(flag: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"unknown {flag} {value!r}; use one of {', '.join(known)}")
 
 
 def _at_least_one(flag: str, value: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -87,21 +88,28 @@ def result_table(result: dict[str, Any]) -> str:
     lines = [
         f"{unseen} unseen clients of {dataset}{note}, uniform means",
         "",
-        f"{'':16}{'initial':^20}{'personalized':^20}{'clients':>9}",
-        f"{'':16}{'loss':>9}{'accuracy':>11}{'loss':>9}{'accuracy':>11}{'hurt':>9}",
+        f"{'':19}{'initial':^20}{'personalized':^20}{'clients':>9}",
+        f"{'':19}{'loss':>9}{'accuracy':>11}{'loss':>9}{'accuracy':>11}{'hurt':>9}",
     ]
     for phase, key in RESULT_KEYS.items():
         if key in result:
             row, label = result[key], f"after {phase.label}"
             numbers = "".join(
-                f"{row[kind]['loss']:>9.4f}{100 * row[kind]['accuracy']:>9.2f} %"
+                f"{row[kind]['loss']:>9.4f}{_percent(row[kind]['accuracy']):>11}"
                 for kind in ("initial", "personalized")
             )
-            lines.append(f"{label:16}{numbers}{100 * row['fraction_hurt']:>7.1f} %")
+            lines.append(f"{label:19}{numbers}{100 * row['fraction_hurt']:>7.1f} %")
     lines += ["", f"model sha256 {result['model_sha256']}, seed {result['seed']}, {result['seconds']:.1f} s"]
     return "\n".join(lines)
 
 
+def _percent(accuracy: float) -> str:
+    """An accuracy, or a dash where there is none, in a regression."""
+    return "-" if math.isnan(accuracy) else f"{100 * accuracy:.2f} %"
+
+
 def _accuracies(summary: dict[str, Any]) -> str:
     initial, personalized = (summary[kind]["accuracy"] for kind in ("initial", "personalized"))
+    if math.isnan(initial):
+        return f"initial loss {summary['initial']['loss']:.4f}, personalized {summary['personalized']['loss']:.4f}"
     return f"initial {100 * initial:.1f} %, personalized {100 * personalized:.1f} %"

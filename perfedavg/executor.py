@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
@@ -18,7 +18,6 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perfedavg.client_data import ClientData, FederatedDataset
@@ -28,7 +27,8 @@ from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.exact_sum import BadUpdateError, ExactSum
 from perfedavg.flat_model import FlatModel
 from perfedavg.group_training import GroupMember, StackedModel, score_together, train_together
-from perfedavg.local_training import LocalTraining, Loss, score, train_locally
+from perfedavg.local_training import LocalTraining, Loss, local_training_of, loss_of, score, train_locally
+from perfedavg.meta_learning import cut_task, fomaml_gradient, fomaml_gradients, maml_gradients
 from perfedavg.scores import ClientScore
 from perfedavg.seeding import Purpose, seed_sequence
 
@@ -50,11 +50,15 @@ class CohortTask:
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """Unseen clients to score with the global model as it is after a round of a phase."""
+    """Unseen clients to score with the global model as it is after a round of a phase.
+
+    num_curve_epochs: they are also scored after each of 0 .. so many epochs of adapting, unless it is 0.
+    """
 
     phase: Phase
     round_number: int
     client_ids: tuple[int, ...]
+    num_curve_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class Executor(Protocol):
 
 
 def client_weight(phase: Phase, num_examples: int) -> int:
-    """Its weight in the mean: its examples in FedAvg (McMahan et al. 2017), 1 in Reptile (Nichol et al. 2018)."""
+    """Its weight in the mean: its examples in FedAvg (McMahan et al. 2017), 1 in phase 2 (Nichol et al. 2018)."""
     return num_examples if phase is Phase.FEDAVG else 1
 
 
@@ -147,7 +151,7 @@ class LocalExecutor:
         dataset: FederatedDataset,
         device: torch.device | str = "cpu",
         num_lanes: int = 1,
-        loss_function: Loss = F.cross_entropy,
+        loss_function: Loss | None = None,
     ) -> None:
         if config.client_batching is None:
             raise ValueError("--client_batching auto has not been settled; see settle_client_batching")
@@ -158,7 +162,7 @@ class LocalExecutor:
         # A CPU's cores are the lanes', and reading takes them no less time in another thread.
         num_readers = 0 if self._device.type == "cpu" else len(os.sched_getaffinity(0))
         self._reader = ClientReader(dataset, num_readers) if num_readers else None
-        self._loss_function = loss_function
+        self._loss_function = loss_function or loss_of(dataset)
 
         def build_single() -> FlatModel:
             return FlatModel(model, device, config.precision)
@@ -166,7 +170,7 @@ class LocalExecutor:
         def build_group() -> StackedModel:
             return StackedModel(model, self._group_size, device, config.precision)
 
-        if self._group_size > 1:
+        if self._group_size > 1 or any(settings.method == "maml" for settings in config.phases.values()):
             build_group()  # now, because it may refuse the model
         self._lanes = [_Lane(build_single, build_group) for _ in range(num_lanes)]
         self._free_lanes: SimpleQueue[_Lane] = SimpleQueue()
@@ -233,8 +237,15 @@ class LocalExecutor:
         inputs, labels = data.train_inputs.to(self._device), data.train_labels.to(self._device)
         model.load(start)
         seeds = self._seeds(Purpose.LOCAL_TRAINING, task, client_id)
-        loss = train_locally(model, inputs, labels, self._training(task.phase), seeds, self._loss_function)
-        refused = _add(running, model.parameters - start, task.phase, client_id, len(labels))
+        settings, training = self._config.phases[task.phase], self._training(task.phase)
+        if settings.method == "fomaml":
+            meta_task = cut_task(inputs, labels, seeds, settings.support_fraction)
+            gradient, loss = fomaml_gradient(model, meta_task, training, self._loss_function)
+            update = gradient.neg_()
+        else:
+            loss = train_locally(model, inputs, labels, training, seeds, self._loss_function)
+            update = model.parameters - start
+        refused = _add(running, update, task.phase, client_id, len(labels))
         return [ClientReport(client_id, len(labels), loss, time.monotonic() - started, refused)]
 
     def _train_group(
@@ -245,11 +256,19 @@ class LocalExecutor:
             GroupMember(data.train_inputs, data.train_labels, self._seeds(Purpose.LOCAL_TRAINING, task, client_id))
             for client_id, data in zip(group, map(self._client_data, group), strict=True)
         ]
-        losses = train_together(model, start, members, self._training(task.phase), self._loss_function)
+        settings, training = self._config.phases[task.phase], self._training(task.phase)
+        if settings.method == "reptile":
+            losses = train_together(model, start, members, training, self._loss_function)
+            updates = (parameters - start for parameters in model.parameters[: len(group)])
+        else:
+            differentiate = maml_gradients if settings.method == "maml" else fomaml_gradients
+            cuts = [cut_task(part.inputs, part.labels, part.seeds, settings.support_fraction) for part in members]
+            gradients, losses = differentiate(model, start, cuts, training, self._loss_function)
+            updates = iter(gradients.neg_())
         sizes = [len(member.labels) for member in members]
         refusals = [
-            _add(running, parameters - start, task.phase, client_id, size)
-            for parameters, client_id, size in zip(model.parameters, group, sizes, strict=False)
+            _add(running, update, task.phase, client_id, size)
+            for update, client_id, size in zip(updates, group, sizes, strict=True)
         ]
         seconds = (time.monotonic() - started) / len(group)
         return [
@@ -262,12 +281,17 @@ class LocalExecutor:
         data = self._client_data(client_id)
         inputs, labels = data.train_inputs.to(self._device), data.train_labels.to(self._device)
         test_inputs, test_labels = data.test_inputs.to(self._device), data.test_labels.to(self._device)
+        measured: dict[int, tuple[float, float]] = {}
+
+        def measure(epoch: int) -> None:
+            if epoch in self._measured_epochs(task):
+                measured[epoch] = score(model, test_inputs, test_labels, self._loss_function)
+
         model.load(start)
-        initial = score(model, test_inputs, test_labels, self._loss_function)
+        measure(0)
         seeds = self._seeds(Purpose.PERSONALIZATION, task, client_id)
-        train_locally(model, inputs, labels, self._personalization, seeds, self._loss_function)
-        personalized = score(model, test_inputs, test_labels, self._loss_function)
-        return ClientScore(client_id, len(labels), len(test_labels), *initial, *personalized)
+        train_locally(model, inputs, labels, self._personalization(task), seeds, self._loss_function, measure)
+        return self._client_score(task, client_id, len(labels), len(test_labels), measured)
 
     def _score_group(
         self, model: StackedModel, group: Sequence[int], task: ScoringTask, start: Tensor
@@ -279,23 +303,50 @@ class LocalExecutor:
             GroupMember(data.train_inputs, data.train_labels, self._seeds(Purpose.PERSONALIZATION, task, client_id))
             for client_id, data in zip(group, parts, strict=True)
         ]
+        measured: list[dict[int, tuple[float, float]]] = [{} for _ in group]
+
+        def measure(epochs: dict[int, int]) -> None:
+            due = {client: epoch for client, epoch in epochs.items() if epoch in self._measured_epochs(task)}
+            if due:
+                scores = score_together(model, tests[: max(due) + 1], self._loss_function)
+                for client, epoch in due.items():
+                    measured[client][epoch] = scores[client]
+
         model.load(start)
-        initial = score_together(model, tests, self._loss_function)
-        train_together(model, start, members, self._personalization, self._loss_function)
-        personalized = score_together(model, tests, self._loss_function)
+        measure(dict.fromkeys(range(len(group)), 0))
+        train_together(model, start, members, self._personalization(task), self._loss_function, measure)
         return [
-            ClientScore(client_id, len(data.train_labels), len(data.test_labels), *before, *after)
-            for client_id, data, before, after in zip(group, parts, initial, personalized, strict=True)
+            self._client_score(task, client_id, len(data.train_labels), len(data.test_labels), scores)
+            for client_id, data, scores in zip(group, parts, measured, strict=True)
         ]
 
-    @property
-    def _personalization(self) -> LocalTraining:
+    def _client_score(
+        self,
+        task: ScoringTask,
+        client_id: int,
+        num_train_examples: int,
+        num_test_examples: int,
+        measured: Mapping[int, tuple[float, float]],
+    ) -> ClientScore:
+        """measured: loss and accuracy after so many epochs of adapting."""
+        initial, personalized = measured[0], measured[self._config.num_personalization_epochs]
+        curve = tuple(measured[epoch] for epoch in range(task.num_curve_epochs + 1)) if task.num_curve_epochs else ()
+        return ClientScore(client_id, num_train_examples, num_test_examples, *initial, *personalized, curve)
+
+    def _measured_epochs(self, task: ScoringTask) -> Sequence[int]:
+        """The numbers of epochs of adapting after which a client is scored."""
+        if task.num_curve_epochs:
+            return range(max(task.num_curve_epochs, self._config.num_personalization_epochs) + 1)
+        return 0, self._config.num_personalization_epochs
+
+    def _personalization(self, task: ScoringTask) -> LocalTraining:
+        """Longer training begins as shorter training does, to the bit, so one run of it gives the whole curve."""
         optimizer = self._config.fedavg.client_optimizer
-        return LocalTraining(optimizer, self._config.num_personalization_epochs, self._config.batch_size)
+        num_epochs = max(task.num_curve_epochs, self._config.num_personalization_epochs)
+        return LocalTraining(optimizer, num_epochs, self._config.batch_size)
 
     def _training(self, phase: Phase) -> LocalTraining:
-        settings = self._config.phases[phase]
-        return LocalTraining(settings.client_optimizer, settings.num_local_epochs, self._config.batch_size)
+        return local_training_of(self._config, phase)
 
     def _client_data(self, client_id: int) -> ClientData:
         return (self._reader or self._dataset).client_data(client_id)
@@ -314,6 +365,8 @@ class CohortTraining:
         self._task = task
         self._start = start
         self._sums: dict[_Lane, ExactSum] = {}
+        # MAML's second derivatives are those of the model for groups, also of a group of one.
+        self._is_one_by_one = executor._config.phases[task.phase].method != "maml"
 
     def train(self, group: Sequence[int]) -> list[ClientReport]:
         """Add the clients' updates to the sum, or refuse one and say why. May be called from several threads."""
@@ -322,7 +375,7 @@ class CohortTraining:
             running = self._sums.get(lane)
             if running is None:
                 running = self._sums[lane] = ExactSum.zeros(len(self._start), self._task.capacity, self._start.device)
-            if len(group) == 1:
+            if len(group) == 1 and self._is_one_by_one:
                 return self._executor._train_client(lane.single, group[0], self._task, self._start, running)
             return self._executor._train_group(lane.group, group, self._task, self._start, running)
 

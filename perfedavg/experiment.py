@@ -129,12 +129,15 @@ class ExperimentState:
             self.phase_seconds[self.phase] = self.phase_seconds.get(self.phase, 0.0) + now - self._clock
             self._clock = now
 
-    def end_round(self, mean_update: Tensor | None, record: RoundRecord) -> None:
-        """Take the server's step, or none where every update was refused; the round then waits to be recorded."""
+    def end_round(self, mean_update: Tensor | None, rate_factor: float, record: RoundRecord) -> None:
+        """Take the server's step, or none where every update was refused; the round then waits to be recorded.
+
+        rate_factor: see `PhaseConfig.server_rate_factor`.
+        """
         with self.lock:
             self.torn = True
             if mean_update is not None:
-                self.server.step(mean_update)
+                self.server.step(mean_update, rate_factor)
             self.num_rounds += 1
             self.trained = record
             self.torn = False
@@ -223,6 +226,8 @@ def run_experiment(
             if state.trained is None:
                 _train_round(config, executor, clients, state)
             _record_round(config, executor, clients, state, observers)
+        if phase not in state.scores:
+            _score_unseen(config, executor, clients, state, observers)
         for observer in observers:
             observer.phase_ended(phase, state.scores)
     return ExperimentOutcome(state.server.parameters, state.scores, state.phase_seconds)
@@ -243,7 +248,8 @@ def _train_round(
     weight = sum(client_weight(phase, report.num_examples) for report in accepted)
     assert update.sum.weight == weight, "the sum holds every update that was not refused"
     mean_update = update.sum.mean(state.server.dtype) if accepted else None
-    state.end_round(mean_update, _record(phase, round_number, update, mean_update, time.monotonic() - started))
+    record = _record(phase, round_number, update, mean_update, time.monotonic() - started)
+    state.end_round(mean_update, config.phases[phase].server_rate_factor(round_number), record)
 
 
 def _record(
@@ -278,9 +284,7 @@ def _record_round(
     assert record is not None, "a round has been trained"
     if state.num_rounds == config.phases[state.phase].num_rounds:
         if state.phase not in state.scores:
-            for observer in observers:
-                observer.scoring_started(state.phase, len(unseen))
-            state.add_scores(_score(executor, state, tuple(unseen)))
+            _score_unseen(config, executor, clients, state, observers)
         curve_clients = draw_eval_clients(config, unseen)
         point = [score for score in state.scores[state.phase] if score.client_id in curve_clients]
         record = replace(record, evaluation=summarize(point))
@@ -294,8 +298,24 @@ def _record_round(
         observer.settled(state)
 
 
-def _score(executor: Executor, state: ExperimentState, client_ids: tuple[int, ...]) -> list[ClientScore]:
-    scores = executor.score(ScoringTask(state.phase, state.num_rounds, client_ids), state.server.parameters)
+def _score_unseen(
+    config: ExperimentConfig,
+    executor: Executor,
+    clients: ClientDirectory,
+    state: ExperimentState,
+    observers: Sequence[Observer],
+) -> None:
+    """The results after the present phase: all unseen clients, epoch by epoch where that is asked for."""
+    for observer in observers:
+        observer.scoring_started(state.phase, len(clients.unseen_client_ids))
+    state.add_scores(_score(executor, state, tuple(clients.unseen_client_ids), config.num_curve_epochs))
+
+
+def _score(
+    executor: Executor, state: ExperimentState, client_ids: tuple[int, ...], num_curve_epochs: int = 0
+) -> list[ClientScore]:
+    task = ScoringTask(state.phase, state.num_rounds, client_ids, num_curve_epochs)
+    scores = executor.score(task, state.server.parameters)
     scores.sort(key=lambda score: score.client_id)
     assert [score.client_id for score in scores] == sorted(client_ids), "every client is scored exactly once"
     return scores

@@ -36,16 +36,16 @@ def remove_partial_files(folder: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-class LineFile:
-    """A text file that grows by whole lines. Lines for which there is no room are kept, and written before the next."""
+class GrowingFile:
+    """A file that grows by whole pieces. Pieces for which there is no room are kept, and written before the next."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._waiting: list[str] = []
+        self._waiting: list[bytes] = []
 
-    def append(self, line: str) -> None:
-        """Add a line (without its newline). Raises OSError, and keeps the line, where it cannot be written yet."""
-        self._waiting.append(line)
+    def append(self, piece: bytes) -> None:
+        """Add a piece. Raises OSError, and keeps the piece, where it cannot be written yet."""
+        self._waiting.append(piece)
         self.flush()
 
     def flush(self, to_disk: bool = False) -> None:
@@ -53,10 +53,31 @@ class LineFile:
         if not self._waiting and not (to_disk and self._path.exists()):
             return
         with open(self._path, "ab", buffering=0) as file:
-            _append_all(file.fileno(), "".join(f"{line}\n" for line in self._waiting).encode())
+            _append_all(file.fileno(), b"".join(self._waiting))
             self._waiting.clear()
             if to_disk:
                 os.fsync(file.fileno())
+
+    def replace(self, pieces: Iterable[bytes]) -> None:
+        """Let the file hold these pieces and no others, in one step. Raises OSError."""
+        self._waiting.clear()
+        replace_file(self._path, pieces)
+
+
+class LineFile:
+    """A text file that grows by whole lines, as a `GrowingFile` does."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = GrowingFile(path)
+
+    def append(self, line: str) -> None:
+        """Add a line (without its newline). Raises OSError, and keeps the line, where it cannot be written yet."""
+        self._file.append(f"{line}\n".encode())
+
+    def flush(self, to_disk: bool = False) -> None:
+        """As a `GrowingFile`'s."""
+        self._file.flush(to_disk)
 
     def lines(self) -> Iterator[str]:
         """The whole lines that the file holds; one that a killed process left without its end is no line."""
@@ -68,7 +89,7 @@ class LineFile:
 
     def replace(self, lines: Iterable[str]) -> None:
         """Let the file hold these lines and no others, in one step. Raises OSError."""
-        replace_file(self._path, (f"{line}\n".encode() for line in lines))
+        self._file.replace(f"{line}\n".encode() for line in lines)
 
 
 def _append_all(descriptor: int, content: bytes) -> None:

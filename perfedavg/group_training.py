@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vmap
+from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -32,6 +33,8 @@ from perfedavg.seeding import torch_seeds
 
 Gradients = dict[str, Tensor]
 """By the name of a parameter, the gradients of the first clients, (clients, *shape)."""
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Inputs, labels and weights, as `StackedModel.differentiate` takes them; under a vmap those of one client."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ class StackedModel:
         """Run the first clients' models for scoring. inputs: (clients, rows, ...), outputs: (clients, rows, ...)."""
         self._module.eval()
         with torch.no_grad():
-            return vmap(self._run)(self._first(len(inputs)), inputs)
+            return vmap(self._run)(self.first(len(inputs)), inputs)
 
     def differentiate(
         self, inputs: Tensor, labels: Tensor, weights: Tensor, sizes: list[int], loss_function: Loss
@@ -107,20 +110,39 @@ class StackedModel:
         """
 
         def loss_of_client(parameters: Gradients, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-            outputs = self._run(parameters, inputs).to(self.parameters.dtype)
-            return (_losses(outputs, labels, loss_function) * weights).sum()
+            return self.loss_of_client(parameters, inputs, labels, weights, loss_function)
 
+        self.begin_batch(sizes)
+        with self.computing():
+            differentiated = vmap(grad_and_value(loss_of_client))(self.first(len(sizes)), inputs, labels, weights)
+        gradients, losses = cast(tuple[Gradients, Tensor], differentiated)
+        return self.freeze(gradients), losses
+
+    def loss_of_client(
+        self, parameters: Gradients, inputs: Tensor, labels: Tensor, weights: Tensor, loss_function: Loss
+    ) -> Tensor:
+        """The loss of one client with these parameters over its batch, under a vmap over clients."""
+        outputs = self._run(parameters, inputs).to(self.parameters.dtype)
+        return (_losses(outputs, labels, loss_function) * weights).sum()
+
+    def begin_batch(self, sizes: list[int]) -> None:
+        """Clients with batches of these sizes go through the model next, training."""
         self._batches.sizes = sizes
         self._module.train()
-        computed_in: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+
+    def computing(self) -> contextlib.AbstractContextManager[object]:
+        """In which training computes in the model's precision."""
         if self._computes_in_bf16:
-            computed_in = torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-        with computed_in:
-            differentiated = vmap(grad_and_value(loss_of_client))(self._first(len(sizes)), inputs, labels, weights)
-        gradients, losses = cast(tuple[Gradients, Tensor], differentiated)
-        for name in self._frozen:
-            gradients[name] = torch.zeros_like(gradients[name])
-        return gradients, losses
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
+        return contextlib.nullcontext()
+
+    def first(self, clients: int) -> dict[str, Tensor]:
+        """The first clients' parameters by name, each (clients, *shape), as views."""
+        return {name: view[:clients] for name, view in self._views.items()}
+
+    def freeze(self, gradients: Gradients) -> Gradients:
+        """The gradients, with zeros for the parameters that are not trained."""
+        return {name: torch.zeros_like(value) if name in self._frozen else value for name, value in gradients.items()}
 
     def descend(self, gradients: Gradients, learning_rate: float) -> None:
         """A step of plain SGD of the first clients: parameters -= learning_rate * gradients."""
@@ -130,9 +152,6 @@ class StackedModel:
     def _run(self, parameters: Gradients, inputs: Tensor) -> Tensor:
         used = {use: parameters[name] for use, name in self._uses.items()}
         return cast(Tensor, functional_call(self._module, used, (inputs,), tie_weights=False))
-
-    def _first(self, clients: int) -> dict[str, Tensor]:
-        return {name: view[:clients] for name, view in self._views.items()}
 
     def _replacement(self, layer: nn.Module) -> nn.Module | None:
         if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
@@ -152,14 +171,19 @@ def train_together(
     clients: Sequence[GroupMember],
     training: LocalTraining,
     loss_function: Loss = F.cross_entropy,
+    after_epochs: Callable[[dict[int, int]], None] | None = None,
 ) -> list[float]:
     """Train client i in row i, from `start`, as `train_locally` would; returns what it would return, for each.
 
     start: (num_parameters,).  clients: 1 to `group_size`; with the largest first, the rows need not be moved at the
     end. The examples of a batch must not influence each other, and the loss must be a plain mean over them.
+    after_epochs: is told, by client, the numbers of the epochs (from 1) that end at a step, and may use the model but
+    not change it; the clients must then be given with the largest first.
     """
     _refuse_too_many(model, len(clients))
     by_size = sorted(range(len(clients)), key=lambda client: -len(clients[client].labels))
+    if after_epochs is not None and by_size != sorted(by_size):
+        raise ValueError("the clients must be given with the largest first")
     members = [clients[client] for client in by_size]
     inputs = torch.cat([member.inputs for member in members]).to(model.device)
     labels = torch.cat([member.labels for member in members]).to(model.device)
@@ -170,15 +194,67 @@ def train_together(
     for step, sizes in enumerate(steps.sizes):
         active, rows = len(sizes), max(sizes)
         batch, counts = steps.examples[step, :active, :rows], steps.counts[step, :active]
-        weights = _weights(counts, rows, model.parameters.dtype)
+        weights = weights_of(counts, rows, model.parameters.dtype)
         gradients, losses = model.differentiate(inputs[batch], labels[batch], weights, sizes, loss_function)
         optimizer.step(gradients)
         last_losses[:active] += torch.where(steps.is_last_epoch[step, :active], losses * counts, 0.0)
+        if after_epochs is not None and (ended := steps.epochs_ended(step)):
+            after_epochs(ended)
     places = sorted(range(len(members)), key=by_size.__getitem__)
     if by_size != sorted(by_size):
         model.parameters[: len(places)] = model.parameters[places]
-    totals = last_losses.tolist()
-    return [totals[place] / len(members[place].labels) for place in places]
+    means = (last_losses / (steps.counts * steps.is_last_epoch).sum(0)).tolist()
+    return [means[place] for place in places]
+
+
+def differentiate_through(
+    model: StackedModel,
+    start: Tensor,
+    clients: Sequence[GroupMember],
+    training: LocalTraining,
+    query: Batch,
+    query_sizes: list[int],
+    query_seeds: Sequence[int],
+    loss_function: Loss = F.cross_entropy,
+) -> tuple[Gradients, Tensor]:
+    """The gradients at `start` of what the clients' losses on their queries are after they have trained from there.
+
+    start: (num_parameters,).  clients: 1 to `group_size`, the largest first; each trains as `train_locally` would.
+    training: with plain SGD, whose steps are differentiated too.
+    query, query_sizes: as `StackedModel.differentiate` takes them.  query_seeds: of the dropout masks there.
+    Returns the gradients and the losses, (clients,). Memory grows with the number of steps.
+    """
+    _refuse_too_many(model, len(clients))
+    steps = _Steps.drawn(model, clients, training)
+    inputs = torch.cat([client.inputs for client in clients]).to(model.device)
+    labels = torch.cat([client.labels for client in clients]).to(model.device)
+    # A client that has ended before others goes on with a batch of weight 0, which moves nothing.
+    sizes = [[max(1, count) for count in step] for step in steps.counts.tolist()]
+    batches: list[Batch] = []
+    for examples, counts, step_sizes in zip(steps.examples, steps.counts, sizes, strict=True):
+        rows = max(step_sizes)
+        batch = examples[:, :rows]
+        batches.append((inputs[batch], labels[batch], weights_of(counts, rows, model.parameters.dtype)))
+    learning_rate = training.optimizer.learning_rate
+
+    def loss_of_client(parameters: Gradients, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+        return model.loss_of_client(parameters, inputs, labels, weights, loss_function)
+
+    def loss_after_training(parameters: Gradients, batches: list[Batch], query: Batch) -> Tensor:
+        for step_sizes, batch in zip(sizes, batches, strict=True):
+            model.begin_batch(step_sizes)
+            gradients = model.freeze(cast(Gradients, grad(loss_of_client)(parameters, *batch)))
+            parameters = {name: value - learning_rate * gradients[name] for name, value in parameters.items()}
+        for client, seed in enumerate(query_seeds):
+            model.seed_dropout(client, seed)
+        model.begin_batch(query_sizes)
+        return loss_of_client(parameters, *query)
+
+    model.load(start)
+    with model.computing():
+        differentiated = vmap(grad_and_value(loss_after_training))(model.first(len(clients)), batches, query)
+    gradients, losses = cast(tuple[Gradients, Tensor], differentiated)
+    return model.freeze(gradients), losses
 
 
 def score_together(
@@ -196,6 +272,7 @@ def score_together(
     labels = torch.cat([labels for _, labels in tests]).to(model.device)
     losses = torch.zeros(len(tests), dtype=torch.float64, device=model.device)
     correct = torch.zeros(len(tests), dtype=torch.int64, device=model.device)
+    is_regression = labels.is_floating_point()
     rows = max(1, SCORING_BATCH_SIZE // len(tests))
     for start in range(0, int(sizes.max()), rows):
         active = int((sizes > start).nonzero().max()) + 1
@@ -205,11 +282,12 @@ def score_together(
         is_real = (positions < own).to(model.device)
         batch_labels = labels[batch]
         outputs = model(inputs[batch])
-        batch_losses = _losses(outputs.flatten(0, 1), batch_labels.flatten(), loss_function).view(is_real.shape)
+        batch_losses = _losses(outputs.flatten(0, 1), batch_labels.flatten(0, 1), loss_function).view(is_real.shape)
         losses[:active] += torch.where(is_real, batch_losses, 0.0).sum(dim=1, dtype=torch.float64)
-        correct[:active] += ((outputs.argmax(dim=2) == batch_labels) & is_real).sum(dim=1)
+        if not is_regression:
+            correct[:active] += ((outputs.argmax(dim=2) == batch_labels) & is_real).sum(dim=1)
     return [
-        (loss / size, right / size)
+        (loss / size, math.nan if is_regression else right / size)
         for loss, right, size in zip(losses.tolist(), correct.tolist(), sizes.tolist(), strict=True)
     ]
 
@@ -238,63 +316,80 @@ def group_memory_bytes(
         torch.empty((1, size, *part.shape[1:]), dtype=part.dtype, device="meta") for part in (inputs, labels)
     )
     weights = torch.empty((1, size), dtype=stacked.parameters.dtype, device="meta")
-    optimizer = _GroupOptimizer(stacked, training.optimizer)
     with _Written() as written:
+        optimizer = _GroupOptimizer(stacked, training.optimizer)
         gradients, _ = stacked.differentiate(batch_inputs, batch_labels, weights, [size], loss_function)
         optimizer.step(gradients)
-    order_bytes = 2 * 8 * training.num_epochs * (len(labels) + size)
+    order_bytes = 2 * 8 * size * (1 + training.count_steps(len(labels)))
     examples_bytes = 2 * (inputs.nbytes + labels.nbytes) + batch_inputs.nbytes + batch_labels.nbytes
     return int(written.num_bytes + stacked.parameters.nbytes + examples_bytes + order_bytes)
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """Which examples enter which step of clients that stand in order of size, the largest first.
+    """Which examples enter which step of clients that stand in order of their steps' number, the most first.
 
     examples: (num_steps, clients, rows) places in the group's examples, one client's behind another's.
     counts: (num_steps, clients) how many of the rows are the client's batch: 0 from when it has ended.
     is_last_epoch: (num_steps, clients).
-    sizes: for each step, the counts of those that still train, which by the order of size are the first ones.
+    sizes: for each step, the counts of those that still train, which by that order are the first ones.
+    num_batches: of an epoch of each client.
     """
 
     examples: Tensor
     counts: Tensor
     is_last_epoch: Tensor
     sizes: list[list[int]]
+    num_batches: list[int]
 
     @classmethod
     def drawn(cls, model: StackedModel, members: Sequence[GroupMember], training: LocalTraining) -> _Steps:
         """Draws each client's batches as `train_locally` does, and seeds its dropout."""
         largest = len(members[0].labels)
         batch_size = min(training.batch_size, largest)
-        num_steps = training.num_epochs * -(-largest // batch_size)
+        num_steps = training.count_steps(largest)
         examples = torch.zeros(num_steps, len(members), batch_size, dtype=torch.int64)
         counts = torch.zeros(num_steps, len(members), dtype=torch.int64)
         is_last_epoch = torch.zeros(num_steps, len(members), dtype=torch.bool)
+        num_batches: list[int] = []
         offset = 0
         for client, member in enumerate(members):
             order_seed, dropout_seed = torch_seeds(member.seeds, 2)
             model.seed_dropout(client, dropout_seed)
             order_generator = torch.Generator().manual_seed(order_seed)
             num_examples = len(member.labels)
-            batches = _padded_batches(num_examples, batch_size, training.num_epochs, order_generator)
-            examples[: len(batches), client] = batches + offset
+            own_steps = training.count_steps(num_examples)
+            batches = _padded_batches(num_examples, batch_size, own_steps, order_generator)
+            examples[:own_steps, client] = batches + offset
             offset += num_examples
             epoch_counts = [min(batch_size, num_examples - done) for done in range(0, num_examples, batch_size)]
-            counts[: len(batches), client] = torch.tensor(epoch_counts * training.num_epochs)
-            is_last_epoch[len(batches) - len(epoch_counts) : len(batches), client] = True
+            num_batches.append(len(epoch_counts))
+            num_epochs = -(-own_steps // len(epoch_counts))
+            counts[:own_steps, client] = torch.tensor(epoch_counts * num_epochs)[:own_steps]
+            is_last_epoch[max(0, num_epochs - 1) * len(epoch_counts) : own_steps, client] = True
         sizes = [[count for count in step if count > 0] for step in counts.tolist()]
-        return cls(examples.to(model.device), counts.to(model.device), is_last_epoch.to(model.device), sizes)
+        device = model.device
+        return cls(examples.to(device), counts.to(device), is_last_epoch.to(device), sizes, num_batches)
+
+    def epochs_ended(self, step: int) -> dict[int, int]:
+        """By client, the numbers of the epochs (from 1) of which a step (from 0) is the last; whole ones only."""
+        active = range(len(self.sizes[step]))
+        return {
+            client: (step + 1) // self.num_batches[client]
+            for client in active
+            if (step + 1) % self.num_batches[client] == 0
+        }
 
 
-def _padded_batches(num_examples: int, batch_size: int, num_epochs: int, generator: torch.Generator) -> Tensor:
-    """The batches of all epochs, (num_steps, batch_size); in a smaller one, its first example fills the rest."""
-    orders = torch.stack([torch.randperm(num_examples, generator=generator) for _ in range(num_epochs)])
+def _padded_batches(num_examples: int, batch_size: int, num_steps: int, generator: torch.Generator) -> Tensor:
+    """The batches of so many steps, (num_steps, batch_size); in a smaller one, its first example fills the rest."""
     num_batches = -(-num_examples // batch_size)
+    num_epochs = max(1, -(-num_steps // num_batches))
+    orders = torch.stack([torch.randperm(num_examples, generator=generator) for _ in range(num_epochs)])
     first_of_last = (num_batches - 1) * batch_size
     missing = num_batches * batch_size - num_examples
     filling = orders[:, first_of_last : first_of_last + 1].expand(-1, missing)
-    return torch.cat([orders, filling], dim=1).view(-1, batch_size)
+    return torch.cat([orders, filling], dim=1).view(-1, batch_size)[:num_steps]
 
 
 class _GroupOptimizer:
@@ -370,10 +465,10 @@ def _losses(outputs: Tensor, labels: Tensor, loss_function: Loss) -> Tensor:
     return vmap(lambda output, label: loss_function(output[None], label[None]))(outputs, labels)
 
 
-def _weights(counts: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+def weights_of(counts: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """(clients, rows): 1 / count on the first `count` examples of a client, 0 behind them. counts: (clients,)."""
     is_real = torch.arange(rows, device=counts.device) < counts[:, None]
-    return is_real.to(dtype) / counts[:, None]
+    return is_real.to(dtype) / counts[:, None].clamp(min=1)
 
 
 def _generator_device(device: torch.device) -> torch.device:

@@ -14,6 +14,7 @@ from perfedavg.display import ProgressDisplay, result_table
 from perfedavg.executor import Executor
 from perfedavg.experiment import ExperimentState, run_experiment
 from perfedavg.flat_model import flatten
+from perfedavg.model_file import ModelFacts
 from perfedavg.run_folder import RunFolder
 
 SAVE_TIMEOUT_SECONDS = 30.0
@@ -50,7 +51,7 @@ def run_and_record(
         result = folder.result(config, outcome, facts)
         show(f"\n{result_table(result)}")
         with state.lock:
-            folder.write_result(config, outcome, model, result)
+            folder.write_result(outcome, model, ModelFacts.of(config, clients).to_metadata(), result)
             keeper.has_ended = True
     except BaseException as error:
         keeper.end_early(error)

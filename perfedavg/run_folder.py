@@ -13,27 +13,29 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import filelock
-import safetensors.torch
 from torch import nn
 
 from perfedavg.checkpoint import Checkpoints, RunIdentity
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.console import say
+from perfedavg.events import EventFile
 from perfedavg.experiment import ExperimentOutcome, ExperimentState, RoundRecord
 from perfedavg.files import LineFile, remove_partial_files, replace_file
 from perfedavg.flat_model import unflatten_into
+from perfedavg.model_file import model_file
 from perfedavg.plots import write_plots
 from perfedavg.runs import read_run
 from perfedavg.scores import ClientScore, summarize
 
 LOGGER = logging.getLogger("perfedavg")
 
-RESULT_KEYS = {Phase.FEDAVG: "after_fedavg", Phase.REPTILE: "after_fine_tune"}
+RESULT_KEYS = {Phase.FEDAVG: "after_fedavg", Phase.FINE_TUNE: "after_fine_tune"}
 """The names in result.json and in clients.csv of the scores taken after each phase."""
 
 _PACKAGES = ("fedlab", "torch", "torchvision", "numpy")
@@ -49,6 +51,7 @@ class RunFolder:
     checkpoint/    the last states from which the run can go on; gone when the run has ended
     result.json    the summary; written last, so a folder without it holds an unfinished run
     plots/         the accuracy curve, and the accuracy of unseen clients before and after, as PNG
+    tensorboard/   the same curve and what is known of each round, for TensorBoard, written as the round ends
     model.safetensors  the final global model
     log.txt        what was logged
     .lock          held by the process that writes here
@@ -78,6 +81,7 @@ class RunFolder:
         self._metrics = LineFile(path / "metrics.jsonl")
         self._curve: list[RoundRecord] = []
         self._failing: set[str] = set()
+        self._events: EventFile | None = None
         self._checkpoints: Checkpoints | None = None
         self._saved: tuple[Phase, int, bool, int] | None = None
         self._lock, self._log_handler = self._open()
@@ -138,6 +142,7 @@ class RunFolder:
         environment = _environment()
         identity = RunIdentity(config, fingerprint, {name: environment[name] for name in _DECIDE_BITS})
         self._checkpoints = Checkpoints(self.path / "checkpoint", identity)
+        self._events = EventFile(self.path / "tensorboard", config.phases)
         if not self._resumes:
             settings = {
                 "flags": self._flags,
@@ -171,6 +176,8 @@ class RunFolder:
             LOGGER.warning("%s round %d: worker %d was lost: %s", record.phase.label, record.round_number, rank, reason)
         line = json.dumps(_without_nan(record.to_dict()), allow_nan=False)
         self._attempt("metrics.jsonl", lambda: self._metrics.append(line))
+        if self._events is not None:
+            self._attempt("tensorboard", partial(self._events.append, record))
         if record.evaluation is not None:
             self._curve.append(record)
 
@@ -215,19 +222,17 @@ class RunFolder:
         return result
 
     def write_result(
-        self, config: ExperimentConfig, outcome: ExperimentOutcome, model: nn.Module, result: dict[str, Any]
+        self, outcome: ExperimentOutcome, model: nn.Module, metadata: Mapping[str, str], result: dict[str, Any]
     ) -> None:
         """Write model, clients.csv, plots and, last, result.json; then remove the checkpoints.
 
-        `model` takes the final parameters. Raises OSError, one line with the fix, where there is no room; the
-        checkpoints are then kept.
+        `model` takes the final parameters.  metadata: of model.safetensors, see `model_file.ModelFacts`.
+        Raises OSError, one line with the fix, where there is no room; the checkpoints are then kept.
         """
         unflatten_into(model, outcome.parameters.clone())
-        state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        metadata = {"dataset": config.dataset, "architecture": config.architecture, "format": "pt"}
         try:
             self._metrics.flush(to_disk=True)
-            self._write("model.safetensors", safetensors.torch.save(state, metadata))
+            self._write("model.safetensors", model_file(model, metadata))
             self._write("clients.csv", _clients_csv(outcome.scores))
             write_plots(self.path / "plots", self._curve, outcome.scores)
             self._write("result.json", _json(result))
@@ -259,6 +264,8 @@ class RunFolder:
                 "behind the checkpoint are lost, the model is not"
             )
         self._metrics.replace(lines)
+        assert self._events is not None, "the run has begun"
+        self._events.replace(records)
         self._curve = [record for record in records if record.evaluation is not None]
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ import numpy as np
 class ClientScore:
     """How one unseen client fares on its test part: with the global model, and after adapting it.
 
-    Losses are means over the client's test examples; accuracies are in 0..1.
+    Losses are means over the client's test examples; accuracies are in 0..1, or NaN where the task is a regression.
+    by_epoch: loss and accuracy after 0, 1, .. epochs of adapting, where they were measured.
     """
 
     client_id: int
@@ -24,25 +25,52 @@ class ClientScore:
     initial_accuracy: float
     personalized_loss: float
     personalized_accuracy: float
+    by_epoch: tuple[tuple[float, float], ...] = ()
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> ClientScore:
+        """The inverse of `dataclasses.asdict`, also after a journey through JSON. Raises TypeError or KeyError."""
+        return cls(**{**fields, "by_epoch": tuple((loss, accuracy) for loss, accuracy in fields["by_epoch"])})
+
+    @property
+    def is_hurt(self) -> bool:
+        """Whether the client fares worse by adapting: its accuracy fell, or in a regression its loss rose."""
+        if math.isnan(self.initial_accuracy):
+            return self.personalized_loss > self.initial_loss
+        return self.personalized_accuracy < self.initial_accuracy
 
 
 def summarize(scores: Sequence[ClientScore]) -> dict[str, Any]:
     """Uniform means over clients, the spread of the accuracy over clients, and how many clients were hurt.
 
     `initial` and `personalized` each hold loss, accuracy, accuracy_std (population), accuracy_p10, _p50 and _p90.
-    `fraction_hurt` is the share of clients whose accuracy fell by adapting. Raises ValueError without clients.
+    `fraction_hurt` is the share of clients that are hurt (`ClientScore.is_hurt`). Where it was measured, `by_epoch`
+    holds for each number of `epochs` from 0 loss, loss_std, accuracy and accuracy_std. Raises ValueError without clients.
     """
     if not scores:
         raise ValueError("no client was scored")
-    hurt = sum(score.personalized_accuracy < score.initial_accuracy for score in scores)
-    return {
+    summary: dict[str, Any] = {
         "clients": len(scores),
         "initial": _spread([score.initial_loss for score in scores], [score.initial_accuracy for score in scores]),
         "personalized": _spread(
             [score.personalized_loss for score in scores], [score.personalized_accuracy for score in scores]
         ),
-        "fraction_hurt": hurt / len(scores),
+        "fraction_hurt": sum(score.is_hurt for score in scores) / len(scores),
     }
+    if scores[0].by_epoch:
+        # (epochs, clients, 2)
+        measured = np.array([score.by_epoch for score in scores]).swapaxes(0, 1)
+        summary["by_epoch"] = [
+            {
+                "epochs": epochs,
+                "loss": math.fsum(losses) / len(losses),
+                "loss_std": float(np.std(losses)),
+                "accuracy": math.fsum(accuracies) / len(accuracies),
+                "accuracy_std": float(np.std(accuracies)),
+            }
+            for epochs, (losses, accuracies) in enumerate(measured.swapaxes(1, 2))
+        ]
+    return summary
 
 
 def _spread(losses: list[float], accuracies: list[float]) -> dict[str, float]:

@@ -68,6 +68,21 @@ def test_groups_and_bf16_do_not_depend_on_the_processes_either(
     assert digests != {run_single(launched, tmp_path / "plain", tmp_path, TINY)}
 
 
+def test_maml_and_the_curve_over_epochs_do_not_depend_on_the_processes_either(
+    launched: Launched, tmp_path: Path
+) -> None:
+    """What a client sends, and what is measured of it epoch by epoch, comes from its identity alone."""
+    flags = [*TINY, "--fine_tune_method", "maml", "--fine_tune_inner_steps", "2", "--pers_curve", "2"]
+    digests = {run_single(launched, tmp_path / "0", tmp_path, flags)}
+    digests |= {run_distributed(launched, tmp_path / f"{number}", number, tmp_path, flags) for number in (1, 2)}
+    assert len(digests) == 1
+    results = [read_result(tmp_path / name) for name in ("0", "1", "2")]
+    for key in ("after_fedavg", "after_fine_tune"):
+        assert results[0][key] == results[1][key] == results[2][key]
+        assert [point["epochs"] for point in results[0][key]["by_epoch"]] == [0, 1, 2]
+    assert digests != {run_single(launched, tmp_path / "plain", tmp_path, TINY)}
+
+
 def test_quick_start_shows_the_result_and_what_comes_next(launched: Launched, tmp_path: Path) -> None:
     flags = [word for word in TINY if word not in ("--dataset", "digits")]
     process = launched.start("quick_start.py", *flags, "--run_dir", tmp_path / "run")
@@ -75,7 +90,7 @@ def test_quick_start_shows_the_result_and_what_comes_next(launched: Launched, tm
     assert status == 0, errors
     result = read_result(tmp_path / "run")
     assert (result["dataset"], result["world_size"]) == ("digits", 3)
-    for text in ("after FedAvg", "after Reptile", "personalized", "/run", "sh quick_start.sh --dataset emnist"):
+    for text in ("after FedAvg", "after fine-tuning", "personalized", "/run", "sh quick_start.sh --dataset emnist"):
         assert text in output
     assert "FedAvg round 2/3: initial" in errors
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

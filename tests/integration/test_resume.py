@@ -77,7 +77,7 @@ def test_killed_in_both_phases_and_stopped_in_the_last(launched: Launched, tmp_p
     assert status == 128 + signal.SIGTERM
     *_, stopped, saved = errors.splitlines()
     assert stopped == "stopped by SIGTERM"
-    assert saved.startswith("checkpoint of Reptile round ")
+    assert saved.startswith("checkpoint of fine-tuning round ")
     assert saved.endswith(f" saved; continue with --resume {path}")
     assert int(saved.split()[4]) >= 6, "of the last round, although --checkpoint_every is 1000"
     status, output, errors = finish(launched.start("single_process.py", "--resume", path))

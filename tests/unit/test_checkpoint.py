@@ -263,9 +263,9 @@ def test_a_step_that_failed_in_its_middle_is_not_saved(
     steps = Events(3)
     step = ServerOptimizer.step
 
-    def failing(server: ServerOptimizer, mean_update: Tensor) -> None:
+    def failing(server: ServerOptimizer, mean_update: Tensor, rate_factor: float) -> None:
         steps.happened()
-        step(server, mean_update)
+        step(server, mean_update, rate_factor)
 
     monkeypatch.setattr(ServerOptimizer, "step", failing)
     folder = RunFolder(tmp_path / "run", {}, checkpoint_every=1)

@@ -70,5 +70,5 @@ def test_the_next_cohort_is_the_one_that_comes() -> None:
     config = make_config(fedavg=PhaseConfig(2, 1, SGD, SGD), fine_tune=fine_tune)
     clients = range(16)
     assert draw_next_cohort(config, clients, Phase.FEDAVG, 1) == draw_cohort(config, clients, Phase.FEDAVG, 2)
-    assert draw_next_cohort(config, clients, Phase.FEDAVG, 2) == draw_cohort(config, clients, Phase.REPTILE, 1)
-    assert draw_next_cohort(config, clients, Phase.REPTILE, 1) == ()
+    assert draw_next_cohort(config, clients, Phase.FEDAVG, 2) == draw_cohort(config, clients, Phase.FINE_TUNE, 1)
+    assert draw_next_cohort(config, clients, Phase.FINE_TUNE, 1) == ()

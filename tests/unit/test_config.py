@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from helpers import make_config
 
-from perfedavg.config import ExperimentConfig, OptimizerConfig, PhaseConfig, num_unseen_clients
+from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig, num_unseen_clients
 
 SGD = OptimizerConfig("sgd", 0.1)
 
 
 def test_survives_json() -> None:
-    for config in (make_config(), make_config(fine_tune=None)):
+    maml = PhaseConfig(3, 1, SGD, SGD, num_local_steps=2, method="maml", support_fraction=0.3)
+    for config in (make_config(), make_config(fine_tune=None), make_config(fine_tune=maml)):
         assert ExperimentConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -34,6 +35,17 @@ def test_natural_clients_are_checked_once_their_number_is_known() -> None:
     config.check_cohort_size(30)
     with pytest.raises(ValueError, match="--client_num_per_round 30 exceeds the 29 training clients"):
         config.check_cohort_size(29)
+
+
+def test_a_phase_without_rounds_is_left_out_unless_it_is_the_only_one() -> None:
+    none = PhaseConfig(0, 1, SGD, SGD)
+    assert list(make_config(fedavg=none).phases) == [Phase.FINE_TUNE]
+    assert list(make_config(fedavg=none, fine_tune=None).phases) == [Phase.FEDAVG]
+
+
+def test_a_linear_schedule_falls_from_the_full_rate_towards_none() -> None:
+    phase = PhaseConfig(4, 1, SGD, SGD, server_schedule="linear")
+    assert [phase.server_rate_factor(number) for number in (1, 2, 3, 4)] == [1.0, 0.75, 0.5, 0.25]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +66,11 @@ def test_natural_clients_are_checked_once_their_number_is_known() -> None:
         ({"num_personalization_epochs": 0}, ["--pers_round 0"]),
         ({"eval_every": 0}, ["--eval_every 0"]),
         ({"eval_clients": 0}, ["--eval_clients 0"]),
-        ({"fedavg": PhaseConfig(0, 1, SGD, SGD)}, ["--epochs 0"]),
+        ({"fedavg": PhaseConfig(-1, 1, SGD, SGD)}, ["--epochs -1"]),
+        ({"fedavg": PhaseConfig(1, 1, SGD, SGD, num_local_steps=0)}, ["--inner_steps 0"]),
+        ({"num_curve_epochs": -1}, ["--pers_curve -1"]),
+        ({"local_split": "head"}, ["--local_split 'head'", "shuffled, tail"]),
+        ({"joint": True, "cohort_size": 2}, ["--client_num_per_round 2", "1 training clients"]),
         ({"fedavg": PhaseConfig(1, 0, SGD, SGD)}, ["--inner_loops 0"]),
         ({"fedavg": PhaseConfig(1, 1, OptimizerConfig("sgd", 0.0), SGD)}, ["--local_lr 0.0"]),
         ({"fedavg": PhaseConfig(1, 1, SGD, OptimizerConfig("sgd", float("nan")))}, ["--server_lr nan"]),
@@ -62,6 +78,15 @@ def test_natural_clients_are_checked_once_their_number_is_known() -> None:
         ({"fedavg": PhaseConfig(1, 1, OptimizerConfig("lamb", 0.1), SGD)}, ["'lamb'", "sgd, adam"]),
         ({"fine_tune": PhaseConfig(0, 1, SGD, SGD)}, ["--fine_tune_outer_loops 0"]),
         ({"fine_tune": PhaseConfig(1, 0, SGD, SGD)}, ["--fine_tune_inner_loops 0"]),
+        ({"fine_tune": PhaseConfig(1, 1, SGD, SGD, num_local_steps=0)}, ["--fine_tune_inner_steps 0"]),
+        ({"fine_tune": PhaseConfig(1, 1, SGD, SGD, method="anil")}, ["--fine_tune_method 'anil'", "reptile, fomaml"]),
+        ({"fine_tune": PhaseConfig(1, 1, SGD, SGD, server_schedule="cosine")}, ["--fine_tune_server_schedule"]),
+        ({"fine_tune": PhaseConfig(1, 1, SGD, SGD, support_fraction=0.0)}, ["--fine_tune_support_fraction 0.0"]),
+        (
+            {"fine_tune": PhaseConfig(1, 1, OptimizerConfig("adam", 0.1), SGD, method="maml")},
+            ["--fine_tune_method maml", "--fine_tune_client_optimizer sgd"],
+        ),
+        ({"fine_tune": PhaseConfig(1, 1, SGD, OptimizerConfig("adam", 0.1, epsilon=0.0))}, ["epsilon 0.0"]),
         ({"fine_tune": PhaseConfig(1, 1, OptimizerConfig("adam", -1.0), SGD)}, ["--fine_tune_local_lr -1.0"]),
         ({"fine_tune": PhaseConfig(1, 1, SGD, OptimizerConfig("adam", 0.0))}, ["--fine_tune_server_lr 0.0"]),
     ],

@@ -24,10 +24,23 @@ EXPERIMENT_FLAGS = [
     (["--batch_size", "7"], lambda c: c.batch_size),
     (["--epochs", "7"], lambda c: c.fedavg.num_rounds),
     (["--inner_loops", "7"], lambda c: c.fedavg.num_local_epochs),
+    (["--inner_steps", "7"], lambda c: c.fedavg.num_local_steps),
+    (["--client_optimizer", "adagrad"], lambda c: c.fedavg.client_optimizer.name),
+    (["--server_optimizer", "yogi"], lambda c: c.fedavg.server_optimizer.name),
+    (["--server_epsilon", "0.7", "--server_optimizer", "adam"], lambda c: c.fedavg.server_optimizer.epsilon),
     (["--server_lr", "0.7"], lambda c: c.fedavg.server_optimizer.learning_rate),
     (["--server_momentum", "0.7"], lambda c: c.fedavg.server_optimizer.momentum),
     (["--local_lr", "0.7"], lambda c: c.fedavg.client_optimizer.learning_rate),
     (["--fine_tune", "false"], lambda c: c.fine_tune),
+    (["--fine_tune_method", "maml"], lambda c: c.fine_tune.method),
+    (["--fine_tune_support_fraction", "0.7"], lambda c: c.fine_tune.support_fraction),
+    (["--fine_tune_inner_steps", "7"], lambda c: c.fine_tune.num_local_steps),
+    (["--fine_tune_server_schedule", "linear"], lambda c: c.fine_tune.server_schedule),
+    (["--fine_tune_server_epsilon", "0.7"], lambda c: c.fine_tune.server_optimizer.epsilon),
+    (
+        ["--fine_tune_server_momentum", "0.7", "--fine_tune_server_optimizer", "momentum"],
+        lambda c: c.fine_tune.server_optimizer.momentum,
+    ),
     (["--fine_tune_outer_loops", "7"], lambda c: c.fine_tune.num_rounds),
     (["--fine_tune_inner_loops", "7"], lambda c: c.fine_tune.num_local_epochs),
     (["--fine_tune_client_optimizer", "adam"], lambda c: c.fine_tune.client_optimizer.name),
@@ -35,6 +48,10 @@ EXPERIMENT_FLAGS = [
     (["--fine_tune_server_optimizer", "sgd"], lambda c: c.fine_tune.server_optimizer.name),
     (["--fine_tune_server_lr", "0.7"], lambda c: c.fine_tune.server_optimizer.learning_rate),
     (["--pers_round", "7"], lambda c: c.num_personalization_epochs),
+    (["--pers_curve", "7"], lambda c: c.num_curve_epochs),
+    (["--local_split", "tail"], lambda c: c.local_split),
+    (["--joint", "--client_num_per_round", "1"], lambda c: c.joint),
+    (["--validation"], lambda c: c.validation),
     (["--eval_every", "7"], lambda c: c.eval_every),
     (["--eval_clients", "7"], lambda c: c.eval_clients),
     (["--seed", "7"], lambda c: c.seed),
@@ -80,10 +97,20 @@ def test_femnist_trains_on_the_first_2500_of_3400_writers() -> None:
 
 
 def test_a_model_that_does_not_fit_the_data_is_refused() -> None:
-    for dataset, struct in (("shakespeare", "cnn"), ("mnist", "lstm")):
+    for dataset, struct in (("shakespeare", "cnn"), ("mnist", "lstm"), ("sine", "cnn")):
         with pytest.raises(ValueError, match=f"--struct {struct} does not fit {dataset}"):
             config("--dataset", dataset, "--struct", struct)
     assert config("--dataset", "shakespeare").architecture == "lstm"
+
+
+def test_momentum_is_sgd_with_momentum_and_sgd_is_without() -> None:
+    for name, momentum in (("momentum", 0.7), ("sgd", 0.0)):
+        server = config("--server_optimizer", name, "--server_momentum", "0.7").fedavg.server_optimizer
+        assert (server.name, server.momentum) == ("sgd", momentum)
+
+
+def test_no_fine_tuning_can_be_said_in_two_ways() -> None:
+    assert config("--fine_tune_method", "none").fine_tune is config("--fine_tune", "false").fine_tune is None
 
 
 def test_a_clients_adam_has_no_first_moment() -> None:
@@ -95,6 +122,7 @@ def test_a_clients_adam_has_no_first_moment() -> None:
 def test_quick_start_passes_every_flag_on() -> None:
     """What a user gives to quick_start.sh must arrive at the server or the workers unchanged."""
     argv = [word for flags, _ in EXPERIMENT_FLAGS for word in flags]
+    argv += ["--fine_tune_client_optimizer", "sgd"]  # the only one that goes with maml
     argv += ["--run_dir", "/tmp/x", "--data_root", "/tmp/y", "--device", "cpu", "--threads", "3", "--backend", "gloo"]
     args = utils.get_args("quick_start", argv)
     server = utils.get_args("server", utils.to_argv(args, "server"))

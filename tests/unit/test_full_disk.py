@@ -128,7 +128,7 @@ def test_results_that_cannot_be_written_are_shown_and_can_be_written_later(
     with pytest.raises(OSError, match=f"the results cannot be written to {path} .*make room.*--resume {path}"):
         run(path, disk, 8, NEVER)
     output, errors = capfd.readouterr()
-    assert "after Reptile" in output
+    assert "after fine-tuning" in output
     assert f"continue from the one before it with --resume {path}" in errors
     assert not (path / "result.json").exists()
     assert [entry.name for entry in path.rglob("*.safetensors") if entry.parent.name == "checkpoint"]

@@ -126,7 +126,7 @@ def test_tensors_arrive_whatever_the_length_of_the_header_before_them(size: int)
 
 
 def test_a_part_of_a_tensor_is_sent_as_that_part() -> None:
-    sent = StartScoring(1, 1, torch.arange(10, dtype=torch.float32)[::3])
+    sent = StartScoring(1, 1, 0, torch.arange(10, dtype=torch.float32)[::3])
     received = travel(sent)
     assert isinstance(received, StartScoring)
     assert received.parameters.tolist() == [0, 3, 6, 9]

@@ -29,10 +29,12 @@ def clients(data: ImageSplits, num_clients: int, partition: str = "shards:2", se
     return PartitionedClients(data, Partition.parse(partition), num_train, num_clients - num_train, seed)
 
 
-def federated(data: ImageSplits, num_clients: int, partition: str = "shards:2", seed: int = 0) -> FederatedDataset:
+def federated(
+    data: ImageSplits, num_clients: int, partition: str = "shards:2", seed: int = 0, local_split: str = "shuffled"
+) -> FederatedDataset:
     num_train = num_clients * 4 // 5
     dealt = clients(data, num_clients, partition, seed)
-    return FederatedDataset("test", dealt, num_train, num_clients - num_train, seed)
+    return FederatedDataset("test", dealt, num_train, num_clients - num_train, seed, local_split)
 
 
 def indices(inputs: object) -> list[int]:
@@ -158,6 +160,30 @@ def test_both_parts_of_a_client_have_its_label_mix() -> None:
         assert test <= train
         mixed += len(test) > 1
     assert mixed >= 3
+
+
+@pytest.mark.parametrize("partition", ["shards:2", "iid"])
+def test_cut_at_the_tail_the_test_part_has_the_last_labels_only(partition: str) -> None:
+    """As in the code behind the published figures: each client has the same examples, sorted before they are cut."""
+    shuffled = federated(splits(800, 200), 20, partition)
+    tail = federated(splits(800, 200), 20, partition, local_split="tail")
+    num_labels = []
+    for client_id in (*tail.train_client_ids, *tail.unseen_client_ids):
+        data, other = tail.client_data(client_id), shuffled.client_data(client_id)
+        assert data.train_labels.tolist() == sorted(data.train_labels.tolist())
+        assert data.train_labels.max() <= data.test_labels.min()
+        assert len(data.train_labels) == len(other.train_labels) == tail.num_train_examples(client_id)
+        examples = [sorted(indices(part.train_inputs) + indices(part.test_inputs)) for part in (data, other)]
+        assert examples[0] == examples[1]
+        num_labels.append(len(set(data.test_labels.tolist())))
+    assert num_labels.count(1) > len(num_labels) / 2, "often a single one"
+    assert tail.fingerprint != shuffled.fingerprint
+
+
+def test_the_tail_keeps_inputs_and_labels_together() -> None:
+    data = splits(800, 200)
+    client = federated(data, 20, local_split="tail").client_data(17)
+    assert client.test_labels.tolist() == data.test_labels[indices(client.test_inputs)].tolist()
 
 
 def test_the_same_seed_deals_the_same_data_and_the_fingerprint_says_so() -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from helpers import digits_dataset, make_config
 from safetensors import safe_open
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from perfedavg.events import FILE_NAME
 from perfedavg.executor import LocalExecutor
 from perfedavg.experiment import parameters_sha256
 from perfedavg.flat_model import flatten
@@ -34,7 +36,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
 def test_holds_every_promised_file(run: tuple[Path, nn.Module]) -> None:
     names = {str(path.relative_to(run[0])) for path in run[0].rglob("*") if path.is_file()}
     tables = {"config.json", "metrics.jsonl", "clients.csv", "result.json", "log.txt", ".lock"}
-    assert names == tables | {"model.safetensors", "plots/accuracy.png", "plots/clients.png"}
+    pictures = {"plots/accuracy.png", "plots/clients.png"}
+    assert names == tables | pictures | {"model.safetensors", f"tensorboard/{FILE_NAME}"}
+
+
+def test_tensorboard_reads_every_round_once(run: tuple[Path, nn.Module]) -> None:
+    """Rounds are counted through the phases; a number that is not there would be a gap in the curve."""
+    events = EventAccumulator(str(run[0] / "tensorboard"))
+    events.Reload()
+    records = [json.loads(line) for line in (run[0] / "metrics.jsonl").read_text().splitlines()]
+    for tag, values in (
+        ("training/loss", [record["train_loss"] for record in records]),
+        ("unseen_accuracy/personalized", [record["evaluation"]["personalized"]["accuracy"] for record in records]),
+    ):
+        scalars = events.Scalars(tag)
+        assert [scalar.step for scalar in scalars] == list(range(1, len(records) + 1))
+        assert [scalar.value for scalar in scalars] == pytest.approx(values, rel=1e-6)
 
 
 def test_result_has_what_its_readers_rely_on(run: tuple[Path, nn.Module]) -> None:

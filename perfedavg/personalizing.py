@@ -1,0 +1,176 @@
+"""A finished run's model, adapted to one person's examples: what all the training was for."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from perfedavg.client_data import ClientData
+from perfedavg.config import ExperimentConfig
+from perfedavg.files import replace_file
+from perfedavg.flat_model import FlatModel, unflatten_into
+from perfedavg.local_training import SCORING_BATCH_SIZE, LocalTraining, Loss, score, train_locally
+from perfedavg.model_file import ModelFacts, model_file, read_model_file
+from perfedavg.seeding import Purpose, seed_sequence
+
+CLASS_NAMES_FILE = "class_names.json"
+"""What an exported program carries beside itself: a JSON list, label i its i-th text."""
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """The model of a run that has come to its end, and the experiment that it came of.
+
+    class_names: label i stands for the i-th; where the data set did not say, classes are called by their numbers.
+    state: the model's parameters by name.
+    """
+
+    path: Path
+    config: ExperimentConfig
+    facts: ModelFacts
+    class_names: tuple[str, ...]
+    state: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, path: Path) -> RunModel:
+        """Raises ValueError where the folder holds no run, one that has not ended, or one that cannot be read."""
+        try:
+            recorded = json.loads((path / "config.json").read_bytes())
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise ValueError(
+                f"{path} is not the folder of a run (it has no config.json); name one, such as "
+                "runs/<date-time>-<dataset>"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path / 'config.json'} cannot be read ({error})") from error
+        if not (path / "result.json").exists():
+            raise ValueError(f"{path} holds a run that has not ended; continue it with --resume {path}")
+        try:
+            config = ExperimentConfig.from_dict(recorded["experiment"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path / 'config.json'} is damaged, or of another version of this project ({error}); repeat the run"
+            ) from error
+        state, facts = read_model_file(path / "model.safetensors")
+        if facts.num_classes is None:
+            raise ValueError(f"{path / 'model.safetensors'} does not say how many classes there are; repeat the run")
+        class_names = facts.class_names or tuple(map(str, range(facts.num_classes)))
+        return cls(path, config, facts, class_names, state)
+
+    def load_into(self, model: nn.Module) -> None:
+        """Raises ValueError where the parameters are another model's."""
+        try:
+            model.load_state_dict(self.state)
+        except RuntimeError as error:
+            raise ValueError(
+                f"{self.path / 'model.safetensors'} holds another model ({_first_line(error)}); repeat the run"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a model on held-out examples. loss: the mean over them.  num_right: those whose class it named."""
+
+    loss: float
+    num_right: int
+    num_examples: int
+
+    @property
+    def accuracy(self) -> float:
+        """0..1."""
+        return self.num_right / self.num_examples
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "accuracy": self.accuracy, "right": self.num_right}
+
+
+def personalize(
+    model: nn.Module, data: ClientData, training: LocalTraining, precision: str, seed: int, loss_function: Loss
+) -> tuple[Score, Score]:
+    """Adapt the model in place to the training part, as an unseen client of a run does; score it before and after.
+
+    precision: see `FlatModel`.  seed: the batch order and the dropout masks follow from it.
+    Raises ValueError where the steps were so large that the model is not finite any more.
+    """
+    flat = FlatModel(model, precision=precision)
+    before = _score(flat, data, loss_function)
+    if not math.isfinite(before.loss):
+        raise ValueError("the run's model gives no finite loss on these images; the run itself must have diverged")
+    seeds = seed_sequence(seed, Purpose.PERSONALIZATION)
+    train_locally(flat, data.train_inputs, data.train_labels, training, seeds, loss_function)
+    after = _score(flat, data, loss_function)
+    if not (math.isfinite(after.loss) and bool(flat.parameters.isfinite().all())):
+        raise ValueError(f"--local_lr {training.optimizer.learning_rate} is too high, the model diverged; lower it")
+    unflatten_into(model, flat.parameters.clone())
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()  # no longer a view, which a file would hold with all of its vector
+    return before, after
+
+
+def export(model: nn.Module, inputs: Tensor, class_names: Sequence[str]) -> bytes:
+    """The content of a .pt2 file: the model as a program that runs without its code, for any number of examples.
+
+    inputs: (num_examples, ...) examples of what it takes; on them the program gives the model's very outputs, which is
+    checked on what the file holds. Raises ValueError where the model cannot be exported for any number of examples.
+    """
+    model.eval()
+    batch = torch.export.Dim("batch", min=1)
+    example = inputs[:1].repeat(2, *[1] * (inputs.ndim - 1))  # of one, torch would take the 1 for part of the program
+    try:
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+    except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as error:
+        raise ValueError(
+            f"torch.export cannot export the run's model for any number of examples ({_first_line(error)})"
+        ) from error
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={CLASS_NAMES_FILE: json.dumps(list(class_names))})
+    _check_exported(content.getvalue(), model, inputs)
+    return content.getvalue()
+
+
+def write_personalized(
+    folder: Path, model: nn.Module, program: bytes, metadata: Mapping[str, str], result: Mapping[str, Any]
+) -> None:
+    """Write model.safetensors, model.pt2 and, last, result.json, in place of those that are there.
+
+    A folder with result.json so holds files that belong together. Raises OSError, one line with the fix.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").unlink(missing_ok=True)
+        replace_file(folder / "model.safetensors", [model_file(model, metadata)])
+        replace_file(folder / "model.pt2", [program])
+        replace_file(folder / "result.json", [json.dumps(result, indent=2, allow_nan=False).encode(), b"\n"])
+    except OSError as error:
+        raise OSError(
+            f"--output {folder} cannot be written ({error.strerror}); make room there, or name another folder"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(":")
+
+
+def _score(model: FlatModel, data: ClientData, loss_function: Loss) -> Score:
+    loss, accuracy = score(model, data.test_inputs, data.test_labels, loss_function)
+    num_examples = len(data.test_labels)
+    return Score(loss, round(accuracy * num_examples), num_examples)
+
+
+def _check_exported(content: bytes, model: nn.Module, inputs: Tensor) -> None:
+    program = torch.export.load(io.BytesIO(content)).module()
+    with torch.no_grad():
+        for some in (inputs[:1], *inputs.split(SCORING_BATCH_SIZE)):
+            if not torch.equal(program(some), model(some)):
+                raise ValueError(
+                    "the program exported from the run's model gives other outputs than the model, which must not "
+                    "depend on anything but its inputs"
+                )

@@ -1,0 +1,248 @@
+"""The plots of a report, each drawn for a light and for a dark page."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perfedavg.config import Phase
+from perfedavg.finished_runs import KINDS
+from perfedavg.report_rows import Row
+from perfedavg.report_tables import confidence_95, pooled_client_scores, steps_per_epoch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]
+"""Places on the x axis, means, and half the height of the band around them, (num_points,) each; None for no band."""
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colors of a plot: of the page it lies on, of text and lines on it, and of rows and kinds of scores."""
+
+    page: str
+    text: str
+    grid: str
+    rows: tuple[str, ...]
+    kinds: tuple[str, str]
+
+
+LIGHT = Theme(
+    page="#ffffff",
+    text="#1f2328",
+    grid="#d8dee4",
+    rows=("#0b6bcb", "#c4501b", "#1a8754", "#a02c8f", "#8a6d00", "#4b4fc4", "#c22f4e", "#4a5a66"),
+    kinds=("#848d97", "#0b6bcb"),
+)
+DARK = Theme(
+    page="#15181c",
+    text="#e6e8eb",
+    grid="#363c44",
+    rows=("#62b0ff", "#ff9a62", "#4fcf90", "#e58ad8", "#dcc14a", "#a3a6ff", "#ff8298", "#aab8c4"),
+    kinds=("#9aa4ae", "#62b0ff"),
+)
+
+_LINE_STYLES = ("-", "--", ":", "-.")
+"""The colors are used again with the next style, where there are more rows than colors."""
+_DOTS_PER_INCH = 110
+_LEGEND_WIDTH = 64
+"""Letters in a line of a legend with two columns."""
+_NUM_BINS = 20
+_SHOWN_SHARE_OF_LOSSES = 98
+"""Percentile of the losses at which their histogram ends; those beyond are in its last bin."""
+
+
+def render(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
+    """The figure as a PNG."""
+    import matplotlib  # costs half a second, which --help should not pay
+
+    colors = {name: theme.text for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
+    colors |= {name: theme.page for name in ("figure.facecolor", "axes.facecolor", "legend.facecolor")}
+    colors |= {name: theme.grid for name in ("axes.edgecolor", "grid.color", "legend.edgecolor")}
+    image = io.BytesIO()
+    with matplotlib.rc_context({**colors, "axes.grid": True, "axes.axisbelow": True, "font.size": 9}):
+        draw(theme).savefig(image, dpi=_DOTS_PER_INCH, format="png")
+    return image.getvalue()
+
+
+def draw_curves(rows: Sequence[Row], measure: str, measure_name: str) -> Callable[[Theme], Figure] | None:
+    """Initial and personalized scores against the round, a color a row; means over seeds, and a band of their sample
+    deviation. None where no row has a curve.
+    """
+    curves = [(number, row, [mean_curve(row, kind, measure) for kind in KINDS]) for number, row in enumerate(rows)]
+    drawn = [(number, row, by_kind) for number, row, by_kind in curves if by_kind[0][0].size]
+    if not drawn:
+        return None
+    boundaries = {row.settings["fedavg"]["num_rounds"] for _, row, _ in drawn if len(row.phases) > 1}
+
+    def draw(theme: Theme) -> Figure:
+        figure, (panels,) = _figure(1, 2, 4.0, legend_lines=len(drawn))
+        for index, (panel, kind) in enumerate(zip(panels, KINDS, strict=True)):
+            for number, row, by_kind in drawn:
+                _line(panel, theme, number, row.label, *by_kind[index])
+            for boundary in boundaries:
+                panel.axvline(boundary, color=theme.text, linewidth=0.8, linestyle=":")
+            panel.set(title=kind, xlabel="round", xlim=(0, None))
+        _scale(panels, measure)
+        panels[0].set_ylabel(f"{measure_name}, unseen clients")
+        _legend_below(figure, panels[0])
+        return figure
+
+    return draw
+
+
+def draw_epochs(rows: Sequence[Row], measure: str, measure_name: str) -> Callable[[Theme], Figure] | None:
+    """A score against the epochs of personalization after each phase, a color a row; means over seeds. None where it
+    was not measured.
+
+    The band is the sample deviation over seeds, or with one seed the 95 % confidence interval over clients.
+    """
+    lines = {
+        phase: [(number, row) for number, row in enumerate(rows) if phase in row.phases and _by_epoch(row, phase)]
+        for phase in Phase
+    }
+    phases = [phase for phase in Phase if lines[phase]]
+    if not phases:
+        return None
+    unit = "step" if all(steps_per_epoch(run) == 1 for row in rows for run in row.runs) else "epoch"
+
+    def draw(theme: Theme) -> Figure:
+        figure, (panels,) = _figure(1, len(phases), 4.0, legend_lines=max(len(lines[phase]) for phase in phases))
+        for panel, phase in zip(panels, phases, strict=True):
+            for number, row in lines[phase]:
+                _line(panel, theme, number, row.label, *_epoch_curve(row, phase, measure))
+            panel.set(title=f"after {phase.label}", xlabel=f"{unit}s of personalization", xlim=(0, None))
+        _scale(panels, measure)
+        panels[0].set_ylabel(f"{measure_name}, unseen clients")
+        _legend_below(figure, max(panels, key=lambda panel: len(panel.lines)))
+        return figure
+
+    return draw
+
+
+def draw_clients(rows: Sequence[Row], measure: str, measure_name: str) -> Callable[[Theme], Figure] | None:
+    """Histograms over unseen clients, all seeds together, before and after personalization: a line of panels a row, a
+    panel a phase. None where no clients.csv could be read.
+    """
+    drawn = [row for row in rows if any(run.clients is not None for run in row.runs)]
+    if not drawn:
+        return None
+    phases = [phase for phase in Phase if any(phase in row.phases for row in drawn)]
+    scores = {
+        (row.label, phase, kind): pooled_client_scores(row, phase, kind, measure)
+        for row in drawn
+        for phase in row.phases
+        for kind in KINDS
+    }
+    bins = _bins(list(scores.values()), measure)
+
+    def draw(theme: Theme) -> Figure:
+        figure, panels = _figure(len(drawn), len(phases), 1.7, legend_lines=1)
+        for row, line in zip(drawn, panels, strict=True):
+            for phase, panel in zip(phases, line, strict=True):
+                if phase not in row.phases:
+                    panel.set_axis_off()
+                    continue
+                for kind, color in zip(KINDS, theme.kinds, strict=True):
+                    values = np.clip(scores[row.label, phase, kind], bins[0], bins[-1])
+                    weights = np.full(values.size, 100 / values.size)
+                    panel.hist(values, bins, weights=weights, color=color, alpha=0.35)
+                    panel.hist(values, bins, weights=weights, color=color, histtype="step", linewidth=1.4, label=kind)
+                panel.set_title(f"{row.label}: after {row.after(phase)}", fontsize=8, loc="left")
+                panel.set_xlim(bins[0], bins[-1])
+        for panel in panels[-1]:
+            panel.set_xlabel(f"{measure_name} of a client on its test part")
+        figure.supylabel("% of unseen clients", fontsize=9)
+        _legend_below(figure, next(panel for panel in panels.flat if panel.axison))
+        return figure
+
+    return draw
+
+
+def mean_curve(row: Row, kind: str, measure: str) -> Curve:
+    """The curve of a row: means and sample deviations over its seeds, at the rounds that all their curves have."""
+    curves = [
+        {point.round_number: getattr(getattr(point, kind), measure) for point in run.curve}
+        for run in row.runs
+        if run.curve
+    ]
+    return _over_seeds(curves)
+
+
+def _epoch_curve(row: Row, phase: Phase, measure: str) -> Curve:
+    results = _by_epoch(row, phase)
+    curves = [{entry.epochs: getattr(entry, measure) for entry in result.by_epoch} for result in results]
+    epochs, means, deviations = _over_seeds(curves)
+    if len(results) == 1:
+        spread = [getattr(entry, f"{measure}_std") for entry in results[0].by_epoch]
+        deviations = np.array([np.nan if std is None else confidence_95(std, results[0].clients) for std in spread])
+    return epochs, means, deviations
+
+
+def _by_epoch(row: Row, phase: Phase) -> list[Any]:
+    return [result for result in row.results(phase) if result.by_epoch]
+
+
+def _over_seeds(curves: Sequence[dict[int, float | None]]) -> Curve:
+    places = sorted(set.intersection(*map(set, curves))) if curves else []
+    values = np.array([[curve[place] for place in places] for curve in curves], dtype=np.float64)
+    if not places:
+        return np.empty(0), np.empty(0), None
+    deviations = values.std(axis=0, ddof=1) if len(curves) > 1 else None
+    return np.array(places, dtype=np.float64), values.mean(axis=0), deviations
+
+
+def _bins(scores: Sequence[NDArray[np.float64]], measure: str) -> NDArray[np.float64]:
+    if measure == "accuracy":
+        return np.linspace(0, 1, _NUM_BINS + 1)
+    finite = np.concatenate(scores)
+    finite = finite[np.isfinite(finite)]
+    highest = float(np.percentile(finite, _SHOWN_SHARE_OF_LOSSES)) if finite.size else 1.0
+    return np.linspace(0, highest or 1.0, _NUM_BINS + 1)
+
+
+def _figure(num_lines: int, num_columns: int, line_height: float, legend_lines: int) -> tuple[Figure, Any]:
+    """A figure that belongs to no window, and its panels (num_lines, num_columns), with room for a legend below."""
+    from matplotlib.figure import Figure
+
+    size = (max(5.5, 4.8 * num_columns), 0.6 + line_height * num_lines + 0.1 * legend_lines)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(num_lines, num_columns, squeeze=False, sharex=True, sharey=True)
+
+
+def _line(
+    panel: Axes,
+    theme: Theme,
+    number: int,
+    label: str,
+    places: NDArray[np.float64],
+    means: NDArray[np.float64],
+    band: NDArray[np.float64] | None,
+) -> None:
+    color = theme.rows[number % len(theme.rows)]
+    style = _LINE_STYLES[number // len(theme.rows) % len(_LINE_STYLES)]
+    panel.plot(places, means, color=color, linestyle=style, linewidth=1.5, marker="o", markersize=2.5, label=label)
+    if band is not None:
+        panel.fill_between(places, means - band, means + band, color=color, alpha=0.15, linewidth=0)
+
+
+def _scale(panels: Sequence[Axes], measure: str) -> None:
+    if measure == "accuracy":
+        panels[0].set_ylim(0, 1.01)
+    else:
+        panels[0].set_yscale("log")
+
+
+def _legend_below(figure: Figure, panel: Axes) -> None:
+    handles, labels = panel.get_legend_handles_labels()
+    wrapped = [textwrap.fill(label, _LEGEND_WIDTH) for label in labels]
+    figure.legend(handles, wrapped, loc="outside lower center", ncols=min(2, len(labels)), fontsize=8)

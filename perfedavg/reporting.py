@@ -1,0 +1,243 @@
+"""The report of finished runs: what it says, and in which order, whichever form it is then written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perfedavg import published, report_plots, report_tables
+from perfedavg.finished_runs import FinishedRun, find_runs, read_finished_run
+from perfedavg.report_rows import Row, common_settings, group_rows, leave_out_repeats
+from perfedavg.report_tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from perfedavg.report_plots import Theme
+
+_SYNTHETIC = "synthetic_writers"
+_SYNTHETIC_NOTE = (
+    "Synthetic: these clients are rendered from fonts, nobody wrote them. No result on them is a result on FEMNIST, "
+    "and no published figure stands beside them."
+)
+_VALIDATION_NOTE = (
+    "Rows with validation are scored on training clients that were held out, not on the unseen ones: they are there to "
+    "choose settings by, and are no result."
+)
+_LOSS_NAMES = {"sine": "MSE"}
+"""Of data sets whose loss has a name of its own."""
+
+
+@dataclass(frozen=True)
+class Heading:
+    text: str
+
+
+@dataclass(frozen=True)
+class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture, as PNG for a light and for a dark page.
+
+    name: of its file, without suffix.  description: in words, also for those who cannot see it.
+    """
+
+    name: str
+    description: str
+    light: bytes
+    dark: bytes
+
+
+Block = Heading | Paragraph | Table | Plot
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that is said of one data set."""
+
+    title: str
+    blocks: list[Block]
+
+
+@dataclass(frozen=True)
+class Report:
+    """summary: what it covers, and how its figures are to be read.  csv: its figures in full precision."""
+
+    title: str
+    summary: str
+    sections: list[Section]
+    csv: str
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
+    """The finished runs in and below the folders, and a line for each thing that is left out, with the reason.
+
+    The first list may be empty; then the second is not.
+    """
+    runs: list[FinishedRun] = []
+    reasons: list[str] = []
+    for folder in _run_folders(paths, reasons):
+        try:
+            runs.append(read_finished_run(folder))
+        except ValueError as error:
+            reasons.append(str(error))
+    runs, repeats = leave_out_repeats(runs)
+    reasons += repeats
+    reasons += [f"{problem}; its run is missing from what is made of it" for run in runs for problem in run.problems]
+    return runs, reasons
+
+
+def _run_folders(paths: Sequence[Path], reasons: list[str]) -> list[Path]:
+    """The runs' folders, each once, however often it is named. Adds to `reasons` why a path has none."""
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        try:
+            for folder in find_runs(path):
+                folders.setdefault(folder.resolve(), folder)
+        except ValueError as error:
+            reasons.append(str(error))
+    return list(folders.values())
+
+
+def build_report(runs: Sequence[FinishedRun], target: float) -> Report:
+    """target: the accuracy to which rounds are counted, above 0 and at most 1."""
+    by_dataset: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        by_dataset.setdefault(run.dataset, []).append(run)
+    rows = {dataset: group_rows(by_dataset[dataset]) for dataset in sorted(by_dataset)}
+    all_rows = [row for some in rows.values() for row in some]
+    return Report(
+        title=f"Personalized FedAvg on {', '.join(rows)}",
+        summary=f"{_count(len(runs), 'run')} in {_count(len(all_rows), 'row')}; runs that differ only in the seed are "
+        "one row. A figure is the uniform mean over unseen clients, then over seeds; with several seeds it has their "
+        "sample deviation, behind ± or in brackets. Initial is the global model on a client's test part, personalized "
+        "the same model after adapting it on that client's own training part. Clients hurt are those that fare worse "
+        "after that.",
+        sections=[_section(dataset, some, target) for dataset, some in rows.items()],
+        csv=report_tables.to_csv(all_rows, target),
+    )
+
+
+def _section(dataset: str, rows: Sequence[Row], target: float) -> Section:
+    has_accuracy = any(row.has_accuracy for row in rows)
+    loss_name = _LOSS_NAMES.get(dataset, "loss")
+    measure, name = ("accuracy", "accuracy") if has_accuracy else ("loss", loss_name)
+    blocks: list[Block] = [Paragraph(note) for note in _notes(dataset, rows)]
+    blocks += [Heading("Results"), report_tables.results_table(rows, loss_name)]
+    if has_accuracy:
+        blocks += [Heading(f"Rounds to an accuracy of {target:g}"), report_tables.rounds_table(rows, target)]
+        blocks.append(Paragraph(_resolution(rows)))
+    blocks += _curves(dataset, rows, measure, name)
+    blocks += _clients(dataset, rows, measure, name)
+    blocks += _personalization(dataset, rows, measure, name)
+    blocks += _published(dataset, rows)
+    blocks += [Heading("Runs"), report_tables.runs_table(rows)]
+    return Section(f"{dataset} (synthetic)" if dataset == _SYNTHETIC else dataset, blocks)
+
+
+def _notes(dataset: str, rows: Sequence[Row]) -> list[str]:
+    notes = [_SYNTHETIC_NOTE] if dataset == _SYNTHETIC else []
+    if any(row.settings.get("validation") for row in rows):
+        notes.append(_VALIDATION_NOTE)
+    if not any(row.has_accuracy for row in rows):
+        notes.append("A regression: it has no accuracies, and so no rounds to one.")
+    return [*notes, _what_rows_share(rows)]
+
+
+def _what_rows_share(rows: Sequence[Row]) -> str:
+    """The protocol, as far as one is more frequent than any other."""
+    common = common_settings(rows)
+    wording = {
+        "fedavg num_rounds": "{} rounds of FedAvg",
+        "fine_tune num_rounds": "{} rounds of fine-tuning",
+        "fine_tune num_local_epochs": "of {} local epochs",
+        "fine_tune num_local_steps": "of {} local steps",
+        "fine_tune method": "by {}",
+        "num_personalization_epochs": "personalization by {} epochs",
+        "num_clients": "{} clients, training and unseen ones together",
+        "partition": "partition {}",
+        "architecture": "model {}",
+        "batch_size": "batches of {}",
+    }
+    facts = [words.format(common[name]) for name, words in wording.items() if common.get(name) is not None]
+    return f"Where a row's name says nothing else: {', '.join(facts)}."
+
+
+def _resolution(rows: Sequence[Row]) -> str:
+    every = _listed({row.settings["eval_every"] for row in rows})
+    clients = _listed({row.settings["eval_clients"] for row in rows})
+    return (
+        "Rounds are those of both phases, in the order in which they ran, up to the first point of the curve at which "
+        f"the mean accuracy is there. The curve has a point every {every} rounds and one at the end of a phase, taken "
+        f"over up to {clients} unseen clients: a number of rounds is no more exact than that. A mean is given where "
+        "all seeds got there."
+    )
+
+
+def _curves(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Block]:
+    description = (
+        f"The {name} on unseen clients against the round, before and after personalization. A dotted line is where "
+        "fine-tuning begins, a band the sample deviation over seeds."
+    )
+    plot = _plot(dataset, "curves", description, report_plots.draw_curves(rows, measure, name))
+    return [Heading("Curves"), *plot] if plot else []
+
+
+def _clients(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Block]:
+    description = f"How the {name} is distributed over unseen clients, before and after personalization; all seeds."
+    plot = _plot(dataset, "clients", description, report_plots.draw_clients(rows, measure, name))
+    if not plot:
+        return []
+    explanation = Paragraph(f"Percentiles of the {name} over the unseen clients of all seeds together.")
+    return [Heading("Unseen clients"), explanation, report_tables.clients_table(rows, measure, name), *plot]
+
+
+def _personalization(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Block]:
+    description = (
+        f"The {name} on unseen clients while they adapt. A band is the sample deviation over seeds, or with one seed "
+        "the 95 % confidence interval of the mean over clients."
+    )
+    plot = _plot(dataset, "personalization", description, report_plots.draw_epochs(rows, measure, name))
+    if not plot:
+        return []
+    heading = Heading(f"{name[0].upper()}{name[1:]} against personalization")
+    if measure == "accuracy":
+        return [heading, report_tables.epochs_table(rows), *plot]
+    interval = Paragraph("Behind ± stands the 95 % confidence interval of the mean over unseen clients.")
+    return [heading, report_tables.steps_table(rows, name), interval, *plot]
+
+
+def _published(dataset: str, rows: Sequence[Row]) -> list[Block]:
+    """Published figures beside ours, on the data sets that they can stand beside, with what has to be known of them."""
+    blocks: list[Block] = []
+    table = report_tables.published_table(rows)
+    if dataset in published.PUBLISHED_DATASETS and table.rows:
+        blocks += [Heading("Figures published for this experiment, after fine-tuning"), table]
+        blocks += [Paragraph(caveat) for caveat in published.PUBLISHED_CAVEATS]
+    table = report_tables.jiang_table(rows)
+    if dataset in published.JIANG_DATASETS and table.rows:
+        caveats = [*published.JIANG_CAVEATS, *([published.JIANG_CAVEAT_EMNIST] if dataset == "emnist" else [])]
+        blocks += [Heading("The paper's figures for EMNIST-62 by writer"), table]
+        blocks += [Paragraph(caveat) for caveat in caveats]
+    return blocks
+
+
+def _plot(dataset: str, name: str, description: str, draw: Callable[[Theme], Figure] | None) -> list[Block]:
+    """The plot, or nothing where there is nothing to draw."""
+    if draw is None:
+        return []
+    light, dark = (report_plots.render(draw, theme) for theme in (report_plots.LIGHT, report_plots.DARK))
+    return [Plot(f"{dataset.replace(':', '.')}-{name}", description, light, dark)]
+
+
+def _listed(values: set[Any]) -> str:
+    return " or ".join(map(str, sorted(values)))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,248 @@
+"""Entry point: adapts a finished run's model to one person's labelled images, and shows what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import utils
+from perfedavg.console import run_entry_point, say, show
+
+if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
+    from torch import nn
+
+    from perfedavg.client_data import ClientData
+    from perfedavg.local_training import LocalTraining, Loss
+    from perfedavg.personalizing import RunModel, Score
+
+IMAGE_SHAPE = (1, 28, 28)
+"""Of an image as a model takes it."""
+
+OTHER_INPUTS = {"lstm": "text", "sine_mlp": "numbers"}
+"""What those of this project's models take that take no images, by architecture."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = build_parser().parse_args(argv)
+
+    from datasets.person import load_person
+    from perfedavg.compute import use_reproducible_kernels
+    from perfedavg.experiment import parameters_sha256
+    from perfedavg.flat_model import flatten
+    from perfedavg.personalizing import RunModel, export, personalize, write_personalized
+
+    use_reproducible_kernels()
+    run = RunModel.read(args.run)
+    training = local_training(run, args)
+    output = output_folder(args)
+    model, loss_function = load_model(run, args.data_root)
+    data = load_person(args.images, run.class_names, args.test_fraction, args.seed)
+    warn_of_bright_ground(run, data)
+    show(describe_images(args.images, data, len(run.class_names)))
+    run_sha256 = parameters_sha256(flatten(model))
+    before, after = personalize(model, data, training, run.config.precision, args.seed, loss_function)
+    program = export(model, data.test_inputs, run.class_names)
+    facts = {"run": str(args.run.absolute()), "run_model_sha256": run_sha256, "dataset": run.config.dataset}
+    result = {
+        **facts,
+        **describe_settings(args, training, run.config.precision),
+        **count_images(data, run.class_names),
+        "before": before.to_dict(),
+        "after": after.to_dict(),
+        "model_sha256": parameters_sha256(flatten(model)),
+    }
+    write_personalized(output, model, program, {**run.facts.to_metadata(), "personalized_from": run_sha256}, result)
+    show(score_table(before, after, training.num_epochs))
+    show(f"personalized model in {output}; docs/personalize.md says how to use it")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Adapt the model of a finished run to one person's labelled images, and score it before and after, "
+        "on images held out. Writes the personalized model, also as a program that needs none of this project.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN", help="folder of a finished run, which the run names when it ends")
+    add(
+        "images",
+        type=Path,
+        metavar="IMAGES",
+        help="folder with class/image.png below it: 28x28, bright ink on a dark ground; the classes are the run's",
+    )
+    add("--epochs", type=_positive, metavar="N", help="passes over the images (default: the run's --pers_round, 5)")
+    add("--batch_size", type=_positive, metavar="N", help="images a step (default: the run's --batch_size, 20)")
+    add("--local_lr", type=float, metavar="X", help="learning rate of the run's client optimizer (default: the run's)")
+    add(
+        "--test_fraction",
+        type=_share,
+        default=Fraction(1, 5),
+        metavar="X",
+        help="share of the images that is held out, such as 0.2 or 1/3 (default: 0.2)",
+    )
+    add("--seed", type=_seed, default=0, metavar="N", help="which images are held out follows from it (default: 0)")
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write; what an earlier call left there is replaced "
+        "(default: RUN/personalized/<name of the folder IMAGES>)",
+    )
+    add(
+        "--data_root",
+        type=Path,
+        default=Path(os.environ.get("PERFEDAVG_DATA") or utils.ROOT / "datasets" / "data"),
+        metavar="FOLDER",
+        help="folder of the run's data, read only where a data set of your own (package.module:factory) brings its own "
+        "model or loss (default: PERFEDAVG_DATA, or datasets/data)",
+    )
+    return parser
+
+
+def local_training(run: RunModel, args: argparse.Namespace) -> LocalTraining:
+    """What the run's unseen clients did, where the flags do not say otherwise."""
+    from perfedavg.local_training import LocalTraining
+
+    optimizer = run.config.fedavg.client_optimizer
+    if args.local_lr is not None:
+        optimizer = dataclasses.replace(optimizer, learning_rate=args.local_lr)
+        optimizer.check("--local_lr")
+    return LocalTraining(
+        optimizer,
+        num_epochs=args.epochs or run.config.num_personalization_epochs,
+        batch_size=args.batch_size or run.config.batch_size,
+    )
+
+
+def output_folder(args: argparse.Namespace) -> Path:
+    """Raises ValueError where it is a run's own folder, whose model and result would be replaced."""
+    folder: Path = args.output or args.run / "personalized" / args.images.resolve().name
+    if (folder / "config.json").exists():
+        raise ValueError(f"--output {folder} is the folder of a run, whose model would be replaced; name another one")
+    return folder
+
+
+def load_model(run: RunModel, data_root: Path) -> tuple[nn.Module, Loss]:
+    """The run's model, and the loss that it was trained with.
+
+    Raises ValueError where it takes no images, or its data set brings a model or a loss and cannot be had.
+    """
+    import torch.nn.functional as F
+
+    from models import build_model
+    from perfedavg.local_training import loss_of
+
+    facts = run.facts
+    if "build_model" not in facts.own_parts and facts.architecture in OTHER_INPUTS:
+        raise _takes_no_images(run, OTHER_INPUTS[facts.architecture])
+    if not facts.own_parts:
+        model = build_model(facts.architecture, len(run.class_names))
+        run.load_into(model)
+        return model, F.cross_entropy
+    say(f"{facts.dataset} brings its own {' and '.join(facts.own_parts)}: its module is imported, its data are opened")
+    dataset = utils.get_datasets(run.config, data_root)
+    example = dataset.client_data(dataset.unseen_client_ids[0])
+    if tuple(example.test_inputs.shape[1:]) != IMAGE_SHAPE:
+        raise _takes_no_images(run, f"of shape {tuple(example.test_inputs.shape[1:])}")
+    if example.test_labels.is_floating_point():
+        raise ValueError(f"{run.path} is a run on {facts.dataset}, whose labels are numbers and not classes")
+    model = utils.get_model(run.config, dataset)
+    run.load_into(model)
+    return model, loss_of(dataset)
+
+
+def warn_of_bright_ground(run: RunModel, data: ClientData) -> None:
+    """Only a user's own data may have it too."""
+    from datasets.person import has_bright_ground
+
+    built_in = run.config.dataset != "folder" and ":" not in run.config.dataset
+    if built_in and has_bright_ground(data.train_inputs):
+        say(
+            f"these images are dark on a bright ground, {run.config.dataset} is bright on a dark one: the model cannot "
+            "know them; invert them"
+        )
+
+
+def describe_images(folder: Path, data: ClientData, num_classes: int) -> str:
+    """num_classes: of the run, of which the person may have images of a few only."""
+    num_adapt, num_held_out = len(data.train_labels), len(data.test_labels)
+    num_present = len({*data.train_labels.tolist(), *data.test_labels.tolist()})
+    return (
+        f"{folder}: {num_adapt + num_held_out} images of {num_present} of the run's {num_classes} classes; "
+        f"{num_adapt} to adapt to, {num_held_out} held out to be scored on"
+    )
+
+
+def count_images(data: ClientData, class_names: tuple[str, ...]) -> dict[str, Any]:
+    """How many images there are, of those classes of which there are any."""
+    parts = {"adapted_to": data.train_labels.tolist(), "held_out": data.test_labels.tolist()}
+    present = sorted({label for labels in parts.values() for label in labels})
+    return {
+        **{part: len(labels) for part, labels in parts.items()},
+        "classes": {
+            class_names[label]: {part: labels.count(label) for part, labels in parts.items()} for label in present
+        },
+    }
+
+
+def describe_settings(args: argparse.Namespace, training: LocalTraining, precision: str) -> dict[str, Any]:
+    return {
+        "images": str(args.images.absolute()),
+        "test_fraction": float(args.test_fraction),
+        "seed": args.seed,
+        "epochs": training.num_epochs,
+        "batch_size": training.batch_size,
+        "client_optimizer": dataclasses.asdict(training.optimizer),
+        "precision": precision,
+    }
+
+
+def score_table(before: Score, after: Score, num_epochs: int) -> str:
+    """The scores on the held-out images, and what to do where they fell."""
+    rows = {"as the run left it": before, f"after {num_epochs} epoch{'s' if num_epochs > 1 else ''}": after}
+    lines = ["", f"{'':22}{'loss':>9}{'accuracy':>11}{'named right':>14}"]
+    for label, score in rows.items():
+        share = f"{score.num_right} of {score.num_examples}"
+        lines.append(f"{label:22}{score.loss:>9.4f}{100 * score.accuracy:>9.2f} %{share:>14}")
+    lines.append("")
+    if after.num_right < before.num_right:
+        lines += ["It names fewer images right than before: try fewer --epochs, a lower --local_lr or more images.", ""]
+    return "\n".join(lines)
+
+
+def _takes_no_images(run: RunModel, inputs: str) -> ValueError:
+    return ValueError(
+        f"{run.path} is a run on {run.config.dataset}, whose inputs are {inputs}; name one on 28x28 images"
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return value
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
+    return int(text)
+
+
+def _share(text: str) -> Fraction:
+    try:
+        share = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    if not 0 < share < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and below 1, such as 0.2 or 1/3")
+    return share
+
+
+if __name__ == "__main__":
+    run_entry_point(main)

@@ -1,0 +1,98 @@
+"""Rows run by the real runner, in real processes: stopped in the middle, failed, gone on with."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from helpers import ENDS_WITHIN_SECONDS, ROOT, TINY, Launched, assert_ended, children_of, finish, read_result
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import reproduce
+rows, runs, results = json.loads(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
+jobs = reproduce.plan_jobs(rows, [0], runs, results)
+sys.exit(reproduce.run_jobs(jobs, ["--device", "cpu", "--threads", "1"], reproduce.SignalWatch()))
+"""
+SHORT = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
+LONG = {**SHORT, "inner_loops": "20", "fine_tune_inner_loops": "20", "epochs": "8", "fine_tune_outer_loops": "8"}
+"""A round takes long enough to be stopped in its middle."""
+ROWS = {"short": SHORT, "long": LONG}
+
+
+def start(launched: Launched, folder: Path, rows: Mapping[str, Mapping[str, str]] = ROWS) -> subprocess.Popen[str]:
+    words = [str(ROOT), json.dumps(rows), str(folder / "runs"), str(folder / "results")]
+    return launched.start(sys.executable, "-c", PROGRAM, *words, cwd=folder)
+
+
+def wait_for_rounds(process: subprocess.Popen[str], path: Path, count: int) -> None:
+    """Until so many rounds stand in metrics.jsonl."""
+    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+    while not (path / "metrics.jsonl").exists() or (path / "metrics.jsonl").read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"round {count} never came"
+        time.sleep(0.002)
+
+
+def test_stopped_in_the_middle_it_goes_on_to_the_same_model(launched: Launched, tmp_path: Path) -> None:
+    """A row that is done stays as it is; the one that was stopped loses no round; nothing is left running."""
+    words = [word for name, value in LONG.items() for word in (f"--{name}", value)]
+    undisturbed = launched.start("single_process.py", *words, "--run_dir", tmp_path / "undisturbed")
+    status, _, errors = finish(undisturbed)
+    assert status == 0, errors
+
+    first = start(launched, tmp_path)
+    wait_for_rounds(first, tmp_path / "runs" / "long" / "seed0", 3)
+    (child,) = children_of(first.pid)
+    first.send_signal(signal.SIGTERM)
+    status, output, errors = finish(first)
+    assert status == 128 + signal.SIGTERM
+    assert "[1/2] short, seed 0: after FedAvg" not in output
+    assert "[1/2] short, seed 0: " in output
+    stopped, saved, go_on = errors.splitlines()
+    assert stopped == "long, seed 0: stopped by SIGTERM"
+    assert saved.startswith("checkpoint of FedAvg round ")
+    assert go_on.startswith("go on with: sh reproduce.sh ")
+    assert_ended(child)
+    assert (tmp_path / "results" / "short" / "seed0" / "result.json").exists()
+    assert not (tmp_path / "results" / "long").exists()
+
+    status, output, errors = finish(start(launched, tmp_path))
+    assert status == 0, errors
+    assert "[1/2] short, seed 0: done before, in " in output
+    assert f"--resume {tmp_path / 'runs' / 'long' / 'seed0'}" in output
+    kept = tmp_path / "results" / "long" / "seed0"
+    assert read_result(kept)["model_sha256"] == read_result(tmp_path / "undisturbed")["model_sha256"]
+    assert (kept / "clients.csv").read_bytes() == (tmp_path / "undisturbed" / "clients.csv").read_bytes()
+    config = (kept / "config.json").read_text()
+    assert len(json.loads(config)["resumed"]) == 1
+    assert str(tmp_path) not in config
+    assert str(ROOT) not in config
+
+
+def test_a_run_that_fails_shows_why_and_costs_nothing_else(launched: Launched, tmp_path: Path) -> None:
+    """The rows before it are kept; when the cause is mended, the same command goes on."""
+    place = tmp_path / "runs" / "second"
+    place.mkdir(parents=True)
+    (place / "seed0").write_text("a file where the run's folder should be")
+    rows = {"first": SHORT, "second": SHORT}
+    status, output, errors = finish(start(launched, tmp_path, rows))
+    assert status == 2
+    ended, *shown, go_on = errors.splitlines()
+    assert ended == f"second, seed 0: ended with status 2; the end of {place / 'seed0.log'}:"
+    assert f"error: --run_dir {place / 'seed0'} cannot be written" in shown[-1]
+    assert go_on.startswith("go on with: sh reproduce.sh ")
+    assert (tmp_path / "results" / "first" / "seed0" / "result.json").exists()
+    (place / "seed0").unlink()
+    status, output, errors = finish(start(launched, tmp_path, rows))
+    assert status == 0, errors
+    assert "[1/2] first, seed 0: done before" in output
+    kept = [read_result(tmp_path / "results" / row / "seed0") for row in rows]
+    assert kept[0]["model_sha256"] == kept[1]["model_sha256"]

@@ -1,0 +1,88 @@
+"""The sine task through the system's own path: who is trained to adapt does, and the report shows what was run."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+import sine
+import single_process
+import utils
+from datasets.sine import POINTS
+from perfedavg.executor import LocalExecutor
+from perfedavg.experiment import ExperimentState, run_experiment
+from perfedavg.flat_model import flatten
+from perfedavg.scores import summarize
+
+SMALL = ["--dataset", "sine", "--client_num_in_total", "2040", "--batch_size", "10", "--pers_round", "5"]
+SMALL += ["--pers_curve", "5", "--eval_every", "10000", "--local_lr", "0.02", "--device", "cpu"]
+META = ["--epochs", "0", "--fine_tune_local_lr", "0.02", "--fine_tune_inner_steps", "5"]
+MAML = [*META, "--fine_tune_method", "maml", "--fine_tune_support_fraction", "0.2", "--client_num_per_round", "10"]
+MAML += ["--client_batching", "10", "--fine_tune_server_lr", "0.003"]
+REPTILE = [*META, "--fine_tune_method", "reptile", "--client_num_per_round", "10", "--client_batching", "10"]
+REPTILE += ["--fine_tune_server_optimizer", "sgd", "--fine_tune_server_lr", "1.0"]
+REPTILE += ["--fine_tune_server_schedule", "linear"]
+JOINT = ["--joint", "true", "--fine_tune_method", "none", "--inner_steps", "100", "--client_num_per_round", "1"]
+JOINT += ["--server_optimizer", "sgd"]
+
+
+def errors_by_step(*flags: str) -> list[float]:
+    """Mean test MSE over the unseen tasks after 0 .. 5 steps on their given points, when the training has ended."""
+    config = utils.config_from_args(utils.get_args("single", [*SMALL, *flags]))
+    dataset = utils.get_datasets(config, Path())
+    model = utils.get_model(config, dataset)
+    executor = LocalExecutor(config, model, dataset)
+    outcome = run_experiment(config, executor, dataset, ExperimentState.fresh(config, flatten(model)))
+    *_, scores = outcome.scores.values()
+    return [entry["loss"] for entry in summarize(scores)["by_epoch"]]
+
+
+def test_meta_training_makes_adaptation_fast_and_joint_training_does_not() -> None:
+    """The point of it all. If a meta-gradient had a wrong sign or support and query were mixed up, MAML would be no
+    better than the baseline, which has seen as many examples.
+    """
+    joint = errors_by_step(*JOINT, "--epochs", "20", "--client_batching", "1")
+    assert joint[5] > 2.0, "one model for all sines can only be their mean, which is near 0"
+    for name, flags in (("maml", MAML), ("reptile", REPTILE)):
+        errors = errors_by_step(*flags, "--fine_tune_outer_loops", "400")
+        assert errors[5] < 0.6 * joint[5], f"{name}: {errors}"
+        assert errors[5] < errors[1] < errors[0], f"{name}: {errors}"
+
+
+def test_the_report_shows_what_the_runs_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The drawn curves have the errors that the runs measured, also with the joint baseline, whose data are pooled."""
+    runs, few = tmp_path / "runs", ["--client_num_in_total", "102", "--pers_round", "32", "--pers_curve", "32"]
+    rows = {"maml": [*MAML, "--fine_tune_outer_loops", "3"], "joint": [*JOINT, "--epochs", "3"]}
+    for method, flags in rows.items():
+        folder = runs / method / "seed0"
+        monkeypatch.setattr("sys.argv", ["single_process.py", *SMALL, *flags, *few, "--run_dir", str(folder)])
+        single_process.main()
+    monkeypatch.setattr("sys.argv", ["sine.py", str(runs), "--output", str(tmp_path), "--models", str(runs)])
+    sine.main()
+    assert "| joint | 1 |" in capsys.readouterr().out
+    for name in ("mse.png", "adaptation.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    for model in sine.load_models(sine.read_rows(runs), runs):
+        with open(runs / model.method / "seed0" / "clients.csv", newline="") as file:
+            row = next(csv.DictReader(file))
+        client_id = int(row["client_id"])
+        assert client_id == model.tasks.unseen_client_ids[0]
+        curves, true = sine.adapted_curves(model, client_id, POINTS), model.tasks.task(client_id).values(POINTS)
+        (column,) = [name for name in row if name.endswith("_personalized_loss")]
+        assert ((curves[32] - true) ** 2).mean() == pytest.approx(float(row[column]), rel=1e-3)
+        assert not (curves[32] == curves[0]).any()
+
+
+def test_another_runs_model_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a picture would stand beside a table that it has nothing to do with."""
+    few = ["--client_num_in_total", "102", "--pers_curve", "32", "--epochs", "0", "--fine_tune_method", "none"]
+    for folder, seed in (("results/none/seed0", "0"), ("models/none/seed0", "1")):
+        argv = ["single_process.py", *SMALL, *few, "--run_dir", str(tmp_path / folder), "--seed", seed]
+        monkeypatch.setattr("sys.argv", argv)
+        single_process.main()
+    with pytest.raises(ValueError, match="holds another model than the results in"):
+        sine.load_models(sine.read_rows(tmp_path / "results"), tmp_path / "models")

@@ -1,0 +1,738 @@
+"""A report says what the runs say: figures worked out by hand, from folders in the format that runs write."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import ROOT, digits_dataset, make_config
+from torch import nn
+
+import report
+from perfedavg import published
+from perfedavg.config import ExperimentConfig, OptimizerConfig, PhaseConfig
+from perfedavg.executor import LocalExecutor
+from perfedavg.finished_runs import FinishedRun, find_runs, read_finished_run
+from perfedavg.report_files import to_html, to_markdown, write_report
+from perfedavg.report_rows import group_rows, rounds_to_target
+from perfedavg.reporting import Report, build_report, read_runs
+from perfedavg.run import run_and_record
+from perfedavg.run_folder import RESULT_KEYS, RunFolder
+
+SGD = OptimizerConfig("sgd", 0.02)
+MOMENTUM = OptimizerConfig("sgd", 1.0, momentum=0.9)
+PNG = b"\x89PNG\r\n\x1a\n"
+
+Pair = tuple[float | None, float | None]
+"""A loss and an accuracy."""
+FourScores = tuple[float, float, float, float]
+"""Of a client: initial loss and accuracy, personalized loss and accuracy."""
+
+
+def experiment(num_epochs: int = 5, fine_tunes: bool = True, **changes: Any) -> ExperimentConfig:
+    """100 rounds of FedAvg(E) on MNIST with 20 clients a round, then 40 of Reptile, with the given fields changed."""
+    fields = {
+        "dataset": "mnist",
+        "architecture": "mnist_cnn",
+        "num_clients": 100,
+        "cohort_size": 20,
+        "batch_size": 20,
+        "fedavg": PhaseConfig(100, num_epochs, SGD, MOMENTUM),
+        "fine_tune": PhaseConfig(40, 10, SGD, OptimizerConfig("adam", 0.001)) if fine_tunes else None,
+        "num_personalization_epochs": 5,
+        "eval_every": 50,
+        "eval_clients": 100,
+    }
+    return make_config(**{**fields, **changes})
+
+
+def write_run(
+    path: Path,
+    config: ExperimentConfig,
+    means: Mapping[str, tuple[Pair, Pair]],
+    hurt: float = 0.0,
+    curve: Sequence[tuple[str, int, float | None, float | None]] = (),
+    clients: Mapping[str, Sequence[FourScores]] | None = None,
+    by_epoch: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+) -> Path:
+    """A finished run's folder.
+
+    means: by phase, initial and personalized loss and accuracy, as the summary states them.
+    curve: phase, round, initial and personalized accuracy of each point.
+    clients: by phase, the scores of each client; two clients with scores of 0.5 unless given.
+    """
+    path.mkdir(parents=True)
+    clients = clients or {phase: [(0.5, 0.5, 0.5, 0.5)] * 2 for phase in means}
+    num_unseen = len(next(iter(clients.values())))
+    result: dict[str, Any] = {"dataset": config.dataset, "seed": config.seed, "rounds": config.fedavg.num_rounds}
+    result |= {"train_clients": 80, "unseen_clients": 20, "world_size": 1, "seconds": 12.5}
+    result["model_sha256"] = f"{config.seed:064d}"
+    for phase, (initial, personalized) in means.items():
+        summary = {"clients": num_unseen, "initial": spread(*initial), "personalized": spread(*personalized)}
+        summary["fraction_hurt"] = hurt
+        if by_epoch:
+            summary["by_epoch"] = by_epoch[phase]
+        result[f"after_{phase}"] = summary
+    records = [
+        {
+            "phase": phase,
+            "round_number": number,
+            "client_ids": [1],
+            "evaluation": {"initial": spread(1.0, initial), "personalized": spread(1.0, personalized)},
+        }
+        for phase, number, initial, personalized in curve
+    ]
+    records.insert(0, {"phase": next(iter(means)), "round_number": 1, "client_ids": [1], "evaluation": None})
+    settings = {"flags": {}, "experiment": config.to_dict(), "run": {}, "environment": {"torch": "2.13.0", "commit": "abc"}}
+    (path / "config.json").write_text(json.dumps(settings))
+    (path / "result.json").write_text(json.dumps(result))
+    (path / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    write_clients(path / "clients.csv", clients)
+    return path
+
+
+def spread(loss: float | None, accuracy: float | None) -> dict[str, float | None]:
+    others = dict.fromkeys(("accuracy_std", "accuracy_p10", "accuracy_p50", "accuracy_p90"), accuracy)
+    return {"loss": loss, "accuracy": accuracy, **others}
+
+
+def write_clients(path: Path, clients: Mapping[str, Sequence[FourScores]]) -> None:
+    measured = ("initial_loss", "initial_accuracy", "personalized_loss", "personalized_accuracy")
+    lines = [["client_id", "num_train_examples", "num_test_examples"]]
+    lines[0] += [f"after_{phase}_{name}" for phase in clients for name in measured]
+    for client_id, scores in enumerate(zip(*clients.values(), strict=True)):
+        lines.append([str(client_id), "10", "3", *(str(value) for after in scores for value in after)])
+    path.write_text("".join(f"{','.join(line)}\n" for line in lines))
+
+
+def report_of(*paths: Path, target: float = 0.8) -> Report:
+    runs, reasons = read_runs(paths)
+    assert reasons == []
+    return build_report(runs, target)
+
+
+def markdown_of(*paths: Path, target: float = 0.8) -> str:
+    return to_markdown(report_of(*paths, target=target), with_plots=False)
+
+
+def table_under(markdown: str, heading: str) -> list[dict[str, str]]:
+    """The first table after a heading, a dict a line."""
+    lines = markdown.split(f"### {heading}\n", 1)[1].split("\n### ", 1)[0].splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
+    headers, _, *rows = table
+    return [dict(zip(headers, row, strict=True)) for row in rows]
+
+
+def labels_of(*configs: ExperimentConfig) -> list[str]:
+    """What the rows of runs with these configurations are called, in the order of the report."""
+    runs = [
+        FinishedRun(Path("run"), json.loads(json.dumps(config.to_dict())), {}, {}, {}, None, None, ())
+        for config in configs
+    ]
+    return [row.label for row in group_rows(runs)]
+
+
+@pytest.fixture
+def three_seeds(tmp_path: Path) -> Path:
+    """A row with seeds 0, 1, 2. Initial accuracy after FedAvg 0.80, 0.82, 0.87: mean 0.83, deviation 0.0360555.
+
+    The mean is (0.80 + 0.82 + 0.87) / 3; the squares of the differences add up to 0.0026, and over 2 that is 0.0013.
+    """
+    for seed, accuracy in enumerate((0.80, 0.82, 0.87)):
+        write_run(
+            tmp_path / "rows" / "E5-C20" / f"seed{seed}",
+            experiment(seed=seed),
+            {"fedavg": ((1.0 + seed, accuracy), (0.5, 0.9)), "fine_tune": ((0.25, 0.95), (0.125, 0.99))},
+            hurt=0.1 * seed,
+            curve=[("fedavg", 50, 0.7 + 0.1 * (seed > 0), 0.9), ("fedavg", 100, 0.85, 0.95), ("fine_tune", 40, 0.9, 0.96)],
+        )
+    return tmp_path / "rows"
+
+
+def test_results_are_means_and_sample_deviations_over_seeds(three_seeds: Path) -> None:
+    """With n in place of n - 1, or a mean of something else, these figures come out different."""
+    after_fedavg, after_fine_tuning = table_under(markdown_of(three_seeds), "Results")
+    assert after_fedavg == {
+        "row": "E 5, 20 clients a round",
+        "seeds": "3",
+        "after": "FedAvg",
+        "initial loss": "2.0000 ± 1.0000",
+        "initial accuracy": "83.00 ± 3.61 %",
+        "personalized loss": "0.5000 ± 0.0000",
+        "personalized accuracy": "90.00 ± 0.00 %",
+        "clients hurt": "10.0 ± 10.0 %",
+    }
+    assert (after_fine_tuning["after"], after_fine_tuning["initial accuracy"]) == ("fine-tuning", "95.00 ± 0.00 %")
+
+
+def test_one_seed_has_no_deviation(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", experiment(fine_tunes=False), {"fedavg": ((0.7163, 0.8685), (0.0253, 0.9910))}, 0.05)
+    (line,) = table_under(markdown_of(tmp_path / "run"), "Results")
+    assert list(line.values())[1:] == ["1", "FedAvg", "0.7163", "86.85 %", "0.0253", "99.10 %", "5.0 %"]
+
+
+def test_the_papers_table(three_seeds: Path) -> None:
+    """Seeds 1 and 2 have an initial accuracy of 0.8 in round 50, seed 0 in round 100: 66.7 in the mean, 28.9 apart."""
+    (line,) = table_under(markdown_of(three_seeds), "Rounds to an accuracy of 0.8")
+    assert (line["clients a round"], line["E"], line["otherwise"], line["seeds"]) == ("20", "5", "", "3")
+    assert line["initial accuracy after FedAvg"] == "0.8300 (0.0361)"
+    assert line["personalized accuracy after fine-tuning"] == "0.9900 (0.0000)"
+    assert line["rounds to 0.8, initial"] == "66.7 (28.9)"
+    assert line["rounds to 0.8, personalized"] == "50.0 (0.0)"
+
+
+def test_the_resolution_of_the_curve_is_said(three_seeds: Path) -> None:
+    assert "a point every 50 rounds" in markdown_of(three_seeds)
+
+
+def test_rounds_go_on_through_fine_tuning(three_seeds: Path) -> None:
+    """An initial accuracy of 0.9 comes in round 40 of phase 2, which is round 140 of the run."""
+    (line,) = table_under(markdown_of(three_seeds, target=0.9), "Rounds to an accuracy of 0.9")
+    assert line["rounds to 0.9, initial"] == "140.0 (0.0)"
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "said"), [((0.7, 0.75), "not reached"), ((0.7, 0.8), "reached by 1 of 2 seeds")]
+)
+def test_no_mean_over_seeds_that_did_not_all_get_there(
+    tmp_path: Path, accuracies: tuple[float, float], said: str
+) -> None:
+    """A mean over the lucky seeds alone would make a row look faster than it is."""
+    for seed, accuracy in enumerate(accuracies):
+        write_run(
+            tmp_path / f"{seed}",
+            experiment(seed=seed, fine_tunes=False),
+            {"fedavg": ((1.0, accuracy), (0.5, 0.9))},
+            curve=[("fedavg", 100, accuracy, 0.9)],
+        )
+    (line,) = table_under(markdown_of(tmp_path), "Rounds to an accuracy of 0.8")
+    assert line["rounds to 0.8, initial"] == said
+    assert line["rounds to 0.8, personalized"] == "100.0 (0.0)"
+
+
+def test_a_target_is_reached_at_the_first_round_that_has_it(tmp_path: Path) -> None:
+    """Also where the accuracy falls again, and where it is met exactly."""
+    curve = [("fedavg", 10, 0.5, 0.8), ("fedavg", 20, 0.8, 0.7), ("fedavg", 30, 0.6, 0.9)]
+    run = read_finished_run(
+        write_run(tmp_path / "run", experiment(fine_tunes=False), {"fedavg": ((1.0, 0.6), (0.5, 0.9))}, curve=curve)
+    )
+    assert run.curve is not None
+    assert [rounds_to_target(run.curve, kind, 0.8) for kind in ("initial", "personalized")] == [20, 10]
+
+
+def test_a_row_is_called_by_what_tells_it_from_most() -> None:
+    reptile = experiment().fine_tune
+    assert reptile is not None
+    fomaml = dataclasses.replace(reptile, method="fomaml", num_local_steps=5)
+    adam = dataclasses.replace(experiment().fedavg, server_optimizer=OptimizerConfig("adam", 0.01))
+    assert labels_of(
+        experiment(2),
+        experiment(5),
+        experiment(5, cohort_size=5),
+        experiment(5, local_split="tail"),
+        experiment(5, fine_tunes=False),
+        experiment(5, fine_tune=fomaml),
+        experiment(5, fedavg=adam),
+        experiment(5, partition="iid"),
+    ) == [
+        "E 5, 5 clients a round",
+        "E 2, 20 clients a round",
+        "E 5, 20 clients a round",
+        "E 5, 20 clients a round, fedavg server_optimizer adam 0.01",
+        "E 5, 20 clients a round, fine_tune method fomaml, fine_tune support_fraction 0.5, fine_tune num_local_steps 5",
+        "E 5, 20 clients a round, local_split tail",
+        "E 5, 20 clients a round, no fine-tuning",
+        "E 5, 20 clients a round, partition iid",
+    ]
+
+
+def test_baselines_have_names_of_their_own() -> None:
+    """E says nothing of a model that was not trained, of steps, or of data in one place."""
+    plain = OptimizerConfig("sgd", 1.0)
+    assert labels_of(
+        experiment(5),
+        experiment(5, cohort_size=5),
+        experiment(5, fedavg=PhaseConfig(0, 5, SGD, MOMENTUM), fine_tunes=False, num_personalization_epochs=50),
+        experiment(5, fedavg=PhaseConfig(0, 5, SGD, MOMENTUM)),
+        experiment(5, fedavg=PhaseConfig(100, 5, SGD, plain, num_local_steps=1)),
+        experiment(5, fedavg=PhaseConfig(100, 5, SGD, MOMENTUM), joint=True, cohort_size=1),
+    ) == [
+        "E 5, 5 clients a round",
+        "E 5, 20 clients a round",
+        "E 5, joint",
+        "1 local step, 20 clients a round, fedavg server_optimizer sgd 1 momentum 0.0",
+        "no FedAvg, 20 clients a round",
+        "untrained, num_personalization_epochs 50",
+    ]
+
+
+def test_what_two_rows_differ_in_is_said_of_both() -> None:
+    """Neither value is the usual one, and a label without it would hide the difference."""
+    assert labels_of(experiment(5), experiment(5, partition="iid")) == [
+        "E 5, 20 clients a round, partition iid",
+        "E 5, 20 clients a round, partition shards:2",
+    ]
+
+
+def test_what_changes_the_meaning_is_said_even_if_all_have_it(tmp_path: Path) -> None:
+    """Scores on validation clients, or after the published cut, must never pass for results."""
+    config = experiment(validation=True, local_split="tail", fine_tunes=False)
+    assert labels_of(config) == ["E 5, 20 clients a round, local_split tail, validation"]
+    markdown = markdown_of(write_run(tmp_path / "run", config, {"fedavg": ((1.0, 0.6), (0.5, 0.9))}))
+    assert "are no result" in markdown
+    assert "Figures published" not in markdown
+
+
+def test_settings_that_change_no_result_do_not_part_seeds() -> None:
+    """One seed on a GPU, with groups of clients and an adaptation curve, belongs to the row of the others."""
+    configs = [experiment(seed=0), experiment(seed=1, client_batching=10, num_curve_epochs=20)]
+    assert labels_of(*configs) == ["E 5, 20 clients a round"]
+
+
+def test_the_same_experiment_and_seed_counts_once(tmp_path: Path) -> None:
+    """A copy counted as another seed would make the deviation too small."""
+    for name in ("a", "b"):
+        write_run(tmp_path / name, experiment(fine_tunes=False), {"fedavg": ((1.0, 0.6), (0.5, 0.9))})
+    runs, reasons = read_runs([tmp_path])
+    assert [run.path.name for run in runs] == ["a"]
+    assert reasons == [f"{tmp_path / 'b'} is the same experiment with the same seed as {tmp_path / 'a'}"]
+
+
+def test_a_run_named_twice_is_read_once(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", experiment(fine_tunes=False), {"fedavg": ((1.0, 0.6), (0.5, 0.9))})
+    runs, reasons = read_runs([path, tmp_path])
+    assert (len(runs), reasons) == (1, [])
+
+
+def test_csv_has_a_line_a_row_seed_and_phase_in_full_precision(three_seeds: Path) -> None:
+    lines = list(csv.DictReader(report_of(three_seeds).csv.splitlines()))
+    assert [(line["seed"], line["phase"]) for line in lines] == [
+        (seed, phase) for seed in "012" for phase in ("fedavg", "fine_tune")
+    ]
+    assert all(name and value is not None for line in lines for name, value in line.items())
+    third = lines[4]
+    assert float(third["fraction_hurt"]) == 0.1 * 2, "not rounded: 0.2 is 0.2, and 0.1 * 2 is that"
+    assert float(third["initial_accuracy"]) == 0.87
+    assert (third["dataset"], third["row"], third["cohort_size"]) == ("mnist", "E 5, 20 clients a round", "20")
+    assert (third["num_local_epochs"], third["num_local_steps"]) == ("5", "")
+    assert (third["rounds_to_target_initial"], third["rounds_to_target_personalized"]) == ("50", "50")
+    assert (third["phase_rounds"], lines[5]["phase_rounds"], third["run_seconds"]) == ("100", "40", "12.5")
+    assert third["run"].endswith("E5-C20/seed2")
+
+
+CLIENTS = [(0.5, 0.1 * number, 0.25, 0.9) for number in range(11)]
+"""Initial accuracies 0, 0.1, .. 1.0, whose percentiles are 0.1, 0.5 and 0.9; 0.9 after: 1 of 11 clients is hurt."""
+
+
+def test_distribution_over_unseen_clients(tmp_path: Path) -> None:
+    path = write_run(
+        tmp_path / "run",
+        experiment(fine_tunes=False),
+        {"fedavg": ((0.5, 0.5), (0.25, 0.9))},
+        clients={"fedavg": CLIENTS},
+    )
+    (line,) = table_under(markdown_of(path), "Unseen clients")
+    assert list(line.values()) == [
+        "E 5, 20 clients a round",
+        "FedAvg",
+        "11",
+        *("10.00 %", "50.00 %", "90.00 %"),
+        *("90.00 %", "90.00 %", "90.00 %"),
+        "9.1 %",
+    ]
+
+
+def test_distribution_takes_the_clients_of_all_seeds(tmp_path: Path) -> None:
+    for seed, accuracy in enumerate((0.0, 1.0)):
+        write_run(
+            tmp_path / f"{seed}",
+            experiment(seed=seed, fine_tunes=False),
+            {"fedavg": ((0.5, accuracy), (0.5, 0.5))},
+            clients={"fedavg": [(0.5, accuracy, 0.5, 0.5)] * 3},
+        )
+    (line,) = table_under(markdown_of(tmp_path), "Unseen clients")
+    assert (line["clients"], line["initial accuracy p50"], line["clients hurt"]) == ("6", "50.00 %", "50.0 %")
+
+
+def epochs_of(values: Sequence[float], measure: str = "accuracy") -> list[dict[str, Any]]:
+    """Means after 0, 1, .. epochs, with a deviation of 0.5; what is not measured is null."""
+    names = ("loss", "loss_std", "accuracy", "accuracy_std")
+    return [
+        {"epochs": epochs, **dict.fromkeys(names), measure: value, f"{measure}_std": 0.5}
+        for epochs, value in enumerate(values)
+    ]
+
+
+def test_accuracy_against_personalization_epochs(tmp_path: Path) -> None:
+    """Seed 0 goes from 0.50 up by 0.02 an epoch, seed 1 from 0.54: 0.52 and 0.72 in the mean, 0.0283 apart."""
+    for seed, start in enumerate((0.50, 0.54)):
+        write_run(
+            tmp_path / f"{seed}",
+            experiment(seed=seed, fine_tunes=False),
+            {"fedavg": ((0.5, 0.5), (0.5, 0.5))},
+            by_epoch={"fedavg": epochs_of([start + 0.02 * epochs for epochs in range(11)])},
+        )
+    (line,) = table_under(markdown_of(tmp_path), "Accuracy against personalization")
+    assert list(line) == ["row", "seeds", "after", "0 epochs", "1 epoch", *(f"{n} epochs" for n in (2, 3, 5, 10))]
+    assert (line["seeds"], line["0 epochs"], line["10 epochs"]) == ("2", "52.00 ± 2.83 %", "72.00 ± 2.83 %")
+
+
+def sine_run(path: Path, seed: int = 0, batch_size: int = 10) -> Path:
+    """A regression: 16 tasks, accuracies null. MSE 4.0, 3.9, .. after 0, 1, .. steps."""
+    config = make_config(
+        dataset="sine",
+        seed=seed,
+        batch_size=batch_size,
+        partition=None,
+        fedavg=PhaseConfig(0, 5, SGD, MOMENTUM),
+        fine_tune=PhaseConfig(40, 5, SGD, OptimizerConfig("sgd", 0.1), method="maml"),
+        num_curve_epochs=32,
+    )
+    return write_run(
+        path,
+        config,
+        {"fine_tune": ((4.0, None), (1.0, None))},
+        hurt=0.25,
+        curve=[("fine_tune", 40, None, None)],
+        clients={"fine_tune": [(4.0, math.nan, 1.0, math.nan)] * 12 + [(4.0, math.nan, 5.0, math.nan)] * 4},
+        by_epoch={"fine_tune": epochs_of([4.0 - 0.1 * epochs for epochs in range(33)], "loss")},
+    )
+
+
+def test_a_regression_is_reported_by_its_losses(tmp_path: Path) -> None:
+    """A null accuracy must not become 0 %, and there is no round at which it was reached."""
+    markdown = markdown_of(sine_run(tmp_path / "run"))
+    (line,) = table_under(markdown, "Results")
+    assert line == {
+        "row": "no FedAvg, 4 clients a round",
+        "seeds": "1",
+        "after": "fine-tuning",
+        "initial MSE": "4.0000",
+        "personalized MSE": "1.0000",
+        "clients hurt": "25.0 %",
+    }
+    assert "Rounds to" not in markdown
+    (line,) = table_under(markdown, "Unseen clients")
+    assert (line["initial MSE p50"], line["personalized MSE p90"], line["clients hurt"]) == ("4.0000", "5.0000", "25.0 %")
+
+
+def test_steps_of_a_regression_have_confidence_intervals_over_tasks(tmp_path: Path) -> None:
+    """1.96 * 0.5 / sqrt(16) = 0.2450. Ten examples in batches of ten: an epoch is a step."""
+    (line,) = table_under(markdown_of(sine_run(tmp_path / "run")), "MSE against personalization")
+    assert {name: text for name, text in line.items() if name.startswith("MSE")} == {
+        "MSE after 0 steps": "4.0000 ± 0.2450",
+        "MSE after 1 steps": "3.9000 ± 0.2450",
+        "MSE after 5 steps": "3.5000 ± 0.2450",
+        "MSE after 10 steps": "3.0000 ± 0.2450",
+        "MSE after 32 steps": "0.8000 ± 0.2450",
+    }
+
+
+def test_an_epoch_of_several_steps_counts_as_several(tmp_path: Path) -> None:
+    """Ten examples in batches of two are five steps: after 5 and 10 steps stand the figures of epochs 1 and 2."""
+    (line,) = table_under(markdown_of(sine_run(tmp_path / "run", batch_size=2)), "MSE against personalization")
+    assert (line["MSE after 5 steps"], line["MSE after 10 steps"]) == ("3.9000 ± 0.2450", "3.8000 ± 0.2450")
+    assert "MSE after 1 steps" not in line
+
+
+def test_the_csv_leaves_empty_what_is_no_number(tmp_path: Path) -> None:
+    (line,) = csv.DictReader(report_of(sine_run(tmp_path / "run")).csv.splitlines())
+    assert (line["initial_loss"], line["initial_accuracy"], line["rounds_to_target_initial"]) == ("4.0", "", "")
+
+
+@pytest.mark.parametrize(
+    ("dataset", "has_table", "has_papers"),
+    [
+        ("mnist", True, False),
+        ("emnist", True, True),
+        ("femnist", False, True),
+        ("synthetic_writers", False, False),
+        ("digits", False, False),
+    ],
+)
+def test_published_figures_stand_only_beside_what_they_are_of(
+    tmp_path: Path, dataset: str, has_table: bool, has_papers: bool
+) -> None:
+    """The paper's clients are writers of EMNIST-62: beside MNIST its figures would mislead."""
+    means: dict[str, tuple[Pair, Pair]] = {"fedavg": ((1.0, 0.8), (0.5, 0.9)), "fine_tune": ((0.25, 0.95), (0.1, 0.99))}
+    markdown = markdown_of(write_run(tmp_path / "run", experiment(dataset=dataset), means))
+    assert ("Figures published for this experiment" in markdown) == has_table
+    assert ("The paper's figures" in markdown) == has_papers
+    assert ("Jiang" in markdown) == has_papers
+    if has_table:
+        (line,) = table_under(markdown, "Figures published for this experiment, after fine-tuning")
+        assert line["initial loss, accuracy: published"] == "1.3430, 78.35 %"
+        assert line["initial loss, accuracy: ours"] == "0.2500, 95.00 %"
+        assert line["personalized loss, accuracy: published"] == "0.1055, 98.79 %"
+        assert (line["clients"], line["rounds + fine-tuning"]) == ("100", "100 + 40")
+        assert all(caveat in markdown for caveat in published.PUBLISHED_CAVEATS)
+    if has_papers:
+        (line,) = table_under(markdown, "The paper's figures for EMNIST-62 by writer")
+        assert (line["initial accuracy: paper"], line["initial accuracy: ours"]) == ("0.8471 (0.0084)", "0.8000")
+        assert (line["rounds to 0.8, initial: paper"], line["rounds to 0.8, personalized: paper"]) == ("65.6", "31.25")
+        assert all(caveat in markdown for caveat in published.JIANG_CAVEATS)
+        assert (published.JIANG_CAVEAT_EMNIST in markdown) == (dataset == "emnist")
+
+
+def test_a_row_that_is_none_of_the_eight_has_no_published_figures(tmp_path: Path) -> None:
+    """Three epochs, or steps in place of epochs, were never published."""
+    means: dict[str, tuple[Pair, Pair]] = {"fedavg": ((1.0, 0.8), (0.5, 0.9)), "fine_tune": ((0.25, 0.95), (0.1, 0.99))}
+    write_run(tmp_path / "a", experiment(3), means)
+    write_run(tmp_path / "b", experiment(fedavg=PhaseConfig(100, 5, SGD, MOMENTUM, num_local_steps=7)), means)
+    assert "ublished" not in markdown_of(tmp_path)
+
+
+def test_synthetic_data_say_so(tmp_path: Path) -> None:
+    path = write_run(
+        tmp_path / "run",
+        experiment(dataset="synthetic_writers", partition=None, fine_tunes=False),
+        {"fedavg": ((1.0, 0.8), (0.5, 0.9))},
+    )
+    markdown = markdown_of(path)
+    assert "## synthetic_writers (synthetic)" in markdown
+    assert "No result on them is a result on FEMNIST" in markdown
+
+
+def test_a_section_a_dataset(three_seeds: Path, tmp_path: Path) -> None:
+    """Rows of two data sets in one table would invite a comparison that means nothing."""
+    sine_run(tmp_path / "sine")
+    markdown = markdown_of(three_seeds, tmp_path / "sine")
+    mnist, sine = markdown.split("\n## ")[1:]
+    assert mnist.startswith("mnist\n")
+    assert sine.startswith("sine\n")
+    assert "MSE" not in mnist
+    assert "E 5, 20 clients" not in sine
+
+
+class References(HTMLParser):
+    """Collects what a page refers to, its text, and the pictures' descriptions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.urls: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.descriptions: list[str | None] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append(tag)
+        self.urls += [value for name in ("src", "srcset", "href", "action", "data") if (value := values.get(name))]
+        if tag == "img":
+            self.descriptions.append(values.get("alt"))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def test_the_page_needs_no_other_file(three_seeds: Path, tmp_path: Path) -> None:
+    """Sent by mail, or opened years later without a network, it must show the same."""
+    built = report_of(three_seeds, sine_run(tmp_path / "sine"))
+    html = to_html(built)
+    page = References()
+    page.feed(html)
+    assert not {"script", "iframe", "object", "embed"} & set(page.tags)
+    assert "@import" not in html
+    assert "url(" not in html
+    pictures = [url for url in page.urls if url.startswith("data:image/png;base64,")]
+    assert all(url in pictures or url == "data:," or url.startswith("#") for url in page.urls)
+    assert all(base64.b64decode(url.partition(",")[2], validate=True).startswith(PNG) for url in pictures)
+    plots = [block for section in built.sections for block in section.blocks if hasattr(block, "light")]
+    assert len(plots) == len(page.descriptions) == 4, "mnist: curves, clients; sine: clients, personalization"
+    assert len(pictures) == 2 * len(plots), "each for light and for dark screens"
+    assert all(page.descriptions)
+    assert html.count("prefers-color-scheme: dark") == 1 + len(plots)
+
+
+def test_the_page_shows_the_tables_of_the_markdown(three_seeds: Path) -> None:
+    built = report_of(three_seeds)
+    page = References()
+    page.feed(to_html(built))
+    for line in table_under(to_markdown(built, with_plots=False), "Results"):
+        assert set(filter(None, line.values())) <= set(page.texts)
+
+
+def test_text_from_a_run_is_no_markup(tmp_path: Path) -> None:
+    """A data set's name comes from a flag; in the page it must stay text."""
+    path = write_run(
+        tmp_path / "a|b",
+        experiment(dataset="<b>own</b>:make", fine_tunes=False),
+        {"fedavg": ((1.0, 0.8), (0.5, 0.9))},
+    )
+    built = report_of(path)
+    assert "<b>" not in to_html(built)
+    (line,) = table_under(to_markdown(built, with_plots=False), "Runs")
+    assert line["folder"].endswith("a\\|b"), "a bar in a cell would begin another one"
+
+
+def test_files_of_a_report(three_seeds: Path, tmp_path: Path) -> None:
+    built = report_of(three_seeds)
+    write_report(built, tmp_path / "out")
+    written = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert written == {"report.md", "report.html", "table.csv", "plots/mnist-curves.png", "plots/mnist-clients.png"}
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    links = [line.rpartition("](")[2].rstrip(")") for line in markdown.splitlines() if line.startswith("![")]
+    assert {f"{link}" for link in links} == {name for name in written if name.endswith(".png")}
+    assert (tmp_path / "out" / "table.csv").read_text() == built.csv
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match=r"--output .*file cannot be written \(File exists\)"):
+        write_report(built, tmp_path / "file")
+
+
+def test_runs_are_found_at_any_depth_and_not_inside_runs(three_seeds: Path) -> None:
+    """A report inside a run's folder, or a model's, is not another run."""
+    inside = three_seeds / "E5-C20" / "seed0" / "report"
+    inside.mkdir()
+    (inside / "config.json").write_text("{}")
+    assert [path.name for path in find_runs(three_seeds.parent)] == ["seed0", "seed1", "seed2"]
+
+
+def damage(path: Path, name: str, content: str | None) -> None:
+    if content is None:
+        (path / name).unlink()
+    else:
+        (path / name).write_text(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("result.json", None, "holds a run that has not ended"),
+        ("result.json", "{", "result.json is damaged"),
+        ("result.json", "[]", "result.json is damaged (it does not hold a JSON object)"),
+        ("result.json", "{}", "result.json is damaged (it lacks 'train_clients')"),
+        ("config.json", None, "config.json is missing"),
+        ("config.json", '{"experiment": {"seed": 0}}', "config.json is damaged (it lacks 'cohort_size')"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_one_clear_line(
+    three_seeds: Path, name: str, content: str | None, said: str
+) -> None:
+    """The others are reported, and that they are two is seen in the number of seeds."""
+    damage(three_seeds / "E5-C20" / "seed1", name, content)
+    runs, reasons = read_runs([three_seeds])
+    assert [run.seed for run in runs] == [0, 2]
+    assert len(reasons) == 1
+    assert "seed1" in reasons[0]
+    assert said in reasons[0]
+    assert "\n" not in reasons[0]
+    assert read_runs([three_seeds / "E5-C20" / "seed1"]) == ([], reasons)
+
+
+def test_a_phase_that_result_json_lacks_is_damage(three_seeds: Path) -> None:
+    """Else the row would lose a line, and nobody would know why."""
+    path = three_seeds / "E5-C20" / "seed1"
+    result = json.loads((path / "result.json").read_text())
+    del result["after_fine_tune"]
+    damage(path, "result.json", json.dumps(result))
+    _, reasons = read_runs([three_seeds])
+    assert reasons == [f"{path / 'result.json'} is damaged (it lacks 'after_fine_tune')"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metrics.jsonl", None, "metrics.jsonl is missing"),
+        ("metrics.jsonl", '{"phase": "fed', "metrics.jsonl is damaged (line 1: "),
+        ("clients.csv", None, "clients.csv is missing"),
+        ("clients.csv", "client_id\n1\n", "clients.csv is damaged (it lacks 'num_train_examples')"),
+    ],
+)
+def test_a_run_without_its_details_keeps_its_results(
+    three_seeds: Path, name: str, content: str | None, said: str
+) -> None:
+    damage(three_seeds / "E5-C20" / "seed1", name, content)
+    runs, reasons = read_runs([three_seeds])
+    assert len(runs) == 3
+    assert len(reasons) == 1
+    assert said in reasons[0]
+    markdown = to_markdown(build_report(runs, 0.8), with_plots=True)
+    assert table_under(markdown, "Results")[0]["seeds"] == "3"
+    (line,) = table_under(markdown, "Rounds to an accuracy of 0.8")
+    assert (line["rounds to 0.8, initial"] == "no curve") == (name == "metrics.jsonl")
+    clients = table_under(markdown, "Unseen clients")[0]["clients"]
+    assert clients == ("4" if name == "clients.csv" else "6"), "two clients a run"
+
+
+def test_clients_csv_must_have_all_clients(three_seeds: Path) -> None:
+    """A copy that broke off would show the distribution of some of them as that of all."""
+    path = three_seeds / "E5-C20" / "seed1" / "clients.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    _, reasons = read_runs([three_seeds])
+    assert "clients.csv is damaged (it has 1 rows, and result.json counts 2 clients)" in reasons[0]
+
+
+def run_report(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "report.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+
+
+def test_the_command_prints_and_writes_the_report(three_seeds: Path, tmp_path: Path) -> None:
+    damage(three_seeds / "E5-C20" / "seed2", "result.json", None)
+    done = run_report(three_seeds, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "| E 5, 20 clients a round | 2 | FedAvg |" in done.stdout
+    assert "![" not in done.stdout, "a terminal shows no pictures"
+    assert "left out: " in done.stderr
+    assert "seed2" in done.stderr
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.md", "report.html", "table.csv", "plots"}
+
+
+def test_the_report_of_a_single_run_lies_in_its_folder(three_seeds: Path, tmp_path: Path) -> None:
+    path = three_seeds / "E5-C20" / "seed0"
+    assert run_report(path, cwd=tmp_path).returncode == 0
+    assert (path / "report" / "report.html").exists()
+    assert not (tmp_path / "report").exists()
+
+
+def test_the_command_refuses_what_it_cannot_report(three_seeds: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for words, said in (
+        ([tmp_path / "nowhere"], "is not a folder"),
+        ([tmp_path / "empty"], "no run was found in"),
+        ([three_seeds, "--target", "80"], "'80' is not an accuracy above 0 and at most 1"),
+    ):
+        done = run_report(*words, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+        assert said in done.stderr.splitlines()[-1]
+    done = run_report(tmp_path / "empty", tmp_path / "nowhere", cwd=tmp_path)
+    assert done.returncode == 2
+    assert [line.split(": ")[0] for line in done.stderr.splitlines()] == ["left out", "left out", "error"]
+
+
+def test_the_default_target_is_the_papers() -> None:
+    assert report.get_args(["runs"]).target == published.JIANG_TARGET == 0.8
+
+
+def test_reads_what_a_run_writes(tmp_path: Path) -> None:
+    """The folders above are written by this file; a real run must be read in the same way."""
+    config = make_config(num_curve_epochs=2)
+    dataset = digits_dataset(20)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    folder = RunFolder(tmp_path / "run")
+    run_and_record(config, LocalExecutor(config, model, dataset), dataset, model, folder, {"world_size": 1})
+    folder.close()
+    runs, reasons = read_runs([tmp_path])
+    assert reasons == []
+    (run,) = runs
+    assert [f"after_{phase.field}" for phase in run.phases] == list(RESULT_KEYS.values())
+    assert run.curve is not None
+    assert [point.round_number for point in run.curve] == [1, 2, 3, 4]
+    for phase, result in run.phases.items():
+        assert [entry.epochs for entry in result.by_epoch] == [0, 1, 2]
+        assert result.by_epoch[0].accuracy == result.initial.accuracy
+        scores = run.client_scores(phase, "personalized", "accuracy")
+        assert scores is not None
+        assert scores.mean() == pytest.approx(result.personalized.accuracy)
+    assert "E 2, 4 clients a round" in to_markdown(build_report(runs, 0.8), with_plots=True)
