@@ -270,7 +270,7 @@ def adapted_curves(model: TrainedModel, client_id: int, x: NDArray[np.float32]) 
         if steps in SHOWN_STEPS:
             flat.module.eval()
             with torch.no_grad():
-                curves[steps] = flat(torch.from_numpy(x)[:, None]).squeeze(1).numpy()
+                curves[steps] = flat(torch.tensor(x)[:, None]).squeeze(1).numpy()
 
     record(0)
     training = LocalTraining(config.fedavg.client_optimizer, SHOWN_STEPS[-1], config.batch_size)

@@ -42,7 +42,7 @@ def test_the_page_from_images_to_a_program_of_ones_own(run: Path, launched: Laun
     assert re.fullmatch(r"\d \d+\.\d%\n", output), output
 
 
-def test_a_folder_that_is_no_class_ends_in_one_line(run: Path, launched: Launched, tmp_path: Path) -> None:
+def test_bad_input_ends_in_one_line_and_writes_nothing(run: Path, launched: Launched, tmp_path: Path) -> None:
     (tmp_path / "images" / "three").mkdir(parents=True)
     (tmp_path / "images" / "three" / "1.png").write_bytes((run / "plots" / "clients.png").read_bytes())
     process = launched.start("personalize.py", run, tmp_path / "images")
