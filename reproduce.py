@@ -315,13 +315,12 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def keep_results(job: Job) -> dict[str, Any]:
     """Copy from the run's folder what tables are made of; return the content of result.json.
 
-    Of metrics.jsonl, which a run without rounds does not have, the lines of rounds with a point of the curve.
+    Of metrics.jsonl the lines of rounds with a point of the curve.
     result.json comes last: it marks the row as done.
     Raises OSError where there is no room.
     """
     config = without_machine_paths(json.loads((job.run_dir / "config.json").read_bytes()))
-    metrics = job.run_dir / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True) if metrics.exists() else []
+    lines = (job.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     result = (job.run_dir / "result.json").read_bytes()
     kept = {
         "config.json": f"{json.dumps(config, indent=2)}\n".encode(),

@@ -38,6 +38,7 @@ def main() -> None:
     folder = utils.open_run_folder(args)
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset)
+    utils.load_initial_model(config, model)
     run_settings = {"command": sys.argv, "world_size": args.world_size, "backend": args.backend}
 
     def experiment(settled: ExperimentConfig, executor: Executor) -> None:

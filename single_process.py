@@ -23,6 +23,7 @@ def main() -> None:
     folder = utils.open_run_folder(args)
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset)
+    utils.load_initial_model(config, model)
     config = settle_client_batching(config, model, dataset, [describe_device(device)])
     num_lanes = args.threads or default_num_lanes(config, device.type, len(os.sched_getaffinity(0)))
     executor = LocalExecutor(config, model, dataset, device, num_lanes)

@@ -236,6 +236,7 @@ def config_from_args(args: argparse.Namespace) -> ExperimentConfig:
         dataset=args.dataset,
         architecture=_architecture(args.dataset, args.struct),
         seed=args.seed,
+        initial_model=args.initial_model,
         num_clients=args.client_num_in_total,
         unseen_fraction=args.unseen_fraction,
         partition=args.partition,
@@ -299,9 +300,7 @@ def _seen_as(config: ExperimentConfig, dataset: FederatedDataset) -> FederatedDa
 
     if config.validation:
         if config.dataset == "sine":
-            raise ValueError(
-                "--validation true has no meaning for sine, whose tasks follow from --seed; try another"
-            )
+            raise ValueError("--validation true has no meaning for sine, whose tasks follow from --seed; try another")
         num_scored = num_unseen_clients(len(dataset.train_client_ids), config.unseen_fraction)
         dataset = cast("FederatedDataset", ValidationView(dataset, num_scored))
     return cast("FederatedDataset", JointView(dataset)) if config.joint else dataset
@@ -350,6 +349,29 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
         torch.manual_seed(torch_seeds(seed_sequence(config.seed, Purpose.INITIAL_MODEL), 1)[0])
         build_own = getattr(dataset, "build_model", None)
         return build_own() if build_own else build_model(config.architecture, dataset.num_classes)
+
+
+def load_initial_model(config: ExperimentConfig, model: nn.Module) -> None:
+    """Give the model the weights of --initial_model, where there is one. Only who holds the global model needs them.
+
+    Raises ValueError where there is no such model, or it is not of the experiment's kind.
+    """
+    if config.initial_model is None:
+        return
+    from perfedavg.model_file import read_model_file
+
+    path = Path(config.initial_model)
+    path = path / "model.safetensors" if path.is_dir() else path
+    state, facts = read_model_file(path)
+    if facts.architecture != config.architecture:
+        raise ValueError(
+            f"--initial_model {path} holds {facts.architecture}, not {config.architecture}; name another one"
+        )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first_line = str(error).partition("\n")[0]
+        raise ValueError(f"--initial_model {path} does not fit the data: {first_line}; name another one") from error
 
 
 def open_run_folder(args: argparse.Namespace) -> RunFolder:
@@ -425,6 +447,11 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     by_dataset("struct", "model: a convolutional network, an MLP, or (text) an LSTM", choices=STRUCTURES, type=str)
     by_dataset("client_num_per_round", "training clients drawn for each round")
     add("--batch_size", type=int, default=20, help="examples a local step")
+    add(
+        "--initial_model",
+        metavar="RUN",
+        help="finished run (or its model.safetensors) whose model the first phase starts from (default: random weights)",
+    )
     _add_boolean(group, "joint", False, "pool the training clients' data in one client, the centralized baseline")
     _add_boolean(
         group,

@@ -127,6 +127,7 @@ class ExperimentConfig:
 
     dataset, architecture: names that `utils.get_datasets` and `utils.get_model` know.
     seed: 0 or more; everything random follows from it and from identities (see `seeding`).
+    initial_model: the run or file whose model the first phase starts from, or None for random weights from the seed.
     num_clients: training and unseen clients together, or None for all that a data set with natural clients has.
     unseen_fraction: share of the clients that never train, such as `0.2` or `9/34`, above 0 and below 1.
     partition: how examples without natural owners are dealt out (see `datasets.partition`), or None where clients
@@ -151,6 +152,7 @@ class ExperimentConfig:
     dataset: str
     architecture: str
     seed: int
+    initial_model: str | None
     num_clients: int | None
     unseen_fraction: str
     partition: str | None

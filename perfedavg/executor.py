@@ -340,7 +340,10 @@ class LocalExecutor:
         return 0, self._config.num_personalization_epochs
 
     def _personalization(self, task: ScoringTask) -> LocalTraining:
-        """Longer training begins as shorter training does, to the bit, so one run of it gives the whole curve."""
+        """Longer training begins as shorter training does, so one run of it gives the whole curve.
+
+        To the bit for a client alone; in a group up to rounding, because others may then still train beside it.
+        """
         optimizer = self._config.fedavg.client_optimizer
         num_epochs = max(task.num_curve_epochs, self._config.num_personalization_epochs)
         return LocalTraining(optimizer, num_epochs, self._config.batch_size)

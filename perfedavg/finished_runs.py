@@ -194,12 +194,16 @@ def _try_parse(path: Path, parse: Callable[[Path], Value]) -> tuple[Value | None
 
 def _checked_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The same. Raises KeyError or TypeError where one that every report needs is not there."""
-    whole_numbers = [settings[name] for name in ("seed", "cohort_size", "eval_every", "eval_clients")]
-    whole_numbers += [settings["fedavg"][name] for name in ("num_rounds", "num_local_epochs")]
-    if settings["fine_tune"] is not None:
-        whole_numbers.append(settings["fine_tune"]["num_rounds"])
-    if not isinstance(settings["dataset"], str) or not all(isinstance(number, int) for number in whole_numbers):
-        raise TypeError("a setting of the experiment has another type")
+    phases = [settings[name] for name in ("fedavg", "fine_tune") if settings[name] is not None]
+    whole_numbers = [settings[name] for name in ("seed", "cohort_size", "batch_size", "eval_every", "eval_clients")]
+    whole_numbers += [phase[name] for phase in phases for name in ("num_rounds", "num_local_epochs")]
+    optimizers = [phase[f"{whose}_optimizer"] for phase in phases for whose in ("client", "server")]
+    rates = [optimizer["learning_rate"] for optimizer in optimizers]
+    names = [settings["dataset"], *(optimizer["name"] for optimizer in optimizers)]
+    for kind, values in ((int, whole_numbers), ((int, float), rates), (str, names)):
+        for value in values:
+            if not isinstance(value, kind):
+                raise TypeError(f"a setting of the experiment is {value!r}")
     return settings
 
 
@@ -212,6 +216,7 @@ def _phases(settings: Mapping[str, Any]) -> list[Phase]:
 
 def _checked_result(result: dict[str, Any]) -> dict[str, Any]:
     """The same. Raises KeyError or TypeError where a fact of the whole run is not there."""
+    kinds: dict[str, type | tuple[type, ...]]
     kinds = {"train_clients": int, "unseen_clients": int, "seconds": (int, float), "model_sha256": str}
     for name, kind in kinds.items():
         if not isinstance(result[name], kind):

@@ -155,7 +155,10 @@ class StackedModel:
 
     def _replacement(self, layer: nn.Module) -> nn.Module | None:
         if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
-            raise ValueError(f"{type(layer).__name__} cannot be trained many at once; use --client_batching 1")
+            raise ValueError(
+                f"{type(layer).__name__} cannot be trained many at once, nor by maml; use --client_batching 1, and "
+                "--fine_tune_method fomaml or reptile"
+            )
         if isinstance(layer, _BatchNorm):
             raise ValueError(
                 f"{type(layer).__name__} mixes the examples of a batch, so it cannot be trained many at once; "
@@ -329,7 +332,8 @@ def group_memory_bytes(
 class _Steps:
     """Which examples enter which step of clients that stand in order of their steps' number, the most first.
 
-    examples: (num_steps, clients, rows) places in the group's examples, one client's behind another's.
+    examples: (num_steps, clients, rows) places in the group's examples, one client's behind another's; of a client that
+        has ended, its own first one, so that what is not finite in another's cannot reach it.
     counts: (num_steps, clients) how many of the rows are the client's batch: 0 from when it has ended.
     is_last_epoch: (num_steps, clients).
     sizes: for each step, the counts of those that still train, which by that order are the first ones.
@@ -361,6 +365,7 @@ class _Steps:
             own_steps = training.count_steps(num_examples)
             batches = _padded_batches(num_examples, batch_size, own_steps, order_generator)
             examples[:own_steps, client] = batches + offset
+            examples[own_steps:, client] = offset
             offset += num_examples
             epoch_counts = [min(batch_size, num_examples - done) for done in range(0, num_examples, batch_size)]
             num_batches.append(len(epoch_counts))

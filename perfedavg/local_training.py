@@ -71,7 +71,7 @@ def train_locally(
     seeds: the client's identity; the batch order and the dropout masks follow from it alone. The optimizer is built
     here, so none of its state outlives the call.
     after_epoch: is told the number of each epoch, from 1, when it ends, and may use the model but not change it.
-    Where steps are counted, the last epoch may be a part of one; without a step the loss is NaN.
+    Where steps are counted, the last epoch may be a part of one, which has no end; without a step the loss is NaN.
     """
     order_seed, dropout_seed = torch_seeds(seeds, 2)
     order_generator = torch.Generator().manual_seed(order_seed)
@@ -88,7 +88,7 @@ def train_locally(
             loss = loss_function(model(inputs[batch]), labels[batch])
             step(loss)
             epoch_loss += loss.detach() * len(batch)
-        if after_epoch is not None:
+        if after_epoch is not None and epoch_examples == len(labels):
             after_epoch(epoch)
     return epoch_loss.item() / epoch_examples
 

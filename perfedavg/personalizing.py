@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from perfedavg.client_data import ClientData
 from perfedavg.config import ExperimentConfig
 from perfedavg.files import replace_file
-from perfedavg.flat_model import FlatModel, unflatten_into
+from perfedavg.flat_model import FlatModel
 from perfedavg.local_training import SCORING_BATCH_SIZE, LocalTraining, Loss, score, train_locally
 from perfedavg.model_file import ModelFacts, model_file, read_model_file
 from perfedavg.seeding import Purpose, seed_sequence
@@ -109,9 +109,9 @@ def personalize(
     after = _score(flat, data, loss_function)
     if not (math.isfinite(after.loss) and bool(flat.parameters.isfinite().all())):
         raise ValueError(f"--local_lr {training.optimizer.learning_rate} is too high, the model diverged; lower it")
-    unflatten_into(model, flat.parameters.clone())
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()  # no longer a view, which a file would hold with all of its vector
+    with torch.no_grad():
+        for parameter, adapted in zip(model.parameters(), flat.module.parameters(), strict=True):
+            parameter.copy_(adapted)  # no view of the flat vector: torch.export is for tensors of their own
     return before, after
 
 

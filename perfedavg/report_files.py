@@ -9,7 +9,6 @@ from pathlib import Path
 import jinja2
 
 from perfedavg.files import replace_file
-from perfedavg.report_tables import Table
 from perfedavg.reporting import Block, Heading, Paragraph, Plot, Report
 
 _PLOTS = "plots"

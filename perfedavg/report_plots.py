@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +65,9 @@ def render(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
     """The figure as a PNG."""
     import matplotlib  # costs half a second, which --help should not pay
 
-    colors = {name: theme.text for name in ("text.color", "axes.labelcolor", "xtick.color", "ytick.color")}
-    colors |= {name: theme.page for name in ("figure.facecolor", "axes.facecolor", "legend.facecolor")}
-    colors |= {name: theme.grid for name in ("axes.edgecolor", "grid.color", "legend.edgecolor")}
+    colors = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.text)
+    colors |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), theme.page)
+    colors |= dict.fromkeys(("axes.edgecolor", "grid.color", "legend.edgecolor"), theme.grid)
     image = io.BytesIO()
     with matplotlib.rc_context({**colors, "axes.grid": True, "axes.axisbelow": True, "font.size": 9}):
         draw(theme).savefig(image, dpi=_DOTS_PER_INCH, format="png")
@@ -89,12 +89,13 @@ def draw_curves(rows: Sequence[Row], measure: str, measure_name: str) -> Callabl
         for index, (panel, kind) in enumerate(zip(panels, KINDS, strict=True)):
             for number, row, by_kind in drawn:
                 _line(panel, theme, number, row.label, *by_kind[index])
-            for boundary in boundaries:
-                panel.axvline(boundary, color=theme.text, linewidth=0.8, linestyle=":")
             panel.set(title=kind, xlabel="round", xlim=(0, None))
         _scale(panels, measure)
+        for panel in panels:
+            for boundary in boundaries:
+                panel.axvline(boundary, color=theme.text, linewidth=0.8, linestyle=":")
         panels[0].set_ylabel(f"{measure_name}, unseen clients")
-        _legend_below(figure, panels[0])
+        _legend_below(figure, panels)
         return figure
 
     return draw
@@ -104,7 +105,7 @@ def draw_epochs(rows: Sequence[Row], measure: str, measure_name: str) -> Callabl
     """A score against the epochs of personalization after each phase, a color a row; means over seeds. None where it
     was not measured.
 
-    The band is the sample deviation over seeds, or with one seed the 95 % confidence interval over clients.
+    The band is the sample deviation over seeds, or for losses with one seed the 95 % confidence interval over clients.
     """
     lines = {
         phase: [(number, row) for number, row in enumerate(rows) if phase in row.phases and _by_epoch(row, phase)]
@@ -113,17 +114,19 @@ def draw_epochs(rows: Sequence[Row], measure: str, measure_name: str) -> Callabl
     phases = [phase for phase in Phase if lines[phase]]
     if not phases:
         return None
-    unit = "step" if all(steps_per_epoch(run) == 1 for row in rows for run in row.runs) else "epoch"
+    is_stepwise = measure == "loss" and all(steps_per_epoch(run) == 1 for row in rows for run in row.runs)
+    unit = "steps" if is_stepwise else "epochs"
 
     def draw(theme: Theme) -> Figure:
         figure, (panels,) = _figure(1, len(phases), 4.0, legend_lines=max(len(lines[phase]) for phase in phases))
         for panel, phase in zip(panels, phases, strict=True):
             for number, row in lines[phase]:
                 _line(panel, theme, number, row.label, *_epoch_curve(row, phase, measure))
-            panel.set(title=f"after {phase.label}", xlabel=f"{unit}s of personalization", xlim=(0, None))
+            panel.set(title=f"after {phase.label}", xlabel=f"{unit} of personalization", xlim=(0, None))
+            panel.xaxis.get_major_locator().set_params(integer=True)
         _scale(panels, measure)
         panels[0].set_ylabel(f"{measure_name}, unseen clients")
-        _legend_below(figure, max(panels, key=lambda panel: len(panel.lines)))
+        _legend_below(figure, panels)
         return figure
 
     return draw
@@ -147,7 +150,13 @@ def draw_clients(rows: Sequence[Row], measure: str, measure_name: str) -> Callab
 
     def draw(theme: Theme) -> Figure:
         figure, panels = _figure(len(drawn), len(phases), 1.7, legend_lines=1)
+        for phase, column in zip(phases, panels.T, strict=True):
+            _head(column[0], f"after {phase.label}")
+            last = [panel for row, panel in zip(drawn, column, strict=True) if phase in row.phases][-1]
+            last.tick_params(labelbottom=True)
+            last.set_xlabel(f"{measure_name} of a client on its test part")
         for row, line in zip(drawn, panels, strict=True):
+            line[0].set_title(row.label, fontsize=8, loc="left")
             for phase, panel in zip(phases, line, strict=True):
                 if phase not in row.phases:
                     panel.set_axis_off()
@@ -157,12 +166,9 @@ def draw_clients(rows: Sequence[Row], measure: str, measure_name: str) -> Callab
                     weights = np.full(values.size, 100 / values.size)
                     panel.hist(values, bins, weights=weights, color=color, alpha=0.35)
                     panel.hist(values, bins, weights=weights, color=color, histtype="step", linewidth=1.4, label=kind)
-                panel.set_title(f"{row.label}: after {row.after(phase)}", fontsize=8, loc="left")
                 panel.set_xlim(bins[0], bins[-1])
-        for panel in panels[-1]:
-            panel.set_xlabel(f"{measure_name} of a client on its test part")
         figure.supylabel("% of unseen clients", fontsize=9)
-        _legend_below(figure, next(panel for panel in panels.flat if panel.axison))
+        _legend_below(figure, panels.flat)
         return figure
 
     return draw
@@ -182,8 +188,8 @@ def _epoch_curve(row: Row, phase: Phase, measure: str) -> Curve:
     results = _by_epoch(row, phase)
     curves = [{entry.epochs: getattr(entry, measure) for entry in result.by_epoch} for result in results]
     epochs, means, deviations = _over_seeds(curves)
-    if len(results) == 1:
-        spread = [getattr(entry, f"{measure}_std") for entry in results[0].by_epoch]
+    if len(results) == 1 and measure == "loss":
+        spread = [entry.loss_std for entry in results[0].by_epoch]
         deviations = np.array([np.nan if std is None else confidence_95(std, results[0].clients) for std in spread])
     return epochs, means, deviations
 
@@ -203,11 +209,11 @@ def _over_seeds(curves: Sequence[dict[int, float | None]]) -> Curve:
 
 def _bins(scores: Sequence[NDArray[np.float64]], measure: str) -> NDArray[np.float64]:
     if measure == "accuracy":
-        return np.linspace(0, 1, _NUM_BINS + 1)
+        return np.linspace(0, 1, _NUM_BINS + 1, dtype=np.float64)
     finite = np.concatenate(scores)
     finite = finite[np.isfinite(finite)]
     highest = float(np.percentile(finite, _SHOWN_SHARE_OF_LOSSES)) if finite.size else 1.0
-    return np.linspace(0, highest or 1.0, _NUM_BINS + 1)
+    return np.linspace(0, highest or 1.0, _NUM_BINS + 1, dtype=np.float64)
 
 
 def _figure(num_lines: int, num_columns: int, line_height: float, legend_lines: int) -> tuple[Figure, Any]:
@@ -217,6 +223,12 @@ def _figure(num_lines: int, num_columns: int, line_height: float, legend_lines: 
     size = (max(5.5, 4.8 * num_columns), 0.6 + line_height * num_lines + 0.1 * legend_lines)
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(num_lines, num_columns, squeeze=False, sharex=True, sharey=True)
+
+
+def _head(panel: Axes, text: str) -> None:
+    """A heading of the column that the panel is the first of, above the panel's own title."""
+    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
+    panel.annotate(text, (0.5, 1), (0, 20), ha="center", fontsize=11, **place)
 
 
 def _line(
@@ -236,13 +248,21 @@ def _line(
 
 
 def _scale(panels: Sequence[Axes], measure: str) -> None:
+    """Accuracies from 0 to 1; losses on a logarithmic scale, down to somewhat below the least that is drawn."""
     if measure == "accuracy":
         panels[0].set_ylim(0, 1.01)
-    else:
-        panels[0].set_yscale("log")
+        return
+    means = np.concatenate([line.get_ydata() for panel in panels for line in panel.lines])
+    above_zero = means[np.isfinite(means) & (means > 0)]
+    panels[0].set_yscale("log")
+    if above_zero.size:
+        panels[0].set_ylim(bottom=float(above_zero.min()) / 2)
 
 
-def _legend_below(figure: Figure, panel: Axes) -> None:
-    handles, labels = panel.get_legend_handles_labels()
-    wrapped = [textwrap.fill(label, _LEGEND_WIDTH) for label in labels]
-    figure.legend(handles, wrapped, loc="outside lower center", ncols=min(2, len(labels)), fontsize=8)
+def _legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend for all panels; each label once."""
+    by_label = {
+        label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    wrapped = [textwrap.fill(label, _LEGEND_WIDTH) for label in by_label]
+    figure.legend(by_label.values(), wrapped, loc="outside lower center", ncols=min(2, len(wrapped)), fontsize=8)

@@ -15,9 +15,11 @@ from perfedavg.finished_runs import KINDS, CurvePoint, FinishedRun, PhaseResult
 
 _SEED_OR_LESS = ("seed", "client_batching", "num_curve_epochs")
 """Settings in which the runs of a row may differ: who is drawn, how sums are rounded, and what else is measured."""
-_IN_THE_NAME = ("cohort_size", "joint", "fedavg num_local_epochs", "fedavg num_local_steps")
+_IN_THE_NAME = ("cohort_size", "joint", "fedavg", "fedavg num_local_epochs", "fedavg num_local_steps")
 _ALWAYS_SAID = {"local_split": "tail", "validation": True}
 """What changes the meaning of the figures is said even where all rows have it in common."""
+_OF_ONE_METHOD = ("fine_tune support_fraction",)
+"""Settings that only some methods have: that a row has one of them is said by its method."""
 _PHASES = tuple(phase.field for phase in Phase)
 
 
@@ -87,7 +89,8 @@ class Row:
     @property
     def can_be_compared(self) -> bool:
         """Whether published figures for its clients a round and E may stand beside its own."""
-        return self.has_cohort_and_epochs and not self.settings.get("validation")
+        method = (self.settings["fine_tune"] or {}).get("method", "reptile")
+        return self.has_cohort_and_epochs and method == "reptile" and not self.settings.get("validation")
 
 
 def seed_mean(values: Sequence[float | None]) -> SeedMean | None:
@@ -127,7 +130,7 @@ def leave_out_repeats(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], l
 
 
 def group_rows(runs: Sequence[FinishedRun]) -> list[Row]:
-    """The rows of runs on one data set: FedAvg(E) by clients a round and E, then what differs from that."""
+    """The rows of runs on one data set: FedAvg(E) by clients a round and E, then those that differ, then baselines."""
     groups: dict[str, list[FinishedRun]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
         groups.setdefault(_row_key(run.settings), []).append(run)
@@ -136,10 +139,14 @@ def group_rows(runs: Sequence[FinishedRun]) -> list[Row]:
         Row(_name(settings), ", ".join(differences), tuple(group))
         for settings, differences, group in zip(all_settings, _differences(all_settings), groups.values(), strict=True)
     ]
-    return sorted(
-        rows,
-        key=lambda row: (not row.has_cohort_and_epochs, row.differences != "", row.cohort_and_epochs, row.label),
-    )
+    return sorted(rows, key=_place)
+
+
+def _place(row: Row) -> tuple[bool, bool, tuple[int, int], str]:
+    """By which rows are sorted."""
+    if row.has_cohort_and_epochs:
+        return False, row.differences != "", row.cohort_and_epochs, row.label
+    return True, False, (0, 0), row.label
 
 
 def common_settings(rows: Sequence[Row]) -> dict[str, Any]:
@@ -159,23 +166,25 @@ def _row_key(settings: Mapping[str, Any], *seed: int) -> str:
 
 
 def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that act on the result, by flat names. Whether there is a phase is a setting named like it."""
-    flat: dict[str, Any] = {}
-    is_untrained = settings["fedavg"]["num_rounds"] == 0 and settings["fine_tune"] is None
-    idle = {*_SEED_OR_LESS, *(["cohort_size"] if is_untrained else [])}
-    for name, value in settings.items():
-        if name in _PHASES:
-            flat[name] = value is not None
-            flat |= {f"{name} {key}": entry for key, entry in _acting(value or {}).items()}
-        elif name not in idle:
-            flat[name] = value
+    """The settings that act on the result, by flat names. Whether there is a phase is a setting named like it.
+
+    The client optimizer of phase 1 also personalizes, with or without a phase 1, and so is none of its settings.
+    """
+    fedavg, fine_tune = settings["fedavg"], settings["fine_tune"]
+    personalizer = fedavg["client_optimizer"]
+    fedavg = {name: value for name, value in fedavg.items() if name != "client_optimizer"}
+    phases = {"fedavg": fedavg if fedavg["num_rounds"] else {}, "fine_tune": fine_tune or {}}
+    idle = {*_SEED_OR_LESS, *(() if any(phases.values()) else ("cohort_size",))}
+    flat = {name: value for name, value in settings.items() if name not in phases and name not in idle}
+    flat["client_optimizer"] = personalizer
+    for name, phase in phases.items():
+        flat[name] = bool(phase)
+        flat |= {f"{name} {key}": value for key, value in _acting(phase).items()}
     return flat
 
 
 def _acting(phase: Mapping[str, Any]) -> dict[str, Any]:
     """A phase's settings without those that others make idle."""
-    if phase.get("num_rounds") == 0:  # personalization still uses its client optimizer
-        return {name: phase[name] for name in ("num_rounds", "client_optimizer") if name in phase}
     idle = {"num_local_steps" if phase.get("num_local_steps") is None else "num_local_epochs"}
     if phase.get("method") == "reptile":
         idle.add("support_fraction")
@@ -210,14 +219,10 @@ def _differences(all_settings: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         values = [flat.get(name, _NOTHING) for flat in flat_settings]
         for value, flat, words in zip(values, flat_settings, differences, strict=True):
             is_said = value != common or _ALWAYS_SAID.get(name, _NOTHING) == value
-            if is_said and value is not _NOTHING and not _said_by_name(name, flat):
+            is_in_name = name == "fine_tune" and not flat["fedavg"] and not flat["fine_tune"]
+            if is_said and value is not _NOTHING and not is_in_name:
                 words += _words(name, value, values)
     return differences
-
-
-def _said_by_name(name: str, flat: Mapping[str, Any]) -> bool:
-    is_untrained = flat["fedavg num_rounds"] == 0
-    return is_untrained and (name == "fedavg num_rounds" or (name == "fine_tune" and not flat["fine_tune"]))
 
 
 def _most_common(name: str, flat_settings: Sequence[Mapping[str, Any]]) -> Any:
@@ -227,6 +232,8 @@ def _most_common(name: str, flat_settings: Sequence[Mapping[str, Any]]) -> Any:
     """
     phase, is_of_phase, _ = name.partition(" ")
     values = [flat.get(name, _NOTHING) for flat in flat_settings if not is_of_phase or flat[phase]]
+    if name in _OF_ONE_METHOD:
+        values = [value for value in values if value is not _NOTHING]
     counts = Counter("" if value is _NOTHING else json.dumps(value, sort_keys=True) for value in values)
     (most, count), *others = counts.most_common(2)
     if (others and others[0][1] == count) or not most:

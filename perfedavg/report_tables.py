@@ -18,7 +18,7 @@ from perfedavg.finished_runs import KINDS, FinishedRun, PhaseResult
 from perfedavg.published import JIANG_TABLE_1, JIANG_TARGET, PUBLISHED
 from perfedavg.report_rows import Row, SeedMean, rounds_to_target, seed_mean
 
-NO_NUMBER = "–"
+NO_NUMBER = "-"
 """Where a figure does not exist, or is not finite."""
 
 _SHOWN_EPOCHS = (0, 1, 2, 3, 5, 10, 15, 20)
@@ -124,7 +124,9 @@ def epochs_table(rows: Sequence[Row]) -> Table:
             by_epoch = [{entry.epochs: entry.accuracy for entry in curve} for curve in curves]
             figures = [_percent(seed_mean([curve.get(epochs) for curve in by_epoch])) for epochs in shown]
             cells.append([row.label, str(len(curves)), row.after(phase), *figures])
-    return Table(["row", "seeds", "after", *(f"{epochs} epoch{'' if epochs == 1 else 's'}" for epochs in shown)], cells, 3)
+    return Table(
+        ["row", "seeds", "after", *(f"{epochs} epoch{'' if epochs == 1 else 's'}" for epochs in shown)], cells, 3
+    )
 
 
 def steps_table(rows: Sequence[Row], loss_name: str) -> Table:
@@ -206,8 +208,9 @@ def jiang_table(rows: Sequence[Row]) -> Table:
     headers += [f"rounds to {JIANG_TARGET:g}, {kind}: {whose}" for kind in KINDS for whose in ("paper", "ours")]
     cells = []
     for row in rows:
-        figures = JIANG_TABLE_1.get(row.cohort_and_epochs) if row.can_be_compared else None
-        if figures is not None:
+        figures = JIANG_TABLE_1.get(row.cohort_and_epochs)
+        has_papers_cut = row.settings.get("local_split") != "tail"
+        if figures is not None and row.can_be_compared and has_papers_cut:
             cells.append(
                 [
                     row.label,
@@ -235,39 +238,49 @@ def runs_table(rows: Sequence[Row]) -> Table:
             str(run.seed),
             str(run.path),
             run.result["model_sha256"][:16],
-            f"{run.result['seconds']:.0f}",
             str(run.environment.get("torch", NO_NUMBER)),
             str(run.environment.get("commit") or NO_NUMBER)[:12],
+            f"{run.result['seconds']:.0f}",
         ]
         for row in rows
         for run in row.runs
     ]
-    return Table(["row", "seed", "folder", "model sha256", "seconds", "torch", "commit"], cells, 3)
+    return Table(["row", "seed", "folder", "model sha256", "torch", "commit", "seconds"], cells, 6)
 
 
 def to_csv(rows: Sequence[Row], target: float) -> str:
     """A line for each row, seed and phase, in full precision; empty where there is no number."""
-    scores = ("loss", "accuracy", "accuracy_std", "accuracy_p10", "accuracy_p50", "accuracy_p90")
+    lines = [_csv_line(row, run, phase, target) for row in rows for run in row.runs for phase in row.phases]
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["dataset", "row", "cohort_size", "num_local_epochs", "num_local_steps", "seed", "phase", "phase_rounds"]
-        + ["unseen_clients", *(f"{kind}_{name}" for kind in KINDS for name in scores), "fraction_hurt"]
-        + ["target_accuracy", *(f"rounds_to_target_{kind}" for kind in KINDS), "run_seconds", "model_sha256", "run"]
-    )
-    for row in rows:
-        for run in row.runs:
-            for phase, result in run.phases.items():
-                fedavg = run.settings["fedavg"]
-                writer.writerow(
-                    [run.dataset, row.label, run.settings["cohort_size"], fedavg["num_local_epochs"]]
-                    + [fedavg.get("num_local_steps"), run.seed, phase.field, run.settings[phase.field]["num_rounds"]]
-                    + [result.clients, *(getattr(getattr(result, kind), name) for kind in KINDS for name in scores)]
-                    + [result.fraction_hurt, target]
-                    + [rounds_to_target(run.curve or (), kind, target) for kind in KINDS]
-                    + [run.result["seconds"], run.result["model_sha256"], run.path]
-                )
+    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
     return text.getvalue()
+
+
+def _csv_line(row: Row, run: FinishedRun, phase: Phase, target: float) -> dict[str, Any]:
+    """By the names of the columns."""
+    result, fedavg = run.phases[phase], run.settings["fedavg"]
+    scores = {f"{kind}_{name}": value for kind in KINDS for name, value in vars(getattr(result, kind)).items()}
+    rounds = {f"rounds_to_target_{kind}": rounds_to_target(run.curve or (), kind, target) for kind in KINDS}
+    return {
+        "dataset": run.dataset,
+        "row": row.label,
+        "cohort_size": run.settings["cohort_size"],
+        "num_local_epochs": fedavg["num_local_epochs"],
+        "num_local_steps": fedavg.get("num_local_steps"),
+        "seed": run.seed,
+        "phase": phase.field,
+        "phase_rounds": run.settings[phase.field]["num_rounds"],
+        "unseen_clients": result.clients,
+        **scores,
+        "fraction_hurt": result.fraction_hurt,
+        "target_accuracy": target,
+        **rounds,
+        "run_seconds": run.result["seconds"],
+        "model_sha256": run.result["model_sha256"],
+        "run": run.path,
+    }
 
 
 def _num_clients(row: Row) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,15 +43,24 @@ class Paragraph:
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture, as PNG for a light and for a dark page.
+    """A picture, drawn when it is asked for.
 
     name: of its file, without suffix.  description: in words, also for those who cannot see it.
     """
 
     name: str
     description: str
-    light: bytes
-    dark: bytes
+    draw: Callable[[Theme], Figure]
+
+    @cached_property
+    def light(self) -> bytes:
+        """PNG for a light page."""
+        return report_plots.render(self.draw, report_plots.LIGHT)
+
+    @cached_property
+    def dark(self) -> bytes:
+        """PNG for a dark page."""
+        return report_plots.render(self.draw, report_plots.DARK)
 
 
 Block = Heading | Paragraph | Table | Plot
@@ -152,20 +162,20 @@ def _notes(dataset: str, rows: Sequence[Row]) -> list[str]:
 def _what_rows_share(rows: Sequence[Row]) -> str:
     """The protocol, as far as one is more frequent than any other."""
     common = common_settings(rows)
-    wording = {
-        "fedavg num_rounds": "{} rounds of FedAvg",
-        "fine_tune num_rounds": "{} rounds of fine-tuning",
-        "fine_tune num_local_epochs": "of {} local epochs",
-        "fine_tune num_local_steps": "of {} local steps",
-        "fine_tune method": "by {}",
-        "num_personalization_epochs": "personalization by {} epochs",
-        "num_clients": "{} clients, training and unseen ones together",
-        "partition": "partition {}",
-        "architecture": "model {}",
-        "batch_size": "batches of {}",
+    names = {
+        "fedavg num_rounds": "rounds of FedAvg",
+        "fine_tune num_rounds": "rounds of fine-tuning",
+        "fine_tune method": "its method",
+        "fine_tune num_local_epochs": "its local epochs",
+        "fine_tune num_local_steps": "its local steps",
+        "num_personalization_epochs": "epochs of personalization",
+        "num_clients": "clients, training and unseen",
+        "partition": "partition",
+        "architecture": "model",
+        "batch_size": "batch size",
     }
-    facts = [words.format(common[name]) for name, words in wording.items() if common.get(name) is not None]
-    return f"Where a row's name says nothing else: {', '.join(facts)}."
+    facts = [f"{words}: {common[name]}" for name, words in names.items() if common.get(name) is not None]
+    return f"Where a row's name says nothing else: {'; '.join(facts)}."
 
 
 def _resolution(rows: Sequence[Row]) -> str:
@@ -179,13 +189,12 @@ def _resolution(rows: Sequence[Row]) -> str:
     )
 
 
-def _curves(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Block]:
+def _curves(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Plot]:
     description = (
         f"The {name} on unseen clients against the round, before and after personalization. A dotted line is where "
         "fine-tuning begins, a band the sample deviation over seeds."
     )
-    plot = _plot(dataset, "curves", description, report_plots.draw_curves(rows, measure, name))
-    return [Heading("Curves"), *plot] if plot else []
+    return _plot(dataset, "curves", description, report_plots.draw_curves(rows, measure, name))
 
 
 def _clients(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Block]:
@@ -198,10 +207,8 @@ def _clients(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list
 
 
 def _personalization(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Block]:
-    description = (
-        f"The {name} on unseen clients while they adapt. A band is the sample deviation over seeds, or with one seed "
-        "the 95 % confidence interval of the mean over clients."
-    )
+    description = f"The {name} on unseen clients while they adapt. A band is the sample deviation over seeds"
+    description += ", or with one seed the 95 % confidence interval over clients." if measure == "loss" else "."
     plot = _plot(dataset, "personalization", description, report_plots.draw_epochs(rows, measure, name))
     if not plot:
         return []
@@ -227,12 +234,9 @@ def _published(dataset: str, rows: Sequence[Row]) -> list[Block]:
     return blocks
 
 
-def _plot(dataset: str, name: str, description: str, draw: Callable[[Theme], Figure] | None) -> list[Block]:
+def _plot(dataset: str, name: str, description: str, draw: Callable[[Theme], Figure] | None) -> list[Plot]:
     """The plot, or nothing where there is nothing to draw."""
-    if draw is None:
-        return []
-    light, dark = (report_plots.render(draw, theme) for theme in (report_plots.LIGHT, report_plots.DARK))
-    return [Plot(f"{dataset.replace(':', '.')}-{name}", description, light, dark)]
+    return [] if draw is None else [Plot(f"{dataset.replace(':', '.')}-{name}", description, draw)]
 
 
 def _listed(values: set[Any]) -> str:

@@ -150,6 +150,7 @@ class RunFolder:
                 "run": run_settings,
                 "environment": environment,
             }
+            self._metrics.replace([])  # so that it is there also where there is no round
             self._write("config.json", _json(settings))
             return None
         state = self._checkpoints.load()

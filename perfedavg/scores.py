@@ -45,7 +45,8 @@ def summarize(scores: Sequence[ClientScore]) -> dict[str, Any]:
 
     `initial` and `personalized` each hold loss, accuracy, accuracy_std (population), accuracy_p10, _p50 and _p90.
     `fraction_hurt` is the share of clients that are hurt (`ClientScore.is_hurt`). Where it was measured, `by_epoch`
-    holds for each number of `epochs` from 0 loss, loss_std, accuracy and accuracy_std. Raises ValueError without clients.
+    holds for each number of `epochs` from 0 loss, loss_std, accuracy and accuracy_std.
+    Raises ValueError without clients.
     """
     if not scores:
         raise ValueError("no client was scored")

@@ -203,6 +203,7 @@ def make_config(**changes: Any) -> ExperimentConfig:
         "dataset": "digits",
         "architecture": "mlp",
         "seed": 0,
+        "initial_model": None,
         "num_clients": 20,
         "unseen_fraction": "0.2",
         "partition": "shards:2",

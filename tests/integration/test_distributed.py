@@ -80,7 +80,6 @@ def test_maml_and_the_curve_over_epochs_do_not_depend_on_the_processes_either(
     for key in ("after_fedavg", "after_fine_tune"):
         assert results[0][key] == results[1][key] == results[2][key]
         assert [point["epochs"] for point in results[0][key]["by_epoch"]] == [0, 1, 2]
-    assert digests != {run_single(launched, tmp_path / "plain", tmp_path, TINY)}
 
 
 def test_quick_start_shows_the_result_and_what_comes_next(launched: Launched, tmp_path: Path) -> None:

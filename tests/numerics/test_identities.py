@@ -228,6 +228,7 @@ def expected_gradient(method: str, num_batches: int, rate: float) -> Tensor:
         ("fomaml", lambda k: 1, lambda k: k - 1),
         ("reptile", lambda k: k, lambda k: k * (k - 1) / 2),
     ],
+    ids=["maml", "fomaml", "reptile"],
 )
 def test_leading_order_coefficients(
     method: str, of_average: Callable[[int], float], of_inner: Callable[[int], float], num_batches: int

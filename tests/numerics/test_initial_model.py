@@ -97,13 +97,13 @@ def test_its_run_folder_is_whole_and_names_the_initial_model(
     assert [point["epochs"] for point in result["after_fedavg"]["by_epoch"]] == [0, 1, 2]
     assert result["after_fedavg"]["by_epoch"][0]["loss"] == result["after_fedavg"]["initial"]["loss"]
     assert "after_fine_tune" not in result
-    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == b"", "there was no round"
     assert len((tmp_path / "run" / "clients.csv").read_text().splitlines()) == 3
     assert "after FedAvg" in capsys.readouterr().out
 
 
 def test_phase_2_starts_from_the_initial_weights() -> None:
-    """Two steps of 0.5 along the clients' mean step, which is a tenth of the way to the mean centre. No other scores."""
+    """In each round the server goes half of the clients' mean step, which is a tenth of the way to the mean centre."""
     config = dataclasses.replace(NO_TRAINING, fine_tune=ONE_STEP)
     outcome = run_experiment(config, CountingExecutor(config), CLIENTS, fresh(config))
     w, centre = torch.tensor(START, dtype=torch.float64), CLIENTS.centres[:4].mean(0)

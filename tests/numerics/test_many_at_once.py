@@ -308,7 +308,7 @@ def test_dropout_whose_first_dimension_is_not_the_batch_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (CharLSTM(11), "LSTM cannot be trained many at once; use --client_batching 1"),
+        (CharLSTM(11), "LSTM cannot be trained many at once, nor by maml; use --client_batching 1"),
         (nn.GRUCell(3, 3), "GRUCell cannot be trained many at once"),
         (nn.BatchNorm1d(3, track_running_stats=False), "BatchNorm1d mixes the examples of a batch"),
         (nn.BatchNorm1d(3), "running_mean"),

@@ -196,7 +196,7 @@ CENTRES = [[1.0, 0.0], [3.0, 5.0], [-2.0, 0.5], [4.0, -3.0], [0.25, 1.5]]
 @pytest.mark.parametrize("client_batching", [1, 3])
 @pytest.mark.parametrize(("method", "times"), [("fomaml", 1), ("maml", 2)])
 def test_clients_with_a_quadratic_loss_have_a_closed_form(method: str, times: int, client_batching: int) -> None:
-    """From w, K steps at rate a on 0.5 * ||w - c||^2 lead to c + (1 - a)^K (w - c); MAML's gradient has the factor twice.
+    """K steps at rate a on 0.5 * ||w - c||^2 lead from w to a gradient of (1 - a)^K (w - c); MAML has the factor twice.
 
     Two rounds, with equal weights whatever the clients' sizes, and a server rate that falls.
     """

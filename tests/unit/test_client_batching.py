@@ -50,7 +50,7 @@ def test_a_gpu_gets_as_many_as_fit_the_smallest_whatever_their_number() -> None:
 def test_an_executor_asks_for_a_number_and_for_a_model_that_can_be_stacked() -> None:
     with pytest.raises(ValueError, match="has not been settled"):
         LocalExecutor(AUTO, nn.Linear(1, 1), digits_dataset(20))
-    with pytest.raises(ValueError, match="LSTM cannot be trained many at once; use --client_batching 1"):
+    with pytest.raises(ValueError, match="LSTM cannot be trained many at once, nor by maml; use --client_batching 1"):
         LocalExecutor(make_config(client_batching=2), build_model("lstm", 80), digits_dataset(20))
 
 

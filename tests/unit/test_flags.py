@@ -55,6 +55,7 @@ EXPERIMENT_FLAGS = [
     (["--eval_every", "7"], lambda c: c.eval_every),
     (["--eval_clients", "7"], lambda c: c.eval_clients),
     (["--seed", "7"], lambda c: c.seed),
+    (["--initial_model", "runs/x"], lambda c: c.initial_model),
     (["--precision", "bf16"], lambda c: c.precision),
     (["--client_batching", "7"], lambda c: c.client_batching),
 ]

@@ -101,6 +101,7 @@ def test_a_person_is_cut_as_an_unseen_client_of_the_run_is(tmp_path: Path) -> No
     for client in ("anna", "ben", "cleo"):
         write_digits(tmp_path / client, 37)
     clients = FederatedDataset("folder", load_image_folder(tmp_path), 2, 1, seed=3)
+    assert clients.class_names == DIGITS, "as the folders are called"
     expected, person = clients.client_data(0), load_person(tmp_path / "anna", DIGITS, FIFTH, seed=3)
     for part in ("train_inputs", "train_labels", "test_inputs", "test_labels"):
         assert torch.equal(getattr(person, part), getattr(expected, part)), part

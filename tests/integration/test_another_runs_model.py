@@ -1,0 +1,50 @@
+"""Phase 2 from another run's model is phase 2 of that run, so its settings can be compared without repeating phase 1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import TINY, Launched, assert_one_clear_line, finish, read_result
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a run of both phases, `whole`, and one of phase 1 alone, `first`."""
+    path, processes = tmp_path_factory.mktemp("runs"), Launched()
+    both = processes.start("single_process.py", *TINY, "--run_dir", path / "whole")
+    first = processes.start("single_process.py", *TINY, "--fine_tune_method", "none", "--run_dir", path / "first")
+    for process in (both, first):
+        status, _, errors = finish(process)
+        assert status == 0, errors
+    yield path
+    processes.kill_all()
+
+
+def test_the_second_phase_alone_ends_where_both_do(launched: Launched, runs: Path, tmp_path: Path) -> None:
+    flags = [*TINY, "--epochs", "0", "--initial_model", runs / "first"]
+    server, port = launched.start_server(tmp_path / "second", 2, *flags)
+    worker = launched.start_worker(port, 2, 1)
+    status, _, errors = finish(server)
+    assert status == 0, errors
+    assert finish(worker)[0] == 0
+    whole, second = read_result(runs / "whole"), read_result(tmp_path / "second")
+    assert second["model_sha256"] == whole["model_sha256"] != read_result(runs / "first")["model_sha256"]
+    assert second["after_fine_tune"] == whole["after_fine_tune"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--initial_model", "{runs}/none"], ["none cannot be read"]),
+        (["--initial_model", "{runs}/first", "--struct", "cnn"], ["holds mlp, not mnist_cnn", "name another one"]),
+        (["--initial_model", "{runs}/first/config.json"], ["config.json cannot be read"]),
+    ],
+)
+def test_what_is_no_model_for_it_is_refused(
+    flags: list[str], parts: list[str], launched: Launched, runs: Path, tmp_path: Path
+) -> None:
+    flags = [flag.format(runs=runs) for flag in flags]
+    process = launched.start("single_process.py", *TINY, *flags, "--run_dir", tmp_path / "run")
+    assert_one_clear_line(process, *parts)
