@@ -450,7 +450,7 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     add(
         "--initial_model",
         metavar="RUN",
-        help="finished run (or its model.safetensors) whose model the first phase starts from (default: random weights)",
+        help="finished run (or its model.safetensors) whose model is started from (default: random weights)",
     )
     _add_boolean(group, "joint", False, "pool the training clients' data in one client, the centralized baseline")
     _add_boolean(

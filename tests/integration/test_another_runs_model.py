@@ -1,4 +1,4 @@
-"""Phase 2 from another run's model is phase 2 of that run, so its settings can be compared without repeating phase 1."""
+"""Phase 2 from another run's model is phase 2 of that run, so settings can be compared without repeating phase 1."""
 
 from __future__ import annotations
 
