@@ -12,8 +12,8 @@ from perfedavg.console import run_entry_point, say, show
 def main() -> None:
     args = get_args()
 
-    from perfedavg.report_files import to_markdown, write_report
-    from perfedavg.reporting import build_report, read_runs
+    from reporting.contents import build_report, read_runs
+    from reporting.files import to_markdown, write_report
 
     runs, reasons = read_runs(args.runs)
     if not runs and len(reasons) == 1:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
 
     from datasets.sine import SineTasks
     from perfedavg.config import ExperimentConfig
-    from perfedavg.finished_runs import FinishedRun
+    from reporting.finished_runs import FinishedRun
 
 SHOWN_STEPS = (0, 1, 5, 10, 32)
 """Steps on a task's given points after which the table and the plots show the error."""
@@ -55,7 +55,7 @@ def read_rows(folder: Path) -> Rows:
     Raises ValueError where there is none, one of them is damaged or did not measure the errors that are shown, or a
     method has a seed twice.
     """
-    from perfedavg.finished_runs import read_finished_run
+    from reporting.finished_runs import read_finished_run
 
     found: dict[tuple[str, int], FinishedRun] = {}
     for path in sorted(folder.resolve().rglob("seed*/result.json")):
@@ -79,7 +79,7 @@ def read_rows(folder: Path) -> Rows:
 
 
 def _check_steps(run: FinishedRun) -> None:
-    from perfedavg.report_tables import steps_per_epoch
+    from reporting.tables import steps_per_epoch
 
     last = SHOWN_STEPS[-1]
     if len(measured_errors(run)) <= last:
@@ -113,7 +113,7 @@ def pool(runs: Sequence[FinishedRun]) -> Curve:
     With n_k tasks of mean m_k and deviation s_k in run k and n in all, m = sum n_k m_k / n and
     s^2 = sum n_k (s_k^2 + (m_k - m)^2) / n.
     """
-    from perfedavg.report_tables import confidence_95
+    from reporting.tables import confidence_95
 
     sizes = [run.result["unseen_clients"] for run in runs]
     total = sum(sizes)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-OWN = {"perfedavg", "multi_process", "models", "datasets", "utils", "compat"}
+OWN = {"perfedavg", "reporting", "multi_process", "models", "datasets", "utils", "compat"}
 OWN |= {"server", "client_worker", "single_process", "quick_start", "reproduce", "report", "sine", "personalize"}
 MAY_IMPORT = {
     "compat": set(),
@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "datasets": {"compat"},
     "perfedavg": set(),
     "multi_process": {"compat", "perfedavg"},
+    "reporting": {"perfedavg"},
     "utils": {"perfedavg", "models", "datasets"},
 }
 ENTRY_POINTS_INSIDE = {ROOT / "datasets" / "describe.py"}

@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfedavg.config import Phase
-from perfedavg.finished_runs import KINDS, FinishedRun, PhaseResult
-from perfedavg.published import JIANG_TABLE_1, JIANG_TARGET, PUBLISHED
-from perfedavg.report_rows import Row, SeedMean, rounds_to_target, seed_mean
+from reporting.finished_runs import KINDS, FinishedRun, PhaseResult
+from reporting.published import JIANG_TABLE_1, JIANG_TARGET, PUBLISHED
+from reporting.rows import Row, SeedMean, rounds_to_target, seed_mean
 
 NO_NUMBER = "-"
 """Where a figure does not exist, or is not finite."""
@@ -124,9 +124,7 @@ def epochs_table(rows: Sequence[Row]) -> Table:
             by_epoch = [{entry.epochs: entry.accuracy for entry in curve} for curve in curves]
             figures = [_percent(seed_mean([curve.get(epochs) for curve in by_epoch])) for epochs in shown]
             cells.append([row.label, str(len(curves)), row.after(phase), *figures])
-    return Table(
-        ["row", "seeds", "after", *(f"{epochs} epoch{'' if epochs == 1 else 's'}" for epochs in shown)], cells, 3
-    )
+    return Table(["row", "seeds", "after", *(_counted(epochs, "epoch") for epochs in shown)], cells, 3)
 
 
 def steps_table(rows: Sequence[Row], loss_name: str) -> Table:
@@ -135,13 +133,13 @@ def steps_table(rows: Sequence[Row], loss_name: str) -> Table:
     Where clients differ in the steps of an epoch, or these are not known, it is after as many epochs.
     """
     counts = {steps_per_epoch(run) for row in rows for run in row.runs}
-    unit = "epochs" if None in counts else "steps"
+    unit = "epoch" if None in counts else "step"
     lines = []
     for row in rows:
         for phase in row.phases:
             for run in row.runs:
                 result = run.phases[phase]
-                factor = 1 if unit == "epochs" else steps_per_epoch(run) or 1
+                factor = 1 if unit == "epoch" else steps_per_epoch(run) or 1
                 figures = {entry.epochs * factor: entry for entry in result.by_epoch}
                 if figures:
                     lines.append((row, run, phase, result.clients, figures))
@@ -159,7 +157,7 @@ def steps_table(rows: Sequence[Row], loss_name: str) -> Table:
         ]
         for row, run, phase, clients, figures in lines
     ]
-    return Table(["row", "seed", "after", *(f"{loss_name} after {steps} {unit}" for steps in shown)], cells, 3)
+    return Table(["row", "seed", "after", *(f"{loss_name} after {_counted(steps, unit)}" for steps in shown)], cells, 3)
 
 
 def steps_per_epoch(run: FinishedRun) -> int | None:
@@ -281,6 +279,10 @@ def _csv_line(row: Row, run: FinishedRun, phase: Phase, target: float) -> dict[s
         "model_sha256": run.result["model_sha256"],
         "run": run.path,
     }
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number} {unit}{'' if number == 1 else 's'}"
 
 
 def _num_clients(row: Row) -> int:

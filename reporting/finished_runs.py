@@ -20,6 +20,8 @@ from perfedavg.config import Phase
 KINDS = ("initial", "personalized")
 """Whose scores: the global model's, and those of the same model after a client has adapted it."""
 
+_MEASURES = ("loss", "accuracy")
+
 Value = TypeVar("Value")
 
 
@@ -176,7 +178,7 @@ def _parse(path: Path, parse: Callable[[], Value]) -> Value:
         return parse()
     except KeyError as error:
         raise ValueError(f"{path} is damaged (it lacks {error})") from error
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
         raise ValueError(f"{path} is damaged ({error})") from error
 
 
@@ -275,11 +277,15 @@ def _clients(path: Path, phases: Mapping[Phase, PhaseResult]) -> dict[str, NDArr
         rows = list(csv.DictReader(file))
     names = ["num_train_examples"]
     names += [f"after_{phase.field}_{kind}_{measure}" for phase in phases for kind in KINDS for measure in _MEASURES]
-    columns = {name: np.array([float(row[name] or math.nan) for row in rows]) for name in names}
+    columns = {name: np.array([_cell(row[name]) for row in rows]) for name in names}
     (num_clients,) = {result.clients for result in phases.values()}
     if len(rows) != num_clients:
         raise ValueError(f"it has {len(rows)} rows, and result.json counts {num_clients} clients")
     return columns
 
 
-_MEASURES = ("loss", "accuracy")
+def _cell(text: str | None) -> float:
+    """Raises TypeError for the cells that a line lacks."""
+    if text is None:
+        raise TypeError("a line has too few cells")
+    return float(text) if text else math.nan

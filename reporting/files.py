@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 
 from perfedavg.files import replace_file
-from perfedavg.reporting import Block, Heading, Paragraph, Plot, Report
+from reporting.contents import Block, Heading, Paragraph, Plot, Report
 
 _PLOTS = "plots"
 """The folder, beside report.md, of the pictures that it shows."""

@@ -8,15 +8,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perfedavg import published, report_plots, report_tables
-from perfedavg.finished_runs import FinishedRun, find_runs, read_finished_run
-from perfedavg.report_rows import Row, common_settings, group_rows, leave_out_repeats
-from perfedavg.report_tables import Table
+from reporting import plots, published, tables
+from reporting.finished_runs import FinishedRun, find_runs, read_finished_run
+from reporting.rows import Row, common_settings, group_rows, leave_out_repeats
+from reporting.tables import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from perfedavg.report_plots import Theme
+    from reporting.plots import Theme
 
 _SYNTHETIC = "synthetic_writers"
 _SYNTHETIC_NOTE = (
@@ -55,12 +55,12 @@ class Plot:
     @cached_property
     def light(self) -> bytes:
         """PNG for a light page."""
-        return report_plots.render(self.draw, report_plots.LIGHT)
+        return plots.render(self.draw, plots.LIGHT)
 
     @cached_property
     def dark(self) -> bytes:
         """PNG for a dark page."""
-        return report_plots.render(self.draw, report_plots.DARK)
+        return plots.render(self.draw, plots.DARK)
 
 
 Block = Heading | Paragraph | Table | Plot
@@ -129,7 +129,7 @@ def build_report(runs: Sequence[FinishedRun], target: float) -> Report:
         "the same model after adapting it on that client's own training part. Clients hurt are those that fare worse "
         "after that.",
         sections=[_section(dataset, some, target) for dataset, some in rows.items()],
-        csv=report_tables.to_csv(all_rows, target),
+        csv=tables.to_csv(all_rows, target),
     )
 
 
@@ -138,15 +138,15 @@ def _section(dataset: str, rows: Sequence[Row], target: float) -> Section:
     loss_name = _LOSS_NAMES.get(dataset, "loss")
     measure, name = ("accuracy", "accuracy") if has_accuracy else ("loss", loss_name)
     blocks: list[Block] = [Paragraph(note) for note in _notes(dataset, rows)]
-    blocks += [Heading("Results"), report_tables.results_table(rows, loss_name)]
+    blocks += [Heading("Results"), tables.results_table(rows, loss_name)]
     if has_accuracy:
-        blocks += [Heading(f"Rounds to an accuracy of {target:g}"), report_tables.rounds_table(rows, target)]
+        blocks += [Heading(f"Rounds to an accuracy of {target:g}"), tables.rounds_table(rows, target)]
         blocks.append(Paragraph(_resolution(rows)))
     blocks += _curves(dataset, rows, measure, name)
     blocks += _clients(dataset, rows, measure, name)
     blocks += _personalization(dataset, rows, measure, name)
     blocks += _published(dataset, rows)
-    blocks += [Heading("Runs"), report_tables.runs_table(rows)]
+    blocks += [Heading("Runs"), tables.runs_table(rows)]
     return Section(f"{dataset} (synthetic)" if dataset == _SYNTHETIC else dataset, blocks)
 
 
@@ -194,39 +194,39 @@ def _curves(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[
         f"The {name} on unseen clients against the round, before and after personalization. A dotted line is where "
         "fine-tuning begins, a band the sample deviation over seeds."
     )
-    return _plot(dataset, "curves", description, report_plots.draw_curves(rows, measure, name))
+    return _plot(dataset, "curves", description, plots.draw_curves(rows, measure, name))
 
 
 def _clients(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Block]:
     description = f"How the {name} is distributed over unseen clients, before and after personalization; all seeds."
-    plot = _plot(dataset, "clients", description, report_plots.draw_clients(rows, measure, name))
+    plot = _plot(dataset, "clients", description, plots.draw_clients(rows, measure, name))
     if not plot:
         return []
     explanation = Paragraph(f"Percentiles of the {name} over the unseen clients of all seeds together.")
-    return [Heading("Unseen clients"), explanation, report_tables.clients_table(rows, measure, name), *plot]
+    return [Heading("Unseen clients"), explanation, tables.clients_table(rows, measure, name), *plot]
 
 
 def _personalization(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Block]:
     description = f"The {name} on unseen clients while they adapt. A band is the sample deviation over seeds"
     description += ", or with one seed the 95 % confidence interval over clients." if measure == "loss" else "."
-    plot = _plot(dataset, "personalization", description, report_plots.draw_epochs(rows, measure, name))
+    plot = _plot(dataset, "personalization", description, plots.draw_epochs(rows, measure, name))
     if not plot:
         return []
     heading = Heading(f"{name[0].upper()}{name[1:]} against personalization")
     if measure == "accuracy":
-        return [heading, report_tables.epochs_table(rows), *plot]
+        return [heading, tables.epochs_table(rows), *plot]
     interval = Paragraph("Behind ± stands the 95 % confidence interval of the mean over unseen clients.")
-    return [heading, report_tables.steps_table(rows, name), interval, *plot]
+    return [heading, tables.steps_table(rows, name), interval, *plot]
 
 
 def _published(dataset: str, rows: Sequence[Row]) -> list[Block]:
     """Published figures beside ours, on the data sets that they can stand beside, with what has to be known of them."""
     blocks: list[Block] = []
-    table = report_tables.published_table(rows)
+    table = tables.published_table(rows)
     if dataset in published.PUBLISHED_DATASETS and table.rows:
         blocks += [Heading("Figures published for this experiment, after fine-tuning"), table]
         blocks += [Paragraph(caveat) for caveat in published.PUBLISHED_CAVEATS]
-    table = report_tables.jiang_table(rows)
+    table = tables.jiang_table(rows)
     if dataset in published.JIANG_DATASETS and table.rows:
         caveats = [*published.JIANG_CAVEATS, *([published.JIANG_CAVEAT_EMNIST] if dataset == "emnist" else [])]
         blocks += [Heading("The paper's figures for EMNIST-62 by writer"), table]

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfedavg.config import Phase
-from perfedavg.finished_runs import KINDS
-from perfedavg.report_rows import Row
-from perfedavg.report_tables import confidence_95, pooled_client_scores, steps_per_epoch
+from reporting.finished_runs import KINDS
+from reporting.rows import Row
+from reporting.tables import confidence_95, pooled_client_scores, steps_per_epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,7 +55,8 @@ _LINE_STYLES = ("-", "--", ":", "-.")
 """The colors are used again with the next style, where there are more rows than colors."""
 _DOTS_PER_INCH = 110
 _LEGEND_WIDTH = 64
-"""Letters in a line of a legend with two columns."""
+_TITLE_WIDTH = 76
+"""Letters in a line: of a legend with two columns, of the title of one panel of two."""
 _NUM_BINS = 20
 _SHOWN_SHARE_OF_LOSSES = 98
 """Percentile of the losses at which their histogram ends; those beyond are in its last bin."""
@@ -133,40 +134,36 @@ def draw_epochs(rows: Sequence[Row], measure: str, measure_name: str) -> Callabl
 
 
 def draw_clients(rows: Sequence[Row], measure: str, measure_name: str) -> Callable[[Theme], Figure] | None:
-    """Histograms over unseen clients, all seeds together, before and after personalization: a line of panels a row, a
-    panel a phase. None where no clients.csv could be read.
+    """Histograms over unseen clients, all seeds together, before and after personalization: a panel a row and phase.
+
+    None where no clients.csv could be read.
     """
     drawn = [row for row in rows if any(run.clients is not None for run in row.runs)]
     if not drawn:
         return None
-    phases = [phase for phase in Phase if any(phase in row.phases for row in drawn)]
     scores = {
-        (row.label, phase, kind): pooled_client_scores(row, phase, kind, measure)
+        f"{row.label}: after {row.after(phase)}": [pooled_client_scores(row, phase, kind, measure) for kind in KINDS]
         for row in drawn
         for phase in row.phases
-        for kind in KINDS
     }
-    bins = _bins(list(scores.values()), measure)
+    bins = _bins(np.concatenate([values for by_kind in scores.values() for values in by_kind]), measure)
 
     def draw(theme: Theme) -> Figure:
-        figure, panels = _figure(len(drawn), len(phases), 1.7, legend_lines=1)
-        for phase, column in zip(phases, panels.T, strict=True):
-            _head(column[0], f"after {phase.label}")
-            last = [panel for row, panel in zip(drawn, column, strict=True) if phase in row.phases][-1]
-            last.tick_params(labelbottom=True)
-            last.set_xlabel(f"{measure_name} of a client on its test part")
-        for row, line in zip(drawn, panels, strict=True):
-            line[0].set_title(row.label, fontsize=8, loc="left")
-            for phase, panel in zip(phases, line, strict=True):
-                if phase not in row.phases:
-                    panel.set_axis_off()
-                    continue
-                for kind, color in zip(KINDS, theme.kinds, strict=True):
-                    values = np.clip(scores[row.label, phase, kind], bins[0], bins[-1])
-                    weights = np.full(values.size, 100 / values.size)
-                    panel.hist(values, bins, weights=weights, color=color, alpha=0.35)
-                    panel.hist(values, bins, weights=weights, color=color, histtype="step", linewidth=1.4, label=kind)
-                panel.set_xlim(bins[0], bins[-1])
+        num_columns = min(2, len(scores))
+        figure, panels = _figure(-(-len(scores) // num_columns), num_columns, 1.8, legend_lines=1)
+        for panel in panels.flat[len(scores) :]:
+            panel.set_axis_off()
+        for panel, (title, by_kind) in zip(panels.flat, scores.items(), strict=False):
+            for kind, values, color in zip(KINDS, by_kind, theme.kinds, strict=True):
+                shown = np.clip(values, bins[0], bins[-1])
+                weights = np.full(values.size, 100 / values.size)
+                panel.hist(shown, bins, weights=weights, color=color, alpha=0.35)
+                panel.hist(shown, bins, weights=weights, color=color, histtype="step", linewidth=1.4, label=kind)
+            panel.set_title(textwrap.fill(title, _TITLE_WIDTH), fontsize=8, loc="left")
+            panel.set_xlim(bins[0], bins[-1])
+        for panel in panels.flat[len(scores) - num_columns : len(scores)]:
+            panel.tick_params(labelbottom=True)
+            panel.set_xlabel(f"{measure_name} of a client on its test part")
         figure.supylabel("% of unseen clients", fontsize=9)
         _legend_below(figure, panels.flat)
         return figure
@@ -207,11 +204,10 @@ def _over_seeds(curves: Sequence[dict[int, float | None]]) -> Curve:
     return np.array(places, dtype=np.float64), values.mean(axis=0), deviations
 
 
-def _bins(scores: Sequence[NDArray[np.float64]], measure: str) -> NDArray[np.float64]:
+def _bins(scores: NDArray[np.float64], measure: str) -> NDArray[np.float64]:
     if measure == "accuracy":
         return np.linspace(0, 1, _NUM_BINS + 1, dtype=np.float64)
-    finite = np.concatenate(scores)
-    finite = finite[np.isfinite(finite)]
+    finite = scores[np.isfinite(scores)]
     highest = float(np.percentile(finite, _SHOWN_SHARE_OF_LOSSES)) if finite.size else 1.0
     return np.linspace(0, highest or 1.0, _NUM_BINS + 1, dtype=np.float64)
 
@@ -223,12 +219,6 @@ def _figure(num_lines: int, num_columns: int, line_height: float, legend_lines: 
     size = (max(5.5, 4.8 * num_columns), 0.6 + line_height * num_lines + 0.1 * legend_lines)
     figure = Figure(figsize=size, layout="constrained")
     return figure, figure.subplots(num_lines, num_columns, squeeze=False, sharex=True, sharey=True)
-
-
-def _head(panel: Axes, text: str) -> None:
-    """A heading of the column that the panel is the first of, above the panel's own title."""
-    place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points"}
-    panel.annotate(text, (0.5, 1), (0, 20), ha="center", fontsize=11, **place)
 
 
 def _line(

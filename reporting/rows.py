@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perfedavg.config import Phase
-from perfedavg.finished_runs import KINDS, CurvePoint, FinishedRun, PhaseResult
+from reporting.finished_runs import KINDS, CurvePoint, FinishedRun, PhaseResult
 
 _SEED_OR_LESS = ("seed", "client_batching", "num_curve_epochs")
 """Settings in which the runs of a row may differ: who is drawn, how sums are rounded, and what else is measured."""

@@ -1,0 +1,1 @@
+"""Tables, plots and pages of finished runs. Reads their folders, and imports no torch."""
