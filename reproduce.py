@@ -43,7 +43,15 @@ COMMON: Flags = {
     "eval_clients": "50",
 }
 PHASE_1: Flags = {"epochs": "500", "server_optimizer": "momentum", "server_lr": "1.0", "server_momentum": "0.9"}
-REPTILE: Flags = {"fine_tune_method": "reptile", "fine_tune_outer_loops": "100", "fine_tune_inner_loops": "10"}
+REPTILE: Flags = {
+    "fine_tune_method": "reptile",
+    "fine_tune_outer_loops": "100",
+    "fine_tune_inner_loops": "10",
+    "fine_tune_local_lr": "0.02",
+    "fine_tune_server_optimizer": "sgd",
+    "fine_tune_server_lr": "1.0",
+    "fine_tune_server_schedule": "linear",
+}
 META: Flags = {
     "fine_tune_outer_loops": "100",
     "fine_tune_inner_steps": "5",
@@ -51,6 +59,7 @@ META: Flags = {
     "fine_tune_support_fraction": "0.5",
     "fine_tune_server_optimizer": "adam",
     "fine_tune_server_lr": "0.001",
+    "fine_tune_server_schedule": "linear",
 }
 """Phase 2 by MAML or FOMAML."""
 PLAIN_SERVER: Flags = {"epochs": "500", "server_optimizer": "sgd", "fine_tune_method": "none"}

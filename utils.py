@@ -55,10 +55,23 @@ class Defaults:
     eval_every: int = 50
     local_lr: float = 0.02
     fine_tune_local_lr: float = 0.02
+    fine_tune_server_optimizer: str = "sgd"
+    fine_tune_server_lr: float = 1.0
+    fine_tune_server_schedule: str = "linear"
 
 
 PAPER = Defaults()
-QUICK = Defaults(client_num_in_total=50, client_num_per_round=10, epochs=40, fine_tune_outer_loops=20, eval_every=5)
+QUICK = Defaults(
+    client_num_in_total=50,
+    client_num_per_round=10,
+    epochs=40,
+    fine_tune_outer_loops=20,
+    eval_every=5,
+    fine_tune_server_optimizer="adam",
+    fine_tune_server_lr=0.001,
+    fine_tune_server_schedule="constant",
+)
+"""Few rounds, in which Adam gets further."""
 NATURAL = Defaults(client_num_in_total=None, partition=None)
 DATASET_DEFAULTS = {
     "emnist": PAPER,
@@ -508,17 +521,16 @@ def _add_phases(parser: argparse.ArgumentParser) -> None:
     )
     add("--fine_tune_client_optimizer", choices=OPTIMIZER_FLAGS, default="sgd", help="the clients' optimizer")
     _add_by_dataset(group, "fine_tune_local_lr", "the clients' learning rate", type=float)
-    add("--fine_tune_server_optimizer", choices=OPTIMIZER_FLAGS, default="adam", help="the server's optimizer")
-    add(
-        "--fine_tune_server_lr", type=float, default=0.001, help="the server's learning rate (with sgd, Reptile's step)"
-    )
+    by_dataset = partial(_add_by_dataset, group)
+    by_dataset("fine_tune_server_optimizer", "the server's optimizer", choices=OPTIMIZER_FLAGS, type=str)
+    by_dataset("fine_tune_server_lr", "the server's learning rate (with sgd, Reptile's step)", type=float)
     add("--fine_tune_server_momentum", type=float, default=0.9, help="of the server's momentum, 0 or more and below 1")
     add("--fine_tune_server_epsilon", type=float, default=1e-8, help="of the server's adam, yogi or adagrad, above 0")
-    add(
-        "--fine_tune_server_schedule",
+    by_dataset(
+        "fine_tune_server_schedule",
+        "the server's learning rate over the rounds; linear falls to 0",
         choices=SCHEDULES,
-        default="constant",
-        help="the server's learning rate over the rounds; linear falls to 0",
+        type=str,
     )
 
     group = parser.add_argument_group("phase 3, personalization of unseen clients")
