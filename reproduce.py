@@ -82,7 +82,7 @@ MAIN: dict[str, Flags] = {
 EXTRA: dict[str, Flags] = {
     "tail": {**MAIN["E5-C20"], "local_split": "tail"},
     "local-only": {"epochs": "0", "fine_tune_method": "none", "pers_round": "50", "pers_curve": "50"},
-    "fedsgd": {**PLAIN_SERVER, "server_lr": "5.0", "inner_steps": "1", "client_num_per_round": "20"},
+    "fedsgd": {**PLAIN_SERVER, "server_lr": "15.0", "inner_steps": "1", "client_num_per_round": "20"},
     "joint": {**PLAIN_SERVER, "server_lr": "1.0", "inner_steps": "100", "client_num_per_round": "1", "joint": "true"},
     "fomaml": {**_phase_1(5, 20), **META, "fine_tune_method": "fomaml"},
     "maml": {**_phase_1(5, 20), **META, "fine_tune_method": "maml"},
