@@ -231,6 +231,8 @@ def plot_adaptation(models: Sequence[TrainedModel]) -> Figure:
             _plot_task(axes, model, client_id)
         column[0].set_title(model.method)
         column[-1].set_xlabel("x")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("y")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside right center")
     return figure
 
