@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -75,6 +76,10 @@ class JointView(_View):
     def num_train_examples(self, client_id: int) -> int:
         if client_id != self.train_client_ids[0]:
             return self._dataset.num_train_examples(client_id)
+        return self._num_pooled
+
+    @cached_property
+    def _num_pooled(self) -> int:
         return sum(map(self._dataset.num_train_examples, self._dataset.train_client_ids))
 
     def client_data(self, client_id: int) -> ClientData:

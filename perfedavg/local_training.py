@@ -133,6 +133,7 @@ def _epochs(num_examples: int, training: LocalTraining, generator: torch.Generat
     """The batches of each epoch: every index once, in random order; only the last batch of an epoch may be smaller."""
     missing = training.count_steps(num_examples)
     while missing > 0:
-        batches = torch.randperm(num_examples, generator=generator).split(training.batch_size)[:missing]
+        order = torch.randperm(num_examples, generator=generator)[: missing * training.batch_size]
+        batches = order.split(training.batch_size)
         yield batches
         missing -= len(batches)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,7 @@ def draw_epochs(rows: Sequence[Row], measure: str, measure_name: str) -> Callabl
                 _line(panel, theme, number, row.label, *_epoch_curve(row, phase, measure))
             panel.set(title=f"after {phase.label}", xlabel=f"{unit} of personalization", xlim=(0, None))
             panel.xaxis.get_major_locator().set_params(integer=True)
-        _scale(panels, measure)
+        _scale(panels, measure, zooms_in=True)
         panels[0].set_ylabel(f"{measure_name}, unseen clients")
         _legend_below(figure, panels)
         return figure
@@ -237,12 +238,16 @@ def _line(
         panel.fill_between(places, means - band, means + band, color=color, alpha=0.15, linewidth=0)
 
 
-def _scale(panels: Sequence[Axes], measure: str) -> None:
-    """Accuracies from 0 to 1; losses on a logarithmic scale, down to somewhat below the least that is drawn."""
-    if measure == "accuracy":
-        panels[0].set_ylim(0, 1.01)
-        return
+def _scale(panels: Sequence[Axes], measure: str, zooms_in: bool = False) -> None:
+    """Accuracies from 0 to 1; losses on a logarithmic scale, down to somewhat below the least that is drawn.
+
+    zooms_in: where all accuracies are high, the axis begins below the least of them, at a twentieth.
+    """
     means = np.concatenate([line.get_ydata() for panel in panels for line in panel.lines])
+    if measure == "accuracy":
+        least = float(np.nanmin(means)) if zooms_in and np.isfinite(means).any() else 0.0
+        panels[0].set_ylim(math.floor(20 * least) / 20, 1.01 if least < 0.9 else 1.002)
+        return
     above_zero = means[np.isfinite(means) & (means > 0)]
     panels[0].set_yscale("log")
     if above_zero.size:
