@@ -139,9 +139,9 @@ def _see_loopback(pid: int, seen: Watch) -> None:
 
 def _see_file(path: Path, seen: Watch) -> None:
     with contextlib.suppress(FileNotFoundError):
-        written = path.stat().st_mtime
-        if not seen.written or written > seen.written[-1]:
-            seen.written.append(written)
+        status = path.stat()
+        if status.st_size and (not seen.written or status.st_mtime > seen.written[-1]):
+            seen.written.append(status.st_mtime)
 
 
 def _find_children(pid: int, family: dict[int, psutil.Process]) -> None:
