@@ -75,8 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="IMAGES",
         help="folder with class/image.png below it: 28x28, bright ink on a dark ground; the classes are the run's",
     )
-    add("--epochs", type=_positive, metavar="N", help="passes over the images (default: the run's --pers_round, 5)")
-    add("--batch_size", type=_positive, metavar="N", help="images a step (default: the run's --batch_size, 20)")
+    add(
+        "--epochs", type=utils.positive, metavar="N", help="passes over the images (default: the run's --pers_round, 5)"
+    )
+    add("--batch_size", type=utils.positive, metavar="N", help="images a step (default: the run's --batch_size, 20)")
     add("--local_lr", type=float, metavar="X", help="learning rate of the run's client optimizer (default: the run's)")
     add(
         "--test_fraction",
@@ -221,17 +223,8 @@ def _takes_no_images(run: RunModel, inputs: str) -> ValueError:
     )
 
 
-def _positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
-    return value
-
-
 def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to 2^63 - 1")
-    return int(text)
+    return utils.whole_number(text, 0, 2**63 - 1)
 
 
 def _share(text: str) -> Fraction:

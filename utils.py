@@ -569,7 +569,7 @@ def _add_run_folder(parser: argparse.ArgumentParser) -> None:
         help="continue the run in this folder, with the experiment's flags that it was started with "
         "(default: start a new run)",
     )
-    group.add_argument("--checkpoint_every", type=_positive, default=10, help="rounds between two checkpoints")
+    group.add_argument("--checkpoint_every", type=positive, default=10, help="rounds between two checkpoints")
 
 
 def _add_plot(parser: argparse.ArgumentParser) -> None:
@@ -598,7 +598,7 @@ def _add_compute(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:i")
     group.add_argument(
         "--threads",
-        type=_positive,
+        type=positive,
         help="clients that this process trains side by side, on one core each; does not change the result "
         "(default: the machine's cores, shared out among the workers on it)",
     )
@@ -622,20 +622,20 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 def _add_join_server(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("joining").add_argument
     add("--world_size", type=int, default=3, help="processes to start with: the server and its workers")
-    add("--join_timeout_seconds", type=_positive, default=600, help="how long to wait for them to join, seconds")
+    add("--join_timeout_seconds", type=positive, default=600, help="how long to wait for them to join, seconds")
 
 
 def _add_faults(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("faults").add_argument
     add(
         "--worker_timeout_seconds",
-        type=_positive,
+        type=positive,
         default=30,
         help="after which a worker without a sign of life counts as dead, seconds",
     )
     add(
         "--worker_wait_seconds",
-        type=_positive,
+        type=positive,
         default=300,
         help="how long to wait for a worker when none is left, before the run is saved and stopped, seconds",
     )
@@ -645,10 +645,10 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("joining").add_argument
     add("--rank", type=int, required=True, default=argparse.SUPPRESS, help="this worker's own number, 1 or more")
     add("--world_size", type=int, help="checked against the server's (default: not checked)")
-    add("--join_timeout_seconds", type=_positive, default=20, help="how long to try to reach the server, seconds")
+    add("--join_timeout_seconds", type=positive, default=20, help="how long to try to reach the server, seconds")
     add(
         "--server_wait_seconds",
-        type=_positive,
+        type=positive,
         default=300,
         help="how long to wait for a server that was lost to come back, seconds",
     )
@@ -656,7 +656,7 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
 
 def _add_local_launch(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("processes on this machine")
-    group.add_argument("--workers", type=_positive, default=2, help="worker processes to start")
+    group.add_argument("--workers", type=positive, default=2, help="worker processes to start")
     group.add_argument("--port", type=_port, help="TCP port of the server (default: a free one)")
     group.add_argument("--backend", choices=BACKENDS, default="gloo", help="torch.distributed backend")
 
@@ -670,7 +670,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", _positive: "N", _port: "PORT", float: "X", Path: "FOLDER"}.get(action.type, "TEXT")
+        return {int: "N", positive: "N", _port: "PORT", float: "X", Path: "FOLDER"}.get(action.type, "TEXT")
 
 
 def _dataset(text: str) -> str:
@@ -688,18 +688,20 @@ def _boolean(text: str) -> bool:
 
 
 def _client_batching(text: str) -> str | int:
-    return text if text == "auto" else _positive(text)
+    return text if text == "auto" else positive(text)
 
 
-def _positive(text: str) -> int:
-    return _whole_number(text, 1, None)
+def positive(text: str) -> int:
+    """The type of a flag: 1 or more."""
+    return whole_number(text, 1, None)
 
 
 def _port(text: str) -> int:
-    return _whole_number(text, 1, 65535)
+    return whole_number(text, 1, 65535)
 
 
-def _whole_number(text: str, lowest: int, highest: int | None) -> int:
+def whole_number(text: str, lowest: int, highest: int | None) -> int:
+    """The type of a flag with these bounds. Raises ArgumentTypeError, which argparse turns into a line."""
     try:
         value = int(text)
     except ValueError:

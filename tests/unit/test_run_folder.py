@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,14 @@ def test_tensorboard_reads_every_round_once(run: tuple[Path, nn.Module]) -> None
         scalars = events.Scalars(tag)
         assert [scalar.step for scalar in scalars] == list(range(1, len(records) + 1))
         assert [scalar.value for scalar in scalars] == pytest.approx(values, rel=1e-6)
+
+
+def test_the_tensorboard_that_is_installed_starts_and_finds_them(run: tuple[Path, nn.Module]) -> None:
+    """The README names its command, and a release of it may need what is not there."""
+    command = [sys.executable, "-m", "tensorboard.main", "--inspect", "--logdir", str(run[0])]
+    answer = subprocess.run(command, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "training/loss" in answer.stdout
 
 
 def test_result_has_what_its_readers_rely_on(run: tuple[Path, nn.Module]) -> None:
