@@ -146,7 +146,7 @@ class ExperimentConfig:
         phase always take all of them.
     precision: of PRECISIONS, in which clients train (see `flat_model.FlatModel`); they are scored in float32.
     client_batching: clients that are trained at once, as one computation, 1 or more, or None until it is settled for
-        the devices that do the work (see `executor.settle_client_batching`). It changes only how sums are rounded.
+        the devices that do the work (see `client_batching.settle_client_batching`). It changes how sums are rounded.
     """
 
     dataset: str

@@ -1,4 +1,4 @@
-"""The experiment: FedAvg, Reptile fine-tuning, personalization of clients never seen in training.
+"""The experiment: FedAvg, fine-tuning, personalization of clients never seen in training.
 
 Jiang, Konecny, Rush, Kannan 2019, "Improving Federated Learning Personalization via Model Agnostic Meta Learning",
 arXiv 1909.12488. This is the only place where rounds are counted, whoever does the clients' work.
