@@ -6,17 +6,17 @@ What a row is stands in `rows_of`, as flags of single_process.py. docs/reproduct
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import utils
 from perfedavg.config import num_unseen_clients
@@ -57,11 +57,11 @@ META: Flags = {
     "fine_tune_inner_steps": "5",
     "fine_tune_local_lr": "0.02",
     "fine_tune_support_fraction": "0.5",
-    "fine_tune_server_optimizer": "adam",
-    "fine_tune_server_lr": "0.001",
+    "fine_tune_server_optimizer": "sgd",
+    "fine_tune_server_lr": "0.1",
     "fine_tune_server_schedule": "linear",
 }
-"""Phase 2 by MAML or FOMAML."""
+"""Phase 2 by MAML or FOMAML; the server's rate was chosen on validation clients, as Reptile's (docs/decisions.md)."""
 PLAIN_SERVER: Flags = {"epochs": "500", "server_optimizer": "sgd", "fine_tune_method": "none"}
 """A server without momentum, and no phase 2."""
 
@@ -237,79 +237,105 @@ def _recorded_flags(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{_from_root(folder)}/config.json is missing or damaged; move that folder away") from error
 
 
-def run_jobs(jobs: Sequence[Job], machine: Sequence[str], signals: SignalWatch) -> int:
-    """Run, one after another, what is not done yet; say how far it is.
+def run_jobs(jobs: Sequence[Job], machine: Sequence[str], signals: SignalWatch, num_at_once: int = 1) -> int:
+    """Run what is not done yet, so many at a time and in the order of the jobs; say how far it is.
 
+    When a run fails or a signal comes, the others that run save a checkpoint and end.
     Returns the exit status: 0, or that of the run that failed, or 128 + n after signal n.
     """
-    pace = Pace(jobs)
-    for number, job in enumerate(jobs, 1):
-        title = f"[{number}/{len(jobs)}] {job.label}"
-        if job.is_done:
-            show(f"{title}: done before, in {_from_root(job.result_dir)}")
-            continue
-        if not job.has_ended:
-            show(f"{title}: {shlex.join(job.command(machine))}")
-            status = run_job(job, machine, signals)
-            if status:
-                say(f"go on with: sh reproduce.sh {shlex.join(sys.argv[1:])}")
-                return status
+    pace = Pace(jobs, num_at_once)
+    waiting = deque((f"[{number}/{len(jobs)}] {job.label}", job) for number, job in enumerate(jobs, 1))
+    running: list[Run] = []
+    failed: list[Run] = []
+
+    def keep(title: str, job: Job) -> None:
         result = keep_results(job)
         pace.job_ended(job, result["seconds"])
         show(f"{title}: {describe(result)}; about {_duration(pace.seconds_left)} to go")
-    return 0
 
-
-def run_job(job: Job, machine: Sequence[str], signals: SignalWatch) -> int:
-    """Start a job's run, or go on with it, and wait for its end. Returns its exit status, or 128 + n after signal n.
-
-    Its output goes to a file beside its folder; its last lines are shown where it did not end well.
-    """
-    log = job.run_dir.with_name(f"{job.run_dir.name}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    begin = log.stat().st_size if log.exists() else 0
-    status = run_child(job.command(machine), signals, log)
-    lines = log.read_bytes()[begin:].decode(errors="replace").splitlines()
-    if status and signals.received:
-        say("\n".join([f"{job.label}: stopped by {signals.received.name}", *lines[-1:]]))
-    elif status:
-        shown = lines[-NUM_LAST_LINES:]
-        say("\n".join([f"{job.label}: ended with status {status}; the end of {_from_root(log)}:", *shown]))
-    return status
-
-
-def run_child(command: Sequence[str], signals: SignalWatch, output: Path | None = None) -> int:
-    """Run a command in the project's root until it ends, or until a signal comes, which then ends it too.
-
-    It has a process group of its own, so that Ctrl-C reaches it through this process only. output: a file that what it
-    prints is added to, or None to show it.
-    Returns its exit status, or 128 + n where signal n ended it.
-    """
-    if signals.received:
-        return 128 + signals.received
-    with contextlib.nullcontext() if output is None else open(output, "ab") as file:
-        errors = None if file is None else subprocess.STDOUT
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file, stderr=errors, start_new_session=True
-        )
     try:
-        while process.poll() is None and not signals.received:
+        while (waiting or running) and not failed and not signals.received:
+            if waiting and len(running) < num_at_once:
+                title, job = waiting.popleft()
+                if job.is_done:
+                    show(f"{title}: done before, in {_from_root(job.result_dir)}")
+                elif job.has_ended:
+                    keep(title, job)
+                else:
+                    command = job.command(machine)
+                    show(f"{title}: {shlex.join(command)}")
+                    running.append(Run(title, job, command))
+                continue
+            ended = [run for run in running if run.process.poll() is not None]
+            running = [run for run in running if run not in ended]
+            for run in ended:
+                if run.process.returncode:
+                    failed.append(run)
+                else:
+                    keep(run.title, run.job)
             time.sleep(POLL_SECONDS)
     finally:
-        _end(process)
-    if process.returncode and signals.received:
-        return 128 + signals.received
+        _end([run.process for run in running])
+    how = f"stopped by {signals.received.name}" if signals.received else "stopped"
+    for run in running:
+        say(run.last_words(how, 1))
+    for run in failed:
+        how = f"ended with status {exit_status(run.process)}; the end of {_from_root(run.log)}:"
+        say(run.last_words(how, NUM_LAST_LINES))
+    if not failed and not signals.received:
+        return 0
+    say(f"go on with: sh reproduce.sh {shlex.join(sys.argv[1:])}")
+    return 128 + signals.received if signals.received else exit_status(failed[0].process)
+
+
+class Run:
+    """A job's run, or the rest of one, in a process of its own, which begins at once.
+
+    log: what it prints is added to, beside its folder.
+    """
+
+    def __init__(self, title: str, job: Job, command: Sequence[str]) -> None:
+        self.title = title
+        self.job = job
+        self.log = job.run_dir.with_name(f"{job.run_dir.name}.log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._begin = self.log.stat().st_size if self.log.exists() else 0
+        with open(self.log, "ab") as file:
+            self.process = _start(command, file)
+
+    def last_words(self, how: str, num_lines: int) -> str:
+        """How it ended, and the last lines of what it printed."""
+        lines = self.log.read_bytes()[self._begin :].decode(errors="replace").splitlines()
+        return "\n".join([f"{self.job.label}: {how}", *lines[-num_lines:]])
+
+
+def _start(command: Sequence[str], output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
+    """Start a command in the project's root, and in a process group of its own, so that Ctrl-C does not reach it.
+
+    output: where what it prints goes, or None to show it.
+    """
+    errors = None if output is None else subprocess.STDOUT
+    return subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
+    )
+
+
+def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM, upon which runs save a checkpoint; SIGKILL to those that have not ended within TERMINATE_SECONDS."""
+    for process in processes:
+        process.terminate()  # which does nothing to one that has ended
+    deadline = time.monotonic() + TERMINATE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def exit_status(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of a process that has ended, as a shell has it: 128 + n where signal n ended it."""
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM, upon which a run saves a checkpoint; SIGKILL if it has not ended within TERMINATE_SECONDS."""
-    process.terminate()  # which does nothing to one that has ended
-    try:
-        process.wait(TERMINATE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def keep_results(job: Job) -> dict[str, Any]:
@@ -357,7 +383,8 @@ def without_machine_paths(config: dict[str, Any]) -> dict[str, Any]:
 class Pace:
     """How long the rest takes, judged by the runs that have ended."""
 
-    def __init__(self, jobs: Sequence[Job]) -> None:
+    def __init__(self, jobs: Sequence[Job], num_at_once: int = 1) -> None:
+        self._num_at_once = num_at_once
         self._passes_left = sum(num_passes(job) for job in jobs if not job.is_done)
         self._passes_made = 0
         self._seconds = 0.0
@@ -370,7 +397,7 @@ class Pace:
 
     @property
     def seconds_left(self) -> float:
-        return self._seconds / self._passes_made * self._passes_left
+        return self._seconds / self._passes_made * self._passes_left / self._num_at_once
 
 
 def num_passes(job: Job) -> int:
@@ -437,15 +464,20 @@ def _state(job: Job) -> str:
 
 
 def write_tables(dataset: str, runs: Path, results: Path, signals: SignalWatch) -> int:
-    """Have the data set's tables and plots made from its results. Returns the exit status, as `run_child` does."""
+    """Have the data set's tables and plots made from its results. Returns the exit status, as `run_jobs` does."""
     folder = str(_from_root(results))
     scripts = [["report.py", folder, "--output", f"{folder}/report"]]
     if dataset == "sine":
         scripts.append(["sine.py", folder, "--output", f"{folder}/report", "--models", str(_from_root(runs))])
     for script in scripts:
-        status = run_child([sys.executable, *script], signals)
-        if status:
-            return status
+        process = _start([sys.executable, *script])
+        try:
+            while process.poll() is None and not signals.received:
+                time.sleep(POLL_SECONDS)
+        finally:
+            _end([process])
+        if signals.received or process.returncode:
+            return 128 + signals.received if signals.received else exit_status(process)
     return 0
 
 
@@ -478,7 +510,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--list", action="store_true", help="say what is done and what is to do, with the commands, and run nothing")
     add("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:i (default: auto)")
-    add("--threads", type=int, metavar="N", help="clients trained side by side (default: the machine's cores)")
+    add("--jobs", type=utils.positive, default=1, metavar="N", help="runs at a time (default: 1)")
+    add(
+        "--threads",
+        type=utils.positive,
+        metavar="N",
+        help="clients that a run trains side by side (default: the machine's cores, shared out among the runs)",
+    )
     return parser.parse_args(argv)
 
 
@@ -489,6 +527,8 @@ def _absolute(path: str | Path) -> Path:
 def main() -> int:
     args = parse_args()
     machine = ["--data_root", str(_from_root(args.data_root)), "--device", args.device]
+    if args.threads is None and args.jobs > 1:
+        args.threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     if args.threads is not None:
         machine += ["--threads", str(args.threads)]
     runs, results = args.runs / args.dataset, args.results / args.dataset
@@ -498,7 +538,7 @@ def main() -> int:
             show(list_jobs(jobs, machine))
             return 0
         signals = SignalWatch()
-        return run_jobs(jobs, machine, signals) or write_tables(args.dataset, runs, results, signals)
+        return run_jobs(jobs, machine, signals, args.jobs) or write_tables(args.dataset, runs, results, signals)
     except USER_ERRORS as error:
         return report(error)
 

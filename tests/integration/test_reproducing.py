@@ -19,7 +19,8 @@ sys.path.insert(0, sys.argv[1])
 import reproduce
 rows, runs, results = json.loads(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 jobs = reproduce.plan_jobs(rows, [0], runs, results)
-sys.exit(reproduce.run_jobs(jobs, ["--device", "cpu", "--threads", "1"], reproduce.SignalWatch()))
+machine, num_at_once = ["--device", "cpu", "--threads", "1"], int(sys.argv[5])
+sys.exit(reproduce.run_jobs(jobs, machine, reproduce.SignalWatch(), num_at_once))
 """
 SHORT = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
 LONG = {**SHORT, "inner_loops": "20", "fine_tune_inner_loops": "20", "epochs": "8", "fine_tune_outer_loops": "8"}
@@ -27,8 +28,10 @@ LONG = {**SHORT, "inner_loops": "20", "fine_tune_inner_loops": "20", "epochs": "
 ROWS = {"short": SHORT, "long": LONG}
 
 
-def start(launched: Launched, folder: Path, rows: Mapping[str, Mapping[str, str]] = ROWS) -> subprocess.Popen[str]:
-    words = [str(ROOT), json.dumps(rows), str(folder / "runs"), str(folder / "results")]
+def start(
+    launched: Launched, folder: Path, rows: Mapping[str, Mapping[str, str]] = ROWS, num_at_once: int = 1
+) -> subprocess.Popen[str]:
+    words = [str(ROOT), json.dumps(rows), str(folder / "runs"), str(folder / "results"), str(num_at_once)]
     return launched.start(sys.executable, "-c", PROGRAM, *words, cwd=folder)
 
 
@@ -96,3 +99,41 @@ def test_a_run_that_fails_shows_why_and_costs_nothing_else(launched: Launched, t
     assert "[1/2] first, seed 0: done before" in output
     kept = [read_result(tmp_path / "results" / row / "seed0") for row in rows]
     assert kept[0]["model_sha256"] == kept[1]["model_sha256"]
+
+
+def test_runs_side_by_side_are_stopped_together_and_gone_on_with(launched: Launched, tmp_path: Path) -> None:
+    """Ctrl-C stops all that run, not only the first; the rest waits its turn, and each comes to its own result."""
+    rows = {"a": LONG, "b": LONG, "c": SHORT}
+    first = start(launched, tmp_path, rows, 2)
+    for row in ("a", "b"):
+        wait_for_rounds(first, tmp_path / "runs" / row / "seed0", 1)
+    children = children_of(first.pid)
+    assert len(children) == 2
+    first.send_signal(signal.SIGINT)
+    status, _, errors = finish(first)
+    assert status == 128 + signal.SIGINT
+    assert [line for line in errors.splitlines() if line.endswith("stopped by SIGINT")] == [
+        "a, seed 0: stopped by SIGINT",
+        "b, seed 0: stopped by SIGINT",
+    ]
+    for child in children:
+        assert_ended(child)
+    assert not (tmp_path / "runs" / "c").exists()
+
+    status, output, errors = finish(start(launched, tmp_path, rows, 2))
+    assert status == 0, errors
+    assert sum(line.endswith("about 0 s to go") for line in output.splitlines()) == 1
+    a, b, c = (read_result(tmp_path / "results" / row / "seed0")["model_sha256"] for row in rows)
+    assert a == b != c
+
+
+def test_a_run_that_fails_lets_the_others_save_what_they_have(launched: Launched, tmp_path: Path) -> None:
+    place = tmp_path / "runs" / "bad"
+    place.mkdir(parents=True)
+    (place / "seed0").write_text("a file where the run's folder should be")
+    forever = {**LONG, "epochs": "100000"}
+    status, _, errors = finish(start(launched, tmp_path, {"long": forever, "bad": SHORT}, 2))
+    assert status == 2
+    assert errors.splitlines()[0] == "long, seed 0: stopped"
+    assert "bad, seed 0: ended with status 2" in errors
+    assert not (tmp_path / "results").exists()

@@ -19,7 +19,18 @@ import reproduce
 import utils
 from perfedavg.config import ExperimentConfig
 from quick_start import SignalWatch
-from reproduce import Job, Pace, check_flags, keep_results, num_passes, plan_jobs, rows_of, run_child, select_rows
+from reproduce import (
+    Job,
+    Pace,
+    Run,
+    check_flags,
+    exit_status,
+    keep_results,
+    num_passes,
+    plan_jobs,
+    rows_of,
+    select_rows,
+)
 
 IMAGES = ("mnist", "emnist", "synthetic_writers")
 MAIN = {f"E{e}-C{c}": (e, c) for c in (20, 5) for e in (20, 10, 5, 2)}
@@ -187,7 +198,7 @@ def test_what_is_done_is_skipped_and_what_has_ended_is_only_kept(
     jobs = tiny_jobs(tmp_path, 0)
     leave_run(jobs[0], jobs[0].result_dir)
     leave_run(jobs[1], jobs[1].run_dir)
-    monkeypatch.setattr(reproduce, "run_job", lambda *arguments: pytest.fail("a run was started"))
+    monkeypatch.setattr(reproduce, "Run", lambda *arguments: pytest.fail("a run was started"))
     assert reproduce.run_jobs(tiny_jobs(tmp_path, 0), MACHINE, NoSignals()) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"[1/2] a, seed 0: done before, in {jobs[0].result_dir}"
@@ -301,6 +312,9 @@ def test_the_rest_is_judged_by_the_work_in_it(tmp_path: Path) -> None:
     pace = Pace([long, short])
     pace.job_ended(long, 60.0)
     assert pace.seconds_left == pytest.approx(60.0 * num_passes(short) / num_passes(long))
+    two_at_once = Pace([long, short], 2)
+    two_at_once.job_ended(long, 60.0)
+    assert two_at_once.seconds_left == pytest.approx(pace.seconds_left / 2)
     leave_run(short, short.result_dir)
     pace = Pace([long, short])
     pace.job_ended(long, 60.0)
@@ -318,15 +332,22 @@ def test_a_model_without_training_is_not_called_trained() -> None:
     assert line == "1 min 10 s; untrained 25.00%, personalized 75.00%"
 
 
-def test_a_childs_output_and_status(tmp_path: Path) -> None:
+def test_a_runs_output_and_status(tmp_path: Path) -> None:
     """It runs in the project's root, whatever the caller's folder, and a log that is there is kept."""
-    output = tmp_path / "log"
-    output.write_text("before\n")
-    code = "import os, sys; print(os.getcwd()); print('bad', file=sys.stderr); sys.exit(3)"
-    assert run_child([sys.executable, "-c", code], NoSignals(), output) == 3
-    assert sorted(output.read_text().splitlines()) == sorted(["before", str(ROOT), "bad"])
-    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert run_child([sys.executable, "-c", code], NoSignals(), output) == 128 + 9
+    job = tiny_jobs(tmp_path, 0)[0]
+    job.run_dir.parent.mkdir(parents=True)
+    log = job.run_dir.with_name("seed0.log")
+    log.write_text("before\n")
+    code = "import os, sys; print(os.getcwd(), flush=True); print('bad', file=sys.stderr); sys.exit(3)"
+    run = Run("[1/1] a", job, [sys.executable, "-c", code])
+    run.process.wait()
+    assert exit_status(run.process) == 3
+    assert log.read_text().splitlines() == ["before", str(ROOT), "bad"]
+    assert run.last_words("ended:", 10) == f"a, seed 0: ended:\n{ROOT}\nbad"
+    assert run.last_words("stopped", 1) == "a, seed 0: stopped\nbad"
+    killed = Run("[1/1] a", job, [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+    killed.process.wait()
+    assert exit_status(killed.process) == 128 + 9
 
 
 def test_list_says_what_is_done_and_starts_nothing(tmp_path: Path) -> None:
