@@ -41,6 +41,14 @@ SERVER_BETAS = {"adam": (0.9, 0.999), "yogi": (0.9, 0.99)}
 """Adam's are its authors', Yogi's those that Reddi et al. 2020 give a server."""
 
 
+FINE_TUNE_STEP = 1.0
+"""Reptile's step, by plain SGD on the server."""
+FINE_TUNE_GRADIENT_STEP = 0.1
+"""By the same, along a gradient: FOMAML, MAML."""
+FINE_TUNE_ADAPTIVE_STEP = 0.001
+"""By Adam, Yogi and Adagrad."""
+
+
 @dataclass(frozen=True)
 class Defaults:
     """Values of the flags that follow the data set."""
@@ -56,7 +64,6 @@ class Defaults:
     local_lr: float = 0.02
     fine_tune_local_lr: float = 0.02
     fine_tune_server_optimizer: str = "sgd"
-    fine_tune_server_lr: float = 1.0
     fine_tune_server_schedule: str = "linear"
 
 
@@ -68,7 +75,6 @@ QUICK = Defaults(
     fine_tune_outer_loops=20,
     eval_every=5,
     fine_tune_server_optimizer="adam",
-    fine_tune_server_lr=0.001,
     fine_tune_server_schedule="constant",
 )
 """Few rounds, in which Adam gets further."""
@@ -114,7 +120,16 @@ def get_args(role: str, argv: Sequence[str] | None = None) -> argparse.Namespace
         for name, value in vars(_defaults_of(args.dataset)).items():
             if name in args and getattr(args, name) is None:
                 setattr(args, name, value)
+        if "fine_tune_server_lr" in args and args.fine_tune_server_lr is None:
+            args.fine_tune_server_lr = _default_fine_tune_rate(args.fine_tune_server_optimizer, args.fine_tune_method)
     return args
+
+
+def _default_fine_tune_rate(server_optimizer: str, method: str) -> float:
+    """The server's learning rate in phase 2. Where it comes from: docs/decisions.md."""
+    if server_optimizer in ("sgd", "momentum"):
+        return FINE_TUNE_STEP if method == "reptile" else FINE_TUNE_GRADIENT_STEP
+    return FINE_TUNE_ADAPTIVE_STEP
 
 
 def _given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
@@ -523,7 +538,12 @@ def _add_phases(parser: argparse.ArgumentParser) -> None:
     _add_by_dataset(group, "fine_tune_local_lr", "the clients' learning rate", type=float)
     by_dataset = partial(_add_by_dataset, group)
     by_dataset("fine_tune_server_optimizer", "the server's optimizer", choices=OPTIMIZER_FLAGS, type=str)
-    by_dataset("fine_tune_server_lr", "the server's learning rate (with sgd, Reptile's step)", type=float)
+    add(
+        "--fine_tune_server_lr",
+        type=float,
+        help=f"the server's learning rate; with sgd, Reptile's step (default: {FINE_TUNE_STEP:g} for reptile, "
+        f"{FINE_TUNE_GRADIENT_STEP:g} for fomaml and maml; with adam, yogi and adagrad {FINE_TUNE_ADAPTIVE_STEP:g})",
+    )
     add("--fine_tune_server_momentum", type=float, default=0.9, help="of the server's momentum, 0 or more and below 1")
     add("--fine_tune_server_epsilon", type=float, default=1e-8, help="of the server's adam, yogi or adagrad, above 0")
     by_dataset(

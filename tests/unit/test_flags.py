@@ -110,6 +110,27 @@ def test_momentum_is_sgd_with_momentum_and_sgd_is_without() -> None:
         assert (server.name, server.momentum) == ("sgd", momentum)
 
 
+@pytest.mark.parametrize(
+    ("argv", "rate"),
+    [
+        ([], 1.0),
+        (["--fine_tune_method", "fomaml"], 0.1),
+        (["--fine_tune_method", "maml"], 0.1),
+        (["--fine_tune_method", "maml", "--fine_tune_server_optimizer", "momentum"], 0.1),
+        (["--fine_tune_server_optimizer", "adam"], 0.001),
+        (["--fine_tune_method", "fomaml", "--fine_tune_server_optimizer", "yogi"], 0.001),
+        (["--dataset", "digits"], 0.001),
+        (["--dataset", "digits", "--fine_tune_server_optimizer", "sgd"], 1.0),
+        (["--fine_tune_method", "maml", "--fine_tune_server_lr", "0.7"], 0.7),
+    ],
+)
+def test_the_rate_of_phase_2_fits_what_the_server_does_with_it(argv: list[str], rate: float) -> None:
+    """A step of 1.0 is an average for Reptile, and destroys a model with Adam."""
+    settings = config(*argv)
+    assert settings.fine_tune is not None
+    assert settings.fine_tune.server_optimizer.learning_rate == rate
+
+
 def test_no_fine_tuning_can_be_said_in_two_ways() -> None:
     assert config("--fine_tune_method", "none").fine_tune is config("--fine_tune", "false").fine_tune is None
 
