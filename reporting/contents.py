@@ -139,6 +139,8 @@ def _section(dataset: str, rows: Sequence[Row], target: float) -> Section:
     measure, name = ("accuracy", "accuracy") if has_accuracy else ("loss", loss_name)
     blocks: list[Block] = [Paragraph(note) for note in _notes(dataset, rows)]
     blocks += [Heading("Results"), tables.results_table(rows, loss_name)]
+    if any(row.nickname for row in rows):
+        blocks += [Paragraph("Rows that are called by their folders:"), tables.nicknames_table(rows)]
     if has_accuracy:
         blocks += [Heading(f"Rounds to an accuracy of {target:g}"), tables.rounds_table(rows, target)]
         blocks.append(Paragraph(_resolution(rows)))

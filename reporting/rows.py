@@ -7,7 +7,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from perfedavg.config import Phase
@@ -37,15 +37,23 @@ class Row:
 
     name: clients a round and E, or what takes their place.  differences: what else differs from most other rows.
     runs: in order of their seeds, one a seed; never empty.
+    nickname: in place of name and differences, where these are long: the folder of runs in `<folder>/seed<k>`, and what
+    may not remain unsaid; or empty.
     """
 
     name: str
     differences: str
     runs: tuple[FinishedRun, ...]
+    nickname: str = ""
 
     @property
     def label(self) -> str:
         """What it is called in a report. No two rows of a data set have the same label."""
+        return self.nickname or self.description
+
+    @property
+    def description(self) -> str:
+        """What it is, in full."""
         return f"{self.name}, {self.differences}" if self.differences else self.name
 
     @property
@@ -139,7 +147,24 @@ def group_rows(runs: Sequence[FinishedRun]) -> list[Row]:
         Row(_name(settings), ", ".join(differences), tuple(group))
         for settings, differences, group in zip(all_settings, _differences(all_settings), groups.values(), strict=True)
     ]
+    folders = Counter(_common_folder(row) for row in rows)
+    rows = [replace(row, nickname=_nickname(row)) if folders[_common_folder(row)] == 1 else row for row in rows]
     return sorted(rows, key=_place)
+
+
+def _common_folder(row: Row) -> str:
+    """The name of the folder that holds all runs of a row, each as seed<k>; empty where there is none."""
+    folders = {run.path.parent.name if run.path.name == f"seed{run.seed}" else "" for run in row.runs}
+    return folders.pop() if len(folders) == 1 else ""
+
+
+def _nickname(row: Row) -> str:
+    """Empty for a plain row, which is called by clients a round and E, and for one whose folder says nothing."""
+    folder = _common_folder(row)
+    if not folder or (row.has_cohort_and_epochs and not row.differences):
+        return ""
+    said = {name: value for name, value in _ALWAYS_SAID.items() if row.settings.get(name) == value}
+    return ", ".join([folder, *(word for name, value in said.items() for word in _words(name, value, []))])
 
 
 def _place(row: Row) -> tuple[bool, bool, tuple[int, int], str]:

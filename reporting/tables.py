@@ -63,6 +63,11 @@ def results_table(rows: Sequence[Row], loss_name: str) -> Table:
     return Table(headers, cells, 3)
 
 
+def nicknames_table(rows: Sequence[Row]) -> Table:
+    """What the rows are that are called by their folders."""
+    return Table(["row", "what it is"], [[row.label, row.description] for row in rows if row.nickname], 2)
+
+
 def rounds_table(rows: Sequence[Row], target: float) -> Table:
     """The paper's table: accuracies after each phase, and the rounds to a target accuracy."""
     phases = [phase for phase in Phase if any(phase in row.phases for row in rows)]
@@ -72,7 +77,8 @@ def rounds_table(rows: Sequence[Row], target: float) -> Table:
     cells = []
     for row in rows:
         cohort_size, epochs = row.cohort_and_epochs
-        name = [str(cohort_size), str(epochs), row.differences] if row.has_cohort_and_epochs else ["", "", row.label]
+        otherwise = row.nickname or row.differences
+        name = [str(cohort_size), str(epochs), otherwise] if row.has_cohort_and_epochs else ["", "", row.label]
         accuracies = [_accuracy(row, phase, kind) for phase in phases for kind in KINDS]
         rounds = [_rounds(row, kind, target) for kind in KINDS]
         cells.append([*name, str(len(row.runs)), *accuracies, *rounds])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import dataclasses
+import itertools
 import json
 import math
 import subprocess
@@ -134,7 +135,9 @@ def markdown_of(*paths: Path, target: float = 0.8) -> str:
 def table_under(markdown: str, heading: str) -> list[dict[str, str]]:
     """The first table after a heading, a dict a line."""
     lines = markdown.split(f"### {heading}\n", 1)[1].split("\n### ", 1)[0].splitlines()
-    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
+    lines = list(itertools.dropwhile(lambda line: not line.startswith("|"), lines))
+    lines = list(itertools.takewhile(lambda line: line.startswith("|"), lines))
+    table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
     headers, _, *rows = table
     return [dict(zip(headers, row, strict=True)) for row in rows]
 
@@ -293,6 +296,49 @@ def test_baselines_have_names_of_their_own() -> None:
         "E 5, joint",
         "no FedAvg, 20 clients a round",
         "untrained, num_personalization_epochs 50",
+    ]
+
+
+def test_a_row_with_a_long_name_is_called_by_its_folder(tmp_path: Path) -> None:
+    """As reproduce.sh leaves them; what the row is stands under the table, and what must not be missed in its name."""
+    scores = {"fedavg": ((1.0, 0.6), (0.5, 0.9))}
+    rows = {
+        "E5-C20": experiment(5, fine_tunes=False),
+        "E2-C20": experiment(2, fine_tunes=False),
+        "local-only": experiment(5, fedavg=PhaseConfig(0, 5, SGD, MOMENTUM), fine_tunes=False),
+        "iid": experiment(5, fine_tunes=False, partition="iid"),
+        "tail": experiment(5, fine_tunes=False, local_split="tail"),
+    }
+    for name, config in rows.items():
+        write_run(tmp_path / name / "seed0", config, scores)
+    markdown = markdown_of(tmp_path)
+    labels = [
+        "E 2, 20 clients a round",
+        "E 5, 20 clients a round",
+        "iid",
+        "tail, local_split tail",
+        "local-only",
+    ]
+    assert [line["row"] for line in table_under(markdown, "Results")] == labels
+    assert "| iid | E 5, 20 clients a round, partition iid |" in markdown
+    assert "| local-only | untrained |" in markdown
+    rounds = table_under(markdown, "Rounds to an accuracy of 0.8")
+    assert [(line["E"], line["otherwise"]) for line in rounds[2:]] == [
+        ("5", "iid"),
+        ("5", "tail, local_split tail"),
+        ("", "local-only"),
+    ]
+
+
+def test_a_folder_that_two_rows_share_names_neither(tmp_path: Path) -> None:
+    """Or two rows would be called the same."""
+    scores = {"fedavg": ((1.0, 0.6), (0.5, 0.9))}
+    configs = [experiment(fine_tunes=False, seed=seed, partition=f"shards:{2 + seed}") for seed in range(2)]
+    for seed, config in enumerate(configs):
+        write_run(tmp_path / "mixed" / f"seed{seed}", config, scores)
+    assert [line["row"] for line in table_under(markdown_of(tmp_path), "Results")] == [
+        "E 5, 20 clients a round, partition shards:2",
+        "E 5, 20 clients a round, partition shards:3",
     ]
 
 
