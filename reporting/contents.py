@@ -27,6 +27,10 @@ _VALIDATION_NOTE = (
     "Rows with validation are scored on training clients that were held out, not on the unseen ones: they are there to "
     "choose settings by, and are no result."
 )
+_CHANGES = (
+    "The difference between the results after fine-tuning and those after FedAvg, taken within each seed, where the "
+    "clients are the same; then the mean over seeds and their sample deviation."
+)
 _LOSS_NAMES = {"sine": "MSE"}
 """Of data sets whose loss has a name of its own."""
 
@@ -141,6 +145,9 @@ def _section(dataset: str, rows: Sequence[Row], target: float) -> Section:
     blocks += [Heading("Results"), tables.results_table(rows, loss_name)]
     if any(row.nickname for row in rows):
         blocks += [Paragraph("Rows that are called by their folders:"), tables.nicknames_table(rows)]
+    changes = tables.changes_table(rows, loss_name)
+    if changes.rows:
+        blocks += [Heading("What fine-tuning changes"), Paragraph(_CHANGES), changes]
     if has_accuracy:
         blocks += [Heading(f"Rounds to an accuracy of {target:g}"), tables.rounds_table(rows, target)]
         blocks.append(Paragraph(_resolution(rows)))

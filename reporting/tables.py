@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfedavg.config import Phase
-from reporting.finished_runs import KINDS, FinishedRun, PhaseResult
+from reporting.finished_runs import KINDS, FinishedRun, PhaseResult, Scores
 from reporting.published import JIANG_TABLE_1, JIANG_TARGET, PUBLISHED
 from reporting.rows import Row, SeedMean, rounds_to_target, seed_mean
 
@@ -43,11 +43,8 @@ def results_table(rows: Sequence[Row], loss_name: str) -> Table:
 
     It has no column for accuracies where no row has any.
     """
-    measures: list[tuple[str, Callable[[Any], float | None], Callable[[SeedMean | None], str]]]
-    measures = [(loss_name, lambda scores: scores.loss, _plain)]
-    if any(row.has_accuracy for row in rows):
-        measures.append(("accuracy", lambda scores: scores.accuracy, _percent))
     headers = ["row", "seeds", "after"]
+    measures = _measures(rows, loss_name)
     headers += [*(f"{kind} {name}" for kind in KINDS for name, _, _ in measures), "clients hurt"]
     cells = []
     for row in rows:
@@ -61,6 +58,26 @@ def results_table(rows: Sequence[Row], loss_name: str) -> Table:
             hurt = _percent(seed_mean([result.fraction_hurt for result in results]), digits=1)
             cells.append([row.label, str(len(row.runs)), row.after(phase), *figures, hurt])
     return Table(headers, cells, 3)
+
+
+def changes_table(rows: Sequence[Row], loss_name: str) -> Table:
+    """What fine-tuning changes: the difference that it makes within a seed, mean and sample deviation over seeds.
+
+    Seeds differ more from each other, in the clients that they draw, than the phases of one of them do.
+    """
+    measures = _measures(rows, loss_name)
+    cells = []
+    for row in rows:
+        if not {Phase.FEDAVG, Phase.FINE_TUNE} <= set(row.phases):
+            continue
+        seeds = list(zip(row.results(Phase.FEDAVG), row.results(Phase.FINE_TUNE), strict=True))
+        figures = []
+        for kind in KINDS:
+            for _, read, write in measures:
+                values = [[read(getattr(result, kind)) for result in seed] for seed in seeds]
+                figures.append(_signed(write(seed_mean([_change(*pair) for pair in values]))))
+        cells.append([row.label, str(len(row.runs)), *figures])
+    return Table(["row", "seeds", *(f"{kind} {name}" for kind in KINDS for name, _, _ in measures)], cells, 2)
 
 
 def nicknames_table(rows: Sequence[Row]) -> Table:
@@ -285,6 +302,23 @@ def _csv_line(row: Row, run: FinishedRun, phase: Phase, target: float) -> dict[s
         "model_sha256": run.result["model_sha256"],
         "run": run.path,
     }
+
+
+def _measures(
+    rows: Sequence[Row], loss_name: str
+) -> list[tuple[str, Callable[[Scores], float | None], Callable[[SeedMean | None], str]]]:
+    """What is told of scores: name, value, and how it is written. No accuracy where no row has any."""
+    loss = (loss_name, lambda scores: scores.loss, _plain)
+    accuracy = ("accuracy", lambda scores: scores.accuracy, _percent)
+    return [loss, accuracy] if any(row.has_accuracy for row in rows) else [loss]
+
+
+def _change(before: float | None, after: float | None) -> float | None:
+    return None if before is None or after is None else after - before
+
+
+def _signed(figure: str) -> str:
+    return figure if figure.startswith("-") else f"+{figure}"
 
 
 def _counted(number: int, unit: str) -> str:
