@@ -122,7 +122,9 @@ def test_runs_side_by_side_are_stopped_together_and_gone_on_with(launched: Launc
 
     status, output, errors = finish(start(launched, tmp_path, rows, 2))
     assert status == 0, errors
-    assert sum(line.endswith("about 0 s to go") for line in output.splitlines()) == 1
+    ended = [line for line in output.splitlines() if line.endswith(" to go")]
+    assert sorted(line[:13] for line in ended) == ["[1/3] a, seed", "[2/3] b, seed", "[3/3] c, seed"]
+    assert ended[-1].endswith("; about 0 s to go")
     a, b, c = (read_result(tmp_path / "results" / row / "seed0")["model_sha256"] for row in rows)
     assert a == b != c
 
