@@ -49,9 +49,8 @@ PUBLISHED_CAVEATS = (
     "The published column is the table that was published for this experiment: 500 rounds and fine-tuning, made with "
     "code whose data set is EMNIST (byclass) unless another one is named. It is not known to be of any other data set.",
     "It was made another way than ours, so equal figures are not to be expected. That code sorts each client's data by "
-    "label and cuts off the last fifth to test on: nearly every unseen client is then tested on the one label that it "
-    "trained on last, and comes close to 100 % after personalization whatever the model is worth. A row with "
-    "local_split tail cuts as that code did.",
+    "label and cuts off the last fifth to test on: nearly every unseen client is then tested on a single label, and "
+    "has fewer examples of it to adapt to than of its other one. A row with local_split tail cuts as that code did.",
     "Its losses are sums over batches, ours are means over examples. Its fine-tuning is not Reptile: clients send sums "
     "of raw gradients, the step is divided by the number of clients twice, and Adam's state passes from one client to "
     "the next. In one process, the server's momentum was lost. Clients to score are drawn at random, some more than "

@@ -163,7 +163,7 @@ def _nickname(row: Row) -> str:
     folder = _common_folder(row)
     if not folder or (row.has_cohort_and_epochs and not row.differences):
         return ""
-    said = {name: value for name, value in _ALWAYS_SAID.items() if row.settings.get(name) == value}
+    said = {name: value for name, value in _ALWAYS_SAID.items() if row.settings.get(name) == value != folder}
     return ", ".join([folder, *(word for name, value in said.items() for word in _words(name, value, []))])
 
 

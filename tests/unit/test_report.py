@@ -322,6 +322,7 @@ def test_a_row_with_a_long_name_is_called_by_its_folder(tmp_path: Path) -> None:
         "local-only": experiment(5, fedavg=PhaseConfig(0, 5, SGD, MOMENTUM), fine_tunes=False),
         "iid": experiment(5, fine_tunes=False, partition="iid"),
         "tail": experiment(5, fine_tunes=False, local_split="tail"),
+        "last fifth": experiment(2, fine_tunes=False, local_split="tail"),
     }
     for name, config in rows.items():
         write_run(tmp_path / name / "seed0", config, scores)
@@ -329,8 +330,9 @@ def test_a_row_with_a_long_name_is_called_by_its_folder(tmp_path: Path) -> None:
     labels = [
         "E 2, 20 clients a round",
         "E 5, 20 clients a round",
+        "last fifth, local_split tail",
         "iid",
-        "tail, local_split tail",
+        "tail",
         "local-only",
     ]
     assert [line["row"] for line in table_under(markdown, "Results")] == labels
@@ -338,8 +340,9 @@ def test_a_row_with_a_long_name_is_called_by_its_folder(tmp_path: Path) -> None:
     assert "| local-only | untrained |" in markdown
     rounds = table_under(markdown, "Rounds to an accuracy of 0.8")
     assert [(line["E"], line["otherwise"]) for line in rounds[2:]] == [
+        ("2", "last fifth, local_split tail"),
         ("5", "iid"),
-        ("5", "tail, local_split tail"),
+        ("5", "tail"),
         ("", "local-only"),
     ]
 
