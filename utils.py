@@ -128,7 +128,7 @@ def get_args(role: str, argv: Sequence[str] | None = None) -> argparse.Namespace
 def _default_fine_tune_rate(server_optimizer: str, method: str) -> float:
     """The server's learning rate in phase 2. Where it comes from: docs/decisions.md."""
     if server_optimizer in ("sgd", "momentum"):
-        return FINE_TUNE_STEP if method == "reptile" else FINE_TUNE_GRADIENT_STEP
+        return FINE_TUNE_GRADIENT_STEP if method in ("fomaml", "maml") else FINE_TUNE_STEP
     return FINE_TUNE_ADAPTIVE_STEP
 
 

@@ -219,6 +219,13 @@ def test_other_flags_are_refused_before_anything_is_started(kept: bool, tmp_path
         tiny_jobs(tmp_path, 0, server_lr="0.5")
 
 
+@pytest.mark.parametrize("dataset", ["mnist", "sine"])
+def test_the_committed_results_are_those_of_the_rows(dataset: str, tmp_path: Path) -> None:
+    """A default that changes must not make a row another experiment than the one in the tables."""
+    jobs = plan_jobs(rows_of(dataset), [0], tmp_path, ROOT / "results" / dataset)
+    assert all(job.is_done for job in jobs)
+
+
 def test_a_flag_that_an_old_run_did_not_know_counts_as_its_default(tmp_path: Path) -> None:
     """A flag that is added later must not make all results that are there worthless, nor hide a difference."""
     job = tiny_jobs(tmp_path, 0)[0]
