@@ -75,8 +75,8 @@ def test_killed_in_both_phases_and_stopped_in_the_last(launched: Launched, tmp_p
     third.send_signal(signal.SIGTERM)
     status, _, errors = finish(third)
     assert status == 128 + signal.SIGTERM
-    *_, stopped, saved = errors.splitlines()
-    assert stopped == "stopped by SIGTERM"
+    *lines, saved = errors.splitlines()
+    assert "stopped by SIGTERM" in lines[-2:], "at most the line of the round that was ending came after it"
     assert saved.startswith("checkpoint of fine-tuning round ")
     assert saved.endswith(f" saved; continue with --resume {path}")
     assert int(saved.split()[4]) >= 6, "of the last round, although --checkpoint_every is 1000"
