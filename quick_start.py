@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import IO
@@ -86,16 +86,7 @@ class LocalProcesses:
 
     def stop(self) -> None:
         """SIGTERM to every process that still runs, SIGKILL to those that do not end within TERMINATE_SECONDS."""
-        processes = [entry.process for entry in self._running.values()]
-        for process in processes:
-            process.terminate()
-        deadline = time.monotonic() + TERMINATE_SECONDS
-        for process in processes:
-            try:
-                process.wait(max(0.0, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        end_processes([entry.process for entry in self._running.values()])
         for name in list(self._running):
             self._forget(name)
 
@@ -120,7 +111,7 @@ class LocalProcesses:
             return 0
         if name != SERVER and set(self._running) - {SERVER}:
             return 0  # the run goes on with the other workers
-        return status if status > 0 else 128 - status
+        return exit_status(entry.process)
 
     def _explain(self, name: str) -> None:
         """Say how a process ended, and show what it printed."""
@@ -148,6 +139,24 @@ class SignalWatch:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+
+
+def end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """SIGTERM, upon which a run saves a checkpoint; SIGKILL to those that have not ended within TERMINATE_SECONDS."""
+    for process in processes:
+        process.terminate()  # which does nothing to one that has ended
+    deadline = time.monotonic() + TERMINATE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def exit_status(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of a process that has ended, as a shell has it: 128 + n where signal n ended it."""
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ import utils
 from perfedavg.config import num_unseen_clients
 from perfedavg.console import USER_ERRORS, report, say, show
 from perfedavg.files import replace_file
-from quick_start import TERMINATE_SECONDS, SignalWatch
+from quick_start import SignalWatch, end_processes, exit_status
 
 ROOT = utils.ROOT
 POLL_SECONDS = 0.1
@@ -275,7 +275,7 @@ def run_jobs(jobs: Sequence[Job], machine: Sequence[str], signals: SignalWatch, 
                     keep(run.title, run.job)
             time.sleep(POLL_SECONDS)
     finally:
-        _end([run.process for run in running])
+        end_processes([run.process for run in running])
     how = f"stopped by {signals.received.name}" if signals.received else "stopped"
     for run in running:
         say(run.last_words(how, 1))
@@ -318,24 +318,6 @@ def _start(command: Sequence[str], output: IO[bytes] | None = None) -> subproces
     return subprocess.Popen(
         command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, start_new_session=True
     )
-
-
-def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """SIGTERM, upon which runs save a checkpoint; SIGKILL to those that have not ended within TERMINATE_SECONDS."""
-    for process in processes:
-        process.terminate()  # which does nothing to one that has ended
-    deadline = time.monotonic() + TERMINATE_SECONDS
-    for process in processes:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def exit_status(process: subprocess.Popen[bytes]) -> int:
-    """The exit status of a process that has ended, as a shell has it: 128 + n where signal n ended it."""
-    return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
 def keep_results(job: Job) -> dict[str, Any]:
@@ -475,7 +457,7 @@ def write_tables(dataset: str, runs: Path, results: Path, signals: SignalWatch) 
             while process.poll() is None and not signals.received:
                 time.sleep(POLL_SECONDS)
         finally:
-            _end([process])
+            end_processes([process])
         if signals.received or process.returncode:
             return 128 + signals.received if signals.received else exit_status(process)
     return 0

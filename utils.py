@@ -39,8 +39,6 @@ CLIENT_BETAS = (0.0, 0.999)
 """Of a client's Adam or Yogi: no first moment, as Reptile's authors set it (Nichol et al. 2018, section 6)."""
 SERVER_BETAS = {"adam": (0.9, 0.999), "yogi": (0.9, 0.99)}
 """Adam's are its authors', Yogi's those that Reddi et al. 2020 give a server."""
-
-
 FINE_TUNE_STEP = 1.0
 """Reptile's step, by plain SGD on the server."""
 FINE_TUNE_GRADIENT_STEP = 0.1

@@ -18,13 +18,12 @@ from helpers import ROOT, TINY
 import reproduce
 import utils
 from perfedavg.config import ExperimentConfig
-from quick_start import SignalWatch
+from quick_start import SignalWatch, exit_status
 from reproduce import (
     Job,
     Pace,
     Run,
     check_flags,
-    exit_status,
     keep_results,
     num_passes,
     plan_jobs,
