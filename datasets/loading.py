@@ -28,6 +28,9 @@ NATURAL: dict[str, Callable[[Path], StoredClients]] = {
 }
 """Data sets whose examples come with their owners."""
 
+MOST_DEALT_CLIENTS = 10_000_000
+"""To whom examples are dealt out; the indices of more would fill the memory, and each would be left out as empty."""
+
 REQUIRED = ("train_client_ids", "unseen_client_ids", "fingerprint", "num_train_examples", "client_data", "num_classes")
 """What a user's own data set must have."""
 
@@ -82,6 +85,11 @@ def _load_clients(request: DatasetRequest, data_root: Path) -> Clients:
     if request.name == "synthetic_writers":
         _refuse_partition(request)
         return SyntheticWriters(num_clients, request.seed)
+    if num_clients > MOST_DEALT_CLIENTS:
+        raise ValueError(
+            f"--client_num_in_total {num_clients} is more than the {MOST_DEALT_CLIENTS} clients to whom {request.name} "
+            "can be dealt out; lower it"
+        )
     partition = Partition.parse(request.partition or "shards")
     num_unseen = request.num_unseen(num_clients)
     if request.name == "digits":

@@ -15,12 +15,13 @@ import numpy as np
 from fedlab.utils.dataset.functional import (
     homo_partition,
     label_skew_quantity_based_partition,
-    lognormal_unbalance_split,
     shards_partition,
 )
 from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
+Shares = NDArray[np.float64]
+"""(num_clients,) of a whole, in sum 1."""
 
 
 def label_shards(labels: Indices, num_clients: int, num_classes: int, per_client: float) -> list[Indices]:
@@ -28,11 +29,18 @@ def label_shards(labels: Indices, num_clients: int, num_classes: int, per_client
 
     Sizes of shards differ by one at most. FedLab's `shards_partition` deals the shards, but not the examples
     themselves: it drops those that do not fill a shard, and sorts by an algorithm whose order among equal labels
-    depends on the processor.
+    depends on the processor. Where there are more shards than examples, a shard is one example or none.
     """
     del num_classes
-    num_shards = int(per_client) * num_clients
-    shards = np.array_split(np.argsort(labels, kind="stable"), num_shards)
+    by_label = np.argsort(labels, kind="stable")
+    shards_each = min(int(per_client), max(1, len(labels)))  # more than all examples is no more
+    num_shards = shards_each * num_clients
+    if num_shards > len(labels):
+        generator = np.random.default_rng(np.random.randint(2**63 - 1))  # the old one would list all shards
+        owners = generator.choice(num_shards, len(labels), replace=False) // shards_each
+        sizes = np.bincount(owners, minlength=num_clients)
+        return np.split(by_label[np.argsort(owners, kind="stable")], np.cumsum(sizes)[:-1])
+    shards = np.array_split(by_label, num_shards)
     dealt = shards_partition(np.arange(num_shards), num_clients, num_shards)
     return [np.concatenate([shards[shard] for shard in dealt[client]]) for client in range(num_clients)]
 
@@ -46,26 +54,60 @@ def iid(labels: Indices, num_clients: int, num_classes: int, value: float) -> li
 
 
 def quantity_skew(labels: Indices, num_clients: int, num_classes: int, sigma: float) -> list[Indices]:
-    """Like `iid`, with sizes from a log-normal distribution whose logarithm has the standard deviation sigma."""
+    """Like `iid`, with sizes from a log-normal distribution whose logarithm has the standard deviation sigma.
+
+    FedLab's `lognormal_unbalance_split`, but that a sigma beyond what floats hold gives its limit: one client has all.
+    """
     del num_classes
-    return _as_list(homo_partition(lognormal_unbalance_split(num_clients, len(labels), sigma), len(labels)))
+    num_examples = len(labels)
+    mean = np.log(max(1, num_examples // num_clients))
+    shares = _normalized(np.random.lognormal(mean, sigma, num_clients))
+    if shares is None:
+        shares = _one_at_random(num_clients)
+    sizes = (shares * num_examples).astype(np.int64)
+    excess = sizes.sum() - num_examples
+    if excess:  # what rounding leaves over is the first client's
+        sizes[np.flatnonzero(sizes > excess)[0]] -= excess
+    return _as_list(homo_partition(sizes, num_examples))
 
 
 def label_dirichlet(labels: Indices, num_clients: int, num_classes: int, alpha: float) -> list[Indices]:
     """Deal each class out in shares drawn from Dirichlet(alpha) over the clients (Hsu et al. 2019).
 
     The smaller alpha, the fewer classes a client has. FedLab's `hetero_dir_partition` draws again until no client is
-    small, which for thousands of clients never happens; here clients may come out small or empty.
+    small, which for thousands of clients never happens; here clients may come out small or empty. An alpha beyond what
+    floats hold gives its limit: each class to one client at random where it is small, equal shares where it is large.
     """
     parts: list[list[Indices]] = [[] for _ in range(num_clients)]
     for label in range(num_classes):
         members = np.random.permutation(np.flatnonzero(labels == label))
-        shares = np.random.dirichlet(np.full(num_clients, alpha))
+        shares = _dirichlet_shares(num_clients, alpha)
         cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(np.int64)
         for client, part in enumerate(np.split(members, cuts)):
             if len(part):
                 parts[client].append(part)
     return [np.concatenate(part) if part else np.empty(0, dtype=np.int64) for part in parts]
+
+
+def _dirichlet_shares(num_clients: int, alpha: float) -> Shares:
+    with np.errstate(invalid="ignore"):
+        drawn = np.random.dirichlet(np.full(num_clients, alpha))
+    if math.isclose(drawn.sum(), 1.0):
+        return drawn
+    return _one_at_random(num_clients) if alpha < 1 else np.full(num_clients, 1 / num_clients)
+
+
+def _one_at_random(num_clients: int) -> Shares:
+    shares = np.zeros(num_clients)
+    shares[np.random.randint(num_clients)] = 1.0
+    return shares
+
+
+def _normalized(weights: Shares) -> Shares | None:
+    """The weights, 0 or more, as shares of their sum; None where that is 0 or beyond the largest float."""
+    with np.errstate(over="ignore"):
+        total = weights.sum()
+    return weights / total if 0 < total < math.inf else None
 
 
 def labels_per_client(labels: Indices, num_clients: int, num_classes: int, count: float) -> list[Indices]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets import FederatedDataset, ImageSplits, Partition, PartitionedClients
+from datasets import (
+    DatasetRequest,
+    FederatedDataset,
+    ImageSplits,
+    Partition,
+    PartitionedClients,
+    load_federated_dataset,
+)
 
 SCHEMES = ["shards:2", "shards:3", "iid", "dirichlet:0.1", "dirichlet:100", "quantity:1.5", "labels:2", "noise:0.2"]
 
@@ -55,6 +64,78 @@ def test_every_partition_loses_and_repeats_nothing(
     dealt = deal(np.array(labels), num_clients, partition, seed)
     assert len(dealt) == num_clients
     assert sorted(np.concatenate(dealt).tolist()) == list(range(len(labels)))
+
+
+EDGES = ["shards:3000", "shards:1e18", "shards:1e308", "dirichlet:1e-320", "dirichlet:0.001", "dirichlet:0.003"]
+EDGES += ["dirichlet:1e18", "dirichlet:1e308", "quantity:1e-320", "quantity:700", "quantity:1e4", "quantity:1e308"]
+EDGES += ["labels:5", "labels:1", "noise:1e-320", "noise:1e308"]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("partition", EDGES)
+@settings(max_examples=60)
+@given(st.lists(st.integers(0, 4), max_size=60), st.sampled_from([1, 2, 5, 8, 300]), st.integers(0, 2**32))
+def test_at_its_edges_too_a_partition_loses_and_repeats_nothing(
+    partition: str, labels: list[int], num_clients: int, seed: int
+) -> None:
+    """What would break: shares of 0/0 or of infinity, sizes below 0, a list of more shards than memory holds."""
+    if partition.startswith("labels"):
+        num_clients = max(5, num_clients)
+    dealt = deal(np.array(labels, dtype=np.int64), num_clients, partition, seed)
+    assert len(dealt) == num_clients
+    assert sorted(np.concatenate(dealt).tolist()) == list(range(len(labels)))
+
+
+def largest_owners(partition: str, num_clients: int, seed: int) -> list[int]:
+    """Of each of 5 classes of 40 examples, the client who has most of it."""
+    labels = np.repeat(np.arange(5), 40)
+    dealt = deal(labels, num_clients, partition, seed)
+    counts = np.array([np.bincount(labels[part], minlength=5) for part in dealt])
+    assert counts.max(axis=0).min() >= 20, "hardly a class is shared"
+    return counts.argmax(axis=0).tolist()
+
+
+@pytest.mark.parametrize("alpha", ["0.001", "1e-5", "1e-320"])
+def test_the_smallest_dirichlet_gives_each_class_to_one_client_at_random(alpha: str) -> None:
+    """Shares that underflow to 0/0 must not send their classes to the last client."""
+    owners = [owner for seed in range(40) for owner in largest_owners(f"dirichlet:{alpha}", 4, seed)]
+    counts = np.bincount(owners, minlength=4)
+    assert counts.sum() == 200
+    assert counts.min() > 25, "each of 4 clients gets a class in one of four draws: 50 of 200, deviation 6"
+
+
+def test_the_largest_dirichlet_shares_each_class_equally() -> None:
+    labels = np.repeat(np.arange(5), 40)
+    for part in deal(labels, 4, "dirichlet:1e308"):
+        assert np.bincount(labels[part]).tolist() == [10] * 5
+
+
+@pytest.mark.parametrize("sigma", ["1e4", "1e308"])
+def test_the_largest_quantity_skew_gives_all_to_one_client_at_random(sigma: str) -> None:
+    labels = np.zeros(30, dtype=np.int64)
+    sizes = np.array([[len(part) for part in deal(labels, 4, f"quantity:{sigma}", seed)] for seed in range(80)])
+    assert sizes.max(axis=1).tolist() == [30] * 80
+    assert np.bincount(sizes.argmax(axis=1), minlength=4).min() > 5, "20 of 80 each, deviation 4"
+
+
+def test_more_shards_than_examples_are_examples_one_by_one() -> None:
+    """No client gets more than its number of shards, and who gets which label is drawn at random."""
+    labels = np.repeat([0, 1], 30)
+    dealt = deal(labels, 40, "shards:2")
+    assert max(map(len, dealt)) == 2
+    assert len({tuple(labels[part]) for part in dealt if len(part) == 2}) > 1
+
+
+def test_noise_beyond_floats_is_black_or_white() -> None:
+    noisy = clients(splits(20, 10), 5, "noise:1e308").examples(2)[0]
+    assert set(np.unique(noisy)) == {0, 255}
+
+
+def test_too_many_clients_to_list_are_refused_at_once(tmp_path: Path) -> None:
+    """A billion clients of digits would fill the memory before anybody says that they are empty."""
+    request = DatasetRequest("digits", 10**9, lambda total: total // 5, "iid", 0)
+    with pytest.raises(ValueError, match="--client_num_in_total 1000000000 is more than the 10000000 clients"):
+        load_federated_dataset(request, tmp_path)
 
 
 @pytest.mark.parametrize("partition", SCHEMES)
