@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
-CACHE_FORMAT = 2
+from datasets.storage import locked_place, places_for, tell
+
+CACHE_FORMAT = 3
 """Raised with every change of the files that `cached_clients` writes, so that older ones are built anew."""
 
 
@@ -27,6 +28,8 @@ class Clients(Protocol):
     fingerprint: digest of all examples and of who has them; equal clients, equal digest.
     overlap: examples of a client that are no more than so many places apart share some of their text, as neighbouring
         windows do; 0 where examples are independent.
+    train_counts: for each client, how many of its examples, the first ones, are its training part, where the data set
+        is published with that split; None where the examples are yet to be cut.
     Safe to read from several threads.
     """
 
@@ -40,6 +43,8 @@ class Clients(Protocol):
     def fingerprint(self) -> str: ...
     @property
     def overlap(self) -> int: ...
+    @property
+    def train_counts(self) -> Sequence[int] | None: ...
     def num_examples(self, client: int) -> int:
         """How many examples a client has, without reading them."""
         ...
@@ -58,11 +63,16 @@ class Clients(Protocol):
 
 @dataclass(frozen=True)
 class NamedClient:
-    """One client on its way into the cache. inputs: (num_examples, ...) uint8, labels: (num_examples,) int64."""
+    """One client on its way into the cache.
+
+    inputs: (num_examples, ...) uint8.  labels: (num_examples,) int64.  num_examples may be 0.
+    num_train: size of its training part, which comes first, where the data set is published with that split.
+    """
 
     name: str
     inputs: NDArray[np.uint8]
     labels: NDArray[np.int64]
+    num_train: int | None = None
 
 
 class StoredClients:
@@ -76,6 +86,8 @@ class StoredClients:
         self.class_names = tuple(class_names)
         self.fingerprint: str = meta["fingerprint"]
         self.overlap: int = meta["overlap"]
+        self.train_counts: list[int] | None = meta["train_counts"]
+        self.blank_clients: list[str] = meta["blank_clients"]
         self._offsets = np.array(meta["offsets"], dtype=np.int64)
         total = int(self._offsets[-1])
         input_shape = (total, *meta["input_shape"])
@@ -103,29 +115,63 @@ def cached_clients(
 ) -> StoredClients:
     """The clients that an iterator yields, from the cache where it holds them already.
 
-    cache: folder of all caches, created.  name: of the data set, part of the folder's name.
-    sources: the files that the clients are read from; another size or time of one of them means another cache.
+    cache: folder of all caches, in the folder of the data, created. Where it cannot be written, a finished cache in it
+        is used all the same, and a new one is built in the user's cache folder, which is said.
+    name: of the data set, part of the folder's name.
+    sources: the files that the clients are read from, in the folder of the data; another name, size or time of one of
+        them means another cache.
     clients: is exhausted only where the cache is built. Whatever it raises leaves no cache behind.
     class_names: label i stands for the i-th.  overlap: see Clients.
-    Raises ValueError where there is no client, two have the same name, or a label is out of range.
+    Raises ValueError where there is no client with an example, two have the same name, or a label is out of range;
+    OSError where the cache cannot be written anywhere.
     """
-    folder = cache / f"{name}-{_sources_digest(sources)}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(cache / f".{name}.lock"):
-        if not folder.is_dir():
-            with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=cache) as building:
-                finished = Path(building) / "clients"
-                finished.mkdir()
-                _write_clients(finished, clients, len(class_names), overlap)
-                for old in cache.glob(f"{name}-*"):
-                    shutil.rmtree(old)
-                os.replace(finished, folder)
-    return StoredClients(folder, class_names)
+    folder = f"{name}-{_sources_digest(sources, cache.parent)}"
+    places = places_for(cache)
+    stored = _find(places, folder, class_names)
+    if stored is None:
+        with locked_place(places, name, f"the cache of --dataset {name}") as place:
+            stored = _find(places, folder, class_names)  # another process may have been faster
+            if stored is None:
+                _build(place, name, folder, clients, len(class_names), overlap)
+                stored = StoredClients(place / folder, class_names)
+    if stored.blank_clients:
+        tell(
+            f"{name}: each image of {len(stored.blank_clients)} client(s), such as {stored.blank_clients[0]}, has one "
+            "and the same grey all over"
+        )
+    return stored
+
+
+def _find(places: Sequence[Path], folder: str, class_names: Sequence[str]) -> StoredClients | None:
+    for place in places:
+        if (place / folder).is_dir():
+            try:
+                return StoredClients(place / folder, class_names)
+            except (OSError, ValueError, KeyError):  # incomplete, as after a copy that was cut short: built anew
+                continue
+    return None
+
+
+def _build(place: Path, name: str, folder: str, clients: Iterator[NamedClient], num_classes: int, overlap: int) -> None:
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=place) as building:
+            finished = Path(building) / "clients"
+            finished.mkdir()
+            _write_clients(finished, clients, num_classes, overlap)
+            for old in place.glob(f"{name}-*"):
+                shutil.rmtree(old)
+            os.replace(finished, place / folder)
+    except OSError as error:
+        raise OSError(
+            f"the cache of --dataset {name} cannot be written to {place} ({error.strerror}); make room there"
+        ) from error
 
 
 def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: int, overlap: int) -> None:
     names: list[str] = []
     offsets = [0]
+    train_counts: list[int | None] = []
+    blank_clients: list[str] = []
     input_shape: tuple[int, ...] | None = None
     digest = hashlib.blake2b(digest_size=16)
     with open(folder / "inputs", "wb") as inputs_file, open(folder / "labels", "wb") as labels_file:
@@ -134,22 +180,28 @@ def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: in
             _check_client(client, input_shape, num_classes)
             names.append(client.name)
             offsets.append(offsets[-1] + len(client.labels))
+            train_counts.append(client.num_train)
+            if _is_blank(client.inputs):
+                blank_clients.append(client.name)
             for array, file in ((client.inputs, inputs_file), (client.labels.astype("<i8"), labels_file)):
                 content = np.ascontiguousarray(array).tobytes()
                 digest.update(content)
                 file.write(content)
-    if not names or input_shape is None:
+    if not offsets[-1] or input_shape is None:
         raise ValueError("there is no client with an example")
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"client {twice!r} comes twice")
-    digest.update(json.dumps([names, offsets]).encode())
+    published = None not in train_counts
+    digest.update(json.dumps([names, offsets, train_counts] if published else [names, offsets]).encode())
     meta: dict[str, Any] = {
         "names": names,
         "offsets": offsets,
         "input_shape": list(input_shape),
         "num_classes": num_classes,
         "overlap": overlap,
+        "train_counts": train_counts if published else None,
+        "blank_clients": blank_clients,
         "fingerprint": digest.hexdigest(),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
@@ -167,9 +219,17 @@ def _check_client(client: NamedClient, input_shape: tuple[int, ...], num_classes
         )
 
 
-def _sources_digest(sources: Iterable[Path]) -> str:
+def _is_blank(inputs: NDArray[np.uint8]) -> bool:
+    """Whether these are images, (num_examples, height, width), each of which has one and the same grey all over."""
+    return inputs.ndim == 3 and len(inputs) > 0 and bool((inputs == inputs[:, :1, :1]).all())
+
+
+def _sources_digest(sources: Iterable[Path], root: Path) -> str:
+    """Of names below a folder, and not of the folder, which another machine or a container may mount elsewhere."""
     digest = hashlib.blake2b(f"format {CACHE_FORMAT}".encode(), digest_size=8)
     for path in sorted(sources):
         status = path.stat()
-        digest.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode())
+        digest.update(
+            f"{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}".encode(errors="surrogateescape")
+        )
     return digest.hexdigest()

@@ -39,8 +39,9 @@ class FederatedDataset:
     Each client's examples are put in an order that follows from (seed, client) before they are cut 80/20, so that
     both parts have the same label mix; without it, the test part of a client with sorted labels would hold only the
     label sorted last. Examples that overlap keep their order, and those at the cut that share text with the training
-    part are dropped; otherwise a client would be scored on text that it trained on. Clients too small to have an
-    example in each part are left out of both lists.
+    part are dropped; otherwise a client would be scored on text that it trained on. Where the data set is published
+    with a split of its own, that is the cut, and the examples keep their order. Clients too small to have an example
+    in each part are left out of both lists.
 
     local_split: `shuffled` is what was just said. `tail` sorts a client's examples by label before they are cut, as the
     code behind the published figures does: the test part then has its last labels only, often a single one.
@@ -56,31 +57,34 @@ class FederatedDataset:
         self._clients = clients
         self._seed = seed
         self._local_split = local_split
-        used, smallest = num_train + num_unseen, _smallest_client(clients.overlap)
-        left_out = {client for client in clients.smaller_than(smallest) if client < used}
+        used = num_train + num_unseen
+        left_out = {client for client in _too_small(clients) if client < used}
         self.num_left_out = len(left_out)
         self.train_client_ids = _without(range(num_train), left_out)
         self.unseen_client_ids = _without(range(num_train, used), left_out)
         if not (self.train_client_ids and self.unseen_client_ids):
             raise ValueError(
-                f"{len(left_out)} of {used} clients of {name} have fewer than {smallest} examples, which leaves "
+                f"{len(left_out)} of {used} clients of {name} have {_lack(clients)}, which leaves "
                 f"{len(self.train_client_ids)} to train and {len(self.unseen_client_ids)} to be scored; "
                 "use fewer clients (--client_num_in_total) or another --partition"
             )
 
     def num_train_examples(self, client_id: int) -> int:
+        if self._clients.train_counts is not None:
+            return self._clients.train_counts[client_id]
         return count_train(self._clients.num_examples(client_id))
 
     def client_data(self, client_id: int) -> ClientData:
         raw, labels = self._clients.examples(client_id)
+        published = self._clients.train_counts
         order: NDArray[np.int64] = np.arange(len(labels))
         if self._local_split == "tail":
             order = np.argsort(labels, kind="stable")
-        elif not self._clients.overlap:
+        elif not self._clients.overlap and published is None:
             order = np.random.default_rng(stream(self._seed, LOCAL_CUT_STREAM, client_id)).permutation(len(labels))
         inputs, targets = to_tensor(raw[order]), torch.from_numpy(labels[order].astype(np.int64, copy=False))
-        cut = count_train(len(labels))
-        resume = cut + self._clients.overlap
+        cut = count_train(len(labels)) if published is None else published[client_id]
+        resume = cut + self._clients.overlap if published is None else cut
         return ClientData(inputs[:cut], targets[:cut], inputs[resume:], targets[resume:])
 
     @cached_property
@@ -108,6 +112,20 @@ def to_tensor(raw: NDArray[np.uint8]) -> Tensor:
 def count_train(num_examples: int, train_percent: int | Fraction = TRAIN_PERCENT) -> int:
     """So many percent of a client's examples, rounded down, but at least one example on each side of the cut."""
     return min(max(int(num_examples * train_percent // 100), 1), num_examples - 1)
+
+
+def _too_small(clients: Clients) -> Sequence[int]:
+    """The clients without an example in each part."""
+    if clients.train_counts is None:
+        return clients.smaller_than(_smallest_client(clients.overlap))
+    return [client for client, count in enumerate(clients.train_counts) if not 0 < count < clients.num_examples(client)]
+
+
+def _lack(clients: Clients) -> str:
+    """What those clients have, for a message."""
+    if clients.train_counts is None:
+        return f"fewer than {_smallest_client(clients.overlap)} examples"
+    return "no example in one of the parts of their published split"
 
 
 def _smallest_client(overlap: int) -> int:

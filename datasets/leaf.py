@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import reprlib
 import struct
 import zlib
@@ -23,6 +24,7 @@ from PIL import Image
 
 from datasets.class_names import BYCLASS
 from datasets.clients import NamedClient, StoredClients, cached_clients
+from datasets.storage import tell
 
 LEAF_FILES = "all_data*.json"
 """LEAF names FEMNIST's files all_data_0.json and on, and Shakespeare's all_data.json or, sampled, all_data_*.json."""
@@ -49,46 +51,115 @@ _TOKEN_OF_CODE[[ord(character) for character in VOCABULARY]] = np.arange(len(VOC
 def load_femnist(data_root: Path) -> StoredClients:
     """One client a writer, with images (28, 28), 0 for background and 255 for ink, and labels 0..61.
 
-    Read from data_root/femnist: LEAF's all_data_*.json (writers in the order of the files), or the .parquet files of
-    the public `femnist` data set (writers in the order of their names). Both hold black ink on white, which is
+    Read from data_root/femnist: LEAF's files (see `_leaf_files`; writers in the order of the files), or the .parquet
+    files of the public `femnist` data set (writers in the order of their names). Both hold black ink on white, which is
     inverted here to look like MNIST. Labels: the digits, A to Z, a to z.
     Raises ValueError, with the file and the place in it, where files are missing, damaged or of both kinds.
     """
     folder = data_root / "femnist"
-    json_files = _files(folder, LEAF_FILES, data_root)
-    parquet_files = _files(folder, PARQUET_FILES, data_root)
-    if json_files and parquet_files:
+    sources = _leaf_files(folder, data_root)
+    parquet_files = _files(folder, PARQUET_FILES, data_root) or _files(folder / "data", PARQUET_FILES, data_root)
+    if sources and parquet_files:
         raise ValueError(
-            f"{folder} has both {json_files[0].name} and {parquet_files[0].name}, which hold the same writers; keep one"
+            f"{folder} has both {sources[0].whole.name} and {parquet_files[0].name}, which hold the same writers; keep "
+            "one"
         )
-    if json_files:
-        clients = _clients_of_json(json_files, _images, _image_labels)
+    if sources:
+        clients = _clients_of_json(sources, _images, _image_labels)
     elif parquet_files:
         clients = _clients_of_parquet(parquet_files)
     else:
         raise _missing("femnist", folder, "all_data_*.json of LEAF's FEMNIST, or the *.parquet of the femnist data set")
-    return cached_clients(data_root / "cache", "femnist", json_files or parquet_files, clients, BYCLASS)
+    files = [path for source in sources for path in source.paths] or parquet_files
+    return cached_clients(data_root / "cache", "femnist", files, clients, BYCLASS)
 
 
 def load_shakespeare(data_root: Path) -> StoredClients:
     """One client a speaking role, with tokens (80,), consecutive characters, and the token that follows as the label.
 
-    Read from data_root/shakespeare/all_data*.json, LEAF's output. Clients and examples keep the order of the files,
-    which is that of the play. A token is an index into VOCABULARY.
+    Read from LEAF's files in data_root/shakespeare (see `_leaf_files`). Clients and examples keep the order of the
+    files, which is that of the play. A token is an index into VOCABULARY.
     Raises ValueError, with the file and the place in it, where files are missing or damaged.
     """
     folder = data_root / "shakespeare"
-    files = _files(folder, LEAF_FILES, data_root)
-    if not files:
+    sources = _leaf_files(folder, data_root)
+    if not sources:
         raise _missing("shakespeare", folder, "all_data*.json of LEAF's Shakespeare")
-    clients = _clients_of_json(files, _sequences, _next_characters)
+    clients = _clients_of_json(sources, _sequences, _next_characters)
+    files = [path for source in sources for path in source.paths]
+    if sources[0].test is not None:
+        tell(
+            f"shakespeare: {sources[0].test.name} is of LEAF's own split, which draws windows at random: roles are "
+            "scored on text that they trained on; LEAF's files from before its split are cut here with a gap"
+        )
     # LEAF's windows begin at every character, so that one and its label end where the window 80 places on begins.
     return cached_clients(data_root / "cache", "shakespeare", files, clients, VOCABULARY, overlap=SEQUENCE_LENGTH)
 
 
+@dataclass(frozen=True)
+class _LeafFile:
+    """A file with users' examples, or a pair of files with LEAF's split of each user's examples.
+
+    whole: the file, or the one with the training parts.  test: the one with the test parts, or None.
+    """
+
+    whole: Path
+    test: Path | None = None
+
+    @property
+    def paths(self) -> list[Path]:
+        return [self.whole] if self.test is None else [self.whole, self.test]
+
+
+def _leaf_files(folder: Path, data_root: Path) -> list[_LeafFile]:
+    """LEAF's files of a data set, where its scripts leave them or a user puts them; none where there are none.
+
+    Looked for in the folder, then in its folder `data`, as in LEAF's own tree: all_data*.json in that folder; or else
+    the split that LEAF makes (`preprocess.sh -t sample`), from its folders `train` and `test`, or from the folder
+    itself; or else all_data*.json in its folder `all_data`.
+    Raises ValueError where there are some of these files twice, or one of a pair.
+    """
+    for place in (folder, folder / "data"):
+        own = _files(place, LEAF_FILES, data_root)
+        split = _files(place / "train", LEAF_FILES, data_root) + _files(place / "test", LEAF_FILES, data_root)
+        if own and split:
+            raise ValueError(f"{place} has both {own[0].name} and {split[0]}, which hold the same users; keep one")
+        found = own or split or _files(place / "all_data", LEAF_FILES, data_root)
+        if found:
+            return _paired(found)
+    return []
+
+
+def _paired(files: Sequence[Path]) -> list[_LeafFile]:
+    """Files with LEAF's split in pairs. Raises ValueError where one lacks its other, or some files are not split."""
+    parts: dict[Path, dict[str, Path]] = {}
+    for path in files:
+        for part, other in (("train", "test"), ("test", "train")):
+            if (counterpart := _counterpart(path, part, other)) is not None:
+                parts.setdefault(path if part == "train" else counterpart, {})[part] = path
+                if counterpart not in files:
+                    raise ValueError(
+                        f"{path} lacks {counterpart}, the other part of the same users; put it there or, if LEAF split "
+                        "by user (-t user), use its files from before the split"
+                    )
+    whole = [path for path in files if not any(path in pair.values() for pair in parts.values())]
+    if whole and parts:
+        raise ValueError(f"{whole[0]} and {next(iter(parts))} hold the same users, one before LEAF's split; keep one")
+    return [_LeafFile(path) for path in whole] + [_LeafFile(pair["train"], pair["test"]) for pair in parts.values()]
+
+
+def _counterpart(path: Path, part: str, other: str) -> Path | None:
+    """Where a file with LEAF's split, known by its folder or its name, has its other part; None for other files."""
+    folder = path.parent.with_name(other) if path.parent.name == part else path.parent
+    name = re.sub(rf"_{part}(_\d+)?\.json$", rf"_{other}\1.json", path.name)
+    return None if (folder, name) == (path.parent, path.name) else folder / name
+
+
 def _missing(name: str, folder: Path, files: str) -> ValueError:
+    others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    instead = f" (there is {', '.join(others[:3])}{', ...' if others[3:] else ''})" if others else ""
     return ValueError(
-        f"--dataset {name} has no files: put {files}, into {folder.absolute()}; "
+        f"--dataset {name} has no files: put {files}, into {folder.absolute()}{instead}; "
         "--dataset digits and --dataset synthetic_writers need no download"
     )
 
@@ -117,17 +188,41 @@ class _LeafUser:
 
 
 def _clients_of_json(
-    files: Sequence[Path],
+    sources: Sequence[_LeafFile],
     read_x: Callable[[_LeafUser], NDArray[np.uint8]],
     read_y: Callable[[_LeafUser], NDArray[np.int64]],
 ) -> Iterator[NamedClient]:
     file_of: dict[str, Path] = {}
-    for path in files:
-        for user in _users_of(path):
-            if user.name in file_of:
-                raise ValueError(f"{user.place} comes twice, first in {file_of[user.name]}")
-            file_of[user.name] = path
-            yield NamedClient(user.name, read_x(user), read_y(user))
+    for source in sources:
+        for train, test in _users_in_parts(source):
+            if train.name in file_of:
+                raise ValueError(
+                    f"{train.place} comes twice, first in {file_of[train.name]}; keep one of the two files there"
+                )
+            file_of[train.name] = source.whole
+            parts = [train] if test is None else [train, test]
+            inputs = np.concatenate([read_x(part) for part in parts])
+            labels = np.concatenate([read_y(part) for part in parts])
+            yield NamedClient(train.name, inputs, labels, None if test is None else len(train.y))
+
+
+def _users_in_parts(source: _LeafFile) -> Iterator[tuple[_LeafUser, _LeafUser | None]]:
+    """Each user of a file, with None; or the two parts of each user of a pair of files, one of which may be empty."""
+    if source.test is None:
+        for user in _users_of(source.whole):
+            yield user, None
+        return
+    tests = {user.name: user for user in _users_of(source.test)}
+    num_tests = len(tests)
+    for train in _users_of(source.whole):
+        yield train, tests.pop(train.name, _LeafUser(train.name, train.place, [], []))
+    if len(tests) == num_tests:
+        raise ValueError(
+            f"{source.whole} and {source.test} have no user in common: LEAF split them by user (-t user), while here "
+            "--unseen_fraction says how many never train; use LEAF's files from before the split, or split by sample"
+        )
+    for name, test in tests.items():
+        yield _LeafUser(name, test.place, [], []), test
 
 
 def _users_of(path: Path) -> Iterator[_LeafUser]:
@@ -143,9 +238,9 @@ def _users_of(path: Path) -> Iterator[_LeafUser]:
     for index, name in enumerate(names):
         if not isinstance(name, str):
             raise ValueError(f"{path}: users[{index}] is {reprlib.repr(name)}, not a name")
-    unlisted = user_data.keys() - set(names)
-    if unlisted:
-        raise ValueError(f'{path}: user {min(unlisted)!r} is in "user_data" but not in "users"')
+    for name in sorted(user_data.keys() - set(names)):
+        if _user(name, f"{path}: user {name!r}", user_data.pop(name)).y:  # LEAF's split leaves empty ones behind
+            raise ValueError(f'{path}: user {name!r} is in "user_data" but not in "users"')
     seen: set[str] = set()
     for name, count in zip(names, counts, strict=True):
         place = f"{path}: user {name!r}"
@@ -164,14 +259,12 @@ def _user(name: str, place: str, data: object) -> _LeafUser:
     user = _LeafUser(name, place, _entry(data, "x", list, place), _entry(data, "y", list, place))
     if len(user.x) != len(user.y):
         raise ValueError(f"{place} has {len(user.x)} examples in x, but {len(user.y)} labels in y")
-    if not user.y:
-        raise ValueError(f"{place} has no data; remove it from the file")
     return user
 
 
 def _load_json(path: Path) -> object:
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             return json.load(file, object_pairs_hook=_unique_keys)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error

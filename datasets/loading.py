@@ -72,6 +72,8 @@ def load_federated_dataset(request: DatasetRequest, data_root: Path) -> Federate
         )
     num_unseen = request.num_unseen(num_clients)
     num_train = num_clients - num_unseen
+    if clients.train_counts is not None:
+        _refuse_local_split(request, "its files hold LEAF's own split of each client's examples")
     if clients.overlap:
         _refuse_local_split(request, "its examples overlap and stay in order")
     return FederatedDataset(request.name, clients, num_train, num_unseen, request.seed, request.local_split)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,19 @@ def mnist_root() -> Path:
     if not (root / "MNIST" / "raw").is_dir():
         pytest.skip(f"real MNIST is not in {root}; name its folder in PERFEDAVG_DATA")
     return root
+
+
+@pytest.fixture
+def make_read_only() -> Iterator[Callable[[Path], None]]:
+    """Makes folders read-only until the test ends, for root as well, by mounting them over themselves."""
+    with contextlib.ExitStack() as undo:
+
+        def make(folder: Path) -> None:
+            for options in (["--bind", folder, folder], ["-o", "remount,ro,bind", folder]):
+                mounted = subprocess.run(["mount", *options], capture_output=True)
+                if mounted.returncode != 0:
+                    pytest.skip(f"mounting is not permitted here: {mounted.stderr.decode().strip()}")
+                if options[0] == "--bind":
+                    undo.callback(subprocess.run, ["umount", "--lazy", folder], check=True)
+
+        yield make

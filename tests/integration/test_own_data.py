@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,16 @@ def test_a_second_reading_comes_from_the_cache_and_a_change_is_seen(folder: Path
     assert list((folder / ".cache").glob("folder-*")) == cached
     write_image(folder / "client0" / "a" / "new.png", 50)
     assert load(folder).fingerprint != before
+
+
+def test_a_folder_that_cannot_be_written(
+    folder: Path, tmp_path: Path, make_read_only: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    make_read_only(folder)
+    before = load(folder).fingerprint
+    assert load(folder).fingerprint == before
+    assert not (folder / ".cache").exists()
 
 
 def test_what_is_wrong_in_a_folder_is_named(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 
 import datasets.leaf
-from datasets import FederatedDataset
+from datasets import DatasetRequest, FederatedDataset, load_federated_dataset
 from datasets.leaf import VOCABULARY, load_femnist, load_shakespeare
 
 Document = dict[str, Any]
@@ -130,6 +131,114 @@ def test_clients_come_in_the_order_of_the_files_names_and_then_of_their_users(tm
     assert load_femnist(tmp_path).names == ["c", "b", "d", "a"]
 
 
+def image_of(grey: int) -> list[float]:
+    """One pixel of that grey on white, as LEAF has it; here it is the only one that is not black, 255 - grey."""
+    return [grey / 255, *WHITE_IMAGE[1:]]
+
+
+SPLIT = {
+    "train": leaf({"a": ([image_of(1), image_of(2), image_of(3)], [1, 2, 3]), "b": ([image_of(4)], [4])}),
+    "test": leaf({"a": ([image_of(5)], [5]), "b": ([image_of(6), image_of(7)], [6, 7])}),
+}
+NAMES = {part: f"all_data_0_niid_1_keep_0_{part}_9.json" for part in ("train", "test")}
+
+
+def greys(inputs: torch.Tensor) -> list[int]:
+    """Of `image_of`, from what a client trains on."""
+    return [255 - round(255 * float(image.max())) for image in inputs]
+
+
+@pytest.mark.parametrize("layout", ["{name}", "{part}/{name}", "data/{part}/{name}", "{part}/all_data.json"])
+def test_the_split_that_leaf_publishes_is_the_clients_split(layout: str, tmp_path: Path) -> None:
+    """LEAF's scripts leave a pair of files, in folders of its own or, as its mirrors do, beside each other."""
+    for part, document in SPLIT.items():
+        write_json(tmp_path / "femnist" / layout.format(part=part, name=NAMES[part]), document)
+    dataset = FederatedDataset("femnist", load_femnist(tmp_path), 1, 1, seed=0)
+    a, b = dataset.client_data(0), dataset.client_data(1)
+    assert (greys(a.train_inputs), greys(a.test_inputs)) == ([1, 2, 3], [5])
+    assert (greys(b.train_inputs), greys(b.test_inputs)) == ([4], [6, 7])
+    assert (a.train_labels.tolist(), b.test_labels.tolist()) == ([1, 2, 3], [6, 7])
+    assert [dataset.num_train_examples(client) for client in (0, 1)] == [3, 1]
+
+
+def test_another_split_of_the_same_examples_is_other_data(tmp_path: Path) -> None:
+    """Or a worker could train on what the server's clients are scored on."""
+    examples, fingerprints = [(image_of(grey), grey) for grey in range(4)], set()
+    for num_train in (1, 2, 3):
+        folder = tmp_path / str(num_train) / "femnist"
+        for part, own in (("train", examples[:num_train]), ("test", examples[num_train:])):
+            write_json(folder / NAMES[part], leaf({"a": ([x for x, _ in own], [y for _, y in own])}))
+        fingerprints.add(load_femnist(folder.parent).fingerprint)
+    write_json(
+        tmp_path / "whole" / "femnist" / "all_data_0.json", leaf({"a": ([x for x, _ in examples], [0, 1, 2, 3])})
+    )
+    fingerprints.add(load_femnist(tmp_path / "whole").fingerprint)
+    assert len(fingerprints) == 4
+
+
+def test_a_published_split_is_not_cut_again(tmp_path: Path) -> None:
+    for part, document in SPLIT.items():
+        write_json(tmp_path / "femnist" / NAMES[part], document)
+    request = DatasetRequest("femnist", None, lambda _: 1, None, 0, "tail")
+    with pytest.raises(ValueError, match="--local_split tail has no meaning for femnist: its files hold LEAF's own"):
+        load_federated_dataset(request, tmp_path)
+
+
+def test_a_user_in_one_part_only_is_left_out_and_counted(tmp_path: Path) -> None:
+    train, test = copy.deepcopy(SPLIT["train"]), copy.deepcopy(SPLIT["test"])
+    train["users"].insert(0, "only trains")
+    train["num_samples"].insert(0, 1)
+    train["user_data"]["only trains"] = {"x": [WHITE_IMAGE], "y": [0]}
+    test["users"].append("is only scored")
+    test["num_samples"].append(1)
+    test["user_data"]["is only scored"] = {"x": [WHITE_IMAGE], "y": [0]}
+    for part, document in (("train", train), ("test", test)):
+        write_json(tmp_path / "femnist" / NAMES[part], document)
+    clients = load_femnist(tmp_path)
+    assert clients.names == ["only trains", "a", "b", "is only scored"]
+    dataset = FederatedDataset("femnist", clients, 2, 2, seed=0)
+    assert (dataset.train_client_ids, dataset.unseen_client_ids, dataset.num_left_out) == ([1], [2], 2)
+
+
+def test_users_without_data_are_left_out_and_counted(tmp_path: Path) -> None:
+    """LEAF writes such users, its split also some that are not among `users`."""
+    document = leaf({"empty": ([], []), "a": ([WHITE_IMAGE] * 2, [1, 2]), "b": ([WHITE_IMAGE] * 3, [1, 2, 3])})
+    document["user_data"]["unlisted"] = {"x": [], "y": []}
+    write_json(tmp_path / "femnist" / "all_data_0.json", document)
+    dataset = FederatedDataset("femnist", load_femnist(tmp_path), 2, 1, seed=0)
+    assert (dataset.train_client_ids, dataset.unseen_client_ids, dataset.num_left_out) == ([1], [2], 1)
+
+
+def test_files_with_users_without_data_alone(tmp_path: Path) -> None:
+    write_json(tmp_path / "femnist" / "all_data_0.json", leaf({"empty": ([], [])}))
+    assert "there is no client with an example" in refusal_of(load_femnist, tmp_path)
+
+
+def test_roles_of_a_published_split_keep_all_their_windows(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """No gap is made in a test part that LEAF made; that its windows overlap is said."""
+    windows = [letter * 80 for letter in "abcdef"]
+    for part, own in (("train", windows[:4]), ("test", windows[4:])):
+        role = (own, [window[0] for window in own])
+        write_json(tmp_path / "shakespeare" / part / f"all_data_{part}_8.json", leaf({"HERO": role, "FOOL": role}))
+    dataset = FederatedDataset("shakespeare", load_shakespeare(tmp_path), 1, 1, seed=0)
+    data = dataset.client_data(1)
+    assert [VOCABULARY[label] for label in data.train_labels.tolist()] == list("abcd")
+    assert [VOCABULARY[label] for label in data.test_labels.tolist()] == list("ef")
+    assert "all_data_test_8.json is of LEAF's own split, which draws windows at random" in capfd.readouterr().err
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "femnist" / "all_data_0.json", femnist_document())
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_femnist(tmp_path).num_clients == 2
+
+
+@pytest.mark.parametrize("name", ["all_data_0_niid_1_keep_0.json", "data/all_data/all_data_0.json"])
+def test_what_leaf_calls_the_files_before_its_split(name: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "femnist" / name, femnist_document())
+    assert load_femnist(tmp_path).num_clients == 2
+
+
 def test_femnist_of_parquet_is_grouped_by_writer(tmp_path: Path) -> None:
     """Writers lie scattered over rows, row groups, batches and files; examples keep the order of the files."""
     folder = tmp_path / "femnist"
@@ -222,6 +331,18 @@ def test_a_second_load_reads_the_cache_and_a_changed_file_is_read_anew(
     assert load_femnist(tmp_path).names == ["new"]
 
 
+def test_a_data_root_that_cannot_be_written(
+    tmp_path: Path, make_read_only: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a read-only mount of a shared disk."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    root = tmp_path / "root"
+    write_json(root / "femnist" / "all_data_0.json", femnist_document())
+    make_read_only(root)
+    assert load_femnist(root).names == ["f1_02", "f0_01"]
+    assert [path.name for path in root.iterdir()] == ["femnist"]
+
+
 def test_only_parquet_files_need_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its import takes time and memory in every process, of which at most one builds the cache."""
     write_json(tmp_path / "femnist" / "all_data_0.json", femnist_document())
@@ -248,6 +369,37 @@ def test_both_kinds_of_files(tmp_path: Path) -> None:
     write_json(tmp_path / "femnist" / "all_data_0.json", femnist_document())
     write_parquet(tmp_path / "femnist" / "a.parquet", [encoded(white())], ["w"], [1])
     assert "femnist has both all_data_0.json and a.parquet" in refusal_of(load_femnist, tmp_path)
+
+
+def test_half_a_split(tmp_path: Path) -> None:
+    path = write_json(tmp_path / "femnist" / "train" / NAMES["train"], SPLIT["train"])
+    message = refusal_of(load_femnist, tmp_path)
+    assert f"{path} lacks {tmp_path / 'femnist' / 'test' / NAMES['test']}, the other part of the same users" in message
+
+
+def test_a_split_by_user(tmp_path: Path) -> None:
+    """LEAF's test users never train; here --unseen_fraction says who they are, so that files must not contradict it."""
+    write_json(tmp_path / "femnist" / NAMES["train"], leaf({"a": ([WHITE_IMAGE], [1])}))
+    write_json(tmp_path / "femnist" / NAMES["test"], leaf({"b": ([WHITE_IMAGE], [1])}))
+    message = refusal_of(load_femnist, tmp_path)
+    assert "have no user in common: LEAF split them by user (-t user)" in message
+    assert "use LEAF's files from before the split" in message
+
+
+@pytest.mark.parametrize("name", ["all_data_0.json", "train/all_data_0_train_9.json"])
+def test_files_from_before_and_after_the_split(name: str, tmp_path: Path) -> None:
+    for other, document in ((name, SPLIT["train"]), (f"{name}".replace("train", "test"), SPLIT["test"])):
+        write_json(tmp_path / "femnist" / other, document)
+    for part, document in SPLIT.items():
+        write_json(tmp_path / "femnist" / NAMES[part], document)
+    message = refusal_of(load_femnist, tmp_path)
+    assert "hold the same users" in message
+    assert "keep one" in message
+
+
+def test_files_of_another_name_are_listed(tmp_path: Path) -> None:
+    write_json(tmp_path / "femnist" / "mytrain.json", femnist_document())
+    assert f"into {tmp_path / 'femnist'} (there is mytrain.json);" in refusal_of(load_femnist, tmp_path)
 
 
 @pytest.mark.parametrize("linked", ["file", "folder"])
@@ -341,13 +493,12 @@ BAD_FEMNIST: dict[str, tuple[Callable[[Document], object], str]] = {
     "counts": (setting("num_samples", to=[2]), ': "users" has 2 entries, "num_samples" has 1'),
     "user without data": (without("user_data", "f1_02"), f'{USER} is in "users" but not in "user_data"'),
     "data without user": (
-        setting("user_data", "f9_99", to={"x": [], "y": []}),
+        setting("user_data", "f9_99", to={"x": [WHITE_IMAGE], "y": [3]}),
         ': user \'f9_99\' is in "user_data" but not in "users"',
     ),
     "num_samples": (setting("num_samples", 0, to=3), f'{USER} has 2 labels, but "num_samples" says 3'),
     "num_samples no number": (setting("num_samples", 0, to=None), f'{USER} has 2 labels, but "num_samples" says None'),
     "x and y": (setting(*Y, to=[1]), f"{USER} has 2 examples in x, but 1 labels in y"),
-    "empty user": (setting("user_data", "f1_02", to={"x": [], "y": []}), f"{USER} has no data"),
     "short row": (setting(*X, 1, to=[1.0] * 783), f"{USER}: x[1] has 783 pixels, not a list of 784"),
     "row no list": (setting(*X, 1, to="white"), f"{USER}: x[1] is 'white', not a list of 784"),
     "above 1": (setting(*X, 1, 5, to=1.5), f"{USER}: x[1][5] is 1.5, not a finite number in 0..1"),
@@ -392,7 +543,9 @@ def test_a_user_twice_in_one_file(tmp_path: Path) -> None:
 def test_a_user_in_two_files(tmp_path: Path) -> None:
     first = write_json(tmp_path / "femnist" / "all_data_0.json", femnist_document())
     second = write_json(tmp_path / "femnist" / "all_data_1.json", leaf({"f0_01": ([WHITE_IMAGE], [0])}))
-    assert f"{second}: user 'f0_01' comes twice, first in {first}" in refusal_of(load_femnist, tmp_path)
+    assert f"{second}: user 'f0_01' comes twice, first in {first}; keep one of the two files there" in refusal_of(
+        load_femnist, tmp_path
+    )
 
 
 HERO = ": user 'THE_PLAY_HERO'"
