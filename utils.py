@@ -364,17 +364,22 @@ def _load_dataset(
 def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
     """The experiment's model for a data set, with the initial weights that follow from the seed.
 
-    A user's own data set may bring its model, as a method `build_model()`.
+    A user's own data set may bring its model, as a method `build_model()`. Raises ValueError where that is none that
+    could be trained, or that could not be saved when it has been.
     """
     import torch
 
     from models import build_model
+    from perfedavg.model_file import check_can_be_saved
     from perfedavg.seeding import Purpose, seed_sequence, torch_seeds
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seeds(seed_sequence(config.seed, Purpose.INITIAL_MODEL), 1)[0])
         build_own = getattr(dataset, "build_model", None)
-        return build_own() if build_own else build_model(config.architecture, dataset.num_classes)
+        model = build_own() if build_own else build_model(config.architecture, dataset.num_classes)
+    if build_own:
+        check_can_be_saved(model)
+    return cast("nn.Module", model)
 
 
 def load_initial_model(config: ExperimentConfig, model: nn.Module) -> None:

@@ -134,7 +134,7 @@ def refuse_unseedable(layer: nn.Module) -> None:
 
 def flatten(model: nn.Module) -> Tensor:
     """A copy of the model's parameters as one vector, (num_parameters,), in the order of `model.parameters()`."""
-    return nn.utils.parameters_to_vector(model.parameters()).detach()
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
 
 
 def unflatten_into(model: nn.Module, parameters: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor, nn
 
 from perfedavg.config import ExperimentConfig
@@ -70,9 +72,13 @@ class ModelFacts:
 
 
 def model_file(model: nn.Module, metadata: Mapping[str, str]) -> bytes:
-    """The content of a file that holds the model's parameters."""
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    return safetensors.torch.save(state, dict(metadata))
+    """The content of a file that holds the model's parameters; one that has several names (tied weights) once.
+
+    `tied` in the metadata then says which names it also has.
+    """
+    state, tied = _untied(model)
+    ties = {"tied": json.dumps(tied)} if tied else {}
+    return safetensors.torch.save(state, {**metadata, **ties})
 
 
 def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
@@ -84,8 +90,63 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
     try:
+        _tie(state, json.loads(metadata.get("tied", "{}")))
         return state, ModelFacts.from_metadata(metadata)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} does not say what its model is, as an earlier version of this project left it; repeat the run"
         ) from error
+
+
+def check_can_be_saved(model: nn.Module) -> None:
+    """Write the model to memory and read it back. Raises ValueError where that does not give the same parameters.
+
+    For before the first round: what a user's own model makes of `state_dict` is found nowhere else until the run ends.
+    """
+    fix = "let its parameters be dense tensors on the CPU, and leave state_dict and load_state_dict as torch has them"
+    parts: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        other = parts.setdefault(parameter.data_ptr(), name) if parameter.data_ptr() else name
+        if other != name:
+            raise ValueError(
+                f"the model's parameters {other} and {name} share memory, and would part when they are trained; to tie "
+                "them, let both names be one nn.Parameter"
+            )
+    try:
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+        state = safetensors.torch.load(model_file(model, {}))
+        _tie(state, _untied(model)[1])
+        copied.load_state_dict(state)
+    except Exception as error:  # whatever a user's model raises
+        raise ValueError(f"the model cannot be saved and read back ({_one_line(error)}); {fix}") from error
+    for (name, saved), parameter in zip(model.named_parameters(), copied.parameters(), strict=True):
+        if not torch.equal(saved, parameter):
+            raise ValueError(f"the model's parameter {name} does not come back from its state_dict; {fix}")
+
+
+def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's state with each tensor once, and for each further name of one the name under which it stands."""
+    state: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first_names: dict[tuple[object, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.data_ptr() else (name,)
+        first = first_names.setdefault(memory, name)
+        if first == name:
+            state[name] = tensor.contiguous()
+        else:
+            tied[name] = first
+    return state, tied
+
+
+def _tie(state: dict[str, Tensor], tied: Mapping[str, str]) -> None:
+    """The inverse of `_untied`: give tensors their further names."""
+    for name, first in tied.items():
+        state[name] = state[first]
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
