@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(describe_images(args.images, data, len(run.class_names)))
     run_sha256 = parameters_sha256(flatten(model))
     before, after = personalize(model, data, training, run.config.precision, args.seed, loss_function)
+    show(score_table(before, after, training.num_epochs))
     program = export(model, data.test_inputs, run.class_names)
     facts = {"run": str(args.run.absolute()), "run_model_sha256": run_sha256, "dataset": run.config.dataset}
     result = {
@@ -57,7 +58,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model_sha256": parameters_sha256(flatten(model)),
     }
     write_personalized(output, model, program, {**run.facts.to_metadata(), "personalized_from": run_sha256}, result)
-    show(score_table(before, after, training.num_epochs))
     show(f"personalized model in {output}; docs/personalize.md says how to use it")
 
 

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO
 
 import utils
-from perfedavg.console import EXIT_BAD_INPUT, report
+from perfedavg.console import EXIT_BAD_INPUT, end_process, open_standard_streams, report
 from perfedavg.runs import make_default_folder
 
 POLL_SECONDS = 0.1
@@ -205,4 +205,5 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    open_standard_streams()
+    end_process(main())

@@ -12,7 +12,7 @@ from perfedavg.console import run_entry_point, say, show
 def main() -> None:
     args = get_args()
 
-    from reporting.contents import build_report, read_runs
+    from reporting.contents import build_report, read_runs, with_plots_drawn
     from reporting.files import to_markdown, write_report
 
     runs, reasons = read_runs(args.runs)
@@ -24,8 +24,8 @@ def main() -> None:
         raise ValueError("no run is left to report")
     report = build_report(runs, args.target)
     output = args.output or _default_output(args.runs, runs[0].path)
-    write_report(report, output)
     show(to_markdown(report, with_plots=False))
+    write_report(with_plots_drawn(report), output)
     say(f"report.html, report.md and table.csv are in {output}")
 
 

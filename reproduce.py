@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import utils
 from perfedavg.config import num_unseen_clients
-from perfedavg.console import USER_ERRORS, report, say, show
+from perfedavg.console import USER_ERRORS, end_process, open_standard_streams, report, say, show
 from perfedavg.files import replace_file
 from quick_start import SignalWatch, end_processes, exit_status
 
@@ -526,4 +526,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    open_standard_streams()
+    end_process(main())

@@ -49,6 +49,7 @@ def main() -> None:
     WorkerPoolManager(
         network, handler, settle, dataset, experiment, args.join_timeout_seconds, args.worker_wait_seconds
     ).run()
+    folder.draw_plots()  # now that no worker waits
 
 
 if __name__ == "__main__":

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import utils
-from perfedavg.console import run_entry_point, say, show
+from perfedavg.console import optional, run_entry_point, say, show
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     import numpy as np
@@ -281,13 +280,14 @@ def adapted_curves(model: TrainedModel, client_id: int, x: NDArray[np.float32]) 
     return curves
 
 
-def _write(figure: Figure, path: Path) -> None:
+def _write(draw: Callable[[], Figure], path: Path) -> None:
+    """The table is the result: where a plot cannot be had, a line says so."""
+    from perfedavg.drawing import png
     from perfedavg.files import replace_file
 
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    replace_file(path, [image.getbuffer()])
-    say(f"plot in {path}")
+    with optional(f"no plot in {path}"):
+        replace_file(path, [png(draw, 120)])
+        say(f"plot in {path}")
 
 
 def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -313,11 +313,14 @@ def main() -> None:
     rows = read_rows(args.folder)
     show(table(rows))
     output = args.output or args.folder
-    output.mkdir(parents=True, exist_ok=True)
-    _write(plot_errors(rows), output / "mse.png")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output {output} cannot be made ({error.strerror}); name another folder") from error
+    _write(lambda: plot_errors(rows), output / "mse.png")
     models = load_models(rows, args.models)
     if models:
-        _write(plot_adaptation(models), output / "adaptation.png")
+        _write(lambda: plot_adaptation(models), output / "adaptation.png")
 
 
 if __name__ == "__main__":

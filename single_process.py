@@ -29,6 +29,7 @@ def main() -> None:
     executor = LocalExecutor(config, model, dataset, device, num_lanes)
     run_settings = {"command": sys.argv, "world_size": 1, "device": str(device), "threads": num_lanes}
     run_and_record(config, executor, dataset, model, folder, run_settings)
+    folder.draw_plots()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 import utils
 from datasets.federated import FederatedDataset
-from perfedavg.console import run_entry_point
+from perfedavg.console import run_entry_point, show
+from perfedavg.drawing import png
+from perfedavg.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -122,11 +124,15 @@ def _spread(values: NDArray[np.int64]) -> str:
 def main() -> None:
     args = utils.get_args("describe")
     description = describe(utils.get_described_dataset(args))
-    print(description.text())
+    show(description.text())
     if args.plot:
         file = Path(f"{args.dataset}.png") if args.plot is True else args.plot
-        plot(description).savefig(file, dpi=110)
-        print(f"plot in {file}")
+        image = png(lambda: plot(description), 110)
+        try:
+            replace_file(file, [image])
+        except OSError as error:
+            raise ValueError(f"--plot {file} cannot be written ({error.strerror}); name another file") from error
+        show(f"plot in {file}")
 
 
 if __name__ == "__main__":

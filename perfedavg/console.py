@@ -1,8 +1,9 @@
-"""How an entry point ends: a result, or one clear line and an exit status. Imports nothing heavy."""
+"""What an entry point says, and how it ends: a result, or one clear line and a status. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -10,8 +11,9 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn, TextIO
 
 LOGGER = logging.getLogger("perfedavg")
 LOGGER.setLevel(logging.INFO)
@@ -53,12 +55,59 @@ def run_entry_point(main: Callable[[], None]) -> None:
     """
     # torch imports the pynvml package, a requirement of fedlab, and then warns that it is deprecated.
     warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+    open_standard_streams()
+    for name in [name for name in os.environ if name.startswith("TQDM_") and name != "TQDM_DISABLE"]:
+        del os.environ[name]  # a value that tqdm cannot read is an error in whatever imports it
     _on_signals(_raise_stopped)
-    status = _wait_for(main)
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-        sys.stderr.flush()
-    os._exit(status)  # not sys.exit: daemon threads may be inside native code
+    end_process(_wait_for(main))
+
+
+def open_standard_streams() -> None:
+    """Let there be a standard input, output and error, whatever the process was started with.
+
+    Before anything else is opened: a closed descriptor of them would be given to the next file, and what a library
+    prints would end up in that file.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free, which is this one
+            os.set_inheritable(descriptor, True)
+    sys.stdout, sys.stderr = _Output.instead_of(sys.stdout, 1), _Output.instead_of(sys.stderr, 2)
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output or error, for every print of this process. What cannot be written is lost, and ends nothing.
+
+    A character that its encoding lacks is written as an escape.
+    """
+
+    @classmethod
+    def instead_of(cls, stream: TextIO | None, descriptor: int) -> TextIO:
+        """stream: what Python opened, None where there was nothing to open; another program's stream stays."""
+        if stream is None:
+            return cls(open(descriptor, "wb", closefd=False), errors="backslashreplace", line_buffering=True)
+        if not isinstance(stream, io.TextIOWrapper):
+            return stream
+        encoding, line_buffering = stream.encoding, stream.line_buffering
+        return cls(stream.detach(), encoding, "backslashreplace", line_buffering=line_buffering)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it has been closed
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            super().flush()
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process at once, also where its output cannot be written or a thread is inside native code."""
+    for stream in (sys.stdout, sys.stderr):
+        _write(stream, "")
+    os._exit(status)
 
 
 def at_early_end(callback: EarlyEnd) -> Callable[[], None]:
@@ -79,15 +128,47 @@ def at_early_end(callback: EarlyEnd) -> Callable[[], None]:
 def say(line: str) -> None:
     """A line for the person at the terminal, also into the run's log. A terminal that is gone does not matter."""
     LOGGER.info("%s", line)
-    with contextlib.suppress(OSError):
-        clear = "\r\x1b[K" if sys.stderr.isatty() else ""  # of a progress bar, which is drawn again
-        print(f"{clear}{line}", file=sys.stderr, flush=True)
+    clear = "\r\x1b[K" if is_live(sys.stderr) else ""  # of a progress bar, which is drawn again
+    _write(sys.stderr, f"{clear}{line}\n")
 
 
 def show(text: str) -> None:
     """A result on standard output. One that cannot be written there (a full disk, a closed pipe) does not matter."""
-    with contextlib.suppress(OSError):
-        print(text, flush=True)
+    _write(sys.stdout, f"{text}\n")
+
+
+@contextlib.contextmanager
+def optional(what: str) -> Iterator[None]:
+    """For what is decoration, such as a plot: where it fails, whatever the reason, the work ends as well as without.
+
+    what: begins the line that then says so: `no plots in runs/x`.
+    """
+    try:
+        yield
+    except Exception as error:
+        LOGGER.error(what, exc_info=error)
+        say(f"{what}: {reason_of(error)}")
+
+
+def reason_of(error: BaseException) -> str:
+    """An error's message in one line, or its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def is_live(stream: TextIO | None) -> bool:
+    """Whether a line there can be drawn again: on a terminal that knows how."""
+    try:
+        return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+    except ValueError:  # it has been closed
+        return False
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """Write at once, or not at all where there is no stream, it has been closed, or it leads nowhere any more."""
+    with contextlib.suppress(OSError, ValueError):
+        if stream is not None:
+            stream.write(text)
+            stream.flush()
 
 
 def _wait_for(main: Callable[[], None]) -> int:
@@ -127,7 +208,7 @@ def _end_early(reason: signal.Signals | BaseException) -> None:
             callback(reason)
         except Exception as error:  # the others must be called, and the first reason is what counts
             LOGGER.error("while ending", exc_info=error)
-            say(f"while ending: {' '.join(str(error).split()) or type(error).__name__}")
+            say(f"while ending: {reason_of(error)}")
 
 
 def report(error: BaseException | None) -> int:
@@ -138,11 +219,9 @@ def report(error: BaseException | None) -> int:
         return error.code if isinstance(error.code, int) else 1
     LOGGER.error("ended by an error", exc_info=error)
     if isinstance(error, USER_ERRORS):
-        with contextlib.suppress(OSError):
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _write(sys.stderr, f"error: {reason_of(error)}\n")
         return EXIT_BAD_INPUT
-    with contextlib.suppress(OSError):
-        traceback.print_exception(error)
+    _write(sys.stderr, "".join(traceback.format_exception(error)))
     return 1
 
 

@@ -2,30 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
-
-from tqdm import tqdm
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from perfedavg.config import ExperimentConfig, Phase
+from perfedavg.console import LOGGER, is_live, reason_of
 from perfedavg.experiment import ExperimentState, RoundRecord
 from perfedavg.run_folder import RESULT_KEYS
 from perfedavg.scores import ClientScore, summarize
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+_Method = TypeVar("_Method", bound=Callable[..., None])
+
+
+def _costs_nothing(method: _Method) -> _Method:
+    """What a method of a display fails at (tqdm takes settings from the environment, say) is in the log alone."""
+
+    @functools.wraps(method)
+    def shown(*args: Any) -> None:
+        try:
+            method(*args)
+        except Exception as error:
+            LOGGER.warning("progress cannot be shown: %s", reason_of(error))
+
+    return cast(_Method, shown)
 
 
 class ProgressDisplay:
     """An observer that shows phase, round, time to go and the latest accuracies of unseen clients.
 
     On a terminal it is one line that is redrawn; elsewhere (a file, a pipe) a line for each point of the curve.
+    Nothing that it fails at ends the run.
     """
 
     def __init__(self, config: ExperimentConfig, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty()
+        self._live = is_live(self._stream)
         self._phases = config.phases
         self._rounds_here = 0  # in this process: a run that goes on has more behind it
         self._rounds_left = 0
@@ -33,11 +51,14 @@ class ProgressDisplay:
         self._phase_rounds = 0
         self._bar: tqdm[Any] | None = None
 
+    @_costs_nothing
     def phase_started(self, phase: Phase, num_rounds: int, num_recorded: int) -> None:
         self._phase_rounds = num_rounds
         self._rounds_left = sum(self._phases[later].num_rounds for later in self._phases if later >= phase)
         self._rounds_left -= num_recorded
         if self._live:
+            from tqdm import tqdm
+
             self._bar = tqdm(
                 total=num_rounds,
                 initial=num_recorded,
@@ -47,6 +68,7 @@ class ProgressDisplay:
                 bar_format="{desc} {n_fmt}/{total_fmt} |{bar:24}| {elapsed}, {remaining} to go{postfix}",
             )
 
+    @_costs_nothing
     def round_ended(self, record: RoundRecord) -> None:
         self._rounds_here += 1
         self._rounds_left -= 1
@@ -58,11 +80,10 @@ class ProgressDisplay:
         elif accuracies is not None:
             elapsed = time.monotonic() - self._started
             to_go = elapsed / self._rounds_here * self._rounds_left
-            self._print(
-                f"{record.phase.label} round {record.round_number}/{self._phase_rounds}: {accuracies}, "
-                f"{elapsed:.0f} s gone, about {to_go:.0f} s to go"
-            )
+            line = f"{record.phase.label} round {record.round_number}/{self._phase_rounds}: {accuracies}, "
+            print(f"{line}{elapsed:.0f} s gone, about {to_go:.0f} s to go", file=self._stream, flush=True)
 
+    @_costs_nothing
     def scoring_started(self, phase: Phase, num_clients: int) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(f"scoring {num_clients} unseen clients")
@@ -70,15 +91,12 @@ class ProgressDisplay:
     def settled(self, state: ExperimentState) -> None:
         pass
 
+    @_costs_nothing
     def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
         if self._bar is not None:
             self._bar.set_postfix_str(_accuracies(summarize(scores[phase])))
             self._bar.close()
             self._bar = None
-
-    def _print(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk behind the stream, a terminal that is gone: the run goes on
-            print(line, file=self._stream, flush=True)
 
 
 def result_table(result: dict[str, Any]) -> str:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from perfedavg.config import Phase
+from perfedavg.drawing import png
 from perfedavg.files import replace_file
 from perfedavg.scores import ClientScore
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from perfedavg.experiment import RoundRecord
 
 INITIAL_COLOR, PERSONALIZED_COLOR = "#7f7f7f", "#1f77b4"
+_DOTS_PER_INCH = 120
 
 
 @dataclass(frozen=True)
@@ -35,25 +37,22 @@ _ACCURACY, _LOSS = _Measure("accuracy", 1.01), _Measure("loss", None)
 
 
 def write_plots(folder: Path, curve: Sequence[RoundRecord], scores: dict[Phase, list[ClientScore]]) -> None:
-    """Write accuracy.png and clients.png into the folder, which is created. Raises OSError.
+    """Write accuracy.png and clients.png into a folder, which is created. Raises OSError, or what drawing fails with.
 
     curve: the records of rounds that were evaluated, in order.  scores: of all unseen clients, after each phase.
     Of a regression, which has no accuracies, the pictures are of losses: loss.png and clients.png.
     """
     folder.mkdir(exist_ok=True)
     measure = _LOSS if any(math.isnan(row.initial_accuracy) for rows in scores.values() for row in rows) else _ACCURACY
-    for name, figure in (
-        (f"{measure.name}.png", _learning_curve(curve, measure)),
-        ("clients.png", _client_histograms(scores, measure)),
+    for name, draw in (
+        (f"{measure.name}.png", partial(_learning_curve, curve, measure)),
+        ("clients.png", partial(_client_histograms, scores, measure)),
     ):
-        image = io.BytesIO()
-        figure.savefig(image, dpi=120)
-        replace_file(folder / name, [image.getbuffer()])
+        replace_file(folder / name, [png(draw, _DOTS_PER_INCH)])
 
 
 def _figure(columns: int) -> Figure:
-    """A figure that belongs to no window and no global state, so that any thread may draw it."""
-    from matplotlib.figure import Figure  # costs half a second, which only a finished run should pay
+    from matplotlib.figure import Figure
 
     return Figure(figsize=(1.5 + 5 * columns, 4.2), layout="constrained")
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from perfedavg.client_data import ClientDirectory
 from perfedavg.config import ExperimentConfig
-from perfedavg.console import at_early_end, say, show
+from perfedavg.console import at_early_end, optional, say, show
 from perfedavg.display import ProgressDisplay, result_table
 from perfedavg.executor import Executor
 from perfedavg.experiment import ExperimentState, run_experiment
@@ -32,7 +32,8 @@ def run_and_record(
     """Run the experiment from the model's weights, or from where the folder's run was stopped.
 
     Shows it, records it in the folder, and prints the result table. Whatever ends it early, a signal or an error,
-    leaves a checkpoint and a line that tells how to go on.
+    leaves a checkpoint and a line that tells how to go on. The plots are left to `RunFolder.draw_plots`, for when no
+    worker waits for the end.
     run_settings: as `RunFolder.begin` takes them; `world_size` among them.
     """
     state = folder.begin(config, clients.fingerprint, run_settings)
@@ -49,10 +50,13 @@ def run_and_record(
             "data_fingerprint": clients.fingerprint,
         }
         result = folder.result(config, outcome, facts)
-        show(f"\n{result_table(result)}")
-        with state.lock:
-            folder.write_result(outcome, model, ModelFacts.of(config, clients).to_metadata(), result)
-            keeper.has_ended = True
+        try:
+            with state.lock:
+                folder.write_result(outcome, model, ModelFacts.of(config, clients).to_metadata(), result)
+                keeper.has_ended = True
+        finally:  # also where there is no room for the files
+            with optional("no table of the results"):
+                show(f"\n{result_table(result)}")
     except BaseException as error:
         keeper.end_early(error)
         raise

@@ -23,7 +23,7 @@ from torch import nn
 
 from perfedavg.checkpoint import Checkpoints, RunIdentity
 from perfedavg.config import ExperimentConfig, Phase
-from perfedavg.console import say
+from perfedavg.console import optional, reason_of, say
 from perfedavg.events import EventFile
 from perfedavg.experiment import ExperimentOutcome, ExperimentState, RoundRecord
 from perfedavg.files import LineFile, remove_partial_files, replace_file
@@ -49,8 +49,9 @@ class RunFolder:
     metrics.jsonl  a line a round, written as the round ends
     clients.csv    a row an unseen client: its scores before and after personalization, after each phase
     checkpoint/    the last states from which the run can go on; gone when the run has ended
-    result.json    the summary; written last, so a folder without it holds an unfinished run
-    plots/         the accuracy curve, and the accuracy of unseen clients before and after, as PNG
+    result.json    the summary; written when all that was measured is there: a folder without it holds an unfinished run
+    plots/         the accuracy curve, and the accuracy of unseen clients before and after, as PNG; drawn after that, so
+                   a run that ends meanwhile has none, and `report.py` draws the same
     tensorboard/   the same curve and what is known of each round, for TensorBoard, written as the round ends
     model.safetensors  the final global model
     log.txt        what was logged
@@ -80,6 +81,7 @@ class RunFolder:
         self._resumes = resume
         self._metrics = LineFile(path / "metrics.jsonl")
         self._curve: list[RoundRecord] = []
+        self._scores: dict[Phase, list[ClientScore]] = {}
         self._failing: set[str] = set()
         self._events: EventFile | None = None
         self._checkpoints: Checkpoints | None = None
@@ -95,7 +97,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = _lock(self.path)
             remove_partial_files(self.path)
-            log_handler = _RunLog(self.path / "log.txt", encoding="utf-8")
+            log_handler = _RunLog(self.path / "log.txt", encoding="utf-8", errors="backslashreplace")
         except filelock.Timeout as error:
             raise ValueError(
                 f"{flag} {self.path} is in use by another process; wait until that has ended, or name another folder"
@@ -115,7 +117,10 @@ class RunFolder:
     @property
     def shown_path(self) -> str:
         """The path as a person would type it here."""
-        relative = os.path.relpath(self.path)
+        try:
+            relative = os.path.relpath(self.path)
+        except OSError:  # the current folder has been removed
+            return str(self.path)
         return str(self.path.absolute()) if relative.startswith(os.pardir) else relative
 
     def close(self) -> None:
@@ -177,8 +182,7 @@ class RunFolder:
             LOGGER.warning("%s round %d: worker %d was lost: %s", record.phase.label, record.round_number, rank, reason)
         line = json.dumps(_without_nan(record.to_dict()), allow_nan=False)
         self._attempt("metrics.jsonl", lambda: self._metrics.append(line))
-        if self._events is not None:
-            self._attempt("tensorboard", partial(self._events.append, record))
+        self._write_events(lambda events: events.append(record))
         if record.evaluation is not None:
             self._curve.append(record)
 
@@ -225,7 +229,7 @@ class RunFolder:
     def write_result(
         self, outcome: ExperimentOutcome, model: nn.Module, metadata: Mapping[str, str], result: dict[str, Any]
     ) -> None:
-        """Write model, clients.csv, plots and, last, result.json; then remove the checkpoints.
+        """Write model, clients.csv and, last, result.json; then remove the checkpoints.
 
         `model` takes the final parameters.  metadata: of model.safetensors, see `model_file.ModelFacts`.
         Raises OSError, one line with the fix, where there is no room; the checkpoints are then kept.
@@ -235,15 +239,21 @@ class RunFolder:
             self._metrics.flush(to_disk=True)
             self._write("model.safetensors", model_file(model, metadata))
             self._write("clients.csv", _clients_csv(outcome.scores))
-            write_plots(self.path / "plots", self._curve, outcome.scores)
             self._write("result.json", _json(result))
         except OSError as error:
             raise OSError(
                 f"the results cannot be written to {self.path} ({error.strerror}); make room there, then continue "
                 f"with --resume {self.shown_path}"
             ) from error
+        self._scores = outcome.scores
         if self._checkpoints is not None:
             self._checkpoints.remove()
+
+    def draw_plots(self) -> None:
+        """Draw the plots of the run, whose results have been written. Where that fails, a line says so."""
+        plots = self.path / "plots"
+        with optional(f"no plots in {plots} (the results are complete; report.py draws the same)"):
+            write_plots(plots, self._curve, self._scores)
 
     def _cut_metrics_back(self, config: ExperimentConfig, state: ExperimentState | None) -> None:
         """Keep the lines of the rounds that the state has recorded, and restore the curve from them."""
@@ -265,9 +275,18 @@ class RunFolder:
                 "behind the checkpoint are lost, the model is not"
             )
         self._metrics.replace(lines)
-        assert self._events is not None, "the run has begun"
-        self._events.replace(records)
+        self._write_events(lambda events: events.replace(records))
         self._curve = [record for record in records if record.evaluation is not None]
+
+    def _write_events(self, write: Callable[[EventFile], None]) -> None:
+        """The run goes on without them where they cannot be made at all, as with a tensorboard that does not import."""
+        if self._events is None:
+            return
+        try:
+            self._attempt("tensorboard", partial(write, self._events))
+        except Exception as error:
+            self._events = None
+            say(f"no events for TensorBoard from now on: {reason_of(error)}")
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:
         """Write, or say once that there is no room for it, and once when there is again."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perfedavg.console import reason_of, say
 from reporting import plots, published, tables
 from reporting.finished_runs import FinishedRun, find_runs, read_finished_run
 from reporting.rows import Row, common_settings, group_rows, leave_out_repeats
@@ -135,6 +136,25 @@ def build_report(runs: Sequence[FinishedRun], target: float) -> Report:
         sections=[_section(dataset, some, target) for dataset, some in rows.items()],
         csv=tables.to_csv(all_rows, target),
     )
+
+
+def with_plots_drawn(report: Report) -> Report:
+    """The same report, with a sentence in place of each plot that cannot be drawn, whatever the reason; it is said too.
+
+    A report is its tables: it does not end for want of a picture.
+    """
+    return replace(report, sections=[replace(part, blocks=list(map(_drawn, part.blocks))) for part in report.sections])
+
+
+def _drawn(block: Block) -> Block:
+    if not isinstance(block, Plot):
+        return block
+    try:
+        block.light, block.dark  # noqa: B018, each is drawn when it is first asked for
+    except Exception as error:
+        say(f"no plot {block.name}: {reason_of(error)}")
+        return Paragraph(f"The plot {block.name} could not be drawn: {reason_of(error)}")
+    return block
 
 
 def _section(dataset: str, rows: Sequence[Row], target: float) -> Section:

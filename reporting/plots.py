@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfedavg.config import Phase
+from perfedavg.drawing import png
 from reporting.finished_runs import KINDS
 from reporting.rows import Row
 from reporting.tables import confidence_95, pooled_client_scores, steps_per_epoch
@@ -65,15 +65,11 @@ _SHOWN_SHARE_OF_LOSSES = 98
 
 def render(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
     """The figure as a PNG."""
-    import matplotlib  # costs half a second, which --help should not pay
-
     colors = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), theme.text)
     colors |= dict.fromkeys(("figure.facecolor", "axes.facecolor", "legend.facecolor"), theme.page)
     colors |= dict.fromkeys(("axes.edgecolor", "grid.color", "legend.edgecolor"), theme.grid)
-    image = io.BytesIO()
-    with matplotlib.rc_context({**colors, "axes.grid": True, "axes.axisbelow": True, "font.size": 9}):
-        draw(theme).savefig(image, dpi=_DOTS_PER_INCH, format="png")
-    return image.getvalue()
+    settings = {**colors, "axes.grid": True, "axes.axisbelow": True, "font.size": 9}
+    return png(lambda: draw(theme), _DOTS_PER_INCH, settings)
 
 
 def draw_curves(rows: Sequence[Row], measure: str, measure_name: str) -> Callable[[Theme], Figure] | None:

@@ -32,6 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     dataset = digits_dataset(20)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     run_and_record(CONFIG, LocalExecutor(CONFIG, model, dataset), dataset, model, folder, {"world_size": 1})
+    folder.draw_plots()
     return folder.path, model
 
 
