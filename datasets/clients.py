@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from datasets.image_files import are_blank
 from datasets.storage import locked_place, places_for, tell
 
-CACHE_FORMAT = 3
+CACHE_FORMAT = 4
 """Raised with every change of the files that `cached_clients` writes, so that older ones are built anew."""
 
 
@@ -181,7 +182,7 @@ def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: in
             names.append(client.name)
             offsets.append(offsets[-1] + len(client.labels))
             train_counts.append(client.num_train)
-            if _is_blank(client.inputs):
+            if client.inputs.ndim == 3 and len(client.inputs) and are_blank(client.inputs):
                 blank_clients.append(client.name)
             for array, file in ((client.inputs, inputs_file), (client.labels.astype("<i8"), labels_file)):
                 content = np.ascontiguousarray(array).tobytes()
@@ -217,11 +218,6 @@ def _check_client(client: NamedClient, input_shape: tuple[int, ...], num_classes
         raise ValueError(
             f"client {client.name!r}: label {bad[0]} is {client.labels[bad[0]]}, not in 0..{num_classes - 1}"
         )
-
-
-def _is_blank(inputs: NDArray[np.uint8]) -> bool:
-    """Whether these are images, (num_examples, height, width), each of which has one and the same grey all over."""
-    return inputs.ndim == 3 and len(inputs) > 0 and bool((inputs == inputs[:, :1, :1]).all())
 
 
 def _sources_digest(sources: Iterable[Path], root: Path) -> str:

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from datasets.clients import NamedClient, StoredClients, cached_clients
+from datasets.image_files import are_blank, read_image
+from datasets.storage import tell
 
-IMAGE_SIZE = (28, 28)
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
 
 
 def load_image_folder(folder: Path) -> StoredClients:
     """A client for each folder in `folder`, a class for each folder in any of them; names in sorted order.
 
-    Images are 28x28, bright ink on a dark ground, and are read as grey. Names that begin with a dot are passed over;
-    among them is the cache, `.cache`, in which the images are kept as one array.
+    Images are 28x28, bright ink on a dark ground; see `read_image`. Names that begin with a dot are passed over; among
+    them is the cache, `.cache`, in which the images are kept as one array.
     Raises ValueError, with the file, for anything that is no such image and for a link that leads out of the folder.
     """
     if not folder.is_dir():
@@ -47,6 +47,8 @@ def read_class_folders(folder: Path) -> dict[str, NDArray[np.uint8]]:
         images.setdefault(path.parent.name, []).append(_read_image(path))
     if not images:
         raise ValueError(f"{folder} holds no class/image.png")
+    if all(are_blank(np.stack(own)) for own in images.values()):
+        tell(f"{folder}: each image has one and the same grey all over")
     return {name: np.stack(own) for name, own in images.items()}
 
 
@@ -63,13 +65,7 @@ def _read_clients(folder: Path, images: list[Path], classes: list[str]) -> Itera
 def _read_image(path: Path) -> NDArray[np.uint8]:
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"{path} is no image: its name must end in one of {', '.join(ENDINGS)}")
-    try:
-        with Image.open(path) as image:
-            if image.size != IMAGE_SIZE:  # known from the header, before any pixel is decoded
-                raise ValueError(f"{path} is {image.size[0]}x{image.size[1]}, not 28x28; scale it")
-            return np.asarray(image.convert("L"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+    return read_image(path, str(path))
 
 
 def _check_inside(path: Path, folder: Path, layout: str) -> None:

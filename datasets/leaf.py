@@ -10,8 +10,6 @@ import io
 import json
 import re
 import reprlib
-import struct
-import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,10 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from datasets.class_names import BYCLASS
 from datasets.clients import NamedClient, StoredClients, cached_clients
+from datasets.image_files import read_image
 from datasets.storage import tell
 
 LEAF_FILES = "all_data*.json"
@@ -34,9 +32,6 @@ PARQUET_FILES = "*.parquet"
 IMAGE_SHAPE = (28, 28)
 NUM_PIXELS = 28 * 28
 FEMNIST_CLASSES = 62
-GREY_MODES = ("1", "L", "P", "RGB")
-"""Pillow's modes that turn into 8-bit grey without loss of range; 16 bits and transparency do not."""
-
 VOCABULARY = "\n !\"&'(),-.0123456789:;>?ABCDEFGHIJKLMNOPQRSTUVWXYZ[]abcdefghijklmnopqrstuvwxyz}"
 """LEAF's 80 characters of Shakespeare; a token is an index into them."""
 
@@ -362,7 +357,12 @@ def _clients_of_parquet(files: Sequence[Path]) -> Iterator[NamedClient]:
             rows_of[writer].append(image)
     for writer in sorted(rows_of):
         rows = rows_of.pop(writer)
-        images = np.stack([_decode(image) for image in rows])
+        images = np.stack(
+            [
+                read_image(io.BytesIO(image.content), f"{image.path}: the image of row {image.row}", True)
+                for image in rows
+            ]
+        )
         yield NamedClient(writer, images, np.array([image.label for image in rows], dtype=np.int64))
 
 
@@ -423,25 +423,3 @@ def _check_columns(schema: Any, path: Path) -> None:
             raise ValueError(f"{path} has no column {name!r}; its columns are {schema.names}")
         if not fits(schema.field(name).type):
             raise ValueError(f"{path}: column {name!r} is {str(schema.field(name).type)!r}, not {expected}")
-
-
-def _decode(image: _EncodedImage) -> NDArray[np.uint8]:
-    """(28, 28), 0 for white and 255 for black."""
-    place = f"{image.path}: row {image.row}"
-    try:
-        with Image.open(io.BytesIO(image.content), formats=("PNG", "JPEG")) as picture:
-            # Before any pixel is decoded, because few bytes can stand for an image that fills the memory.
-            if picture.size == IMAGE_SHAPE and picture.mode in GREY_MODES:
-                return 255 - np.asarray(picture.convert("L"))
-            kind = f"{picture.size[0]} x {picture.size[1]} pixels in mode {picture.mode}"
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise ValueError(f"{place} has an image that is no intact PNG or JPEG") from error
-    raise ValueError(f"{place} has an image of {kind}, not of 28 x 28 in grey")
