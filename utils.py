@@ -377,7 +377,9 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
         torch.manual_seed(torch_seeds(seed_sequence(config.seed, Purpose.INITIAL_MODEL), 1)[0])
         build_own = getattr(dataset, "build_model", None)
         model = build_own() if build_own else build_model(config.architecture, dataset.num_classes)
-    if build_own:
+    check_model = getattr(dataset, "check_model", None)  # see datasets.own
+    if check_model:
+        check_model(model)
         check_can_be_saved(model)
     return cast("nn.Module", model)
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from datasets.clients import Clients, StoredClients
 from datasets.digits import load_digits_images
 from datasets.federated import FederatedDataset
 from datasets.image_folder import load_image_folder
 from datasets.leaf import load_femnist, load_shakespeare
+from datasets.own import load_own
 from datasets.partition import Partition
 from datasets.partitioned import PartitionedClients
 from datasets.sine import SineTasks
@@ -30,9 +28,6 @@ NATURAL: dict[str, Callable[[Path], StoredClients]] = {
 
 MOST_DEALT_CLIENTS = 10_000_000
 """To whom examples are dealt out; the indices of more would fill the memory, and each would be left out as empty."""
-
-REQUIRED = ("train_client_ids", "unseen_client_ids", "fingerprint", "num_train_examples", "client_data", "num_classes")
-"""What a user's own data set must have."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +53,9 @@ def load_federated_dataset(request: DatasetRequest, data_root: Path) -> Federate
     """Raises ValueError where the data cannot be had, is damaged, or has too little for so many clients."""
     if ":" in request.name:
         _refuse_local_split(request, "it cuts its clients' data itself")
-        own: FederatedDataset = _load_users_own(request, data_root)
-        return own
+        _refuse_partition(request)
+        own = load_own(request.name, data_root, request.num_clients, request.seed)
+        return cast(FederatedDataset, own)  # it has what a data set's readers use
     if request.name == "sine":
         _refuse_local_split(request, "its targets are no classes")
         return cast(FederatedDataset, _load_sine(request))  # it has what a data set's readers use
@@ -116,41 +112,6 @@ def _asked_for(request: DatasetRequest) -> int:
     if request.num_clients is None:
         raise ValueError(f"--client_num_in_total is needed for {request.name}, which has no natural clients")
     return request.num_clients
-
-
-def _load_users_own(request: DatasetRequest, data_root: Path) -> Any:
-    """Call the factory that the name stands for, with (data_root, num_clients, seed)."""
-    module_name, _, factory_name = request.name.partition(":")
-    _refuse_partition(request)
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # where a user's module lies beside what they run
-    try:
-        factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"--dataset {request.name} cannot be imported ({error}); it means package.module:factory"
-        ) from error
-    dataset = factory(data_root, request.num_clients, request.seed)
-    missing = [name for name in REQUIRED if not hasattr(dataset, name)]
-    if missing:
-        raise ValueError(
-            f"what --dataset {request.name} returns has no {', '.join(missing)}; see docs/your-own-data.md"
-        )
-    _check_class_names(request.name, getattr(dataset, "class_names", None), dataset.num_classes)
-    return dataset
-
-
-def _check_class_names(dataset: str, names: Any, num_classes: int) -> None:
-    """A user's own data set may leave them out; but they are written with the model, when all the work is done."""
-    if names is None:
-        return
-    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"--dataset {dataset}: class_names must be a list of texts, one a class")
-    if len(set(names)) != num_classes or len(names) != num_classes:
-        raise ValueError(
-            f"--dataset {dataset}: class_names has {len(names)} names, {len(set(names))} of them different, for "
-            f"{num_classes} classes; name each class once"
-        )
 
 
 def _refuse_local_split(request: DatasetRequest, reason: str) -> None:

@@ -62,6 +62,13 @@ class ValidationView(_View):
         self.train_client_ids = dataset.train_client_ids[:num_train]
         self.unseen_client_ids = dataset.train_client_ids[num_train:]
 
+    def client_data(self, client_id: int) -> ClientData:
+        """Raises ValueError where the client is to be scored, and has nothing to be scored on."""
+        data = self._dataset.client_data(client_id)
+        if not len(data.test_labels) and client_id in self.unseen_client_ids:
+            raise ValueError(f"--validation true scores training clients, and client {client_id} has no test part")
+        return data
+
 
 class JointView(_View):
     """One training client that has the training parts of all of them: centralized training, as a federation of one."""
