@@ -17,14 +17,22 @@ from fedlab.core.communicator import Package
 from fedlab.utils import MessageCode
 from torch import Tensor
 
+from multi_process.boundary import fields_of
 from multi_process.control import PROTOCOL_VERSION
+from perfedavg.exact_sum import ExactSum
+from perfedavg.executor import ClientReport
+from perfedavg.scores import ClientScore
 
 _ALIGNMENT = 8  # bytes: a tensor's bytes can be viewed as its type only at a multiple of the type's size
+_DTYPES = {"int64": torch.int64, "float32": torch.float32, "float64": torch.float64}
 
 
 @dataclass(frozen=True)
 class Message:
-    """A message. Fields are tensors, or values that JSON holds."""
+    """A message. Fields are tensors, or values that JSON holds, or lists of dataclasses of such values.
+
+    What arrives as one has passed `boundary.RULES`.
+    """
 
     code: ClassVar[MessageCode]
     """FedLab's code of the package that carries it."""
@@ -119,9 +127,9 @@ class GroupTrained(Word):
 
 @dataclass(frozen=True)
 class GroupScored(Word):
-    """Worker to server: the fields of the `scores.ClientScore` of each client of a group."""
+    """Worker to server: the scores of each client of a group."""
 
-    scores: list[dict[str, Any]]
+    scores: list[ClientScore]
 
 
 @dataclass(frozen=True)
@@ -133,14 +141,18 @@ class SendSum(Word):
 class PartialSum(Message):
     """Worker to server: the exact sum over the clients it trained since the last one, see `exact_sum.ExactSum`.
 
-    total: (num_parameters,) int64.  reports: the fields of each client's `executor.ClientReport`.
+    total: (num_parameters,) int64.  reports: of each client, also of those whose update was refused.
     """
 
     code = MessageCode.GradientUpdate
     weight: int
     capacity: int
-    reports: list[dict[str, Any]]
+    reports: list[ClientReport]
     total: Tensor
+
+    @property
+    def part(self) -> ExactSum:
+        return ExactSum(self.total, self.weight, self.capacity)
 
 
 @dataclass(frozen=True)
@@ -174,7 +186,9 @@ def to_package(message: Message) -> Package:
         "values": {name: value for name, value in values.items() if name not in tensors},
         "tensors": {name: [_type_name(tensor), list(tensor.shape)] for name, tensor in tensors.items()},
     }
-    header_bytes = torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.int8)
+    header_bytes = torch.frombuffer(
+        bytearray(json.dumps(header, default=dataclasses.asdict).encode()), dtype=torch.int8
+    )
     package = Package(message_code=message.code)
     for part in (header_bytes, *(tensor.view(-1).view(torch.int8) for tensor in tensors.values())):
         if package.content is not None:
@@ -193,10 +207,10 @@ def from_package(code: MessageCode, content: list[Tensor] | None) -> Message:
         header = json.loads(header_bytes.numpy().tobytes())
         kind, values = _PACKAGED[header["kind"]], header["values"]
         for (name, (type_name, shape)), part in zip(header["tensors"].items(), parts, strict=True):
-            values[name] = part.view(getattr(torch, type_name)).view(shape)
-        message = kind(**values)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"a package with code {code.name} is not a message of protocol {PROTOCOL_VERSION}") from error
+            values[name] = part.view(_DTYPES[type_name]).view(shape)
+        message = kind(**fields_of(kind.__name__, values))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # also RecursionError
+        raise _not_ours(f"a package with code {code.name} is not a message", error) from error
     if message.code is not code:
         raise ValueError(f"a {header['kind']} message came with code {code.name}")
     return message
@@ -210,9 +224,18 @@ def to_line(word: Word) -> dict[str, Any]:
 def from_line(fields: dict[str, Any]) -> Word:
     """The word that a line carries. Raises ValueError where it is not one of this protocol's."""
     try:
-        return _WORDS[fields["word"]](**fields["values"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"a line is not a word of protocol {PROTOCOL_VERSION}") from error
+        kind = _WORDS[fields["word"]]
+        if set(fields) != {"word", "values"}:
+            raise ValueError("it has other fields than word, values")
+        return kind(**fields_of(kind.__name__, fields["values"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise _not_ours("a line is not a word", error) from error
+
+
+def _not_ours(what: str, error: Exception) -> ValueError:
+    """What a rule found wrong is said; what Python did, in trying to read something else, says nothing."""
+    reason = f": {error}" if type(error) is ValueError else ""
+    return ValueError(f"{what} of protocol {PROTOCOL_VERSION}{reason}")
 
 
 def _type_name(tensor: Tensor) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
 class Schedule:
@@ -31,12 +31,16 @@ class Schedule:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
-    def num_in_work(self, worker: int) -> int:
-        return len(self._in_work.get(worker, ()))
-
     def num_done(self, worker: int) -> int:
         """Clients that this worker is done with, but whose result it has not delivered."""
         return len(self._done.get(worker, ()))
+
+    def num_in_work(self, worker: int) -> int:
+        return len(self.in_work(worker))
+
+    def in_work(self, worker: int) -> Collection[int]:
+        """Clients that this worker has been given and is not done with."""
+        return self._in_work.get(worker, ())
 
     def take(self, worker: int, most: int) -> list[int]:
         """Hand out the next clients to a worker, at most so many."""
@@ -47,7 +51,7 @@ class Schedule:
 
     def finish(self, worker: int, client_id: int) -> None:
         """The worker is done with a client. Raises ValueError where it did not have that client."""
-        if client_id not in self._in_work.get(worker, ()):
+        if client_id not in self.in_work(worker):
             raise ValueError(f"client {client_id} was reported, but not handed out to it")
         self._in_work[worker].remove(client_id)
         self._done.setdefault(worker, set()).add(client_id)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 
 from fedlab.core.network_manager import NetworkManager
 from fedlab.core.server.handler import ServerHandler
 from fedlab.core.server.manager import ServerManager
 from torch import Tensor, nn
 
+from multi_process.boundary import ExpectedScoring, ExpectedTraining, clean_text
 from multi_process.link import GoneError
 from multi_process.messages import (
     Configure,
@@ -30,18 +33,23 @@ from multi_process.messages import (
     WorkOn,
 )
 from multi_process.network import REMINDER_SECONDS, Connected, ServerNetwork
+from multi_process.pace import Pace
 from multi_process.schedule import Schedule
 from perfedavg.client_batching import default_num_lanes
-from perfedavg.client_data import ClientDirectory
+from perfedavg.client_data import FederatedDataset
 from perfedavg.compute import ComputeDevice
 from perfedavg.config import ExperimentConfig
 from perfedavg.console import LOGGER, at_early_end, say
 from perfedavg.exact_sum import ExactSum
-from perfedavg.executor import ClientReport, CohortTask, CohortUpdate, Executor, ScoringTask, cut_into_groups
+from perfedavg.executor import CohortTask, CohortUpdate, Executor, ScoringTask, cut_into_groups
 from perfedavg.scores import ClientScore
 
 FINISH_SECONDS = 10.0
 """For a worker to hear that the run is over."""
+CHECK_SECONDS = 5.0
+"""Between two looks at how the workers get on, while nothing comes from them."""
+MAX_GIVEN_UP = 3
+"""Times that a rank is given up for its slowness, after which it is sent away for good."""
 
 
 class CohortHandler(ServerHandler):
@@ -73,10 +81,9 @@ class CohortHandler(ServerHandler):
         return self._num_missing == 0
 
     def load(self, payload: PartialSum) -> bool:
-        """Merge a worker's part. True when the round is complete. Raises ValueError where it does not fit the round."""
-        reports = [ClientReport(**report) for report in payload.reports]
-        self.cohort_update.sum.merge(ExactSum(payload.total, payload.weight, payload.capacity))
-        self.cohort_update.reports += reports
+        """Merge a worker's part, which has been checked. True when the round is complete."""
+        self.cohort_update.sum.merge(payload.part)
+        self.cohort_update.reports += payload.reports
         self._num_missing -= len(payload.reports)
         return self.if_stop
 
@@ -105,7 +112,9 @@ class _Worker:
 
     num_lanes: clients that it works on side by side; 0 until it is configured.  is_ready: it may be given work.
     has_begun: it was told of the present piece of work.  is_asked: for the sum over the clients that it has trained.
-    since: when it could begin on the present piece of work, on the clock of `time.monotonic`.
+    since: when it could begin on the present piece of work, on the clock of `time.monotonic`, as the next one.
+    progress_at: when it last delivered anything of what it has in hand, or was given it.
+    is_called_slow: the user has been told that nothing has come since.
     """
 
     connected: Connected
@@ -115,6 +124,8 @@ class _Worker:
     has_begun: bool = False
     is_asked: bool = False
     since: float = 0.0
+    progress_at: float = 0.0
+    is_called_slow: bool = False
 
     @property
     def rank(self) -> int:
@@ -125,6 +136,9 @@ class _Worker:
         """By which the schedule knows it: no later worker of the same rank has the same."""
         return self.connected.generation
 
+    def note_progress(self, now: float) -> None:
+        self.progress_at, self.is_called_slow = now, False
+
 
 @dataclass(eq=False)
 class _Piece:
@@ -132,15 +146,23 @@ class _Piece:
 
     groups: of clients that are worked on at once, by the first client of each; the schedule hands these out.
     start: tells a worker of it.  deliver: takes the results that an answer has, or raises and takes none.
+    pace: of the groups.  handed_out_at: when each group was given to who has it.
     lane_seconds, lost: see `executor.CohortUpdate`.
     """
 
     groups: dict[int, tuple[int, ...]]
     schedule: Schedule
-    start: Message
+    start: StartTraining | StartScoring
     deliver: Callable[[Message], None]
-    lane_seconds: float
+    pace: Pace
     lost: dict[int, str]
+    lane_seconds: float = 0.0
+    handed_out_at: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> tuple[type[Message], ...]:
+        """What it can be answered with."""
+        return (GroupTrained, PartialSum) if isinstance(self.start, StartTraining) else (GroupScored,)
 
     def first_of_each(self, client_ids: Sequence[int]) -> list[int]:
         """The first clients of the groups that these clients are. Raises ValueError where a group is not whole."""
@@ -167,7 +189,7 @@ class WorkerPoolManager(ServerManager):
         network: ServerNetwork,
         handler: CohortHandler,
         settle: Callable[[Sequence[ComputeDevice]], ExperimentConfig],
-        clients: ClientDirectory,
+        clients: FederatedDataset,
         experiment: Callable[[ExperimentConfig, Executor], None],
         join_seconds: float,
         worker_wait_seconds: float,
@@ -185,7 +207,13 @@ class WorkerPoolManager(ServerManager):
         self._is_started = False
         self._piece: _Piece | None = None
         self._lost_between: dict[int, str] = {}
-        self._failed_clients: set[int] = set()
+        self._gone: set[int] = set()  # generations of workers that were lost or sent away
+        self._failed_ranks: defaultdict[int, set[int]] = defaultdict(set)  # by the client at which they failed
+        self._paces: defaultdict[Hashable, Pace] = defaultdict(Pace)  # by the kind of work
+        self._sum_pace = Pace()
+        self._num_given_up: Counter[int] = Counter()  # by rank
+        self._none_since = self._checked_at = 0.0
+        self._is_regression: bool | None = None
 
     def run(self) -> None:
         """Let the workers join, run the experiment with them, let them go."""
@@ -238,12 +266,17 @@ class WorkerPoolManager(ServerManager):
         self._handler.begin(task, parameters)
         (global_parameters,) = self._handler.downlink_package
         start = StartTraining(int(task.phase), task.round_number, task.capacity, global_parameters)
+        sizes = self._clients.num_train_examples
+        expected = ExpectedTraining(task.phase, task.capacity, parameters.numel(), sizes)
 
         def deliver(answer: Message) -> None:
             assert isinstance(answer, PartialSum), "a trained client's result comes in a sum"
+            # A copy, because the worker's next message would overwrite what has been checked.
+            answer = replace(answer, total=answer.total.clone())
+            expected.check(answer.part, answer.reports)
             self._handler.load(answer)
 
-        piece = self._perform(start, task.client_ids, deliver)
+        piece = self._perform(start, task.client_ids, deliver, self._paces[StartTraining, task.phase])
         assert self._handler.if_stop, "every client was handed out and reported"
         update = self._handler.cohort_update
         update.lane_seconds, update.lost_workers = piece.lane_seconds, piece.lost
@@ -251,42 +284,101 @@ class WorkerPoolManager(ServerManager):
 
     def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
         scores: list[ClientScore] = []
+        sizes = self._clients.num_train_examples
+        expected = ExpectedScoring(task.num_curve_epochs, self._has_no_accuracies(), sizes)
 
         def deliver(answer: Message) -> None:
             assert isinstance(answer, GroupScored), "a scored group's result comes by itself"
-            scores.extend([ClientScore.from_dict(fields) for fields in answer.scores])
+            expected.check(answer.scores)
+            scores.extend(answer.scores)
 
         start = StartScoring(int(task.phase), task.round_number, task.num_curve_epochs, parameters)
-        self._perform(start, task.client_ids, deliver)
+        self._perform(start, task.client_ids, deliver, self._paces[StartScoring, task.num_curve_epochs])
         return scores
 
-    def _perform(self, start: Message, client_ids: Sequence[int], deliver: Callable[[Message], None]) -> _Piece:
+    def _has_no_accuracies(self) -> bool:
+        """Whether the task is a regression, as the labels of one client tell."""
+        if self._is_regression is None:
+            example = self._clients.client_data(self._clients.unseen_client_ids[0])
+            self._is_regression = example.test_labels.is_floating_point()
+        return self._is_regression
+
+    def _perform(
+        self,
+        start: StartTraining | StartScoring,
+        client_ids: Sequence[int],
+        deliver: Callable[[Message], None],
+        pace: Pace,
+    ) -> _Piece:
         """Hand out the clients, group by group, the largest first, until each one's result has been delivered."""
         group_size = self._experiment_config.client_batching
         assert group_size is not None, "the configuration is settled"
         cut = cut_into_groups(client_ids, self._clients.num_train_examples, group_size)
         groups = {group[0]: group for group in cut}
-        piece = self._piece = _Piece(groups, Schedule(list(groups)), start, deliver, 0.0, self._lost_between)
+        piece = self._piece = _Piece(groups, Schedule(list(groups)), start, deliver, pace, self._lost_between)
         self._lost_between = {}
+        self._checked_at = time.monotonic()
         for worker in self._workers.values():
             worker.has_begun = worker.is_asked = False
             worker.since = time.monotonic()
-        none_since = time.monotonic()
         while not piece.schedule.is_complete:
             for worker in list(self._workers.values()):
                 self._feed(worker, piece)
-            if self._workers:
-                none_since = time.monotonic()
-            remaining = none_since + self._worker_wait_seconds - time.monotonic()
-            if remaining <= 0:
-                raise ConnectionError(
-                    f"no worker is left, and none came within {self._worker_wait_seconds:g} s (--worker_wait_seconds)"
-                )
-            self._take_event(remaining)
+            self._take_event(min(CHECK_SECONDS, self._seconds_left()))
+            self._check_progress(piece)
         for worker in self._workers.values():
             self._account(worker, piece)
         self._piece = None
         return piece
+
+    def _seconds_left(self) -> float:
+        """How long to wait for a worker, where there is none. Raises ConnectionError where none came in time."""
+        if self._workers:
+            return CHECK_SECONDS
+        remaining = self._none_since + self._worker_wait_seconds - time.monotonic()
+        if remaining <= 0:
+            raise ConnectionError(
+                f"no worker is left, and none came within {self._worker_wait_seconds:g} s (--worker_wait_seconds)"
+            )
+        return remaining
+
+    def _check_progress(self, piece: _Piece) -> None:
+        """Give up a worker that has delivered nothing for far longer than others took, so that others get its work.
+
+        Time in which this process itself did not run (it was stopped, its machine was overloaded) does not count.
+        """
+        now = time.monotonic()
+        has_slept = now - self._checked_at > 2 * CHECK_SECONDS
+        self._checked_at = now
+        for worker in list(self._workers.values()):
+            if has_slept:
+                worker.note_progress(now)
+            quiet_seconds = now - worker.progress_at
+            if quiet_seconds > self._limit_seconds(worker, piece):
+                self._give_up(worker, quiet_seconds)
+
+    def _limit_seconds(self, worker: _Worker, piece: _Piece) -> float:
+        """How long the worker may take to deliver anything. Infinite where it owes nothing."""
+        in_work = piece.schedule.in_work(worker.number)
+        if in_work:
+            return piece.pace.limit_seconds(max(self._size(piece.groups[first]) for first in in_work))
+        return self._sum_pace.limit_seconds() if worker.is_asked else math.inf
+
+    def _give_up(self, worker: _Worker, quiet_seconds: float) -> None:
+        """Drop a slow worker, but not the last one of those that were given up as seldom: somebody must do the work."""
+        num_given_up = self._num_given_up[worker.rank]
+        others = [other for other in self._workers.values() if other.is_ready and other is not worker]
+        reason = f"it has finished nothing for {quiet_seconds:.0f} s, far longer than others took"
+        if any(self._num_given_up[other.rank] <= num_given_up for other in others):
+            self._num_given_up[worker.rank] += 1
+            self._lose(worker.connected, reason)
+        elif not worker.is_called_slow:
+            worker.is_called_slow = True
+            say(f"server: worker {worker.rank}: {reason}; waiting on, because no other worker could do better")
+
+    def _size(self, group: Sequence[int]) -> int:
+        """The training examples of a group of clients."""
+        return sum(map(self._clients.num_train_examples, group))
 
     def _feed(self, worker: _Worker, piece: _Piece) -> None:
         """Give a worker as many groups as it has lanes, and one to go on with while there are plenty.
@@ -295,11 +387,15 @@ class WorkerPoolManager(ServerManager):
         """
         if not worker.is_ready:
             return
-        schedule = piece.schedule
+        schedule, now = piece.schedule, time.monotonic()
         num_lanes = sum(other.num_lanes for other in self._workers.values() if other.is_ready)
         in_hand = worker.num_lanes + (1 if schedule.num_waiting > 2 * num_lanes else 0)
-        firsts = schedule.take(worker.number, in_hand - schedule.num_in_work(worker.number))
+        num_in_work = schedule.num_in_work(worker.number)
+        firsts = schedule.take(worker.number, in_hand - num_in_work)
         if firsts:
+            piece.handed_out_at.update(dict.fromkeys(firsts, now))
+            if not num_in_work:
+                worker.note_progress(now)
             if not worker.has_begun:
                 self._send(worker, piece.start)
                 worker.has_begun = True
@@ -307,6 +403,7 @@ class WorkerPoolManager(ServerManager):
         elif not schedule.num_in_work(worker.number) and schedule.num_done(worker.number) and not worker.is_asked:
             self._send(worker, SendSum())
             worker.is_asked = True
+            worker.note_progress(now)
 
     def _send(self, worker: _Worker, message: Message) -> None:
         try:
@@ -320,16 +417,23 @@ class WorkerPoolManager(ServerManager):
             connected, event = self._network.events.get(timeout=timeout_seconds)
         except queue.Empty:
             return False
-        worker = self._workers.get(connected.generation)
+        if connected.generation in self._gone:
+            return True  # said before it was lost
         try:
-            if isinstance(event, Exception):
-                self._lose(connected, event.reason if isinstance(event, GoneError) else str(event))
+            if isinstance(event, GoneError):
+                self._lose(connected, event.reason)
+            elif isinstance(event, ValueError):
+                raise _MisbehavedError(str(event)) from event
+            elif isinstance(event, Exception):
+                self._lose(connected, str(event))
             elif isinstance(event, Failed):
                 self._take_failure(connected, event)
-            elif isinstance(event, Join) and worker is None:
+            elif connected.generation in self._workers:
+                self._take_message(self._workers[connected.generation], event)
+            elif isinstance(event, Join):
                 self._take_join(connected, event)
-            elif worker is not None:
-                self._take_message(worker, event)
+            else:
+                raise _MisbehavedError(_unexpected(event))
         except _MisbehavedError as error:
             connected.link.close(str(error), tell="dismissed")
             self._lose(connected, str(error))
@@ -338,6 +442,10 @@ class WorkerPoolManager(ServerManager):
     def _take_join(self, connected: Connected, join: Join) -> None:
         if join.ticket != connected.ticket:
             raise _MisbehavedError("it is not the worker that was admitted")
+        if self._num_given_up[connected.rank] >= MAX_GIVEN_UP and any(
+            other.is_ready for other in self._workers.values()
+        ):
+            raise _MisbehavedError(f"it was given up {MAX_GIVEN_UP} times, because it finished nothing")
         worker = self._workers[connected.generation] = _Worker(connected, join)
         say(f"server: worker {worker.rank} joined")
         if self._is_started:
@@ -359,26 +467,37 @@ class WorkerPoolManager(ServerManager):
         if isinstance(message, Ready) and worker.num_lanes and not worker.is_ready:
             self._take_ready(worker, message)
             return
+        if self._piece is None or not isinstance(message, self._piece.answers):
+            raise _MisbehavedError(_unexpected(message))
         try:
-            if self._piece is None:
-                raise ValueError(f"a {type(message).__name__} message was not expected")
             self._take_answer(worker, message, self._piece)
-        except (ValueError, TypeError, KeyError) as error:
+        except ValueError as error:
             raise _MisbehavedError(str(error)) from error
 
     def _take_answer(self, worker: _Worker, message: Message, piece: _Piece) -> None:
+        """Raises ValueError, and takes nothing of the answer, where it does not fit what was handed out."""
+        schedule, now = piece.schedule, time.monotonic()
         if isinstance(message, GroupTrained):
-            piece.schedule.finish(worker.number, message.first)
-            return
-        if isinstance(message, PartialSum) and worker.is_asked:
-            firsts = piece.first_of_each([report["client_id"] for report in message.reports])
+            self._finish(worker, message.first, piece)
+        elif isinstance(message, PartialSum):
+            firsts = piece.first_of_each([report.client_id for report in message.reports])
+            if not worker.is_asked or len(firsts) != schedule.num_done(worker.number):
+                raise ValueError("its sum is not the one that it was asked for")
+            self._deliver(worker, firsts, message, piece)
+            self._sum_pace.learn(now - worker.progress_at)
             worker.is_asked = False
         elif isinstance(message, GroupScored):
-            firsts = piece.first_of_each([score["client_id"] for score in message.scores])
+            firsts = piece.first_of_each([score.client_id for score in message.scores])
             for first in firsts:
-                piece.schedule.finish(worker.number, first)
-        else:
-            raise ValueError(f"a {type(message).__name__} message was not expected")
+                self._finish(worker, first, piece)
+            self._deliver(worker, firsts, message, piece)
+        worker.note_progress(now)
+
+    def _finish(self, worker: _Worker, first: int, piece: _Piece) -> None:
+        piece.schedule.finish(worker.number, first)
+        piece.pace.learn(time.monotonic() - piece.handed_out_at[first], self._size(piece.groups[first]))
+
+    def _deliver(self, worker: _Worker, firsts: Sequence[int], message: Message, piece: _Piece) -> None:
         piece.schedule.check_done(worker.number, firsts)
         piece.deliver(message)
         piece.schedule.deliver(worker.number, firsts)
@@ -386,8 +505,8 @@ class WorkerPoolManager(ServerManager):
     def _take_ready(self, worker: _Worker, ready: Ready) -> None:
         if ready.fingerprint != self._clients.fingerprint:
             reason = (
-                f"worker {worker.rank} reads other data than the server (fingerprint {ready.fingerprint}, not "
-                f"{self._clients.fingerprint}); give both the same files with --data_root"
+                f"worker {worker.rank} reads other data than the server (fingerprint {clean_text(ready.fingerprint)}, "
+                f"not {self._clients.fingerprint}); give both the same files with --data_root"
             )
             raise _MisbehavedError(reason) if self._is_started else ValueError(reason)
         worker.is_ready = True
@@ -396,21 +515,30 @@ class WorkerPoolManager(ServerManager):
 
     def _take_failure(self, connected: Connected, failure: Failed) -> None:
         """A worker cannot go on, and says why: before the start, and wherever others would fail too, the run ends."""
-        others = any(other.is_ready for number, other in self._workers.items() if number != connected.generation)
-        is_repeated = failure.client_id is not None and failure.client_id in self._failed_clients
-        if failure.client_id is not None:
-            self._failed_clients.add(failure.client_id)
-        if not self._is_started or is_repeated or (failure.client_id is not None and not others):
+        client_id, worker = failure.client_id, self._workers.get(connected.generation)
+        others = any(other.is_ready for other in self._workers.values() if other is not worker)
+        if client_id is None:
+            is_everybodys = not self._is_started
+        else:
+            if worker is None or self._piece is None or client_id not in self._piece.schedule.in_work(worker.number):
+                raise _MisbehavedError(f"it failed at client {client_id}, which was not handed out to it")
+            self._failed_ranks[client_id].add(worker.rank)
+            is_everybodys = not others or len(self._failed_ranks[client_id]) > 1
+        if is_everybodys:
             raise ValueError(f"worker {connected.rank}: {failure.reason}")
         self._lose(connected, failure.reason)
 
     def _lose(self, connected: Connected, reason: str) -> None:
         """A worker is gone: its clients go to the others."""
+        reason = clean_text(reason)
         connected.link.close(reason, tell="dropped")
+        self._gone.add(connected.generation)
         worker = self._workers.pop(connected.generation, None)
         if worker is None:
             say(f"server: worker {connected.rank} could not join: {reason}")
             return
+        if not self._workers:
+            self._none_since = time.monotonic()
         lost = self._lost_between if self._piece is None else self._piece.lost
         lost[worker.rank] = reason
         num_clients = 0
@@ -439,6 +567,10 @@ class WorkerPoolManager(ServerManager):
             self._network.dismiss(str(cause))
         elif cause == signal.SIGINT:
             self._network.dismiss("it was stopped by SIGINT")
+
+
+def _unexpected(message: Message) -> str:
+    return f"a {type(message).__name__} message was not expected"
 
 
 def _device_of(join: Join) -> ComputeDevice:

@@ -7,7 +7,6 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from fedlab.core.client.trainer import SerialClientTrainer
 from fedlab.core.network_manager import NetworkManager
 from torch import nn
 
+from multi_process.boundary import check_start
 from multi_process.link import DismissedError, GoneError
 from multi_process.messages import (
     Configure,
@@ -66,6 +66,7 @@ class PersonalizationTrainer(SerialClientTrainer):
         num_clients = len(dataset.train_client_ids) + len(dataset.unseen_client_ids)
         super().__init__(model, num_clients, cuda=False)
         self.dataset = dataset
+        self._phases = config.phases
         self._executor = LocalExecutor(config, self._model, dataset, device, num_lanes)
         self._tell = tell
         self._fail = fail
@@ -78,9 +79,23 @@ class PersonalizationTrainer(SerialClientTrainer):
     def num_lanes(self) -> int:
         return self._executor.num_lanes
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it knows what clients are to do."""
+        return self._work is not None
+
+    @property
+    def is_training(self) -> bool:
+        return self._training is not None
+
     def begin(self, payload: StartTraining | StartScoring) -> None:
-        """Take over the global model. What the clients of `local_process` do from now on is train, or be scored."""
+        """Take over the global model. What the clients of `local_process` do from now on is train, or be scored.
+
+        Raises ValueError where it is not of the experiment.
+        """
         self.abandon()
+        num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
+        check_start(payload.phase, payload.parameters, self._phases, num_parameters)
         phase = Phase(payload.phase)
         if isinstance(payload, StartTraining):
             task = CohortTask(phase, payload.round_number, (), payload.capacity)
@@ -89,7 +104,7 @@ class PersonalizationTrainer(SerialClientTrainer):
         else:
             scoring = ScoringTask(phase, payload.round_number, (), payload.num_curve_epochs)
             score = self._executor.begin_scoring(scoring, payload.parameters.clone())
-            self._work = lambda group: GroupScored([asdict(client_score) for client_score in score(group)])
+            self._work = lambda group: GroupScored(score(group))
 
     def local_process(self, payload: WorkOn, id_list: list[list[int]]) -> None:
         """Let the groups of the list train or be scored, each on the next free lane. Does not wait for them."""
@@ -102,7 +117,7 @@ class PersonalizationTrainer(SerialClientTrainer):
         assert self._training is not None, "there is a round before there is a sum"
         taken = self._training.take_sum()
         reports, self._reports = self._reports, []
-        return PartialSum(taken.weight, taken.capacity, [asdict(report) for report in reports], taken.total)
+        return PartialSum(taken.weight, taken.capacity, reports, taken.total)
 
     def abandon(self) -> None:
         """Forget the work that was begun. Waits for the clients that are on a lane."""
@@ -184,9 +199,9 @@ class WorkerManager(PassiveClientManager):
             match request:
                 case StartTraining() | StartScoring():
                     trainer.begin(request)
-                case WorkOn():
+                case WorkOn() if trainer.has_begun:
                     trainer.local_process(request, request.groups)
-                case SendSum():
+                case SendSum() if trainer.is_training:
                     self.synchronize()
                 case _:
                     raise ValueError(f"the server sent {type(request).__name__} where work was expected")

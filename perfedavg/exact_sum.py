@@ -16,8 +16,16 @@ MAX_ENTRY_BITS = 10
 MAX_ENTRY = float(2**MAX_ENTRY_BITS)
 """Largest absolute entry of a vector that can be added. A trained update is orders of magnitude below it."""
 
+MAX_CAPACITY = 2**28
+"""Largest weight of a cohort; beyond it, products would round."""
+
 PIECE = 2**17
 """Entries that a CPU adds at once."""
+
+
+def refusal_of(client_id: int) -> str:
+    """How every reason begins for which a client's update is not added."""
+    return f"client {client_id}: its update is refused, because "
 
 
 class BadUpdateError(ValueError):
@@ -40,8 +48,8 @@ class ExactSum:
 
     @classmethod
     def zeros(cls, num_parameters: int, capacity: int, device: torch.device | str = "cpu") -> ExactSum:
-        """An empty sum. Raises ValueError where capacity is outside 1 .. 2^28 (beyond it, products would round)."""
-        if not 1 <= capacity <= 2**28:
+        """An empty sum. Raises ValueError where capacity is outside 1 .. MAX_CAPACITY."""
+        if not 1 <= capacity <= MAX_CAPACITY:
             raise ValueError(f"a round's total weight of {capacity} is outside 1 .. 2^28; draw fewer clients a round")
         return cls(torch.zeros(num_parameters, dtype=torch.int64, device=device), 0, capacity)
 
@@ -49,6 +57,11 @@ class ExactSum:
     def fraction_bits(self) -> int:
         """Bits behind the binary point: as many as keep capacity * MAX_ENTRY within 62 bits."""
         return 62 - MAX_ENTRY_BITS - self.capacity.bit_length()
+
+    @property
+    def largest_total(self) -> int:
+        """Absolute value that no entry of the total can exceed, given the weight that was added."""
+        return self.weight << (MAX_ENTRY_BITS + self.fraction_bits)
 
     def add(self, vector: Tensor, weight: int, client_id: int) -> None:
         """Add weight * vector, in place.
@@ -59,14 +72,13 @@ class ExactSum:
         """
         if vector.shape != self.total.shape:
             raise BadUpdateError(
-                f"client {client_id}: its update is refused, because it has shape {tuple(vector.shape)}, "
-                f"the model {tuple(self.total.shape)}"
+                f"{refusal_of(client_id)}it has shape {tuple(vector.shape)}, the model {tuple(self.total.shape)}"
             )
         largest = vector.abs().max().item()
         if not largest <= MAX_ENTRY:  # also true of NaN
             raise BadUpdateError(
-                f"client {client_id}: its update is refused, because its largest entry is {largest:g} "
-                f"(the limit is {MAX_ENTRY:g}): training diverged; lower the client's learning rate"
+                f"{refusal_of(client_id)}its largest entry is {largest:g} (the limit is {MAX_ENTRY:g}): "
+                "training diverged; lower the client's learning rate"
             )
         if weight < 1 or self.weight + weight > self.capacity:
             raise ValueError(f"client {client_id}: weight {weight} on top of {self.weight} exceeds {self.capacity}")

@@ -23,7 +23,7 @@ from perfedavg.cohorts import draw_cohort, draw_eval_clients
 from perfedavg.config import ExperimentConfig, Phase, PhaseConfig
 from perfedavg.executor import CohortTask, CohortUpdate, Executor, ScoringTask, client_weight
 from perfedavg.optimizers import ServerOptimizer
-from perfedavg.scores import ClientScore, summarize
+from perfedavg.scores import ClientScore, mean, summarize
 
 
 @dataclass(frozen=True)
@@ -263,7 +263,7 @@ def _record(
         client_ids=tuple(report.client_id for report in update.reports),
         num_examples=sum(report.num_examples for report in update.reports),
         refused={report.client_id: report.refused for report in update.reports if report.refused is not None},
-        train_loss=math.fsum(losses) / len(losses) if losses else None,
+        train_loss=mean(losses) if losses else None,
         update_norm=norm,
         seconds=seconds,
         idle_share=update.idle_share,

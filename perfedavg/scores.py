@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,6 @@ class ClientScore:
     personalized_loss: float
     personalized_accuracy: float
     by_epoch: tuple[tuple[float, float], ...] = ()
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> ClientScore:
-        """The inverse of `dataclasses.asdict`, also after a journey through JSON. Raises TypeError or KeyError."""
-        return cls(**{**fields, "by_epoch": tuple((loss, accuracy) for loss, accuracy in fields["by_epoch"])})
 
     @property
     def is_hurt(self) -> bool:
@@ -64,22 +59,35 @@ def summarize(scores: Sequence[ClientScore]) -> dict[str, Any]:
         summary["by_epoch"] = [
             {
                 "epochs": epochs,
-                "loss": math.fsum(losses) / len(losses),
-                "loss_std": float(np.std(losses)),
-                "accuracy": math.fsum(accuracies) / len(accuracies),
-                "accuracy_std": float(np.std(accuracies)),
+                "loss": mean(losses),
+                "loss_std": _std(losses),
+                "accuracy": mean(accuracies),
+                "accuracy_std": _std(accuracies),
             }
             for epochs, (losses, accuracies) in enumerate(measured.swapaxes(1, 2))
         ]
     return summary
 
 
+def mean(values: Sequence[float]) -> float:
+    """The uniform mean, rounded once. Infinite or NaN where what diverged makes it so."""
+    try:
+        return math.fsum(values) / len(values)
+    except (OverflowError, ValueError):  # beyond the largest float, or infinities of both signs
+        return sum(values) / len(values)
+
+
+def _std(values: Sequence[float]) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        return float(np.std(values))
+
+
 def _spread(losses: list[float], accuracies: list[float]) -> dict[str, float]:
     p10, p50, p90 = np.percentile(accuracies, [10, 50, 90])
     return {
-        "loss": math.fsum(losses) / len(losses),
-        "accuracy": math.fsum(accuracies) / len(accuracies),
-        "accuracy_std": float(np.std(accuracies)),
+        "loss": mean(losses),
+        "accuracy": mean(accuracies),
+        "accuracy_std": _std(accuracies),
         "accuracy_p10": float(p10),
         "accuracy_p50": float(p50),
         "accuracy_p90": float(p90),

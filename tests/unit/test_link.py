@@ -25,7 +25,10 @@ from multi_process.messages import (
     StartTraining,
     WorkOn,
 )
+from perfedavg.executor import ClientReport
+from perfedavg.scores import ClientScore
 
+REPORT = ClientReport(5, 16, 0.25, 1.5)
 NEVER = 1000.0
 """Seconds between signs of life of an end that falls silent."""
 
@@ -101,7 +104,7 @@ def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -
     parameters = torch.randn(100_000)
     total = torch.randint(-(2**62), 2**62, (100_000,))
     down: list[Message] = [StartTraining(1, 2, 3, parameters), WorkOn([[5, 6], [2**40]]), SendSum(), Finish()]
-    up: list[Message] = [GroupTrained(5), GroupTrained(2**40), PartialSum(7, 3, [{"client_id": 5}], total)]
+    up: list[Message] = [GroupTrained(5), GroupTrained(2**40), PartialSum(7, 3, [REPORT], total)]
     for message in down:
         ends.server.send(message)
     for message in up:
@@ -114,7 +117,7 @@ def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -
     assert [ends.server.receive() for _ in up[:2]] == up[:2]
     answer = ends.server.receive()
     assert isinstance(answer, PartialSum)
-    assert (answer.weight, answer.reports) == (7, [{"client_id": 5}])
+    assert (answer.weight, answer.reports) == (7, [REPORT])
     assert torch.equal(answer.total, total)
     for end in (ends.server, ends.worker):
         end.drain(10)
@@ -125,7 +128,8 @@ def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -
 def test_a_word_about_a_large_group_arrives(connect: Connect) -> None:
     """A GPU may score a thousand clients at once; in a greeting, nobody may say so much."""
     ends = connect()
-    word = GroupScored([{"client_id": number, "initial_loss": 1.5, "note": "x" * 200} for number in range(1000)])
+    curve = tuple((1 / 3, epoch / 7) for epoch in range(7))
+    word = GroupScored([ClientScore(number, 16, 4, 1.5, 0.5, 1.25, 0.75, curve) for number in range(1000)])
     ends.worker.send(word)
     assert ends.server.receive() == word
 
@@ -138,7 +142,7 @@ def test_messages_of_several_threads_stay_whole(connect: Connect) -> None:
     def report(lane: int) -> None:
         for number in range(num_messages):
             total = torch.full((1000,), lane * num_messages + number)
-            ends.worker.send(PartialSum(lane, number, [], total))
+            ends.worker.send(PartialSum(lane, number + 1, [REPORT], total))
 
     with contextlib.ExitStack() as stack:
         failures = [stack.enter_context(beside(lambda lane=lane: report(lane))) for lane in range(num_threads)]  # type: ignore[misc]
@@ -153,7 +157,7 @@ def test_messages_of_several_threads_stay_whole(connect: Connect) -> None:
 
 def test_tensors_are_whole_while_signs_of_life_go_on(connect: Connect) -> None:
     ends = connect(server_beat=0.001, worker_beat=0.001)
-    for value in range(20):
+    for value in range(1, 21):
         ends.server.send(StartTraining(1, value, 1, torch.full((50_000,), float(value))))
         start = ends.worker.receive()
         assert isinstance(start, StartTraining)
@@ -249,7 +253,7 @@ def test_a_worker_cannot_dismiss_the_server(connect: Connect) -> None:
 def test_drain_waits_until_everything_has_left(connect: Connect) -> None:
     ends = connect()
     for _ in range(10):
-        ends.worker.send(PartialSum(1, 1, [], torch.zeros(10_000, dtype=torch.int64)))
+        ends.worker.send(PartialSum(1, 1, [REPORT], torch.zeros(10_000, dtype=torch.int64)))
     with beside(lambda: ends.worker.drain(30)) as errors:
         received = [ends.server.receive() for _ in range(10)]
     assert not errors

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multi_process import messages
+from multi_process.boundary import clean_text
 from multi_process.messages import (
     Configure,
     Failed,
@@ -40,10 +41,12 @@ from perfedavg.executor import ClientReport
 from perfedavg.scores import ClientScore
 
 IDS = st.integers(0, 2**62)
-COUNTS = st.integers(0, 7)
+COUNTS = st.integers(1, 7)
 FLOATS = st.floats(allow_nan=False)
-TEXTS = st.text()
-INTS = st.integers(-(2**80), 2**80)
+TEXTS = st.text(max_size=60)
+LINES = TEXTS.map(clean_text)
+SECONDS = st.floats(0, 1e9)
+ACCURACIES = st.floats(0, 1)
 
 
 def float_tensors() -> st.SearchStrategy[torch.Tensor]:
@@ -57,22 +60,37 @@ def int_tensors() -> st.SearchStrategy[torch.Tensor]:
     return st.lists(st.integers(-(2**63), 2**63 - 1), max_size=7).map(lambda v: torch.tensor(v, dtype=torch.int64))
 
 
-REPORTS = st.builds(ClientReport, IDS, INTS, FLOATS, FLOATS, st.one_of(st.none(), TEXTS)).map(dataclasses.asdict)
-SCORES = st.builds(ClientScore, **{field.name: FLOATS for field in dataclasses.fields(ClientScore)}).map(
-    dataclasses.asdict
-)
+REPORTS = st.builds(ClientReport, IDS, COUNTS, FLOATS, SECONDS, st.one_of(st.none(), LINES))
+CURVES = st.lists(st.tuples(FLOATS, ACCURACIES), max_size=3).map(tuple)
+SCORES = st.builds(ClientScore, IDS, COUNTS, COUNTS, FLOATS, ACCURACIES, FLOATS, ACCURACIES, CURVES)
+GROUPS = st.lists(st.lists(IDS, min_size=1, max_size=3), min_size=1, max_size=5)
+ROUNDS = st.integers(1, 2**40)
 KINDS: dict[type[Message], st.SearchStrategy[Any]] = {
-    Join: st.builds(Join, TEXTS, TEXTS, COUNTS, st.one_of(st.none(), COUNTS), TEXTS, COUNTS),
+    Join: st.builds(
+        Join,
+        TEXTS,
+        TEXTS,
+        COUNTS,
+        st.one_of(st.none(), COUNTS),
+        st.sampled_from(["cpu", "cuda"]),
+        st.integers(0, 2**40),
+    ),
     Configure: st.builds(Configure, TEXTS, st.dictionaries(TEXTS, st.one_of(FLOATS, TEXTS)), COUNTS),
-    Ready: st.builds(Ready, TEXTS, TEXTS),
-    StartTraining: st.builds(StartTraining, COUNTS, INTS, INTS, float_tensors()),
-    StartScoring: st.builds(StartScoring, COUNTS, INTS, float_tensors()),
-    WorkOn: st.builds(WorkOn, st.lists(st.lists(IDS, max_size=3), max_size=5)),
+    Ready: st.builds(Ready, TEXTS, LINES),
+    StartTraining: st.builds(StartTraining, st.integers(1, 2), ROUNDS, st.integers(1, 2**28), float_tensors()),
+    StartScoring: st.builds(StartScoring, st.integers(1, 2), ROUNDS, st.integers(0, 9), float_tensors()),
+    WorkOn: st.builds(WorkOn, GROUPS),
     GroupTrained: st.builds(GroupTrained, IDS),
-    GroupScored: st.builds(GroupScored, st.lists(SCORES, max_size=3)),
+    GroupScored: st.builds(GroupScored, st.lists(SCORES, min_size=1, max_size=3)),
     SendSum: st.builds(SendSum),
-    PartialSum: st.builds(PartialSum, INTS, INTS, st.lists(REPORTS, max_size=3), int_tensors()),
-    Failed: st.builds(Failed, TEXTS, st.one_of(st.none(), IDS)),
+    PartialSum: st.builds(
+        PartialSum,
+        st.integers(0, 2**28),
+        st.integers(1, 2**28),
+        st.lists(REPORTS, min_size=1, max_size=3),
+        int_tensors(),
+    ),
+    Failed: st.builds(Failed, LINES, st.one_of(st.none(), IDS)),
     Finish: st.builds(Finish),
 }
 
