@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.image_files import are_blank
-from datasets.storage import locked_place, places_for, tell
+from datasets.storage import built_once, tell
 
 CACHE_FORMAT = 4
 """Raised with every change of the files that `cached_clients` writes, so that older ones are built anew."""
@@ -116,56 +113,26 @@ def cached_clients(
 ) -> StoredClients:
     """The clients that an iterator yields, from the cache where it holds them already.
 
-    cache: folder of all caches, in the folder of the data, created. Where it cannot be written, a finished cache in it
-        is used all the same, and a new one is built in the user's cache folder, which is said.
-    name: of the data set, part of the folder's name.
-    sources: the files that the clients are read from, in the folder of the data; another name, size or time of one of
-        them means another cache.
+    cache, name, sources: see `built_once`.
     clients: is exhausted only where the cache is built. Whatever it raises leaves no cache behind.
     class_names: label i stands for the i-th.  overlap: see Clients.
-    Raises ValueError where there is no client with an example, two have the same name, or a label is out of range;
-    OSError where the cache cannot be written anywhere.
+    Raises ValueError where there is no client with an example, two have the same name, or a label is out of range, and
+    what `built_once` raises.
     """
-    folder = f"{name}-{_sources_digest(sources, cache.parent)}"
-    places = places_for(cache)
-    stored = _find(places, folder, class_names)
-    if stored is None:
-        with locked_place(places, name, f"the cache of --dataset {name}") as place:
-            stored = _find(places, folder, class_names)  # another process may have been faster
-            if stored is None:
-                _build(place, name, folder, clients, len(class_names), overlap)
-                stored = StoredClients(place / folder, class_names)
+    stored = built_once(
+        cache,
+        name,
+        sources,
+        lambda folder: _write_clients(folder, clients, len(class_names), overlap),
+        lambda folder: StoredClients(folder, class_names),
+        CACHE_FORMAT,
+    )
     if stored.blank_clients:
         tell(
             f"{name}: each image of {len(stored.blank_clients)} client(s), such as {stored.blank_clients[0]}, has one "
             "and the same grey all over"
         )
     return stored
-
-
-def _find(places: Sequence[Path], folder: str, class_names: Sequence[str]) -> StoredClients | None:
-    for place in places:
-        if (place / folder).is_dir():
-            try:
-                return StoredClients(place / folder, class_names)
-            except (OSError, ValueError, KeyError):  # incomplete, as after a copy that was cut short: built anew
-                continue
-    return None
-
-
-def _build(place: Path, name: str, folder: str, clients: Iterator[NamedClient], num_classes: int, overlap: int) -> None:
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=place) as building:
-            finished = Path(building) / "clients"
-            finished.mkdir()
-            _write_clients(finished, clients, num_classes, overlap)
-            for old in place.glob(f"{name}-*"):
-                shutil.rmtree(old)
-            os.replace(finished, place / folder)
-    except OSError as error:
-        raise OSError(
-            f"the cache of --dataset {name} cannot be written to {place} ({error.strerror}); make room there"
-        ) from error
 
 
 def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: int, overlap: int) -> None:
@@ -218,14 +185,3 @@ def _check_client(client: NamedClient, input_shape: tuple[int, ...], num_classes
         raise ValueError(
             f"client {client.name!r}: label {bad[0]} is {client.labels[bad[0]]}, not in 0..{num_classes - 1}"
         )
-
-
-def _sources_digest(sources: Iterable[Path], root: Path) -> str:
-    """Of names below a folder, and not of the folder, which another machine or a container may mount elsewhere."""
-    digest = hashlib.blake2b(f"format {CACHE_FORMAT}".encode(), digest_size=8)
-    for path in sorted(sources):
-        status = path.stat()
-        digest.update(
-            f"{path.relative_to(root)} {status.st_size} {status.st_mtime_ns}".encode(errors="surrogateescape")
-        )
-    return digest.hexdigest()

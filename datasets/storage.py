@@ -6,12 +6,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
+
+T = TypeVar("T")
 
 
 def user_cache_folder() -> Path:
@@ -66,6 +70,70 @@ def locked_place(places: Sequence[Path], name: str, what: str) -> Iterator[Path]
         f"{what} cannot be written to {' or to '.join(refusals)}; make room there, or name a folder that can be "
         "written in XDG_CACHE_HOME"
     )
+
+
+def built_once(
+    cache: Path,
+    name: str,
+    sources: Iterable[Path],
+    build: Callable[[Path], None],
+    open_built: Callable[[Path], T],
+    version: int = 1,
+) -> T:
+    """What a folder holds that is built from files once, and kept until the files change.
+
+    cache: folder for such folders, in the folder of the data, created. Where it cannot be written, a finished one in it
+        is used all the same, and a new one is built in the user's cache folder, which is said.
+    name: of the data set, the beginning of the folder's name; folders with that name from other files are removed.
+    sources: the files, in the folder of the data; another name, size or time of one of them means another folder.
+    build: fills an empty folder. Where it raises, no folder is left behind.
+    open_built: from the folder; raises OSError, ValueError or KeyError where it is incomplete, which has it built anew.
+    version: to be raised when `build` writes other files.
+    Raises OSError where nothing can be written anywhere.
+    """
+    folder = f"{name}-{_sources_digest(sources, cache.parent, version)}"
+    places = places_for(cache)
+    found = _open_first(places, folder, open_built)
+    if found is None:
+        with locked_place(places, name, f"the cache of --dataset {name}") as place:
+            found = _open_first(places, folder, open_built)  # another process may have been faster
+            if found is None:
+                _build(place, name, folder, build)
+                found = open_built(place / folder)
+    return found
+
+
+def _open_first(places: Sequence[Path], folder: str, open_built: Callable[[Path], T]) -> T | None:
+    for place in places:
+        if (place / folder).is_dir():
+            with contextlib.suppress(OSError, ValueError, KeyError):  # incomplete, as after a copy that was cut short
+                return open_built(place / folder)
+    return None
+
+
+def _build(place: Path, name: str, folder: str, build: Callable[[Path], None]) -> None:
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=place) as building:
+            finished = Path(building) / "finished"
+            finished.mkdir()
+            build(finished)
+            for old in place.glob(f"{name}-*"):
+                shutil.rmtree(old)
+            os.replace(finished, place / folder)
+    except OSError as error:
+        raise OSError(
+            f"the cache of --dataset {name} cannot be written to {place} ({error.strerror}); make room there"
+        ) from error
+
+
+def _sources_digest(sources: Iterable[Path], root: Path, version: int) -> str:
+    """Of names below a folder, and not of the folder, which another machine or a container may mount elsewhere."""
+    digest = hashlib.blake2b(f"version {version}".encode(), digest_size=8)
+    for path in sorted(sources):
+        status = path.stat()
+        line = f"{os.path.relpath(path, root)} {status.st_size} {status.st_mtime_ns}"
+        digest.update(os.fsencode(line))
+    return digest.hexdigest()
 
 
 def tell(line: str) -> None:

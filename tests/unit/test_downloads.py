@@ -257,6 +257,34 @@ def test_what_a_killed_download_left_is_not_taken_for_data(mnist: Path) -> None:
     assert not left.exists()
 
 
+def test_a_data_root_that_cannot_be_written(
+    mnist: Path,
+    mirror: Mirror,
+    make_read_only: Callable[[Path], None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    mnist.mkdir()
+    make_read_only(mnist)
+    assert len(load_images("mnist", mnist).train_labels) == 30
+    assert f"--dataset mnist cannot be written to {mnist} (Read-only file system); {tmp_path / 'xdg'}" in (
+        capfd.readouterr().err
+    )
+    mirror.close()
+    assert len(load_images("mnist", mnist).train_labels) == 30, "it is found there the next time"
+
+
+def test_a_download_adds_to_a_folder_what_it_lacks(serve_emnist: Callable[[bytes], None], tmp_path: Path) -> None:
+    """All EMNIST data sets share a folder, in which somebody may have put the files of one."""
+    serve_emnist(zip_of(emnist_members(tmp_path / "made")))
+    raw = tmp_path / "data" / "EMNIST" / "raw"
+    write_image_files(raw, ("emnist-byclass-train", "emnist-byclass-test"), (7, 5), num_classes=5)
+    assert len(load_images("emnist_letters", tmp_path / "data").train_labels) == 30
+    assert len(load_images("emnist", tmp_path / "data").train_labels) == 7, "what was there stays"
+
+
 def test_other_files_in_the_folder_survive(mnist: Path) -> None:
     (mnist / "MNIST").mkdir(parents=True)
     (mnist / "MNIST" / "notes.txt").write_text("mine")

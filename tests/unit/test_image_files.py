@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from datasets.torchvision_images import IMAGE_NAMES, SOURCES, load_images
 
 
 @pytest.fixture(autouse=True)
-def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     monkeypatch.setattr(torchvision_images, "PAUSES_SECONDS", (0,))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError("no network in this test")
@@ -88,10 +91,12 @@ def test_letters_with_label_0_are_damaged(tmp_path: Path) -> None:
 def test_an_emnist_folder_without_the_split(tmp_path: Path) -> None:
     raw = tmp_path / "EMNIST" / "raw"
     write_image_files(raw, EMNIST_PREFIXES, (62, 62), num_classes=62)
-    with pytest.raises(ValueError, match="cannot be read") as refusal:
+    with pytest.raises(ValueError, match="could not be downloaded") as refusal:
         load_images("emnist_letters", tmp_path)
-    for part in ("emnist-letters-train-images-idx3-ubyte", f"delete {raw}, which all EMNIST data sets share,"):
-        assert part in str(refusal.value)
+    assert (
+        f"put its files, emnist-letters-train-images-idx3-ubyte and so on, as they are or packed as .gz, into {raw}"
+        in (str(refusal.value))
+    )
 
 
 def test_a_file_that_links_out_of_the_data_root_is_refused(
@@ -145,7 +150,6 @@ DAMAGES = {
     "count": "t10k-labels-idx1-ubyte is damaged: it has 99 labels for 100 images",
     "shape": "t10k-images-idx3-ubyte is damaged: its images are (14, 14), not (28, 28)",
     "empty": "t10k-labels-idx1-ubyte is empty",
-    "missing": "t10k-images-idx3-ubyte cannot be read (No such file or directory)",
 }
 
 
@@ -163,13 +167,149 @@ def test_a_damaged_file_is_named_with_the_place_and_the_fix(damage: str, mnist: 
         write_idx(labels, np.zeros(99, dtype=np.uint8))
     elif damage == "shape":
         write_idx(images, np.zeros((100, 14, 14), dtype=np.uint8))
-    elif damage == "empty":
-        write_idx(labels, np.zeros(0, dtype=np.uint8))
     else:
-        images.unlink()
-    with pytest.raises(ValueError, match=r"delete .* to download mnist anew") as refusal:
+        write_idx(labels, np.zeros(0, dtype=np.uint8))
+    with pytest.raises(ValueError, match=f"replace that file, or move {raw} elsewhere to have mnist downl") as refusal:
         load_images("mnist", mnist)
     assert f"{raw}/{DAMAGES[damage]}" in str(refusal.value)
+
+
+NAMES = [f"{prefix}-{kind}" for prefix in MNIST_PREFIXES for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
+"""As torchvision calls the unpacked files."""
+
+
+def published(layout: str, mnist: Path, target: Path) -> None:
+    """Put the files of a data root to where, and how, somebody else has them. layout: of each file's name."""
+    for name in NAMES:
+        path = target / layout.format(name=name, dotted=name.replace("-idx", ".idx"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = (mnist / "MNIST" / "raw" / name).read_bytes()
+        path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "MNIST/raw/{name}.gz",
+        "MNIST/raw/{dotted}",
+        "MNIST/raw/{dotted}.gz",
+        "MNIST/{name}",
+        "mnist/{name}.gz",
+        "mnist/MNIST/raw/{name}",
+        "Mnist_/{dotted}",
+    ],
+)
+def test_files_as_their_makers_and_others_publish_them(
+    layout: str, mnist: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    root = tmp_path_factory.mktemp("root")
+    published(layout, mnist, root)
+    before, after = load_images("mnist", mnist), load_images("mnist", root)
+    assert np.array_equal(before.train_images, after.train_images)
+    assert np.array_equal(before.test_labels, after.test_labels)
+    assert isinstance(after.train_images, np.memmap), "a copy in each process would not be shared"
+
+
+@pytest.mark.parametrize("root", ["mnist", "MNIST/raw"])
+def test_the_data_root_may_be_the_data_set_s_own_folder(
+    root: str, mnist: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    target = tmp_path_factory.mktemp("target") / root
+    published("{name}", mnist, target)
+    assert len(load_images("mnist", target).train_labels) == 300
+
+
+def test_files_of_which_the_name_does_not_say_whose_they_are(
+    mnist: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """MNIST read as Fashion-MNIST would train, and nobody would know."""
+    root = tmp_path_factory.mktemp("root")
+    published("{name}", mnist, root)
+    for name, folder in (("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")):
+        with pytest.raises(ValueError, match="may be of MNIST or of Fashion-MNIST") as refusal:
+            load_images(name, root)
+        assert f"move those of {name} into {root / folder / 'raw'}" in str(refusal.value)
+    published("MNIST/raw/{name}", mnist, root)
+    assert len(load_images("mnist", root).train_labels) == 300
+
+
+def test_emnist_as_its_archive_has_it(tmp_path: Path) -> None:
+    """The archive's folder `gzip`, unpacked by hand into the data root."""
+    write_image_files(tmp_path / "made", EMNIST_PREFIXES, (62, 62), num_classes=62)
+    (tmp_path / "root" / "gzip").mkdir(parents=True)
+    for path in (tmp_path / "made").iterdir():
+        (tmp_path / "root" / "gzip" / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+    splits = load_images("emnist", tmp_path / "root")
+    assert (len(splits.train_labels), splits.num_classes) == (62, 62)
+
+
+def test_packed_files_beside_unpacked_ones_are_left_alone(mnist: Path) -> None:
+    """As torchvision leaves them."""
+    for name in NAMES:
+        (mnist / "MNIST" / "raw" / f"{name}.gz").write_bytes(b"not looked at")
+    assert len(load_images("mnist", mnist).train_labels) == 300
+    assert not (mnist / "cache").exists()
+
+
+def test_names_that_say_packed_of_plain_files_and_the_reverse(mnist: Path) -> None:
+    """Some browsers unpack what they download, and some mirrors' files keep the plain name."""
+    raw = mnist / "MNIST" / "raw"
+    (raw / NAMES[0]).rename(raw / f"{NAMES[0]}.gz")
+    (raw / NAMES[1]).write_bytes(gzip.compress((raw / NAMES[1]).read_bytes()))
+    splits = load_images("mnist", mnist)
+    assert (splits.train_images.shape, len(splits.train_labels)) == ((300, 28, 28), 300)
+
+
+def test_packed_files_are_unpacked_once_and_anew_when_they_change(mnist: Path) -> None:
+    raw = mnist / "MNIST" / "raw"
+    for name in NAMES:
+        (raw / f"{name}.gz").write_bytes(gzip.compress((raw / name).read_bytes()))
+        (raw / name).unlink()
+    load_images("mnist", mnist)
+    (cached,) = (mnist / "cache").glob("mnist-*")
+    before = (cached / NAMES[0]).stat().st_mtime_ns
+    load_images("mnist", mnist)
+    assert (cached / NAMES[0]).stat().st_mtime_ns == before
+    write_image_files(mnist / "new", MNIST_PREFIXES, (310, 100), num_classes=10)
+    for name in NAMES:
+        (raw / f"{name}.gz").write_bytes(gzip.compress((mnist / "new" / name).read_bytes()))
+    assert len(load_images("mnist", mnist).train_labels) == 310
+    assert len(list((mnist / "cache").glob("mnist-*"))) == 1
+
+
+def test_packed_files_on_a_disk_that_cannot_be_written(mnist: Path, make_read_only: Callable[[Path], None]) -> None:
+    raw = mnist / "MNIST" / "raw"
+    (raw / f"{NAMES[3]}.gz").write_bytes(gzip.compress((raw / NAMES[3]).read_bytes()))
+    (raw / NAMES[3]).unlink()
+    make_read_only(mnist)
+    assert len(load_images("mnist", mnist).test_labels) == 100
+
+
+@pytest.mark.parametrize("damage", ["cut", "check sum"])
+def test_a_packed_file_that_is_damaged(damage: str, mnist: Path) -> None:
+    raw = mnist / "MNIST" / "raw"
+    packed = gzip.compress((raw / NAMES[2]).read_bytes())
+    (raw / NAMES[2]).unlink()
+    (raw / f"{NAMES[2]}.gz").write_bytes(packed[:-20] if damage == "cut" else packed[:-8] + b"\0" * 4 + packed[-4:])
+    with pytest.raises(ValueError, match=f"{NAMES[2]}.gz is damaged .*; replace it"):
+        load_images("mnist", mnist)
+    assert not list((mnist / "cache").glob("mnist-*"))
+
+
+def test_what_is_wrong_in_a_packed_file_is_said_of_that_file(mnist: Path) -> None:
+    raw = mnist / "MNIST" / "raw"
+    (raw / NAMES[3]).unlink()
+    (raw / f"{NAMES[3]}.gz").write_bytes(gzip.compress(b"<html>"))
+    with pytest.raises(ValueError, match=f"{raw / NAMES[3]}.gz is no IDX file of 1 dimensions"):
+        load_images("mnist", mnist)
+
+
+def test_a_file_that_is_missing_among_others(mnist: Path) -> None:
+    """The others are good and nobody is told to delete them."""
+    raw = mnist / "MNIST" / "raw"
+    (raw / NAMES[2]).unlink()
+    with pytest.raises(ValueError, match=f"{raw} has no {NAMES[2]}, as it is or packed as {NAMES[2]}.gz; put it there"):
+        load_images("mnist", mnist)
 
 
 def test_unknown_data_set(tmp_path: Path) -> None:
