@@ -169,7 +169,11 @@ def main() -> int:
         args.run_dir = make_default_folder(utils.ROOT / "runs", args.dataset)
     os.environ.setdefault("PERFEDAVG_TOKEN", secrets.token_hex(32))  # so that no other user of this machine can join
     signals = SignalWatch()
-    with LocalProcesses() as processes:
+    with contextlib.ExitStack() as stack:
+        if args.port is None:
+            held, args.port = hold_free_port()
+            stack.enter_context(held)
+        processes = stack.enter_context(LocalProcesses())
         for name, command, shows_output in commands(args):
             processes.start(name, command, shows_output)
         status = processes.wait(signals)
@@ -186,7 +190,6 @@ def main() -> int:
 def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str], bool]]:
     """(name, command, whether its output is shown) of the server and each worker."""
     flags = argparse.Namespace(**vars(args), ip="127.0.0.1", world_size=args.workers + 1)
-    flags.port = args.port or free_port()
     yield SERVER, [sys.executable, str(utils.ROOT / "server.py"), *utils.to_argv(flags, "server")], True
     for rank in range(1, args.workers + 1):
         flags.rank = rank
@@ -197,11 +200,15 @@ def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str], bool]]:
         )
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def hold_free_port() -> tuple[socket.socket, int]:
+    """A free TCP port of the loopback interface, and a socket that keeps others from being given it while it is open.
+
+    A server may listen on the port meanwhile, because the socket does not listen.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held, int(held.getsockname()[1])
 
 
 if __name__ == "__main__":

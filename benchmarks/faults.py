@@ -30,7 +30,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from quick_start import free_port  # noqa: E402
+from quick_start import hold_free_port  # noqa: E402
 
 POLL_SECONDS = 0.02
 ENDS_WITHIN_SECONDS = 150
@@ -120,7 +120,7 @@ class Processes:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self.port = free_port()
+        self._held, self.port = hold_free_port()
         self.run_dir = folder / "run"
         self.note = folder / "struck"
         self._running: dict[str, subprocess.Popen[bytes]] = {}
@@ -163,6 +163,7 @@ class Processes:
             if process.poll() is None:
                 process.kill()
             process.wait()
+        self._held.close()
 
     def account(self) -> str:
         """What all of them said, for an error."""

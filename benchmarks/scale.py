@@ -41,7 +41,7 @@ from torch import nn  # noqa: E402
 
 from datasets import FederatedDataset  # noqa: E402
 from datasets.synthetic_writers import IMAGE_SIDE, SyntheticWriters  # noqa: E402
-from quick_start import free_port  # noqa: E402
+from quick_start import hold_free_port  # noqa: E402
 
 POLL_SECONDS = 0.01
 ENDS_WITHIN_SECONDS = 1800
@@ -194,7 +194,8 @@ class Run:
         self._folder = folder
         self._point = point
         self._num_rounds_in_all = num_rounds_in_all
-        self._address = ["--port", str(free_port())]
+        self._held, port = hold_free_port()
+        self._address = ["--port", str(port)]
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.started = 0.0
 
@@ -205,6 +206,7 @@ class Run:
         for process in self._processes.values():
             process.kill()
             process.wait()
+        self._held.close()
 
     def start_server(self) -> None:
         flags = {

@@ -35,9 +35,8 @@ def _reproducible_kernels() -> None:
 @pytest.fixture
 def launched() -> Iterator[Launched]:
     """Starts real processes; whatever still runs when the test ends is killed, by process id."""
-    processes = Launched()
-    yield processes
-    processes.kill_all()
+    with Launched() as processes:
+        yield processes
 
 
 @pytest.fixture(scope="session")

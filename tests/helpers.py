@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
+import os
+import socket
 import struct
 import subprocess
 import sys
@@ -14,12 +18,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from fork_source import Forked, ForkSource
 from torch import Tensor, nn
 
 from datasets import FederatedDataset, Partition, PartitionedClients
 from datasets.digits import load_digits_images
 from perfedavg.config import ExperimentConfig, OptimizerConfig, PhaseConfig
-from quick_start import free_port
+from quick_start import hold_free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDS_WITHIN_SECONDS = 120
@@ -31,31 +36,80 @@ TINY += ["--pers_round", "1", "--eval_every", "2"]
 """Flags of an experiment that takes a second."""
 
 
+Process = subprocess.Popen[str] | Forked
+"""What a test started: they have the same methods."""
+
+
+_held: list[socket.socket] = []
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface for a server to listen on. Nobody else is given it while the tests run.
+
+    So tests side by side do not get in each other's way.
+    """
+    held, port = hold_free_port()
+    _held.append(held)
+    return port
+
+
+@functools.cache
+def fork_source() -> ForkSource:
+    """One for all tests of this process, started when the first of them needs it."""
+    source = ForkSource()
+    atexit.register(source.close)
+    return source
+
+
 class Launched:
-    """Processes of the project that a test started."""
+    """Processes of the project that a test started. Whatever still runs when the block is left is killed."""
 
     def __init__(self) -> None:
-        self.processes: list[subprocess.Popen[str]] = []
+        self.processes: list[Process] = []
+
+    def __enter__(self) -> Launched:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill_all()
 
     def start(
-        self, *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
-    ) -> subprocess.Popen[str]:
-        """Start a Python entry point of the project (a name ending in .py) or another command."""
+        self,
+        *command: str | Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        fresh: bool = False,
+        network_namespace: str | None = None,
+    ) -> Process:
+        """Start a Python entry point of the project (a name ending in .py) or another command.
+
+        An entry point starts in a fork of a process that has loaded torch and the project, unless it is to be `fresh`
+        or its environment has variables that are read when something is loaded (`ForkSource.can_start`).
+        """
         words = [str(word) for word in command]
-        if words[0].endswith(".py"):
-            words = [sys.executable, str(ROOT / words[0]), *words[1:]]
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=cwd)
+        environment = dict(os.environ if env is None else env)
+        is_entry_point = words[0].endswith(".py")
+        if is_entry_point:
+            words[0] = str(ROOT / words[0])
+        if is_entry_point and not fresh and fork_source().can_start(environment):
+            process: Process = fork_source().start(words, environment, cwd, network_namespace=network_namespace)
+        else:
+            before = ["ip", "netns", "exec", network_namespace] if network_namespace else []
+            before += [sys.executable] if is_entry_point else []
+            process = subprocess.Popen(
+                [*before, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
+            )
         self.processes.append(process)
         return process
 
-    def start_server(self, run_dir: Path, world_size: int, *flags: str | Path) -> tuple[subprocess.Popen[str], int]:
+    def start_server(self, run_dir: Path, world_size: int, *flags: str | Path) -> tuple[Process, int]:
         """A server on a free port of the loopback interface. Returns it and the port."""
         port = free_port()
         return self.start(
             "server.py", "--port", str(port), "--world_size", str(world_size), "--run_dir", run_dir, *flags
         ), port
 
-    def start_worker(self, port: int, world_size: int, rank: int, *flags: str | Path) -> subprocess.Popen[str]:
+    def start_worker(self, port: int, world_size: int, rank: int, *flags: str | Path) -> Process:
         words = ("--port", str(port), "--world_size", str(world_size), "--rank", str(rank))
         return self.start("client_worker.py", *words, "--device", "cpu", *flags)
 
@@ -66,13 +120,13 @@ class Launched:
             process.communicate()
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: Process) -> tuple[int, str, str]:
     """Wait for a process. Returns exit status, standard output and standard error."""
     output, errors = process.communicate(timeout=ENDS_WITHIN_SECONDS)
     return process.returncode, output, errors
 
 
-def assert_one_clear_line(process: subprocess.Popen[str], *parts: str) -> None:
+def assert_one_clear_line(process: Process, *parts: str) -> None:
     """The process ended with status 2, and the last line of its standard error is an error with these parts."""
     status, _, errors = finish(process)
     assert status == 2, errors
@@ -83,7 +137,7 @@ def assert_one_clear_line(process: subprocess.Popen[str], *parts: str) -> None:
         assert part in last, errors
 
 
-def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+def wait_for_line(process: Process, text: str) -> None:
     """Read a process's standard error up to the line that holds a text."""
     assert process.stderr is not None
     seen = []

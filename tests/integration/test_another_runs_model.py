@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,16 +9,16 @@ from helpers import TINY, Launched, assert_one_clear_line, finish, read_result
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of both phases, `whole`, and one of phase 1 alone, `first`."""
-    path, processes = tmp_path_factory.mktemp("runs"), Launched()
-    both = processes.start("single_process.py", *TINY, "--run_dir", path / "whole")
-    first = processes.start("single_process.py", *TINY, "--fine_tune_method", "none", "--run_dir", path / "first")
-    for process in (both, first):
-        status, _, errors = finish(process)
-        assert status == 0, errors
-    yield path
-    processes.kill_all()
+    path = tmp_path_factory.mktemp("runs")
+    with Launched() as launched:
+        both = launched.start("single_process.py", *TINY, "--run_dir", path / "whole")
+        first = launched.start("single_process.py", *TINY, "--fine_tune_method", "none", "--run_dir", path / "first")
+        for process in (both, first):
+            status, _, errors = finish(process)
+            assert status == 0, errors
+    return path
 
 
 def test_the_second_phase_alone_ends_where_both_do(launched: Launched, runs: Path, tmp_path: Path) -> None:

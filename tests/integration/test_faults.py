@@ -8,10 +8,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, assert_one_clear_line, finish, read_result, wait_for_line
+from helpers import TINY, Launched, assert_one_clear_line, finish, free_port, read_result, wait_for_line
 
 from benchmarks.faults import MATRIX, Result, Row, run_row, run_undisturbed
-from quick_start import free_port
 
 NUM_SAMPLED = 3
 SAMPLE_SEED = os.environ.get("PERFEDAVG_FAULT_SAMPLE") or str(random.SystemRandom().randrange(10**6))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from helpers import ENDS_WITHIN_SECONDS, ROOT, TINY, Launched, assert_ended, children_of, finish, read_result
+from helpers import ENDS_WITHIN_SECONDS, ROOT, TINY, Launched, Process, assert_ended, children_of, finish, read_result
 
 PROGRAM = """
 import json, sys
@@ -30,12 +29,12 @@ ROWS = {"short": SHORT, "long": LONG}
 
 def start(
     launched: Launched, folder: Path, rows: Mapping[str, Mapping[str, str]] = ROWS, num_at_once: int = 1
-) -> subprocess.Popen[str]:
+) -> Process:
     words = [str(ROOT), json.dumps(rows), str(folder / "runs"), str(folder / "results"), str(num_at_once)]
     return launched.start(sys.executable, "-c", PROGRAM, *words, cwd=folder)
 
 
-def wait_for_rounds(process: subprocess.Popen[str], path: Path, count: int) -> None:
+def wait_for_rounds(process: Process, path: Path, count: int) -> None:
     """Until so many rounds stand in metrics.jsonl."""
     deadline = time.monotonic() + ENDS_WITHIN_SECONDS
     while not (path / "metrics.jsonl").exists() or (path / "metrics.jsonl").read_bytes().count(b"\n") < count:

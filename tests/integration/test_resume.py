@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from helpers import (
     ROOT,
     TINY,
     Launched,
+    Process,
     assert_one_clear_line,
     finish,
     read_result,
@@ -38,7 +37,7 @@ def metrics(path: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in ("seconds", "idle_share")} for line in lines]
 
 
-def wait_for_rounds(process: subprocess.Popen[str], path: Path, count: int) -> None:
+def wait_for_rounds(process: Process, path: Path, count: int) -> None:
     """Until so many rounds stand in metrics.jsonl."""
     deadline = time.monotonic() + ENDS_WITHIN_SECONDS
     while not (path / "metrics.jsonl").exists() or (path / "metrics.jsonl").read_bytes().count(b"\n") < count:
@@ -48,14 +47,13 @@ def wait_for_rounds(process: subprocess.Popen[str], path: Path, count: int) -> N
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was left alone."""
     path = tmp_path_factory.mktemp("undisturbed") / "run"
-    launched = Launched()
-    status, _, errors = finish(launched.start("single_process.py", *FLAGS, "--run_dir", path))
+    with Launched() as launched:
+        status, _, errors = finish(launched.start("single_process.py", *FLAGS, "--run_dir", path))
     assert status == 0, errors
-    yield path
-    launched.kill_all()
+    return path
 
 
 def test_killed_in_both_phases_and_stopped_in_the_last(launched: Launched, tmp_path: Path, undisturbed: Path) -> None:

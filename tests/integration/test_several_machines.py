@@ -61,9 +61,8 @@ class Lan:
     def __exit__(self, *exception: object) -> None:
         self._undo.close()
 
-    def command(self, host: str, *words: str | Path) -> tuple[str | Path, ...]:
-        """The command that runs a command on a host."""
-        return ("ip", "netns", "exec", self._namespaces[host], *words)
+    def namespace(self, host: str) -> str:
+        return self._namespaces[host]
 
     def unplug(self, host: str) -> None:
         ip("-n", self._switch, "link", "set", host, "down")
@@ -102,8 +101,9 @@ def lan(wires: Lan) -> Iterator[Lan]:
 def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of the model that the experiment gives in one process."""
     run_dir = tmp_path_factory.mktemp("single") / "run"
-    command = [sys.executable, str(ROOT / "single_process.py"), *FLAGS, "--run_dir", str(run_dir)]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    with Launched() as launched:
+        status, _, errors = finish(launched.start("single_process.py", *FLAGS, "--run_dir", run_dir))
+    assert status == 0, errors
     return str(read_result(run_dir)["model_sha256"])
 
 
@@ -113,13 +113,13 @@ class Job:
     def __init__(self, launched: Launched, lan: Lan, run_dir: Path, *flags: str, server_wait: int = 60) -> None:
         self._run_dir = run_dir
         where = ("--ip", lan.address["alpha"], "--port", PORT)
-        self.server = launched.start(
-            *lan.command("alpha", sys.executable, ROOT / "server.py", *where, *FLAGS, "--run_dir", run_dir, *flags)
-        )
+        words = ("server.py", *where, *FLAGS, "--run_dir", run_dir, *flags)
+        self.server = launched.start(*words, network_namespace=lan.namespace("alpha"))
         self.workers = {
             rank: launched.start(
-                *lan.command(host, sys.executable, ROOT / "client_worker.py", *where, "--rank", str(rank)),
-                *("--device", "cpu", "--join_timeout_seconds", "60", "--server_wait_seconds", str(server_wait)),
+                *("client_worker.py", *where, "--rank", str(rank), "--device", "cpu"),
+                *("--join_timeout_seconds", "60", "--server_wait_seconds", str(server_wait)),
+                network_namespace=lan.namespace(host),
             )
             for rank, host in enumerate(HOSTS[1:], start=1)
         }
@@ -220,15 +220,16 @@ def test_who_waits_says_for_whom_and_a_name_that_others_cannot_reach_is_refused(
     hosts_file.write_text("127.0.0.1 localhost\n127.0.1.1 alpha\n")
     see_hosts_file = ("sh", "-c", 'mount --bind "$0" /etc/hosts && exec "$@"', hosts_file)  # in a mount namespace
     waiting = launched.start(
-        *lan.command("alpha", sys.executable, ROOT / "server.py", *FLAGS, "--run_dir", tmp_path / "run"),
-        *("--ip", lan.address["alpha"], "--port", PORT),
+        *("server.py", *FLAGS, "--run_dir", tmp_path / "run", "--ip", lan.address["alpha"], "--port", PORT),
+        network_namespace=lan.namespace("alpha"),
     )
     trying = launched.start(
-        *lan.command("beta", sys.executable, ROOT / "client_worker.py", "--rank", "1"),
-        *("--ip", "10.77.0.99", "--port", PORT, "--join_timeout_seconds", "6"),
+        *("client_worker.py", "--rank", "1", "--ip", "10.77.0.99", "--port", PORT, "--join_timeout_seconds", "6"),
+        network_namespace=lan.namespace("beta"),
     )
+    on_alpha = ("ip", "netns", "exec", lan.namespace("alpha"), *see_hosts_file, sys.executable)
     named = [
-        launched.start(*lan.command("alpha", *see_hosts_file, sys.executable, ROOT / words[0], *words[1:]))
+        launched.start(*on_alpha, ROOT / words[0], *words[1:])
         for words in (
             ("server.py", *FLAGS, "--ip", "alpha", "--run_dir", str(tmp_path / "named")),
             ("client_worker.py", "--ip", "alpha", "--rank", "1"),

@@ -8,14 +8,13 @@ import random
 import select
 import signal
 import socket
-import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, assert_one_clear_line, finish, read_result, wait_for_line
+from helpers import TINY, Launched, Process, assert_one_clear_line, finish, read_result, wait_for_line
 
 from multi_process.control import (
     PROTOCOL_VERSION,
@@ -46,11 +45,9 @@ def write_token(path: Path, token: str) -> Path:
 @pytest.fixture(scope="module")
 def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of the model that the experiment gives in one process."""
-    launched, run_dir = Launched(), tmp_path_factory.mktemp("single") / "run"
-    try:
+    run_dir = tmp_path_factory.mktemp("single") / "run"
+    with Launched() as launched:
         status, _, errors = finish(launched.start("single_process.py", *FLAGS, "--run_dir", run_dir))
-    finally:
-        launched.kill_all()
     assert status == 0, errors
     return str(read_result(run_dir)["model_sha256"])
 
@@ -274,7 +271,7 @@ def test_a_worker_leaves_a_server_that_cannot_prove_itself(launched: Launched, t
 def test_a_token_that_is_missing_or_too_short(launched: Launched, tmp_path: Path) -> None:
     """Neither side may start as if it needed no token."""
 
-    def start(token_file: Path) -> list[subprocess.Popen[str]]:
+    def start(token_file: Path) -> list[Process]:
         server, port = launched.start_server(tmp_path / "run", 2, *TINY, "--token_file", token_file)
         return [server, launched.start_worker(port, 2, 1, "--token_file", token_file)]
 

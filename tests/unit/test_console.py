@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, Launched, finish, wait_for_line
+from helpers import ROOT, Launched, Process, finish, wait_for_line
 
 PROGRAM = """
 import sys, time, threading
@@ -19,7 +18,7 @@ run_entry_point(main)
 """
 
 
-def start(launched: Launched, body: str) -> subprocess.Popen[str]:
+def start(launched: Launched, body: str) -> Process:
     return launched.start(sys.executable, "-c", PROGRAM.format(root=str(ROOT), body=body))
 
 

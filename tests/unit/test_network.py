@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from helpers import free_port
 from torch import device
 
 from multi_process import network
@@ -23,7 +24,6 @@ from multi_process.control import PROTOCOL_VERSION, Application, ControlConnecti
 from multi_process.link import DismissedError, GoneError
 from multi_process.messages import Finish, Join, Message
 from multi_process.network import BEATS, MAX_BEAT_SECONDS, Connected, ServerNetwork, WorkerNetwork
-from quick_start import free_port
 
 CPU = device("cpu")
 TOKEN = "a secret of 16 or more"
