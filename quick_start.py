@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import secrets
+import select
 import signal
 import socket
 import subprocess
@@ -14,16 +16,17 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import IO
 
 import utils
 from perfedavg.console import EXIT_BAD_INPUT, end_process, open_standard_streams, report
+from perfedavg.forking import ForkedProcess, load
 from perfedavg.runs import make_default_folder
 
-POLL_SECONDS = 0.1
 GRACE_SECONDS = 0.5
-"""From a worker's failure to what is done about it, so that the end of the server is seen as its cause."""
+"""From a worker that gave up to what is done about it, so that the end of the server is seen as its cause."""
 TERMINATE_SECONDS = 40.0
 """How long a process has to end by itself after SIGTERM: the server writes a checkpoint."""
 MAX_RESTARTS = 3
@@ -35,8 +38,9 @@ SERVER = "server"
 class LocalProcess:
     """A process that was started, and how to start it again. output: what it prints, where that is not shown."""
 
-    command: list[str]
-    process: subprocess.Popen[bytes]
+    script: Path
+    argv: list[str]
+    process: ForkedProcess
     output: IO[bytes] | None
     num_restarts: int = 0
 
@@ -53,20 +57,11 @@ class LocalProcesses:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    def start(self, name: str, command: list[str], shows_output: bool, num_restarts: int = 0) -> None:
-        """Start a process in a process group of its own, so that Ctrl-C reaches it through `stop` only.
-
-        What it prints is shown as it comes, or else kept to be shown if it fails.
-        """
+    def start(self, name: str, script: Path, argv: list[str], shows_output: bool, num_restarts: int = 0) -> None:
+        """Start a process. What it prints is shown as it comes, or else kept to be shown if it fails."""
         output = None if shows_output else tempfile.TemporaryFile()  # noqa: SIM115, closed in _forget
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=None if output is None else subprocess.STDOUT,
-            start_new_session=True,
-        )
-        self._running[name] = LocalProcess(command, process, output, num_restarts)
+        process = ForkedProcess(name, script, argv, output)
+        self._running[name] = LocalProcess(script, argv, process, output, num_restarts)
 
     def wait(self, signals: SignalWatch) -> int:
         """Wait until every process has ended well, or the run has failed, or a signal came; return the exit status.
@@ -77,11 +72,13 @@ class LocalProcesses:
             if signals.received:
                 print(f"stopped by {signals.received.name}", file=sys.stderr)
                 return 128 + signals.received
-            for name in [name for name, entry in self._running.items() if entry.process.poll() is not None]:
+            ended = [name for name, entry in self._running.items() if entry.process.poll() is not None]
+            for name in ended:
                 status = self._take_end(name)
                 if status:
                     return status
-            time.sleep(POLL_SECONDS)
+            if not ended:
+                signals.wait()
         return 0
 
     def stop(self) -> None:
@@ -94,11 +91,9 @@ class LocalProcesses:
         """Act on the end of a process. Returns the status that the whole run ends with, or 0 where it goes on."""
         if name not in self._running:
             return 0
-        if name != SERVER and self._running[name].process.returncode:
-            time.sleep(GRACE_SECONDS)
-            if SERVER in self._running and self._running[SERVER].process.poll() is not None:
-                return self._take_end(SERVER)  # of which the worker's end is a consequence
         entry = self._running[name]
+        if name != SERVER and entry.process.returncode > 0 and self._has_server_ended():
+            return self._take_end(SERVER)  # of which the worker's end is a consequence
         status = entry.process.returncode
         if status == 0:
             self._forget(name)
@@ -107,11 +102,20 @@ class LocalProcesses:
         self._forget(name)
         if name != SERVER and status != EXIT_BAD_INPUT and entry.num_restarts < MAX_RESTARTS:
             print(f"{name} is started again ({entry.num_restarts + 1} of {MAX_RESTARTS} times)", file=sys.stderr)
-            self.start(name, entry.command, False, entry.num_restarts + 1)
+            self.start(name, entry.script, entry.argv, False, entry.num_restarts + 1)
             return 0
         if name != SERVER and set(self._running) - {SERVER}:
             return 0  # the run goes on with the other workers
         return exit_status(entry.process)
+
+    def _has_server_ended(self) -> bool:
+        """Whether the server has ended, or does so within GRACE_SECONDS."""
+        if SERVER not in self._running:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._running[SERVER].process.wait(GRACE_SECONDS)
+            return True
+        return False
 
     def _explain(self, name: str) -> None:
         """Say how a process ended, and show what it printed."""
@@ -130,18 +134,33 @@ class LocalProcesses:
 
 
 class SignalWatch:
-    """Remembers the signal that asks this process to end, so that no process is left between its start and its list."""
+    """Remembers the signal that asks this process to end, so that no process is left between its start and its list.
+
+    received: that signal, or None while there was none.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self._wake_read, wake_write = os.pipe()
+        for descriptor in (self._wake_read, wake_write):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._remember)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # of which only the byte in the pipe is wanted
+
+    def wait(self) -> None:
+        """Until a signal has come since this was called last: one that asks to end, or the end of a child process."""
+        select.select([self._wake_read], [], [])
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_read, 4096):
+                pass
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
 
 
-def end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def end_processes(processes: Sequence[subprocess.Popen[bytes] | ForkedProcess]) -> None:
     """SIGTERM, upon which a run saves a checkpoint; SIGKILL to those that have not ended within TERMINATE_SECONDS."""
     for process in processes:
         process.terminate()  # which does nothing to one that has ended
@@ -154,9 +173,15 @@ def end_processes(processes: Sequence[subprocess.Popen[bytes]]) -> None:
             process.wait()
 
 
-def exit_status(process: subprocess.Popen[bytes]) -> int:
+def exit_status(process: subprocess.Popen[bytes] | ForkedProcess) -> int:
     """The exit status of a process that has ended, as a shell has it: 128 + n where signal n ended it."""
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def load_everything() -> None:
+    """Import what servers and workers do. No GPU is touched, because a fork could not use it then."""
+    for module in ("datasets", "models", "multi_process.server", "multi_process.worker", "perfedavg.run"):
+        importlib.import_module(module)
 
 
 def main() -> int:
@@ -169,13 +194,14 @@ def main() -> int:
         args.run_dir = make_default_folder(utils.ROOT / "runs", args.dataset)
     os.environ.setdefault("PERFEDAVG_TOKEN", secrets.token_hex(32))  # so that no other user of this machine can join
     signals = SignalWatch()
+    load(load_everything)
     with contextlib.ExitStack() as stack:
         if args.port is None:
             held, args.port = hold_free_port()
             stack.enter_context(held)
         processes = stack.enter_context(LocalProcesses())
-        for name, command, shows_output in commands(args):
-            processes.start(name, command, shows_output)
+        for name, script, argv, shows_output in programs(args):
+            processes.start(name, script, argv, shows_output)
         status = processes.wait(signals)
     run = args.resume or args.run_dir
     if status == 0 and args.dataset == "digits":
@@ -187,17 +213,13 @@ def main() -> int:
     return status
 
 
-def commands(args: argparse.Namespace) -> Iterator[tuple[str, list[str], bool]]:
-    """(name, command, whether its output is shown) of the server and each worker."""
+def programs(args: argparse.Namespace) -> Iterator[tuple[str, Path, list[str], bool]]:
+    """(name, script, its flags, whether its output is shown) of the server and each worker."""
     flags = argparse.Namespace(**vars(args), ip="127.0.0.1", world_size=args.workers + 1)
-    yield SERVER, [sys.executable, str(utils.ROOT / "server.py"), *utils.to_argv(flags, "server")], True
+    yield SERVER, utils.ROOT / "server.py", utils.to_argv(flags, "server"), True
     for rank in range(1, args.workers + 1):
         flags.rank = rank
-        yield (
-            f"worker {rank}",
-            [sys.executable, str(utils.ROOT / "client_worker.py"), *utils.to_argv(flags, "worker")],
-            False,
-        )
+        yield f"worker {rank}", utils.ROOT / "client_worker.py", utils.to_argv(flags, "worker"), False
 
 
 def hold_free_port() -> tuple[socket.socket, int]:

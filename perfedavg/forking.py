@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 POLL_SECONDS = 0.01
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # of prctl(2)
@@ -41,7 +41,7 @@ class ForkedProcess:
 
         output: file for what it prints, or None to print where this process does.
         """
-        self.returncode: int | None = None
+        self.returncode: int | Any = None
         parent = os.getpid()
         with open(os.devnull, "r+b") as nothing:
             closed = nothing.fileno()
@@ -60,7 +60,7 @@ class ForkedProcess:
 
             self.pid = _fork(run)
 
-    def poll(self) -> int | None:
+    def poll(self) -> int | Any:
         if self.returncode is None:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -74,7 +74,7 @@ class ForkedProcess:
             if deadline is not None and time.monotonic() >= deadline:
                 raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
             time.sleep(POLL_SECONDS)
-        return status
+        return int(status)
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
