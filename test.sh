@@ -11,4 +11,4 @@ ruff check .
 ruff format --check .
 mypy
 shellcheck -x ./*.sh multi_process/*.sh .ci/run
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n auto --dist loadgroup --no-loadscope-reorder "$@"

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 from helpers import Launched
+from progress import Progress
 
 from compat import import_fedlab
 from perfedavg.compute import use_reproducible_kernels
+
+MAX_WORKERS = 4
 
 import_fedlab("fedlab.core")  # some tests import fedlab by themselves
 
@@ -19,11 +22,26 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests that take minutes too")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # what pytest-xdist gives its workers, which show nothing
+        config.pluginmanager.register(Progress(config))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: of processes that run tests. Most tests wait for processes of their own, which need the cores."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+    """Skip what is slow, and keep the tests of a module that share a run or the like in one process."""
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+        definitions = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()
+        if any(fixture.scope == "module" for defined in definitions for fixture in defined):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
 @pytest.fixture(scope="session", autouse=True)
