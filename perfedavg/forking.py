@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 POLL_SECONDS = 0.01
 _PR_SET_PDEATHSIG, _PR_SET_NAME = 1, 15  # of prctl(2)
@@ -43,10 +43,8 @@ class ForkedProcess:
         """
         self.returncode: int | Any = None
         parent = os.getpid()
-        with open(os.devnull, "r+b") as nothing:
-            closed = nothing.fileno()
-            shown = (1 if sys.stdout else closed, 2 if sys.stderr else closed)  # None where a descriptor was closed
-            streams = (closed, *(shown if output is None else (output.fileno(), output.fileno())))
+        with open(os.devnull, "rb") as nothing:
+            streams = (nothing.fileno(), *((1, 2) if output is None else (output.fileno(), output.fileno())))
 
             def run() -> None:
                 os.setsid()
@@ -109,15 +107,25 @@ def begin_anew(argv: Sequence[str], streams: tuple[int, int, int]) -> None:
     for descriptor, copy in enumerate(copies):
         os.dup2(copy, descriptor)
         os.close(copy)
-    sys.stdin = sys.stdin or open(0, closefd=False)  # noqa: SIM115, for as long as the process lives
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=os.isatty(1))
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115, for as long as the process lives
+    sys.stdout, sys.stderr = _reopened(sys.stdout, 1, os.isatty(1)), _reopened(sys.stderr, 2, True)
     sys.argv = list(argv)
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # of users' code; this project's generators follow from --seed
+
+
+def _reopened(stream: TextIO, descriptor: int, line_buffering: bool) -> TextIO:
+    """The same stream for what is behind the descriptor now. The old one has kept whether it could be sought in."""
+    assert isinstance(stream, io.TextIOWrapper), "it was opened when Python started"
+    is_unbuffered = isinstance(stream.buffer, io.RawIOBase)  # PYTHONUNBUFFERED
+    return io.TextIOWrapper(
+        open(descriptor, "wb", buffering=0 if is_unbuffered else -1, closefd=False),
+        stream.encoding,
+        stream.errors,
+        line_buffering=line_buffering and not is_unbuffered,
+        write_through=is_unbuffered,
+    )
 
 
 def close_descriptors_from(lowest: int) -> None:
@@ -133,8 +141,7 @@ def close_descriptors_from(lowest: int) -> None:
 def _fork(run: Callable[[], None]) -> int:
     """Run a function in a fork of this process, whose end it is. Returns the fork's process id."""
     for stream in (sys.stdout, sys.stderr):
-        if stream:
-            stream.flush()  # or it would be printed twice
+        stream.flush()  # or it would be printed twice
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)  # this process's handlers are none for the fork
     pid = os.fork()
     if pid:

@@ -22,8 +22,8 @@ print(json.dumps({{
     "signals": [str(signal.getsignal(number)) for number in (2, 15, 1, 17)],
     "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
     "streams": [
-        [stream.line_buffering, stream.write_through, stream.encoding, stream.errors]
-        for stream in (sys.stdin, sys.stdout, sys.stderr)
+        [stream.line_buffering, stream.write_through, stream.encoding, stream.errors, stream.seekable()]
+        for stream in (sys.stdout, sys.stderr)
     ],
     "name": __name__,
     "handlers": len(__import__("logging").getLogger().handlers),
