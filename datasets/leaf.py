@@ -372,12 +372,12 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, _EncodedImage]]:
     for contents, writers, labels in _parquet_batches(path):
         for content, writer, label in zip(contents, writers, labels, strict=True):
             row += 1
-            if content is None or not writer or label is None:
-                empty = "image" if content is None else "writer_id" if not writer else "character"
+            if content is None or writer in (None, "") or label is None:
+                empty = "image" if content is None else "character" if writer not in (None, "") else "writer_id"
                 raise ValueError(f"{path}: row {row} has no {empty}")
             if not 0 <= label < FEMNIST_CLASSES:
                 raise ValueError(f"{path}: row {row} has character {label}, not in 0..{FEMNIST_CLASSES - 1}")
-            yield writer, _EncodedImage(content, label, path, row)
+            yield str(writer), _EncodedImage(content, label, path, row)
     if row < 0:
         raise ValueError(f"{path} has no rows")
 
@@ -392,10 +392,11 @@ def _parquet_batches(path: Path) -> Iterator[tuple[list[Any], list[Any], list[An
     try:
         with pq.ParquetFile(path) as file:
             _check_columns(file.schema_arrow, path)
-            columns = ["image.bytes", "writer_id", "character"]
+            of_bytes = not pa.types.is_struct(file.schema_arrow.field("image").type)
+            columns = ["image" if of_bytes else "image.bytes", "writer_id", "character"]
             for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns, use_threads=False):
                 batch.validate(full=True)
-                contents = batch.column("image").flatten()[0]
+                contents = batch.column("image") if of_bytes else batch.column("image").flatten()[0]
                 yield contents.to_pylist(), batch.column("writer_id").to_pylist(), batch.column("character").to_pylist()
     except (pa.ArrowException, OSError) as error:
         reason = str(error).partition("\n")[0]
@@ -405,21 +406,25 @@ def _parquet_batches(path: Path) -> Iterator[tuple[list[Any], list[Any], list[An
 def _check_columns(schema: Any, path: Path) -> None:
     from pyarrow import types
 
-    def is_image(kind: Any) -> bool:
-        if not types.is_struct(kind) or kind.get_field_index("bytes") < 0:
-            return False
-        content = kind.field("bytes").type
-        return bool(types.is_binary(content) or types.is_large_binary(content))
+    def is_bytes(kind: Any) -> bool:
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
-    def is_text(kind: Any) -> bool:
-        return bool(types.is_string(kind) or types.is_large_string(kind))
+    def is_image(kind: Any) -> bool:
+        has_bytes = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        return is_bytes(kind.field("bytes").type if has_bytes else kind)
+
+    def is_name(kind: Any) -> bool:
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind))
 
     for name, fits, expected in (
-        ("image", is_image, "a struct with binary bytes"),
-        ("writer_id", is_text, "a string"),
-        ("character", types.is_integer, "an integer"),
+        ("image", is_image, "bytes, or a struct with binary bytes"),
+        ("writer_id", is_name, "a string or an integer"),
+        ("character", types.is_integer, "an integer, the label"),
     ):
         if schema.get_field_index(name) < 0:
-            raise ValueError(f"{path} has no column {name!r}; its columns are {schema.names}")
+            raise ValueError(
+                f"{path} has no column {name!r}; its columns are {schema.names}; rename the one that has it"
+            )
         if not fits(schema.field(name).type):
             raise ValueError(f"{path}: column {name!r} is {str(schema.field(name).type)!r}, not {expected}")

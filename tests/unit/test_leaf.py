@@ -260,6 +260,28 @@ def test_femnist_of_parquet_is_grouped_by_writer(tmp_path: Path) -> None:
     assert int(clients.examples(1)[0][1].max()) == 0
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"image": pa.array([encoded(white((3, 4)))] * 3)},
+        {"image": pa.array([encoded(white((3, 4)))] * 3, pa.large_binary())},
+        {"writer_id": pa.array(["1", "0", "1"]).dictionary_encode()},
+        {"writer_id": pa.array([1, 0, 1])},
+        {"character": pa.array([5, 6, 7], pa.int8())},
+    ],
+    ids=["bytes", "large bytes", "categories", "numbers", "small numbers"],
+)
+def test_columns_as_other_programs_write_them(parts: dict[str, Any], tmp_path: Path) -> None:
+    """A table that went through pandas, say, has the same data in columns of other types."""
+    contents = [encoded(white((3, 4)))] * 3
+    write_parquet(tmp_path / "femnist" / "a.parquet", contents, ["1", "0", "1"], [5, 6, 7], **parts)
+    clients = load_femnist(tmp_path)
+    assert clients.names == ["0", "1"]
+    images, labels = clients.examples(1)
+    assert labels.tolist() == [5, 7]
+    assert [np.argwhere(image).tolist() for image in images] == [[[3, 4]]] * 2
+
+
 def test_more_rows_than_a_batch(tmp_path: Path) -> None:
     content = encoded(white())
     writers = [f"w{row % 3}" for row in range(2500)]
@@ -626,14 +648,23 @@ def test_bad_rows_of_parquet(
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [
-        ({"image": None}, " has no column 'image'; its columns are ['writer_id', 'hsf_id', 'character']"),
+        (
+            {"image": None},
+            " has no column 'image'; its columns are ['writer_id', 'hsf_id', 'character']; rename the one",
+        ),
         ({"writer_id": None}, " has no column 'writer_id'; its columns are ['image', 'hsf_id', 'character']"),
         ({"character": None}, " has no column 'character'; its columns are ['image', 'writer_id', 'hsf_id']"),
-        ({"image": pa.array([GOOD])}, ": column 'image' is 'binary', not a struct with binary bytes"),
-        ({"image": pa.array([{"path": "0.png"}])}, ": column 'image' is 'struct<path: string>', not a struct with"),
-        ({"image": pa.array([{"bytes": "text"}])}, ": column 'image' is 'struct<bytes: string>', not a struct with"),
-        ({"writer_id": pa.array([7])}, ": column 'writer_id' is 'int64', not a string"),
-        ({"character": pa.array(["7"])}, ": column 'character' is 'string', not an integer"),
+        ({"image": pa.array(["text"])}, ": column 'image' is 'string', not bytes, or a struct with binary bytes"),
+        (
+            {"image": pa.array([{"path": "0.png"}])},
+            ": column 'image' is 'struct<path: string>', not bytes, or a struct",
+        ),
+        (
+            {"image": pa.array([{"bytes": "text"}])},
+            ": column 'image' is 'struct<bytes: string>', not bytes, or a struct",
+        ),
+        ({"writer_id": pa.array([7.5])}, ": column 'writer_id' is 'double', not a string or an integer"),
+        ({"character": pa.array(["7"])}, ": column 'character' is 'string', not an integer, the label"),
     ],
 )
 def test_bad_columns_of_parquet(parts: dict[str, Any], expected: str, tmp_path: Path) -> None:
