@@ -28,7 +28,7 @@ from perfedavg.config import OptimizerConfig
 from perfedavg.flat_model import flatten, refuse_buffers, refuse_unseedable
 from perfedavg.layers import GroupBatches, GroupDropout, replace_layers
 from perfedavg.local_training import SCORING_BATCH_SIZE, LocalTraining, Loss
-from perfedavg.optimizers import build_optimizer
+from perfedavg.optimizers import Optimizer
 from perfedavg.seeding import torch_seeds
 
 Gradients = dict[str, Tensor]
@@ -403,8 +403,8 @@ class _GroupOptimizer:
     def __init__(self, model: StackedModel, config: OptimizerConfig) -> None:
         self._model = model
         self._config = config
-        self._rows = nn.Parameter(model.parameters)
-        self._optimizer = build_optimizer(config, [self._rows])
+        self._num_rows = len(model.parameters)
+        self._optimizer = Optimizer(config, model.parameters)
 
     def step(self, gradients: Gradients) -> None:
         """One step of the first clients, never more of them than before."""
@@ -412,20 +412,18 @@ class _GroupOptimizer:
             self._model.descend(gradients, self._config.learning_rate)
             return
         matrix = torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
-        if len(matrix) < len(self._rows):
+        if len(matrix) < self._num_rows:
             self._narrow(len(matrix))
-        self._rows.grad = matrix
-        self._optimizer.step()
+        self._optimizer.step(matrix)
 
     def _narrow(self, clients: int) -> None:
         """Go on with the first clients, and let the rows of the others be as they are."""
-        state = self._optimizer.state[self._rows]
-        self._rows = nn.Parameter(self._model.parameters[:clients])
-        self._optimizer = build_optimizer(self._config, [self._rows])
-        self._optimizer.state[self._rows] = {
-            name: value[:clients] if isinstance(value, Tensor) and value.ndim > 0 else value
-            for name, value in state.items()
-        }
+        state = self._optimizer.state
+        self._num_rows = clients
+        self._optimizer = Optimizer(self._config, self._model.parameters[:clients])
+        self._optimizer.state.update(
+            {name: value[:clients] if value.ndim > 0 else value for name, value in state.items()}
+        )
 
 
 class _Written(TorchDispatchMode):

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from perfedavg.client_data import FederatedDataset
 from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase
 from perfedavg.flat_model import FlatModel
-from perfedavg.optimizers import build_optimizer
+from perfedavg.optimizers import Optimizer
 from perfedavg.seeding import torch_seeds
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -118,12 +118,10 @@ def _step_of(model: FlatModel, config: OptimizerConfig) -> Callable[[Tensor], No
     """A function that takes one step of a fresh optimizer, given the loss."""
     if config.name == "sgd" and config.momentum == 0.0:
         return lambda loss: model.descend(loss, config.learning_rate)
-    parameters = nn.Parameter(model.parameters)
-    optimizer = build_optimizer(config, [parameters])
+    optimizer = Optimizer(config, model.parameters)
 
     def step(loss: Tensor) -> None:
-        parameters.grad = model.gradient(loss)
-        optimizer.step()
+        optimizer.step(model.gradient(loss))
         model.refresh()
 
     return step

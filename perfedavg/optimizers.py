@@ -1,61 +1,117 @@
-"""Optimizers of clients and of the server: torch.optim's, and Yogi. None outlives the work it was built for."""
+"""Optimizers of clients and of the server: torch.optim's, and Yogi. None outlives the work it was built for.
+
+They call the functions behind torch.optim's classes. The classes import torch's compiler when one is built, which takes
+a second and 70 MB in each process, to tell it not to compile them; nothing is compiled here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.optim.adagrad import adagrad
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
 
 from perfedavg.config import OptimizerConfig
 
 
-def build_optimizer(config: OptimizerConfig, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
-    """A fresh optimizer over the given tensors."""
-    if config.name == "sgd":
-        return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=config.momentum)
-    if config.name == "adam":
-        return torch.optim.Adam(parameters, lr=config.learning_rate, betas=config.betas, eps=config.epsilon)
-    if config.name == "yogi":
-        return Yogi(parameters, config.learning_rate, config.betas, config.epsilon)
-    if config.name == "adagrad":
-        return torch.optim.Adagrad(parameters, lr=config.learning_rate, eps=config.epsilon)
-    raise ValueError(f"unknown optimizer {config.name!r}")
+class Optimizer:
+    """A fresh optimizer over one tensor, which its steps change.
 
-
-class Yogi(torch.optim.Optimizer):
-    """Yogi (Zaheer et al. 2018) as Reddi et al. 2020 (arXiv 2003.00295, algorithm 2) use it for servers.
-
-    With gradient g: m = b1 m + (1 - b1) g; v = v - (1 - b2) g^2 sign(v - g^2); theta = theta - rate m / (sqrt(v) + e),
-    where m begins at 0 and v at e^2, without a correction for that. Unlike Adam's, a v that is too large falls slowly.
+    state: all that the next step depends on besides, by name; empty before the first step, and without momentum.
+    Raises ValueError where the configuration names no optimizer.
     """
 
-    def __init__(
-        self, parameters: Iterable[Tensor], learning_rate: float, betas: tuple[float, float], epsilon: float
-    ) -> None:
-        super().__init__(parameters, {"lr": learning_rate, "betas": betas, "epsilon": epsilon})
+    def __init__(self, config: OptimizerConfig, parameters: Tensor) -> None:
+        steps = {"sgd": self._sgd, "adam": self._adam, "yogi": self._yogi, "adagrad": self._adagrad}
+        if config.name not in steps:
+            raise ValueError(f"unknown optimizer {config.name!r}")
+        self.state: dict[str, Tensor] = {}
+        self._config = config
+        self._parameters = parameters
+        self._step = steps[config.name]
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step along the parameters' gradients. A closure is not supported."""
-        assert closure is None, "the gradients are there"
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step_of(parameter, parameter.grad, group)
+    def step(self, gradient: Tensor, rate_factor: float = 1.0) -> None:
+        """One step along a gradient of the tensor's shape, at so much of the learning rate."""
+        self._step(gradient, rate_factor * self._config.learning_rate)
 
-    def _step_of(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
-        (first_decay, second_decay), epsilon = group["betas"], group["epsilon"]
-        state = self.state[parameter]
-        if not state:
-            state["first"] = torch.zeros_like(parameter)
-            state["second"] = torch.full_like(parameter, epsilon**2)
-        first, second = state["first"], state["second"]
+    def _sgd(self, gradient: Tensor, rate: float) -> None:
+        momentum = self._config.momentum
+        buffers = [self.state.get("momentum_buffer")]
+        sgd(
+            [self._parameters],
+            [gradient],
+            buffers,
+            lr=rate,
+            momentum=momentum,
+            dampening=0.0,
+            nesterov=False,
+            weight_decay=0.0,
+            maximize=False,
+        )
+        if momentum and buffers[0] is not None:
+            self.state["momentum_buffer"] = buffers[0]
+
+    def _adam(self, gradient: Tensor, rate: float) -> None:
+        if not self.state:
+            self._begin_counting()
+            self.state["exp_avg"] = torch.zeros_like(self._parameters)
+            self.state["exp_avg_sq"] = torch.zeros_like(self._parameters)
+        first_decay, second_decay = self._config.betas
+        adam(
+            [self._parameters],
+            [gradient],
+            [self.state["exp_avg"]],
+            [self.state["exp_avg_sq"]],
+            [],
+            [self.state["step"]],
+            lr=rate,
+            beta1=first_decay,
+            beta2=second_decay,
+            eps=self._config.epsilon,
+            amsgrad=False,
+            weight_decay=0.0,
+            maximize=False,
+        )
+
+    def _adagrad(self, gradient: Tensor, rate: float) -> None:
+        if not self.state:
+            self._begin_counting()
+            self.state["sum"] = torch.zeros_like(self._parameters)
+        adagrad(
+            [self._parameters],
+            [gradient],
+            [self.state["sum"]],
+            [self.state["step"]],
+            lr=rate,
+            eps=self._config.epsilon,
+            lr_decay=0.0,
+            weight_decay=0.0,
+            maximize=False,
+        )
+
+    def _yogi(self, gradient: Tensor, rate: float) -> None:
+        """Yogi (Zaheer et al. 2018) as Reddi et al. 2020 (arXiv 2003.00295, algorithm 2) use it for servers.
+
+        With gradient g: m = b1 m + (1 - b1) g; v = v - (1 - b2) g^2 sign(v - g^2);
+        theta = theta - rate m / (sqrt(v) + e), where m begins at 0 and v at e^2, without a correction for that.
+        Unlike Adam's, a v that is too large falls slowly.
+        """
+        (first_decay, second_decay), epsilon = self._config.betas, self._config.epsilon
+        if not self.state:
+            self.state["first"] = torch.zeros_like(self._parameters)
+            self.state["second"] = torch.full_like(self._parameters, epsilon**2)
+        first, second = self.state["first"], self.state["second"]
         square = gradient * gradient
         first.lerp_(gradient, 1 - first_decay)
         second.sub_(square * torch.sign(second - square), alpha=1 - second_decay)
-        parameter.addcdiv_(first, second.sqrt().add_(epsilon), value=-group["lr"])
+        self._parameters.addcdiv_(first, second.sqrt().add_(epsilon), value=-rate)
+
+    def _begin_counting(self) -> None:
+        self.state["step"] = torch.tensor(0.0)  # of the steps taken, on the CPU, as torch.optim keeps it
 
 
 class ServerOptimizer:
@@ -66,14 +122,13 @@ class ServerOptimizer:
     """
 
     def __init__(self, config: OptimizerConfig, parameters: Tensor) -> None:
-        self._learning_rate = config.learning_rate
-        self._parameters = parameters.clone().requires_grad_()
-        self._optimizer = build_optimizer(config, [self._parameters])
+        self._parameters = parameters.detach().clone()
+        self._optimizer = Optimizer(config, self._parameters)
 
     @property
     def parameters(self) -> Tensor:
         """The global model after the steps so far, (num_parameters,). A copy."""
-        return self._parameters.detach().clone()
+        return self._parameters.clone()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,25 +136,19 @@ class ServerOptimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on, by name. Not copies: the next step changes them."""
-        state = self._optimizer.state[self._parameters] if self._optimizer.state else {}
-        tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-        return {"parameters": self._parameters.detach(), **tensors}
+        return {"parameters": self._parameters, **self._optimizer.state}
 
     @classmethod
     def from_tensors(cls, config: OptimizerConfig, tensors: Mapping[str, Tensor]) -> ServerOptimizer:
         """The inverse of `tensors`; the new one owns copies. Raises ValueError where there are no parameters."""
         if "parameters" not in tensors:
             raise ValueError("there are no parameters")
-        state = {name: tensor.clone() for name, tensor in tensors.items() if name != "parameters"}
         server = cls(config, tensors["parameters"])
-        if state:
-            server._optimizer.state[server._parameters] = state
+        server._optimizer.state.update(
+            {name: tensor.clone() for name, tensor in tensors.items() if name != "parameters"}
+        )
         return server
 
     def step(self, mean_update: Tensor, rate_factor: float = 1.0) -> None:
         """One server step along the mean update, (num_parameters,), at so much of the learning rate."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = rate_factor * self._learning_rate
-        self._parameters.grad = -mean_update
-        self._optimizer.step()
-        self._parameters.grad = None
+        self._optimizer.step(-mean_update, rate_factor)

@@ -43,6 +43,32 @@ def test_what_a_process_needs_is_all_that_it_loads() -> None:
     assert run_python(imports + f"print({heavy} & set(sys.modules))") == "set()"
 
 
+def test_a_run_does_not_load_torchs_compiler() -> None:
+    """Reproducible kernels and the server's optimizers would: a second and 70 MB more in each process."""
+    run = """
+import sys
+import utils
+from perfedavg.compute import use_reproducible_kernels
+from perfedavg.config import OptimizerConfig
+from perfedavg.executor import LocalExecutor
+from perfedavg.experiment import ExperimentState, run_experiment
+from perfedavg.flat_model import flatten
+from pathlib import Path
+use_reproducible_kernels()
+flags = "--dataset digits --struct mlp --client_num_in_total 10 --client_num_per_round 1 --epochs 1 --inner_loops 1"
+flags += " --fine_tune_outer_loops 1 --fine_tune_inner_loops 1 --pers_round 1 --fine_tune_client_optimizer adagrad"
+config = utils.config_from_args(utils.get_args("single", [*flags.split(), "--client_batching", "1"]))
+dataset = utils.get_datasets(config, Path())
+model = utils.get_model(config, dataset)
+state = ExperimentState.fresh(config, flatten(model))
+run_experiment(config, LocalExecutor(config, model, dataset), dataset, state, [])
+print({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules))
+import torch
+print(torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+"""
+    assert run_python(run) == "set()\nTrue False"
+
+
 def test_what_fedlab_did_not_load_can_be_had_afterwards() -> None:
     """By fedlab's own functions too, and by a user's code that takes a data set from fedlab."""
     imports = "import compat; compat.import_torchvision(); compat.import_fedlab('fedlab.utils.dataset.functional')\n"
