@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import paths
 import utils
 from perfedavg.console import run_entry_point, say, show
 
@@ -68,10 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN", help="folder of a finished run, which the run names when it ends")
+    add("run", type=paths.path, metavar="RUN", help="folder of a finished run, which the run names when it ends")
     add(
         "images",
-        type=Path,
+        type=paths.folder,
         metavar="IMAGES",
         help="folder with class/image.png below it: 28x28, bright ink on a dark ground; the classes are the run's",
     )
@@ -90,15 +90,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=_seed, default=0, metavar="N", help="which images are held out follows from it (default: 0)")
     add(
         "--output",
-        type=Path,
+        type=paths.folder,
         metavar="FOLDER",
         help="where to write; what an earlier call left there is replaced "
         "(default: RUN/personalized/<name of the folder IMAGES>)",
     )
     add(
         "--data_root",
-        type=Path,
-        default=Path(os.environ.get("PERFEDAVG_DATA") or utils.ROOT / "datasets" / "data"),
+        type=paths.folder,
+        default=paths.default_data_root(),
         metavar="FOLDER",
         help="folder of the run's data, read only where a data set of your own (package.module:factory) brings its own "
         "model or loss (default: PERFEDAVG_DATA, or datasets/data)",

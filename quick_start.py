@@ -21,9 +21,9 @@ from types import FrameType
 from typing import IO
 
 import utils
-from perfedavg.console import EXIT_BAD_INPUT, end_process, open_standard_streams, report
+from perfedavg.console import EXIT_BAD_INPUT, command_line, end_process, open_standard_streams, report
 from perfedavg.forking import ForkedProcess, load
-from perfedavg.runs import make_default_folder
+from perfedavg.runs import make_default_folder, remove_empty
 
 GRACE_SECONDS = 0.5
 """From a worker that gave up to what is done about it, so that the end of the server is seen as its cause."""
@@ -190,8 +190,10 @@ def main() -> int:
         utils.check_num_workers(utils.config_from_args(args), args.workers)  # before anything is started
     except ValueError as error:
         return report(error)
+    made = None
     if args.resume is None and args.run_dir is None:
-        args.run_dir = make_default_folder(utils.ROOT / "runs", args.dataset)
+        args.run_dir = made = make_default_folder(utils.ROOT / "runs", args.dataset)
+    restart = os.environ[utils.RESTART_VARIABLE] = utils.restart_command("quick_start", args)
     os.environ.setdefault("PERFEDAVG_TOKEN", secrets.token_hex(32))  # so that no other user of this machine can join
     signals = SignalWatch()
     load(load_everything)
@@ -205,11 +207,11 @@ def main() -> int:
         status = processes.wait(signals)
     run = args.resume or args.run_dir
     if status == 0 and args.dataset == "digits":
-        print("the paper's experiment: sh quick_start.sh --dataset emnist")
+        print(f"the paper's experiment: {restart} --dataset emnist")
     elif status > 128 and not signals.received and (run / "config.json").exists():  # the server could not say it
-        print(f"continue with: sh quick_start.sh --resume {run}", file=sys.stderr)
-    with contextlib.suppress(OSError):
-        run.rmdir()  # where nothing came of it
+        print(f"continue with: {restart} --resume {command_line([run])}", file=sys.stderr)
+    if made is not None:
+        remove_empty([made])  # where nothing came of it
     return status
 
 

@@ -6,15 +6,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import paths
 from perfedavg.console import run_entry_point, say, show
 
 
 def main() -> None:
-    args = get_args()
+    args = build_parser().parse_args()
 
     from reporting.contents import build_report, read_runs, with_plots_drawn
     from reporting.files import to_markdown, write_report
 
+    args.runs = [paths.shown(path) for path in args.runs]  # so a report does not tell where it was made
     runs, reasons = read_runs(args.runs)
     if not runs and len(reasons) == 1:
         raise ValueError(reasons[0])
@@ -29,8 +31,7 @@ def main() -> None:
     say(f"report.html, report.md and table.csv are in {output}")
 
 
-def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags, from `argv` or the command line."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Show the results of finished runs: tables over seeds, curves, the distribution over unseen "
         "clients, and published figures beside them. Prints Markdown; writes report.md, table.csv and report.html, "
@@ -39,14 +40,14 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "runs",
-        type=Path,
+        type=paths.path,
         nargs="+",
         metavar="RUN",
         help="folder of a run, or a folder below which there are runs, such as runs or results/mnist",
     )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=paths.folder,
         metavar="FOLDER",
         help="where to write the report, over an earlier one (default: RUN/report for a single run, else report here)",
     )
@@ -57,7 +58,7 @@ def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="X",
         help="accuracy to which rounds are counted, above 0 and at most 1 (default: 0.8)",
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def _default_output(named: Sequence[Path], first_run: Path) -> Path:

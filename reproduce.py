@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import subprocess
 import sys
 import time
@@ -18,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import paths
 import utils
 from perfedavg.config import num_unseen_clients
-from perfedavg.console import USER_ERRORS, end_process, open_standard_streams, report, say, show
+from perfedavg.console import USER_ERRORS, command_line, end_process, open_standard_streams, report, say, show
 from perfedavg.files import replace_file
 from quick_start import SignalWatch, end_processes, exit_status
 
@@ -186,12 +186,12 @@ class Job:
         return (self.run_dir / "result.json").exists()
 
     def command(self, machine: Sequence[str]) -> list[str]:
-        """What starts its run, or goes on with it, from the project's root.
+        """What starts its run, or goes on with it, from any folder.
 
         machine: flags of single_process.py that do not change the result.
         """
-        where = ["--resume" if self.has_begun else "--run_dir", str(_from_root(self.run_dir))]
-        return [str(_from_root(Path(sys.executable))), "single_process.py", *self.argv, *machine, *where]
+        where = ["--resume" if self.has_begun else "--run_dir", str(self.run_dir)]
+        return [sys.executable, str(ROOT / "single_process.py"), *self.argv, *machine, *where]
 
 
 def plan_jobs(rows: Mapping[str, Flags], seeds: Sequence[int], runs: Path, results: Path) -> list[Job]:
@@ -237,7 +237,13 @@ def _recorded_flags(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{_from_root(folder)}/config.json is missing or damaged; move that folder away") from error
 
 
-def run_jobs(jobs: Sequence[Job], machine: Sequence[str], signals: SignalWatch, num_at_once: int = 1) -> int:
+def run_jobs(
+    jobs: Sequence[Job],
+    machine: Sequence[str],
+    signals: SignalWatch,
+    num_at_once: int = 1,
+    restart_command: str = "sh reproduce.sh",
+) -> int:
     """Run what is not done yet, so many at a time and in the order of the jobs; say how far it is.
 
     When a run fails or a signal comes, the others that run save a checkpoint and end.
@@ -263,7 +269,7 @@ def run_jobs(jobs: Sequence[Job], machine: Sequence[str], signals: SignalWatch, 
                     keep(title, job)
                 else:
                     command = job.command(machine)
-                    show(f"{title}: {shlex.join(command)}")
+                    show(f"{title}: {command_line(command)}")
                     running.append(Run(title, job, command))
                 continue
             ended = [run for run in running if run.process.poll() is not None]
@@ -284,7 +290,7 @@ def run_jobs(jobs: Sequence[Job], machine: Sequence[str], signals: SignalWatch, 
         say(run.last_words(how, NUM_LAST_LINES))
     if not failed and not signals.received:
         return 0
-    say(f"go on with: sh reproduce.sh {shlex.join(sys.argv[1:])}")
+    say(f"go on with: {restart_command}")
     return 128 + signals.received if signals.received else exit_status(failed[0].process)
 
 
@@ -435,7 +441,7 @@ def list_jobs(jobs: Sequence[Job], machine: Sequence[str]) -> str:
     entries = []
     for row, members in rows.items():
         states = "; ".join(f"seed {job.flags['seed']} {_state(job)}" for job in members)
-        entries.append(f"{row}: {states}\n    {shlex.join(members[0].command(machine))}")
+        entries.append(f"{row}: {states}\n    {command_line(members[0].command(machine))}")
     return "\n".join(entries)
 
 
@@ -463,7 +469,7 @@ def write_tables(dataset: str, runs: Path, results: Path, signals: SignalWatch) 
     return 0
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sh reproduce.sh", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--dataset", required=True, choices=("mnist", "emnist", "synthetic_writers", "sine"))
@@ -471,21 +477,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     add(
         "--data_root",
-        type=_absolute,
-        default=_absolute(os.environ.get("PERFEDAVG_DATA") or ROOT / "datasets" / "data"),
+        type=paths.folder,
+        default=paths.default_data_root(),
         metavar="FOLDER",
         help="folder of the data sets (default: PERFEDAVG_DATA, or datasets/data)",
     )
     add(
         "--results",
-        type=_absolute,
+        type=paths.folder,
         default=ROOT / "results",
         metavar="FOLDER",
         help="where results and tables are kept; a row whose result is there is not run again (default: results)",
     )
     add(
         "--runs",
-        type=_absolute,
+        type=paths.folder,
         default=ROOT / "runs" / "reproduce",
         metavar="FOLDER",
         help="where the runs' folders are (default: runs/reproduce)",
@@ -499,16 +505,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="N",
         help="clients that a run trains side by side (default: the machine's cores, shared out among the runs)",
     )
-    return parser.parse_args(argv)
-
-
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(path))
+    return parser
 
 
 def main() -> int:
-    args = parse_args()
-    machine = ["--data_root", str(_from_root(args.data_root)), "--device", args.device]
+    args = build_parser().parse_args()
+    argv = utils.differing_argv(build_parser(), args, without=())
+    go_on = command_line([sys.executable, ROOT / "reproduce.py", *argv])
+    machine = ["--data_root", str(args.data_root), "--device", args.device]
     if args.threads is None and args.jobs > 1:
         args.threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
     if args.threads is not None:
@@ -520,7 +524,7 @@ def main() -> int:
             show(list_jobs(jobs, machine))
             return 0
         signals = SignalWatch()
-        return run_jobs(jobs, machine, signals, args.jobs) or write_tables(args.dataset, runs, results, signals)
+        return run_jobs(jobs, machine, signals, args.jobs, go_on) or write_tables(args.dataset, runs, results, signals)
     except USER_ERRORS as error:
         return report(error)
 

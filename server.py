@@ -35,7 +35,7 @@ def main() -> None:
         args.worker_timeout_seconds,
     )
     network.listen()
-    folder = utils.open_run_folder(args)
+    folder = utils.open_run_folder(args, "server")
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset)
     utils.load_initial_model(config, model)
@@ -47,7 +47,14 @@ def main() -> None:
     handler = CohortHandler(model)
     settle = partial(settle_client_batching, config, model, dataset)
     WorkerPoolManager(
-        network, handler, settle, dataset, experiment, args.join_timeout_seconds, args.worker_wait_seconds
+        network,
+        handler,
+        settle,
+        dataset,
+        experiment,
+        args.join_timeout_seconds,
+        args.worker_wait_seconds,
+        utils.worker_command(args),
     ).run()
     folder.draw_plots()  # now that no worker waits
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import paths
 import utils
-from perfedavg.console import optional, run_entry_point, say, show
+from perfedavg.console import command_line, optional, run_entry_point, say, show
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     import numpy as np
@@ -68,8 +70,8 @@ def read_rows(folder: Path) -> Rows:
         found[key] = run
     if not found:
         raise ValueError(
-            f"{folder} holds no finished run of the sine task (<method>/seed<k>/result.json); make them with "
-            "sh reproduce.sh --dataset sine"
+            f"{folder} holds no finished run of the sine task (<method>/seed<k>/result.json); make them with: "
+            f"{command_line([sys.executable, utils.ROOT / 'reproduce.py', '--dataset', 'sine'])}"
         )
     return {
         method: [found[key] for key in sorted(found) if key[0] == method]
@@ -290,26 +292,28 @@ def _write(draw: Callable[[], Figure], path: Path) -> None:
         say(f"plot in {path}")
 
 
-def get_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Print the errors of the sine task's finished runs as a Markdown table, and draw them (mse.png) "
         "and how the models adapt (adaptation.png).",
         allow_abbrev=False,
     )
-    parser.add_argument("folder", type=Path, help="with <method>/seed<k>/result.json in it, at any depth")
-    parser.add_argument("--output", type=Path, metavar="FOLDER", help="for the plots (default: the first folder)")
+    parser.add_argument("folder", type=paths.folder, help="with <method>/seed<k>/result.json in it, at any depth")
+    parser.add_argument(
+        "--output", type=paths.folder, metavar="FOLDER", help="for the plots (default: the first folder)"
+    )
     parser.add_argument(
         "--models",
-        type=Path,
+        type=paths.path,
         metavar="FOLDER",
         default=utils.ROOT / "runs" / "reproduce" / "sine",
         help="with <method>/seed<k>/, the folders of these runs, for their models (default: runs/reproduce/sine)",
     )
-    return parser.parse_args(argv)
+    return parser
 
 
 def main() -> None:
-    args = get_args()
+    args = build_parser().parse_args()
     rows = read_rows(args.folder)
     show(table(rows))
     output = args.output or args.folder

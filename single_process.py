@@ -20,7 +20,7 @@ def main() -> None:
 
     device = resolve_device(args.device)
     use_reproducible_kernels()
-    folder = utils.open_run_folder(args)
+    folder = utils.open_run_folder(args, "single")
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset)
     utils.load_initial_model(config, model)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import paths
 from perfedavg.config import (
     LOCAL_SPLITS,
     METHODS,
@@ -20,7 +22,7 @@ from perfedavg.config import (
     PhaseConfig,
     num_unseen_clients,
 )
-from perfedavg.console import EXIT_BAD_INPUT, say
+from perfedavg.console import EXIT_BAD_INPUT, at_early_end, command_line, say
 from perfedavg.runs import make_default_folder, read_run
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
@@ -160,10 +162,14 @@ def _take_over_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
 
 def experiment_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The values of those flags that belong to the experiment, and so to its run for good."""
+    return {name: getattr(args, name) for name in _experiment_names()}
+
+
+def _experiment_names() -> list[str]:
     parser = argparse.ArgumentParser(add_help=False)
     for add in _EXPERIMENT:
         add(parser)
-    return {action.dest: getattr(args, action.dest) for action in parser._actions}
+    return [action.dest for action in parser._actions]
 
 
 def build_parser(role: str) -> argparse.ArgumentParser:
@@ -227,6 +233,51 @@ def to_argv(args: argparse.Namespace, role: str) -> list[str]:
         value = getattr(args, action.dest, None)
         if value is not None:
             argv += [action.option_strings[0], str(value)]
+    return argv
+
+
+RESTART_VARIABLE = "PERFEDAVG_RESTART"
+"""By which quick_start.py tells the server that it starts with which command it starts both again."""
+_SCRIPTS = {
+    "server": "server.py",
+    "worker": "client_worker.py",
+    "single": "single_process.py",
+    "quick_start": "quick_start.py",
+}
+_SHARED_WITH_WORKERS = ("data_root", "ip", "port", "ethernet", "backend", "token_file")
+
+
+def restart_command(role: str, args: argparse.Namespace) -> str:
+    """What starts an entry point again on this machine, for a shell in any folder: flags of an experiment, or
+    --resume, are to be put behind it.
+    """
+    parser = build_parser(role)
+    words = differing_argv(parser, args, without={*_experiment_names(), "run_dir", "resume"})
+    return command_line([sys.executable, ROOT / _SCRIPTS[role], *words])
+
+
+def worker_command(args: argparse.Namespace) -> str:
+    """What starts a worker of the server with these flags on its machine; --rank is to be put behind it."""
+    parser = build_parser("worker")
+    others = {action.dest for action in parser._actions}.difference(_SHARED_WITH_WORKERS)
+    return command_line([sys.executable, ROOT / _SCRIPTS["worker"], *differing_argv(parser, args, without=others)])
+
+
+def differing_argv(parser: argparse.ArgumentParser, args: argparse.Namespace, without: Container[str]) -> list[str]:
+    """The command line that gives a parser these values, as far as they are not its defaults.
+
+    --data_root is there also where PERFEDAVG_DATA sets it, which another shell may lack.
+    """
+    argv = []
+    for action in parser._actions:
+        value, default = getattr(args, action.dest, None), action.default
+        if action.dest == "data_root":
+            default = paths.DEFAULT_DATA_ROOT
+        elif isinstance(default, str) and default != argparse.SUPPRESS and callable(action.type):
+            default = action.type(default)  # as argparse does
+        if action.dest not in without and value is not None and value != default:
+            values = value if isinstance(value, list) else [] if action.nargs == 0 else [value]
+            argv += [action.option_strings[0], *map(str, values)]
     return argv
 
 
@@ -407,15 +458,26 @@ def load_initial_model(config: ExperimentConfig, model: nn.Module) -> None:
         raise ValueError(f"--initial_model {path} does not fit the data: {first_line}; name another one") from error
 
 
-def open_run_folder(args: argparse.Namespace) -> RunFolder:
+def open_run_folder(args: argparse.Namespace, role: str) -> RunFolder:
     """The folder that the flags name, a new one or with --resume that of the run that goes on.
+
+    Nothing is left of it where the process ends before the run has begun.
 
     Raises ValueError where it holds a run (with --resume: none that could go on), cannot be written, or is in use.
     """
     from perfedavg.run_folder import RunFolder
 
-    path = args.resume or args.run_dir or make_default_folder(ROOT / "runs", args.dataset)
-    return RunFolder(path, experiment_flags(args), args.checkpoint_every, resume=args.resume is not None)
+    place = args.resume or args.run_dir or make_default_folder(ROOT / "runs", args.dataset)
+    run_folder = RunFolder(
+        place,
+        experiment_flags(args),
+        args.checkpoint_every,
+        resume=args.resume is not None,
+        restart_command=os.environ.get(RESTART_VARIABLE) or restart_command(role, args),
+        is_made_for_it=args.resume is None and args.run_dir is None,
+    )
+    at_early_end(lambda reason: run_folder.discard_unless_begun())
+    return run_folder
 
 
 def _architecture(dataset: str, struct: str) -> str:
@@ -482,6 +544,7 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     add("--batch_size", type=int, default=20, help="examples a local step")
     add(
         "--initial_model",
+        type=path_as_text,
         metavar="RUN",
         help="finished run (or its model.safetensors) whose model is started from (default: random weights)",
     )
@@ -583,13 +646,14 @@ def _add_run_folder(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument(
         "--run_dir",
-        type=Path,
+        type=paths.path,
+        metavar="FOLDER",
         help="folder of this run; one that holds a run is refused "
         "(default: runs/<date-time>-<dataset> in the project's folder)",
     )
     group.add_argument(
         "--resume",
-        type=Path,
+        type=paths.path,
         metavar="RUN",
         help="continue the run in this folder, with the experiment's flags that it was started with "
         "(default: start a new run)",
@@ -600,7 +664,7 @@ def _add_run_folder(parser: argparse.ArgumentParser) -> None:
 def _add_plot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument_group("output").add_argument(
         "--plot",
-        type=Path,
+        type=paths.file,
         nargs="?",
         const=True,
         metavar="FILE",
@@ -611,8 +675,8 @@ def _add_plot(parser: argparse.ArgumentParser) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument_group("data").add_argument(
         "--data_root",
-        type=Path,
-        default=Path(os.environ.get("PERFEDAVG_DATA") or ROOT / "datasets" / "data"),
+        type=paths.folder,
+        default=paths.default_data_root(),
         help="folder of the data sets, into which missing ones are downloaded; the environment variable "
         "PERFEDAVG_DATA sets it too",
     )
@@ -639,7 +703,8 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--backend", choices=BACKENDS, default="gloo", help="torch.distributed backend of this process")
     group.add_argument(
         "--token_file",
-        type=Path,
+        type=paths.file,
+        metavar="FILE",
         help="file with a secret that server and workers share (default: what the environment's PERFEDAVG_TOKEN holds)",
     )
 
@@ -695,7 +760,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", positive: "N", _port: "PORT", float: "X", Path: "FOLDER"}.get(action.type, "TEXT")
+        return {int: "N", positive: "N", _port: "PORT", float: "X", paths.folder: "FOLDER"}.get(action.type, "TEXT")
 
 
 def _dataset(text: str) -> str:
@@ -710,6 +775,11 @@ def _boolean(text: str) -> bool:
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return values[text.lower()]
+
+
+def path_as_text(text: str) -> str:
+    """As config.json keeps it."""
+    return str(paths.path(text))
 
 
 def _client_batching(text: str) -> str | int:

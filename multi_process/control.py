@@ -22,11 +22,14 @@ import os
 import secrets
 import select
 import socket
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+from perfedavg.console import command_line
 
 PROTOCOL_VERSION = 4
 """Raised with every change of a message or of the way workers join."""
@@ -283,7 +286,7 @@ def read_token(token_file: Path | None) -> bytes | None:
     if len(token) < _MIN_TOKEN_CHARACTERS:
         raise ValueError(
             f"the token in {source} has {len(token)} characters, fewer than {_MIN_TOKEN_CHARACTERS}; make one with: "
-            "python -c 'import secrets; print(secrets.token_hex(32))'"
+            f"{command_line([sys.executable, '-c', 'import secrets; print(secrets.token_hex(32))'])}"
         )
     return token.encode()
 

@@ -182,6 +182,7 @@ class WorkerPoolManager(ServerManager):
     settle: the configuration for the devices that the workers to start with compute on.
     experiment: is called once these workers are ready, with the configuration and this manager as the executor.
     join_seconds: for them to join.  worker_wait_seconds: how long to go on without any worker.
+    worker_command: what starts a worker, but for its --rank, for whom the server waits in vain.
     """
 
     def __init__(
@@ -193,6 +194,7 @@ class WorkerPoolManager(ServerManager):
         experiment: Callable[[ExperimentConfig, Executor], None],
         join_seconds: float,
         worker_wait_seconds: float,
+        worker_command: str = "client_worker.py",
     ) -> None:
         super().__init__(network, handler, mode="GLOBAL")
         self._network: ServerNetwork = network
@@ -203,6 +205,7 @@ class WorkerPoolManager(ServerManager):
         self._experiment = experiment
         self._join_seconds = join_seconds
         self._worker_wait_seconds = worker_wait_seconds
+        self._worker_command = worker_command
         self._workers: dict[int, _Worker] = {}  # by generation; those that are not gone
         self._is_started = False
         self._piece: _Piece | None = None
@@ -226,12 +229,11 @@ class WorkerPoolManager(ServerManager):
         self._handler.num_clients = len(self._clients.train_client_ids) + len(self._clients.unseen_client_ids)
         deadline = time.monotonic() + self._join_seconds
         while not self._is_started:
-            remaining = deadline - time.monotonic()
+            remaining, ranks = deadline - time.monotonic(), self._missing_ranks()
             if remaining <= 0:
                 raise ValueError(
-                    f"{self._missing()} did not join within {self._join_seconds:g} s (--join_timeout_seconds); start "
-                    f"each with: python client_worker.py --ip {self._network.address[0]} "
-                    f"--port {self._network.address[1]} --rank R"
+                    f"{self._missing()} did not join within {self._join_seconds:g} s (--join_timeout_seconds)"
+                    + "".join(f"; start {rank} with: {self._worker_command} --rank {rank}" for rank in ranks[:1])
                 )
             if not self._take_event(min(remaining, REMINDER_SECONDS)):
                 say(f"server: waiting for {self._missing()}, {max(0.0, deadline - time.monotonic()):.0f} s left")
@@ -552,11 +554,14 @@ class WorkerPoolManager(ServerManager):
         if worker.is_ready:
             piece.lane_seconds += worker.num_lanes * (time.monotonic() - worker.since)
 
-    def _missing(self) -> str:
-        """The workers that are to come before the start, by the ranks that are not there."""
+    def _missing_ranks(self) -> list[int]:
+        """Of the workers that are to come before the start."""
         present = {worker.rank for worker in self._workers.values()}
         ranks = [rank for rank in range(1, self._network.world_size) if rank not in present]
-        ranks = ranks[: self._network.world_size - 1 - len(self._workers)]
+        return ranks[: self._network.world_size - 1 - len(self._workers)]
+
+    def _missing(self) -> str:
+        ranks = self._missing_ranks()
         if not ranks:
             return "the workers to read their data"
         return f"worker{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

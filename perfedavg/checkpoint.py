@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.console import say
 from perfedavg.experiment import ExperimentState, RoundRecord
-from perfedavg.files import remove_partial_files, replace_file
+from perfedavg.files import open_tensors, remove_partial_files, replace_file
 from perfedavg.optimizers import ServerOptimizer
 from perfedavg.scores import ClientScore
 
@@ -198,7 +198,7 @@ def _encode(state: ExperimentState, identity: RunIdentity) -> Iterator[bytes | m
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The JSON and the tensors of a checkpoint. Raises one of _UNREADABLE where it is damaged."""
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     text = metadata["checkpoint"]

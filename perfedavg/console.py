@@ -6,12 +6,14 @@ import contextlib
 import io
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
@@ -153,6 +155,19 @@ def optional(what: str) -> Iterator[None]:
 def reason_of(error: BaseException) -> str:
     """An error's message in one line, or its kind where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def command_line(words: Iterable[str | Path]) -> str:
+    """The words of a command as a POSIX shell reads them again, in a line; also those that are no text."""
+    return " ".join(_quoted(str(word)) for word in words)
+
+
+def _quoted(word: str) -> str:
+    if word.isprintable() and "  " not in word:  # of several spaces, `reason_of` would leave one
+        return shlex.quote(word)
+    plain = set(range(33, 127)) - set(b"'\\%")
+    escaped = "".join(chr(byte) if byte in plain else f"\\{byte:03o}" for byte in os.fsencode(word))
+    return f"\"$(printf '{escaped}')\""
 
 
 def is_live(stream: TextIO | None) -> bool:

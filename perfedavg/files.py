@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import safetensors
 
 _PARTIAL = ".partial"
 
@@ -28,6 +31,16 @@ def replace_file(path: Path, parts: Iterable[Any]) -> None:
         partial.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, as `safetensors.safe_open` has it. Raises OSError or SafetensorError.
+
+    That library takes a path for text, which the name of a user's folder need not be; a descriptor's is.
+    """
+    with open(path, "rb") as file, safetensors.safe_open(f"/proc/self/fd/{file.fileno()}", "pt") as content:
+        yield content
 
 
 def remove_partial_files(folder: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from perfedavg.config import ExperimentConfig
+from perfedavg.files import open_tensors
 
 OWN_PARTS = ("build_model", "loss_function")
 """What a data set may bring itself, in place of this project's models and of the cross entropy."""
@@ -84,7 +85,7 @@ def model_file(model: nn.Module, metadata: Mapping[str, str]) -> bytes:
 def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
     """The parameters by name, and what is said of the model. Raises ValueError where the file cannot be had."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
+        with open_tensors(path) as file:
             metadata: dict[str, Any] = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     except (OSError, safetensors.SafetensorError) as error:

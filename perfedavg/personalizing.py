@@ -52,7 +52,7 @@ class RunModel:
         except (OSError, ValueError) as error:
             raise ValueError(f"{path / 'config.json'} cannot be read ({error})") from error
         if not (path / "result.json").exists():
-            raise ValueError(f"{path} holds a run that has not ended; continue it with --resume {path}")
+            raise ValueError(f"{path} holds a run that has not ended; its log.txt says how it goes on")
         try:
             config = ExperimentConfig.from_dict(recorded["experiment"])
         except (ValueError, KeyError, TypeError) as error:

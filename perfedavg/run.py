@@ -93,19 +93,19 @@ class _StateKeeper:
                 self._state.lock.release()
 
     def _save(self) -> None:
-        path, state = self._folder.shown_path, self._state
+        state, command = self._state, self._folder.continue_command
         if not state.has_begun:
             say("no round has ended yet, so there is nothing to save")
             return
         if state.torn:
-            say(f"{state.label} failed in its middle; continue from the checkpoint before it with --resume {path}")
+            say(f"{state.label} failed in its middle; continue from the checkpoint before it with: {command}")
             return
         try:
             self._folder.save_checkpoint(state)
         except OSError as error:
             say(
-                f"the checkpoint of {state.label} cannot be written ({error.strerror}); make room in {path}, then "
-                f"continue from the one before it with --resume {path}"
+                f"the checkpoint of {state.label} cannot be written ({error.strerror}); make room in "
+                f"{self._folder.shown_path}, then continue from the one before it with: {command}"
             )
         else:
-            say(f"checkpoint of {state.label} saved; continue with --resume {path}")
+            say(f"checkpoint of {state.label} saved; continue with: {command}")

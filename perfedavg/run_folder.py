@@ -23,14 +23,14 @@ from torch import nn
 
 from perfedavg.checkpoint import Checkpoints, RunIdentity
 from perfedavg.config import ExperimentConfig, Phase
-from perfedavg.console import optional, reason_of, say
+from perfedavg.console import command_line, optional, reason_of, say
 from perfedavg.events import EventFile
 from perfedavg.experiment import ExperimentOutcome, ExperimentState, RoundRecord
 from perfedavg.files import LineFile, remove_partial_files, replace_file
 from perfedavg.flat_model import unflatten_into
 from perfedavg.model_file import model_file
 from perfedavg.plots import write_plots
-from perfedavg.runs import read_run
+from perfedavg.runs import make_folder, read_run, remove_empty
 from perfedavg.scores import ClientScore, summarize
 
 LOGGER = logging.getLogger("perfedavg")
@@ -67,11 +67,15 @@ class RunFolder:
         flags: Mapping[str, Any] | None = None,
         checkpoint_every: int = 10,
         resume: bool = False,
+        restart_command: str = "single_process.py",
+        is_made_for_it: bool = False,
     ) -> None:
         """Create the folder, or with `resume` open one that holds an unfinished run; take its lock, open its log.
 
         flags: the experiment's flags, kept in config.json for whoever resumes it.
         checkpoint_every: rounds between two checkpoints, 1 or more.
+        restart_command: what goes on with the run once --resume stands behind it, for a shell in any folder.
+        is_made_for_it: whether the folder, although it is there, was made for this run and by nobody else.
         Raises ValueError where the folder holds a run (with `resume`: holds none, or one that has ended), cannot be
         written, or is in use by another process.
         """
@@ -79,6 +83,9 @@ class RunFolder:
         self._flags = dict(flags or {})
         self._checkpoint_every = checkpoint_every
         self._resumes = resume
+        self._restart_command = restart_command
+        self._made = [path] if is_made_for_it else []
+        self._log_size = 0
         self._metrics = LineFile(path / "metrics.jsonl")
         self._curve: list[RoundRecord] = []
         self._scores: dict[Phase, list[ClientScore]] = {}
@@ -94,22 +101,24 @@ class RunFolder:
         if self._resumes:
             read_run(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._made += make_folder(self.path)
             lock = _lock(self.path)
             remove_partial_files(self.path)
+            self._log_size = _size(self.path / "log.txt")
             log_handler = _RunLog(self.path / "log.txt", encoding="utf-8", errors="backslashreplace")
         except filelock.Timeout as error:
             raise ValueError(
                 f"{flag} {self.path} is in use by another process; wait until that has ended, or name another folder"
             ) from error
         except OSError as error:
+            remove_empty(self._made)
             raise ValueError(f"{flag} {self.path} cannot be written ({error.strerror}); name another folder") from error
         if not self._resumes and (self.path / "config.json").exists():
             log_handler.close()
             lock.release()
             raise ValueError(
                 f"--run_dir {self.path} already holds a run; name another folder, or move that one away (an "
-                "unfinished one goes on with --resume)"
+                f"unfinished one goes on with: {self.continue_command})"
             )
         log_handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         return lock, log_handler
@@ -122,6 +131,24 @@ class RunFolder:
         except OSError:  # the current folder has been removed
             return str(self.path)
         return str(self.path.absolute()) if relative.startswith(os.pardir) else relative
+
+    @property
+    def continue_command(self) -> str:
+        """What goes on with the run after an early end, for a shell in any folder."""
+        return f"{self._restart_command} --resume {command_line([self.path.absolute()])}"
+
+    def discard_unless_begun(self) -> None:
+        """Where the run has not begun, leave what was there before: no folder, or the user's own as it was."""
+        if (self.path / "config.json").exists():
+            return
+        self.close()
+        with contextlib.suppress(OSError):
+            if self._log_size:
+                os.truncate(self.path / "log.txt", self._log_size)
+            else:
+                (self.path / "log.txt").unlink(missing_ok=True)
+            (self.path / ".lock").unlink(missing_ok=True)
+        remove_empty(self._made)
 
     def close(self) -> None:
         """Let others use the folder, and log no more to it. A process that ends need not call it."""
@@ -137,9 +164,11 @@ class RunFolder:
         experiment, was made with other data, or has no checkpoint that can be read; OSError for a full disk.
         """
         try:
-            return self._begin(config, fingerprint, run_settings)
+            state = self._begin(config, fingerprint, run_settings)
         except OSError as error:
             raise OSError(f"{self.path} cannot be written ({error.strerror}); make room there") from error
+        LOGGER.info("if this ends early, it goes on with: %s", self.continue_command)
+        return state
 
     def _begin(
         self, config: ExperimentConfig, fingerprint: str, run_settings: dict[str, Any]
@@ -243,7 +272,7 @@ class RunFolder:
         except OSError as error:
             raise OSError(
                 f"the results cannot be written to {self.path} ({error.strerror}); make room there, then continue "
-                f"with --resume {self.shown_path}"
+                f"with: {self.continue_command}"
             ) from error
         self._scores = outcome.scores
         if self._checkpoints is not None:
@@ -366,6 +395,11 @@ def _recorded_rounds(config: ExperimentConfig, state: ExperimentState) -> list[t
     counts = {phase: settings.num_rounds for phase, settings in config.phases.items() if phase < state.phase}
     counts[state.phase] = state.num_recorded
     return [(phase, number) for phase, count in counts.items() for number in range(1, count + 1)]
+
+
+def _size(path: Path) -> int:
+    """0 where there is no file."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def _lock(path: Path) -> filelock.BaseFileLock:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,23 @@ def read_run(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not isinstance(content.get("flags"), dict):
         raise ValueError(f"--resume {path}: config.json is damaged (it lacks the run's flags); start a new run")
     return content
+
+
+def make_folder(path: Path) -> list[Path]:
+    """Create a folder, with those that it lies in; returns those that were not there, the innermost first.
+
+    Raises OSError where it cannot be made.
+    """
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove those that are empty, the innermost given first."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def make_default_folder(parent: Path, dataset: str) -> Path:

@@ -140,8 +140,8 @@ def read_finished_run(path: Path) -> FinishedRun:
     """Raises ValueError where the run has not ended, or its config.json or result.json is missing or damaged."""
     if not (path / "result.json").exists():
         raise ValueError(
-            f"{path} holds a run that has not ended (there is no result.json); let it end, or continue it with "
-            f"--resume {path}"
+            f"{path} holds a run that has not ended (there is no result.json); let it end; its log.txt says how it "
+            "goes on"
         )
     config, result = _read_object(path / "config.json"), _read_object(path / "result.json")
     settings = _parse(path / "config.json", lambda: _checked_settings(config["experiment"]))

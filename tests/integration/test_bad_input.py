@@ -93,6 +93,41 @@ def test_a_port_in_use(launched: Launched, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists(), "a server that cannot listen leaves no folder behind"
 
 
+def test_nothing_is_left_of_a_run_that_never_began(launched: Launched, tmp_path: Path) -> None:
+    """Its input is refused after the folder was made; a folder that was there before is as it was."""
+    words = ["--dataset", "folder", "--data_root", tmp_path / "nowhere", "--run_dir"]
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "notes.txt").write_text("mine")
+    (own / "log.txt").write_text("mine too\n")
+    for script in ("single_process.py", "server.py", "quick_start.py"):
+        more = ["--port", str(free_port()), "--world_size", "2"] if script == "server.py" else []
+        for place in (tmp_path / "new" / "run", own):
+            status, _, errors = finish(launched.start(script, *words, place, *more))
+            assert status == 2, errors
+            assert f"--data_root {tmp_path / 'nowhere'}" in errors
+            assert not (tmp_path / "new").exists()
+        assert {path.name: path.read_text() for path in own.iterdir()} == {"notes.txt": "mine", "log.txt": "mine too\n"}
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert finish(launched.start("quick_start.py", *words, empty))[0] == 2
+    assert list(empty.iterdir()) == []
+
+
+def test_nothing_is_left_of_a_run_without_a_name(launched: Launched, tmp_path: Path) -> None:
+    """Nor of one that a signal ends before its workers have come."""
+    before = set((ROOT / "runs").glob("*"))
+    process = launched.start("quick_start.py", "--dataset", "folder", "--data_root", tmp_path / "nowhere")
+    assert finish(process)[0] == 2
+    assert not any(path.name.endswith("-folder") for path in set((ROOT / "runs").glob("*")) - before)
+    server, port = launched.start_server(tmp_path / "run", 2, *TINY)
+    launched.start_worker(port, 3, 1)  # which is refused, so the server is there
+    wait_for_line(server, "world_size")
+    server.send_signal(signal.SIGTERM)
+    assert finish(server)[0] == 128 + signal.SIGTERM
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_address_of_another_machine(launched: Launched, tmp_path: Path) -> None:
     process = launched.start("server.py", *TINY, "--ip", "203.0.113.77", "--run_dir", tmp_path / "run")
     assert_one_clear_line(process, "--ip 203.0.113.77", "an address of this machine")
@@ -143,5 +178,5 @@ def test_wrong_world_size_wrong_rank_and_a_rank_in_use(launched: Launched, tmp_p
 def test_workers_that_never_come(launched: Launched, tmp_path: Path) -> None:
     server, port = launched.start_server(tmp_path / "run", 3, *TINY, "--join_timeout_seconds", "3")
     worker = launched.start_worker(port, 3, 2)
-    assert_one_clear_line(server, "worker 1 did not join within 3 s", f"--port {port}", "--rank R")
+    assert_one_clear_line(server, "worker 1 did not join within 3 s", f"--port {port}", "--rank 1")
     assert_one_clear_line(worker, "the server ended the run: worker 1 did not join")

@@ -71,7 +71,7 @@ def test_without_workers_the_run_is_saved_and_ends(launched: Launched, tmp_path:
     wait_for_line(server, "FedAvg round")
     worker.kill()
     wait_for_line(server, "lost worker 1")
-    wait_for_line(server, "saved; continue with --resume")
+    wait_for_line(server, "saved; continue with: ")
     assert_one_clear_line(server, "no worker is left, and none came within 2 s (--worker_wait_seconds)")
     assert list((tmp_path / "run" / "checkpoint").glob("fedavg-*.safetensors"))
 

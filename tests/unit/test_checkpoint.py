@@ -283,7 +283,7 @@ def test_an_error_saves_a_checkpoint_and_says_how_to_go_on(tmp_path: Path, capsy
     with pytest.raises(StoppedHereError):
         run_and_record(CONFIG, executor, CLIENTS, Difference(START), folder, RUN)
     folder.close()
-    said = f"checkpoint of FedAvg round 2 saved; continue with --resume {tmp_path / 'run'}\n"
+    said = f"checkpoint of FedAvg round 2 saved; continue with: single_process.py --resume {tmp_path / 'run'}\n"
     assert capsys.readouterr().err.endswith(said)
     assert names(tmp_path / "run" / "checkpoint") == ["fedavg-000002.safetensors"]
 

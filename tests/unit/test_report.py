@@ -815,7 +815,7 @@ def test_the_command_refuses_what_it_cannot_report(three_seeds: Path, tmp_path: 
 
 
 def test_the_default_target_is_the_papers() -> None:
-    assert report.get_args(["runs"]).target == published.JIANG_TARGET == 0.8
+    assert report.build_parser().parse_args(["runs"]).target == published.JIANG_TARGET == 0.8
 
 
 def test_reads_what_a_run_writes(tmp_path: Path) -> None:
