@@ -21,7 +21,7 @@ from types import FrameType
 from typing import IO
 
 import utils
-from perfedavg.console import EXIT_BAD_INPUT, command_line, end_process, open_standard_streams, report
+from perfedavg.console import EXIT_BAD_INPUT, command_line, end_process, prepare_process, report
 from perfedavg.forking import ForkedProcess, load
 from perfedavg.runs import make_default_folder, remove_empty
 
@@ -236,5 +236,5 @@ def hold_free_port() -> tuple[socket.socket, int]:
 
 
 if __name__ == "__main__":
-    open_standard_streams()
+    prepare_process()
     end_process(main())

@@ -20,7 +20,7 @@ from typing import IO, Any
 import paths
 import utils
 from perfedavg.config import num_unseen_clients
-from perfedavg.console import USER_ERRORS, command_line, end_process, open_standard_streams, report, say, show
+from perfedavg.console import USER_ERRORS, command_line, end_process, prepare_process, report, say, show
 from perfedavg.files import replace_file
 from quick_start import SignalWatch, end_processes, exit_status
 
@@ -530,5 +530,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    open_standard_streams()
+    prepare_process()
     end_process(main())

@@ -55,16 +55,21 @@ def run_entry_point(main: Callable[[], None]) -> None:
     Exit status: 0; 2 with one line on standard error for USER_ERRORS; 1 with a traceback for anything else, which is
     a bug; 128 + n after signal n.
     """
-    # torch imports the pynvml package, a requirement of fedlab, and then warns that it is deprecated.
-    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
-    open_standard_streams()
-    for name in [name for name in os.environ if name.startswith("TQDM_") and name != "TQDM_DISABLE"]:
-        del os.environ[name]  # a value that tqdm cannot read is an error in whatever imports it
+    prepare_process()
     _on_signals(_raise_stopped)
     end_process(_wait_for(main))
 
 
-def open_standard_streams() -> None:
+def prepare_process() -> None:
+    """Before anything else: let no setting in the environment and no missing terminal end the process."""
+    # torch imports the pynvml package, a requirement of fedlab, and then warns that it is deprecated.
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+    for name in [name for name in os.environ if name.startswith("TQDM_") and name != "TQDM_DISABLE"]:
+        del os.environ[name]  # a value that tqdm cannot read is an error in whatever imports it
+    _open_standard_streams()
+
+
+def _open_standard_streams() -> None:
     """Let there be a standard input, output and error, whatever the process was started with.
 
     Before anything else is opened: a closed descriptor of them would be given to the next file, and what a library

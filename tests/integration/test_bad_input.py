@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import MNIST_PREFIXES, TINY, Launched, assert_one_clear_line, finish, wait_for_line, write_image_files
+from helpers import (
+    MNIST_PREFIXES,
+    ROOT,
+    TINY,
+    Launched,
+    assert_one_clear_line,
+    finish,
+    free_port,
+    wait_for_line,
+    write_image_files,
+)
 
 
 @pytest.mark.parametrize("entry_point", ["single_process.py", "server.py", "quick_start.py"])
@@ -100,17 +111,20 @@ def test_nothing_is_left_of_a_run_that_never_began(launched: Launched, tmp_path:
     own.mkdir()
     (own / "notes.txt").write_text("mine")
     (own / "log.txt").write_text("mine too\n")
-    for script in ("single_process.py", "server.py", "quick_start.py"):
-        more = ["--port", str(free_port()), "--world_size", "2"] if script == "server.py" else []
-        for place in (tmp_path / "new" / "run", own):
-            status, _, errors = finish(launched.start(script, *words, place, *more))
-            assert status == 2, errors
-            assert f"--data_root {tmp_path / 'nowhere'}" in errors
-            assert not (tmp_path / "new").exists()
-        assert {path.name: path.read_text() for path in own.iterdir()} == {"notes.txt": "mine", "log.txt": "mine too\n"}
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert finish(launched.start("quick_start.py", *words, empty))[0] == 2
+    serving = ["--port", str(free_port()), "--world_size", "2"]
+    for script, place, more in [
+        ("single_process.py", tmp_path / "new" / "run", []),
+        ("single_process.py", own, []),
+        ("server.py", tmp_path / "new" / "run", serving),
+        ("quick_start.py", empty, []),
+    ]:
+        status, _, errors = finish(launched.start(script, *words, place, *more))
+        assert status == 2, errors
+        assert f"--data_root {tmp_path / 'nowhere'}" in errors
+        assert not (tmp_path / "new").exists()
+    assert {path.name: path.read_text() for path in own.iterdir()} == {"notes.txt": "mine", "log.txt": "mine too\n"}
     assert list(empty.iterdir()) == []
 
 
@@ -120,9 +134,10 @@ def test_nothing_is_left_of_a_run_without_a_name(launched: Launched, tmp_path: P
     process = launched.start("quick_start.py", "--dataset", "folder", "--data_root", tmp_path / "nowhere")
     assert finish(process)[0] == 2
     assert not any(path.name.endswith("-folder") for path in set((ROOT / "runs").glob("*")) - before)
-    server, port = launched.start_server(tmp_path / "run", 2, *TINY)
-    launched.start_worker(port, 3, 1)  # which is refused, so the server is there
-    wait_for_line(server, "world_size")
+    server, _ = launched.start_server(tmp_path / "run", 2, *TINY)
+    while not (tmp_path / "run" / "log.txt").exists():
+        assert server.poll() is None
+        time.sleep(0.01)
     server.send_signal(signal.SIGTERM)
     assert finish(server)[0] == 128 + signal.SIGTERM
     assert not (tmp_path / "run").exists()
