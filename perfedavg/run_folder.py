@@ -38,6 +38,8 @@ LOGGER = logging.getLogger("perfedavg")
 RESULT_KEYS = {Phase.FEDAVG: "after_fedavg", Phase.FINE_TUNE: "after_fine_tune"}
 """The names in result.json and in clients.csv of the scores taken after each phase."""
 
+NUM_NAMED = 10
+"""Clients that a line for the user names, where there may be thousands."""
 _PACKAGES = ("fedlab", "torch", "torchvision", "numpy")
 _DECIDE_BITS = ("torch", "numpy", "commit")
 
@@ -207,6 +209,11 @@ class RunFolder:
     def round_ended(self, record: RoundRecord) -> None:
         if record.refused:
             _say_refused(record)
+        if record.train_loss is not None and not math.isfinite(record.train_loss):
+            say(
+                f"{record.phase.label} round {record.round_number}: the clients' mean loss is {record.train_loss}; if "
+                f"this goes on, start again with a lower {_rate_flag(record.phase)}"
+            )
         for rank, reason in record.lost_workers.items():
             LOGGER.warning("%s round %d: worker %d was lost: %s", record.phase.label, record.round_number, rank, reason)
         line = json.dumps(_without_nan(record.to_dict()), allow_nan=False)
@@ -224,6 +231,7 @@ class RunFolder:
         LOGGER.info("%s: scoring %d unseen clients", phase.label, num_clients)
 
     def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
+        _say_diverged(phase, scores[phase])
         self._attempt("clients.csv", lambda: self._write("clients.csv", _clients_csv(scores)))
 
     def save_checkpoint(self, state: ExperimentState) -> None:
@@ -417,6 +425,24 @@ def _say_refused(record: RoundRecord) -> None:
         f"(clients {', '.join(map(str, refused))}); see metrics.jsonl"
     )
     if len(refused) == len(cohort):
-        flag = "--local_lr" if record.phase is Phase.FEDAVG else "--fine_tune_local_lr"
-        line += f". The model is left as it was; if this goes on, start again with a lower {flag}"
+        line += f". The model is left as it was; if this goes on, start again with a lower {_rate_flag(record.phase)}"
     say(line)
+
+
+def _say_diverged(phase: Phase, scores: Sequence[ClientScore]) -> None:
+    """Where unseen clients have losses that are no numbers, and so the means over all of them."""
+    diverged = [
+        score.client_id
+        for score in scores
+        if not (math.isfinite(score.initial_loss) and math.isfinite(score.personalized_loss))
+    ]
+    if diverged:
+        named = ", ".join(map(str, diverged[:NUM_NAMED])) + (", ..." if len(diverged) > NUM_NAMED else "")
+        say(
+            f"after {phase.label}: the loss of {len(diverged)} of {len(scores)} unseen clients is infinite or not a "
+            f"number (clients {named}), and so is the mean; they adapt at --local_lr, which a lower one may mend"
+        )
+
+
+def _rate_flag(phase: Phase) -> str:
+    return "--local_lr" if phase is Phase.FEDAVG else "--fine_tune_local_lr"

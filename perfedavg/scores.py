@@ -74,7 +74,7 @@ def mean(values: Sequence[float]) -> float:
     try:
         return math.fsum(values) / len(values)
     except (OverflowError, ValueError):  # beyond the largest float, or infinities of both signs
-        return sum(values) / len(values)
+        return sum(map(float, values)) / len(values)
 
 
 def _std(values: Sequence[float]) -> float:

@@ -44,6 +44,8 @@ NUM_UNSEEN = 2
 CLIENTS = QuadraticClients([[0.0] * NUM_PARAMETERS] * len(SIZES), SIZES, NUM_UNSEEN)
 COHORT = tuple(CLIENTS.train_client_ids)
 UNSEEN = tuple(CLIENTS.unseen_client_ids)
+MAX_GETS = 100_000
+"""Looks at the queue of events, above what any run here takes."""
 Values = dict[str, Any]
 Event = tuple[Connected, Message | Exception]
 
@@ -226,6 +228,7 @@ class Pool:
         self._pending: list[tuple[float, int, Event]] = []
         self._order, self._generations = itertools.count(), itertools.count(1)
         self._wait_seconds = wait_seconds
+        self._num_gets = 0
 
     def start(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(server, "time", self.clock)
@@ -268,6 +271,8 @@ class Pool:
         pass
 
     def get(self, timeout: float) -> Event:
+        self._num_gets += 1
+        assert self._num_gets < MAX_GETS, "the run never ends"
         if not self._pending or self._pending[0][0] > self.clock.now + timeout:
             self.clock.now += timeout
             raise queue.Empty

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -122,3 +123,34 @@ def test_a_refusal_is_said_once_a_round_and_counted_in_the_metrics(
     assert set(lines[1]["refused"]) == {"1", "3"}
     assert lines[4]["train_loss"] is None
     assert {line["lost_workers"] == {} and 0.0 <= line["idle_share"] <= 1.0 for line in lines} == {True}
+
+
+class LosesCount(DivergesIn):
+    """An executor whose losses, and nothing else, are not numbers from a round on."""
+
+    def train(self, task: CohortTask, parameters: Tensor) -> CohortUpdate:
+        update = self._good.train(task, parameters)
+        if task.round_number == self._round_number:
+            update.reports = [dataclasses.replace(report, loss=math.inf) for report in update.reports]
+        return update
+
+    def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
+        return [dataclasses.replace(score, personalized_loss=math.nan) for score in self._good.score(task, parameters)]
+
+
+def test_losses_that_are_no_numbers_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the results they are null, which nobody reads while the run goes on."""
+    settings = config(OptimizerConfig("sgd", 1.0))
+    clients = QuadraticClients(CENTRES, SIZES, num_unseen=1)
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(settings, clients.fingerprint, {})
+    state = ExperimentState.fresh(settings, flatten(Difference(START)))
+    run_experiment(settings, LosesCount(settings, set(), 2), clients, state, [folder])
+    folder.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "FedAvg round 2: the clients' mean loss is inf; if this goes on, start again with a lower --local_lr",
+        "after FedAvg: the loss of 1 of 1 unseen clients is infinite or not a number (clients 4), and so is the mean; "
+        "they adapt at --local_lr, which a lower one may mend",
+    ]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train_loss"] is None for line in lines] == [False, True, False]

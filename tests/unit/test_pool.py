@@ -95,6 +95,15 @@ def test_an_impossible_sum_changes_nothing(start: Start, change: Callable[[Value
     assert_sent_away(pool, honest, faulty, reason)
 
 
+def test_an_honest_worker_does_not_pay_for_what_another_one_sent_before_it(start: Start) -> None:
+    """Whose part would no longer fit into the round's weight."""
+    honest, faulty = Member(1), changing("PartialSum", lambda values: {"weight": values["weight"] + 1})
+    faulty.seconds = 0.25
+    pool = start(honest, faulty)
+    assert_whole(pool.train())
+    assert_sent_away(pool, honest, faulty, "its sum has weight")
+
+
 def test_an_update_that_diverged_is_left_out_as_ever(start: Start) -> None:
     """An honest worker refuses it, says why, and counts none of its weight."""
 

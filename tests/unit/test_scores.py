@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from perfedavg.scores import ClientScore, summarize
+from perfedavg.scores import ClientScore, mean, summarize
 
 
 def test_every_client_counts_once_whatever_its_size() -> None:
@@ -32,3 +34,23 @@ def test_every_client_counts_once_whatever_its_size() -> None:
 def test_no_client_has_no_mean() -> None:
     with pytest.raises(ValueError, match="no client"):
         summarize([])
+
+
+def test_means_of_what_diverged_are_no_numbers_and_no_error() -> None:
+    """Infinities of both signs, and a sum beyond the largest float, which `math.fsum` refuses."""
+    assert mean([1.0, 2.0, 6.0]) == 3.0
+    assert math.isinf(mean([1.0, math.inf]))
+    assert math.isnan(mean([math.inf, -math.inf]))
+    assert math.isnan(mean([1.0, math.nan]))
+    assert math.isinf(mean([1.5e308, 1.5e308]))
+    curve = ((math.inf, 0.5), (math.nan, 0.25))
+    other = ((-math.inf, 0.5), (1e308, 0.75))
+    summary = summarize(
+        [
+            ClientScore(1, 10, 2, math.inf, 0.5, math.nan, 0.5, curve),
+            ClientScore(2, 10, 2, -math.inf, 0.5, 1.0, 0.5, other),
+        ]
+    )
+    assert math.isnan(summary["initial"]["loss"])
+    assert math.isnan(summary["by_epoch"][0]["loss_std"])
+    assert summary["by_epoch"][1]["accuracy"] == 0.5
