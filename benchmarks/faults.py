@@ -115,6 +115,15 @@ class Result:
     noticed_s: float | None
 
 
+def is_same(result: Result, undisturbed: Result) -> bool:
+    """Whether model, rounds and scores are those of the undisturbed run."""
+    return (result.model_sha256, result.rounds, result.scores) == (
+        undisturbed.model_sha256,
+        undisturbed.rounds,
+        undisturbed.scores,
+    )
+
+
 class Processes:
     """The processes of one run, each with its standard error in a file of its own."""
 
@@ -209,7 +218,7 @@ def _run(folder: Path, row: Row | None) -> Result:
         except subprocess.TimeoutExpired as error:
             raise AssertionError(f"{error}\n{processes.account()}") from error
         assert not any(statuses.values()), f"{statuses}\n{processes.account()}"
-        return _read_result(processes, time.monotonic() - started, noticed_s)
+        return read_result(processes, time.monotonic() - started, noticed_s)
 
 
 def _follow_up(processes: Processes, struck: str, row: Row) -> float:
@@ -246,7 +255,8 @@ def _is_noticed(processes: Processes) -> bool:
     return words is not None or any("the server is gone" in text for text in terminals)
 
 
-def _read_result(processes: Processes, seconds: float, noticed_s: float | None) -> Result:
+def read_result(processes: Processes, seconds: float, noticed_s: float | None = None) -> Result:
+    """What the run in the processes' folder ended with."""
     run_dir = processes.run_dir
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     with open(run_dir / "clients.csv", newline="") as file:
@@ -274,11 +284,7 @@ def main() -> None:
         for number, row in enumerate(rows):
             result = run_row(row, folder / str(number))
             lost_s = result.seconds - normal_s
-            same = (result.model_sha256, result.rounds, result.scores) == (
-                undisturbed[0].model_sha256,
-                undisturbed[0].rounds,
-                undisturbed[0].scores,
-            )
+            same = is_same(result, undisturbed[0])
             when = "start" if row.round_number == 0 else f"{row.phase} {row.round_number}"
             noticed = "" if result.noticed_s is None else f"{result.noticed_s:.2f} s"
             print(

@@ -1,0 +1,42 @@
+"""The soak: what it does follows from its seed, so that a fault that it finds can be looked for again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from benchmarks.soak import (
+    MAX_PAUSE_SECONDS,
+    SERVER,
+    STRANGER,
+    STRANGER_ACTIONS,
+    WORKER_ACTIONS,
+    WORKERS,
+    events,
+    is_same,
+    run_disturbed,
+    run_undisturbed,
+)
+
+
+def test_what_happens_follows_from_the_seed() -> None:
+    """Everything happens to everybody, in another order with another seed."""
+    happening = list(islice(events(3), 400))
+    assert happening == list(islice(events(3), 400))
+    assert happening != list(islice(events(4), 400))
+    expected = {(name, action) for name in (*WORKERS, SERVER) for action in WORKER_ACTIONS}
+    expected |= {(STRANGER, action) for action in STRANGER_ACTIONS}
+    assert {(event.target, event.action) for event in happening} == expected
+    assert all(0 < event.pause_seconds <= MAX_PAUSE_SECONDS for event in happening)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_disturbed_all_the_while_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
+    undisturbed = run_undisturbed(tmp_path / "undisturbed")
+    done: Counter[str] = Counter()
+    result = run_disturbed(tmp_path / "disturbed", events(0), done)
+    assert is_same(result, undisturbed)
+    assert done.total() > 0
