@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multi_process.boundary import clean_text
+from multi_process import messages
+from multi_process.boundary import RULES, clean_text
 
 
 @pytest.mark.parametrize(
@@ -39,3 +42,10 @@ def test_a_long_text_is_cut() -> None:
     assert clean_text("x" * 10_000_000) == "x" * 497 + "..."
     assert clean_text(" " * 10_000_000 + "x", 10) == "..."
     assert clean_text("\x1b" * 6, 10) == "\\x1b\\x1..."
+
+
+def test_there_is_a_rule_for_every_field_of_every_message() -> None:
+    """A field without one would be used as it comes."""
+    kinds = [*messages._PACKAGED.values(), *messages._WORDS.values()]
+    fields = {kind.__name__: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
+    assert {kind: set(rules) for kind, rules in RULES.items()} == fields
