@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from figures import figure, times  # noqa: E402
 from torch import nn  # noqa: E402
 
 import utils  # noqa: E402
@@ -127,8 +128,8 @@ def compare(
     faster = statistics.median(a / b for a, b in zip(seconds[1], seconds[group_size], strict=True))
     alone, together = statistics.median(seconds[1]), statistics.median(seconds[group_size])
     print(
-        f"{model_name}, {cohort} clients: {alone:.3f} s one by one, {together:.3f} s in groups of {group_size}, "
-        f"{faster:.2f} times as fast",
+        f"{model_name}, {cohort} clients: {figure(alone)} s one by one, {figure(together)} s in groups of "
+        f"{group_size}, as fast: {times(faster)}",
         flush=True,
     )
     return {

@@ -50,6 +50,7 @@ sys.path.insert(0, str(ROOT))
 
 import workload  # noqa: E402
 from environments import EnvironmentMissingError, interpreter  # noqa: E402
+from figures import figure, times  # noqa: E402
 from watching import Watch, own_loopback_refused, watch  # noqa: E402
 
 NUM_WORKERS = 2
@@ -324,20 +325,20 @@ def table(name: str, summary: dict[str, dict[str, Any]]) -> str:
             continue
         size = values["bytes_a_round"]
         cells = [
-            f"{values['round_s']:.3f}",
-            "" if values["ours_is_faster"] is None else f"{values['ours_is_faster']:.2f} times",
-            f"{values['peak_mb']:.0f}",
+            figure(values["round_s"]),
+            "" if values["ours_is_faster"] is None else times(values["ours_is_faster"]),
+            figure(values["peak_mb"]),
             f"none known: {values['bytes_note']}" if size is None else f"{size:,.0f}",
-            f"{values['first_round_after_s']:.1f}",
-            f"{values['first_round_s']:.2f}",
+            figure(values["first_round_after_s"]),
+            figure(values["first_round_s"]),
         ]
         lines.append(f"| {contestant} | {' | '.join(cells)} |")
     efficiency = summary.get("efficiency")
     if efficiency:
         lines.append(
-            f"\nA round of two workers took {efficiency['round_to_half_of_bare_training']:.3f} of half of its clients' "
-            f"bare training time ({efficiency['bare_training_s']:.3f} s in one process), and "
-            f"{efficiency['round_to_half_of_own_training']:.3f} of half of that within the two workers."
+            f"\nA round of two workers took {figure(efficiency['round_to_half_of_bare_training'])} of half of its "
+            f"clients' bare training time ({figure(efficiency['bare_training_s'])} s in one process), and "
+            f"{figure(efficiency['round_to_half_of_own_training'])} of half of that within the two workers."
         )
     return "\n".join(lines)
 

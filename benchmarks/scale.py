@@ -37,6 +37,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from figures import figure, times  # noqa: E402
 from torch import nn  # noqa: E402
 
 from datasets import FederatedDataset  # noqa: E402
@@ -91,11 +92,11 @@ class Cost:
 
 
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "listening_s": ("listening", lambda value: f"{value:.2f} s"),
-    "setup_cpu_s": ("set-up CPU", lambda value: f"{value:.2f} s"),
-    "round_cpu_s": ("CPU a round", lambda value: f"{1000 * value:.1f} ms"),
-    "round_wall_s": ("wall a round", lambda value: f"{1000 * value:.0f} ms"),
-    "memory_mb": ("memory", lambda value: f"{value:.0f} MB"),
+    "listening_s": ("listening", lambda value: f"{figure(value)} s"),
+    "setup_cpu_s": ("set-up CPU", lambda value: f"{figure(value)} s"),
+    "round_cpu_s": ("CPU a round", lambda value: f"{figure(1000 * value)} ms"),
+    "round_wall_s": ("wall a round", lambda value: f"{figure(1000 * value)} ms"),
+    "memory_mb": ("memory", lambda value: f"{figure(value)} MB"),
     "sent_mb": ("sent a round", lambda value: f"{value:.2f} MB"),
     "received_mb": ("received a round", lambda value: f"{value:.2f} MB"),
 }
@@ -315,7 +316,7 @@ def print_table(axis: str, costs: dict[Point, Cost]) -> None:
     for value in AXES[axis]:
         cost = costs[dataclasses.replace(BASE, **{axis: value})]
         ratio = ratios(cost, costs[BASE])
-        cells = [f"{text(getattr(cost, name))} ({ratio[name]:.2f})" for name, (_, text) in COLUMNS.items()]
+        cells = [f"{text(getattr(cost, name))} ({times(ratio[name])})" for name, (_, text) in COLUMNS.items()]
         print(f"| {value:,} | {' | '.join(cells)} |", flush=True)
 
 

@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from figures import figure, times  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
@@ -77,8 +78,8 @@ def measure(name: str, num_classes: int, repeats: int) -> dict[str, dict[str, fl
         than_float32 = statistics.median(a / b for a, b in zip(seconds["float32"], seconds[way], strict=True))
         share = arithmetic / took / rate
         print(
-            f"{name}, {way}: {1000 * took:.2f} ms a step, {share:.2f} of {rate / 1e9:.0f} GFLOP/s; "
-            f"{faster:.2f} times as fast as plain, {than_float32:.2f} times as fast as float32"
+            f"{name}, {way}: {figure(1000 * took)} ms a step, {share:.2f} of {figure(rate / 1e9)} GFLOP/s; "
+            f"as fast as plain: {times(faster)}, as float32: {times(than_float32)}"
         )
         results[way] = {
             "ms": round(1000 * took, 3),

@@ -89,7 +89,7 @@ def test_quick_start_shows_the_result_and_what_comes_next(launched: Launched, tm
     assert status == 0, errors
     result = read_result(tmp_path / "run")
     assert (result["dataset"], result["world_size"]) == ("digits", 3)
-    for text in ("after FedAvg", "after fine-tuning", "personalized", "/run", "sh quick_start.sh --dataset emnist"):
+    for text in ("after FedAvg", "after fine-tuning", "personalized", "/run", "quick_start.py ", " --dataset emnist"):
         assert text in output
     assert "FedAvg round 2/3: initial" in errors
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
