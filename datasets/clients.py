@@ -23,6 +23,7 @@ class Clients(Protocol):
     """Clients 0 .. num_clients - 1 with their raw examples, before they are cut or turned into tensors.
 
     num_classes: labels are below it.  class_names: what they stand for, label i the i-th, or None where not known.
+    names: what the clients are called, one each, or None where they have numbers only.
     fingerprint: digest of all examples and of who has them; equal clients, equal digest.
     overlap: examples of a client that are no more than so many places apart share some of their text, as neighbouring
         windows do; 0 where examples are independent.
@@ -37,6 +38,8 @@ class Clients(Protocol):
     def num_classes(self) -> int: ...
     @property
     def class_names(self) -> Sequence[str] | None: ...
+    @property
+    def names(self) -> Sequence[str] | None: ...
     @property
     def fingerprint(self) -> str: ...
     @property

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import utils
 from datasets.federated import FederatedDataset
+from perfedavg.client_data import client_label
 from perfedavg.console import run_entry_point, show
 from perfedavg.drawing import png
 from perfedavg.files import replace_file
@@ -26,6 +27,7 @@ MAX_SAMPLE = 1000
 """Clients that are read for the statistics; where there are more, as many are taken at even distances."""
 
 CLIENTS_IN_LABEL_MIX, CLIENTS_IN_GRID, EXAMPLES_IN_GRID = 40, 8, 12
+TICK_CHARS = 24
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ def _plot_label_mix(figure: Figure, description: Description) -> None:
     axes = figure.subplots()
     image = axes.imshow(shares.T, aspect="auto", cmap="viridis", interpolation="nearest", origin="lower")
     axes.set(xlabel="client", ylabel="class", xticks=range(0, len(rows), 5))
-    axes.set_xticklabels([str(description.client_ids[row]) for row in rows[::5]])
+    labels = [_tick_label(description.dataset, description.client_ids[row]) for row in rows[::5]]
+    named = any(not label.isdecimal() for label in labels)
+    axes.set_xticklabels(labels, rotation=30 if named else 0, ha="right" if named else "center")
     figure.colorbar(image, ax=axes, label="share of the client's examples")
 
 
@@ -108,7 +112,13 @@ def _plot_examples(figure: Figure, description: Description) -> None:
         blank = np.zeros((EXAMPLES_IN_GRID - len(images), *images.shape[1:]), dtype=images.dtype)
         axes.imshow(np.concatenate([*images, *blank], axis=1), cmap="gray", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
-        axes.set_ylabel(str(client_id), rotation=0, ha="right", va="center")
+        axes.set_ylabel(_tick_label(description.dataset, client_id), rotation=0, ha="right", va="center")
+
+
+def _tick_label(dataset: FederatedDataset, client_id: int) -> str:
+    """A client's number and name, short; `$` would begin a formula."""
+    label = client_label(dataset, client_id)
+    return (label if len(label) <= TICK_CHARS else f"{label[: TICK_CHARS - 3]}...").replace("$", r"\$")
 
 
 def _evenly(items: Sequence[int], count: int) -> list[int]:

@@ -69,6 +69,11 @@ class FederatedDataset:
                 "use fewer clients (--client_num_in_total) or another --partition"
             )
 
+    def client_name(self, client_id: int) -> str | None:
+        """What natural clients are called in their data."""
+        names = self._clients.names
+        return None if names is None else names[client_id]
+
     def num_train_examples(self, client_id: int) -> int:
         if self._clients.train_counts is not None:
             return self._clients.train_counts[client_id]

@@ -43,6 +43,7 @@ class PartitionedClients:
 
     overlap = 0
     train_counts = None
+    names = None
 
     def __init__(self, splits: ImageSplits, partition: Partition, num_train: int, num_unseen: int, seed: int) -> None:
         self._splits = splits

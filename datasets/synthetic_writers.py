@@ -177,6 +177,7 @@ class SyntheticWriters:
     class_names = tuple(CHARACTERS)
     overlap = 0
     train_counts = None
+    names = None
 
     def __init__(self, num_clients: int, seed: int, mean_num_examples: float = 110) -> None:
         """Raises ValueError where there would be no client, or where the mean is not among the numbers possible."""

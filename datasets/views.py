@@ -89,6 +89,14 @@ class JointView(_View):
     def _num_pooled(self) -> int:
         return sum(map(self._dataset.num_train_examples, self._dataset.train_client_ids))
 
+    def client_name(self, client_id: int) -> str | None:
+        """The one training client has no name of its own."""
+        name_of = getattr(self._dataset, "client_name", None)
+        if name_of is None or client_id == self.train_client_ids[0]:
+            return None
+        name: str | None = name_of(client_id)
+        return name
+
     def client_data(self, client_id: int) -> ClientData:
         """Of the one training client, which has no test part, the examples are kept from the first call on."""
         if client_id != self.train_client_ids[0]:

@@ -45,7 +45,8 @@ class ClientDirectory(Protocol):
 class FederatedDataset(ClientDirectory, Protocol):
     """Clients and their data. Safe to read from several threads.
 
-    It may also bring its own model, as a method `build_model()`, and its own loss, as a function
+    It may also call its clients by names, in a method `client_name(client_id)` that returns a text or None (see
+    `client_name`), and bring its own model, as a method `build_model()`, and its own loss, as a function
     `loss_function(outputs, labels)` that is the mean over a batch. Labels that are not whole numbers are targets of a
     regression.
     """
@@ -53,3 +54,26 @@ class FederatedDataset(ClientDirectory, Protocol):
     def client_data(self, client_id: int) -> ClientData:
         """A client's examples, on the CPU."""
         ...
+
+
+MAX_NAME_CHARS = 100
+
+
+def client_name(clients: object, client_id: int) -> str | None:
+    """What a data set calls a client, such as its folder or writer, by which a person finds its data again.
+
+    None where the data set does not say. Names come from the data, so what cannot be printed in one line is replaced
+    by `?`, and long ones are cut.
+    """
+    name_of = getattr(clients, "client_name", None)
+    name = None if name_of is None else name_of(client_id)
+    if name is None:
+        return None
+    shown = "".join(char if char.isprintable() else "?" for char in name)
+    return shown if len(shown) <= MAX_NAME_CHARS else f"{shown[: MAX_NAME_CHARS - 3]}..."
+
+
+def client_label(clients: object, client_id: int) -> str:
+    """How a client is called in lines for people: `12 (anna)`, or its number alone."""
+    name = client_name(clients, client_id)
+    return str(client_id) if name is None else f"{client_id} ({name})"

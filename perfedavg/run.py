@@ -36,6 +36,7 @@ def run_and_record(
     worker waits for the end.
     run_settings: as `RunFolder.begin` takes them; `world_size` among them.
     """
+    folder.name_clients(clients)
     state = folder.begin(config, clients.fingerprint, run_settings)
     if state is None:
         state = ExperimentState.fresh(config, flatten(model))

@@ -12,7 +12,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ import filelock
 from torch import nn
 
 from perfedavg.checkpoint import Checkpoints, RunIdentity
+from perfedavg.client_data import ClientDirectory, client_label, client_name
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.console import command_line, optional, reason_of, say
 from perfedavg.events import EventFile
@@ -88,6 +89,7 @@ class RunFolder:
         self._restart_command = restart_command
         self._made = [path] if is_made_for_it else []
         self._log_size = 0
+        self._clients: ClientDirectory | None = None
         self._metrics = LineFile(path / "metrics.jsonl")
         self._curve: list[RoundRecord] = []
         self._scores: dict[Phase, list[ClientScore]] = {}
@@ -152,6 +154,10 @@ class RunFolder:
             (self.path / ".lock").unlink(missing_ok=True)
         remove_empty(self._made)
 
+    def name_clients(self, clients: ClientDirectory) -> None:
+        """From now on, clients are called by their names too, where the data set knows them."""
+        self._clients = clients
+
     def close(self) -> None:
         """Let others use the folder, and log no more to it. A process that ends need not call it."""
         LOGGER.removeHandler(self._log_handler)
@@ -208,7 +214,7 @@ class RunFolder:
 
     def round_ended(self, record: RoundRecord) -> None:
         if record.refused:
-            _say_refused(record)
+            _say_refused(record, self._clients)
         if record.train_loss is not None and not math.isfinite(record.train_loss):
             say(
                 f"{record.phase.label} round {record.round_number}: the clients' mean loss is {record.train_loss}; if "
@@ -231,8 +237,8 @@ class RunFolder:
         LOGGER.info("%s: scoring %d unseen clients", phase.label, num_clients)
 
     def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
-        _say_diverged(phase, scores[phase])
-        self._attempt("clients.csv", lambda: self._write("clients.csv", _clients_csv(scores)))
+        _say_diverged(phase, scores[phase], self._clients)
+        self._attempt("clients.csv", lambda: self._write("clients.csv", _clients_csv(scores, self._clients)))
 
     def save_checkpoint(self, state: ExperimentState) -> None:
         """Save the state, and before it the lines of metrics.jsonl that it stands for. The caller holds its lock.
@@ -275,7 +281,7 @@ class RunFolder:
         try:
             self._metrics.flush(to_disk=True)
             self._write("model.safetensors", model_file(model, metadata))
-            self._write("clients.csv", _clients_csv(outcome.scores))
+            self._write("clients.csv", _clients_csv(outcome.scores, self._clients))
             self._write("result.json", _json(result))
         except OSError as error:
             raise OSError(
@@ -372,16 +378,24 @@ def _commit() -> str | None:
     return answer.stdout.strip() or None
 
 
-def _clients_csv(scores: Mapping[Phase, Sequence[ClientScore]]) -> bytes:
-    """A row an unseen client, in order of id; the scores' columns are prefixed with the phase they were taken after."""
-    identity = ("client_id", "num_train_examples", "num_test_examples")
+def _clients_csv(scores: Mapping[Phase, Sequence[ClientScore]], clients: ClientDirectory | None) -> bytes:
+    """A row an unseen client, in order of id; the scores' columns are prefixed with the phase they were taken after.
+
+    Where the data set names clients, their names follow the ids.
+    """
+    rows_by_client = list(zip(*scores.values(), strict=True))
+    names = [client_name(clients, rows[0].client_id) for rows in rows_by_client]
+    has_names = any(name is not None for name in names)
+    counts = ("num_train_examples", "num_test_examples")
     measured = ("initial_loss", "initial_accuracy", "personalized_loss", "personalized_accuracy")
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*identity, *(f"{RESULT_KEYS[phase]}_{name}" for phase in scores for name in measured)])
-    for rows in zip(*scores.values(), strict=True):
+    identity = ("client_id", "client_name") if has_names else ("client_id",)
+    writer.writerow([*identity, *counts, *(f"{RESULT_KEYS[phase]}_{name}" for phase in scores for name in measured)])
+    for rows, client in zip(rows_by_client, names, strict=True):
+        own = (rows[0].client_id, client) if has_names else (rows[0].client_id,)
         values = [getattr(row, name) for row in rows for name in measured]
-        writer.writerow([*(getattr(rows[0], name) for name in identity), *values])
+        writer.writerow([*own, *(getattr(rows[0], name) for name in counts), *values])
     return text.getvalue().encode()
 
 
@@ -418,18 +432,18 @@ def _lock(path: Path) -> filelock.BaseFileLock:
     return lock
 
 
-def _say_refused(record: RoundRecord) -> None:
+def _say_refused(record: RoundRecord, clients: ClientDirectory | None) -> None:
     refused, cohort = record.refused, record.client_ids
     line = (
         f"{record.phase.label} round {record.round_number}: refused {len(refused)} of {len(cohort)} updates "
-        f"(clients {', '.join(map(str, refused))}); see metrics.jsonl"
+        f"(clients {_labels(refused, clients)}); see metrics.jsonl"
     )
     if len(refused) == len(cohort):
         line += f". The model is left as it was; if this goes on, start again with a lower {_rate_flag(record.phase)}"
     say(line)
 
 
-def _say_diverged(phase: Phase, scores: Sequence[ClientScore]) -> None:
+def _say_diverged(phase: Phase, scores: Sequence[ClientScore], clients: ClientDirectory | None) -> None:
     """Where unseen clients have losses that are no numbers, and so the means over all of them."""
     diverged = [
         score.client_id
@@ -437,7 +451,7 @@ def _say_diverged(phase: Phase, scores: Sequence[ClientScore]) -> None:
         if not (math.isfinite(score.initial_loss) and math.isfinite(score.personalized_loss))
     ]
     if diverged:
-        named = ", ".join(map(str, diverged[:NUM_NAMED])) + (", ..." if len(diverged) > NUM_NAMED else "")
+        named = _labels(diverged[:NUM_NAMED], clients) + (", ..." if len(diverged) > NUM_NAMED else "")
         say(
             f"after {phase.label}: the loss of {len(diverged)} of {len(scores)} unseen clients is infinite or not a "
             f"number (clients {named}), and so is the mean; they adapt at --local_lr, which a lower one may mend"
@@ -446,3 +460,7 @@ def _say_diverged(phase: Phase, scores: Sequence[ClientScore]) -> None:
 
 def _rate_flag(phase: Phase) -> str:
     return "--local_lr" if phase is Phase.FEDAVG else "--fine_tune_local_lr"
+
+
+def _labels(client_ids: Iterable[int], clients: ClientDirectory | None) -> str:
+    return ", ".join(client_label(clients, client_id) for client_id in client_ids)
