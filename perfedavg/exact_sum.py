@@ -63,10 +63,10 @@ class ExactSum:
         """Absolute value that no entry of the total can exceed, given the weight that was added."""
         return self.weight << (MAX_ENTRY_BITS + self.fraction_bits)
 
-    def add(self, vector: Tensor, weight: int, client_id: int | str) -> None:
+    def add(self, vector: Tensor, weight: int, client_id: int) -> None:
         """Add weight * vector, in place.
 
-        vector: (num_parameters,), floating point.  weight: 1 or more.  client_id: or what else to call it in errors.
+        vector: (num_parameters,), floating point.  weight: 1 or more.  client_id: named in errors.
         Leaves the sum as it was and raises BadUpdateError where the vector has a wrong shape, or an entry that is not
         finite or exceeds MAX_ENTRY, and ValueError where the capacity would be exceeded.
         """

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from perfedavg.client_data import ClientData, FederatedDataset, client_label
+from perfedavg.client_data import ClientData, FederatedDataset
 from perfedavg.client_reader import ClientReader
 from perfedavg.cohorts import draw_next_cohort
 from perfedavg.config import ExperimentConfig, Phase
@@ -245,7 +245,7 @@ class LocalExecutor:
         else:
             loss = train_locally(model, inputs, labels, training, seeds, self._loss_function)
             update = model.parameters - start
-        refused = _add(running, update, task.phase, client_label(self._dataset, client_id), len(labels))
+        refused = _add(running, update, task.phase, client_id, len(labels))
         return [ClientReport(client_id, len(labels), loss, time.monotonic() - started, refused)]
 
     def _train_group(
@@ -267,7 +267,7 @@ class LocalExecutor:
             updates = iter(gradients.neg_())
         sizes = [len(member.labels) for member in members]
         refusals = [
-            _add(running, update, task.phase, client_label(self._dataset, client_id), size)
+            _add(running, update, task.phase, client_id, size)
             for update, client_id, size in zip(updates, group, sizes, strict=True)
         ]
         seconds = (time.monotonic() - started) / len(group)
@@ -395,10 +395,10 @@ class CohortTraining:
         return first
 
 
-def _add(running: ExactSum, update: Tensor, phase: Phase, label: str, num_examples: int) -> str | None:
+def _add(running: ExactSum, update: Tensor, phase: Phase, client_id: int, num_examples: int) -> str | None:
     """Add a client's update to a sum. Returns why it is refused, or None."""
     try:
-        running.add(update, client_weight(phase, num_examples), label)
+        running.add(update, client_weight(phase, num_examples), client_id)
     except BadUpdateError as error:
         return str(error)
     return None

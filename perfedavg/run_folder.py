@@ -41,6 +41,10 @@ RESULT_KEYS = {Phase.FEDAVG: "after_fedavg", Phase.FINE_TUNE: "after_fine_tune"}
 
 NUM_NAMED = 10
 """Clients that a line for the user names, where there may be thousands."""
+
+_NAMES = "client_names"
+"""In a line of metrics.jsonl: the names of the clients that were refused, by their ids."""
+
 _PACKAGES = ("fedlab", "torch", "torchvision", "numpy")
 _DECIDE_BITS = ("torch", "numpy", "commit")
 
@@ -222,7 +226,8 @@ class RunFolder:
             )
         for rank, reason in record.lost_workers.items():
             LOGGER.warning("%s round %d: worker %d was lost: %s", record.phase.label, record.round_number, rank, reason)
-        line = json.dumps(_without_nan(record.to_dict()), allow_nan=False)
+        values = record.to_dict() | self._names_of(record.refused)
+        line = json.dumps(_without_nan(values), allow_nan=False)
         self._attempt("metrics.jsonl", lambda: self._metrics.append(line))
         self._write_events(lambda events: events.append(record))
         if record.evaluation is not None:
@@ -305,7 +310,9 @@ class RunFolder:
         records: list[RoundRecord] = []
         for line, (phase, round_number) in zip(self._metrics.lines(), expected, strict=False):
             try:
-                record = RoundRecord.from_dict(json.loads(line))
+                values = json.loads(line)
+                values.pop(_NAMES, None)
+                record = RoundRecord.from_dict(values)
             except (ValueError, KeyError, TypeError, AttributeError):
                 break
             if (record.phase, record.round_number) != (phase, round_number):
@@ -330,6 +337,12 @@ class RunFolder:
         except Exception as error:
             self._events = None
             say(f"no events for TensorBoard from now on: {reason_of(error)}")
+
+    def _names_of(self, client_ids: Iterable[int]) -> dict[str, Any]:
+        """What a line of the metrics says beside a record: the names of clients, where the data set names any."""
+        names = {client_id: client_name(self._clients, client_id) for client_id in client_ids}
+        known = {client_id: name for client_id, name in names.items() if name is not None}
+        return {_NAMES: known} if known else {}
 
     def _attempt(self, what: str, write: Callable[[], None]) -> None:
         """Write, or say once that there is no room for it, and once when there is again."""

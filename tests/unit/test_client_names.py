@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from helpers import digits_dataset, make_config
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from datasets import DatasetRequest, FederatedDataset, load_federated_dataset
 from datasets.describe import describe, plot
 from datasets.views import JointView, ValidationView
 from perfedavg.client_data import client_label, client_name
 from perfedavg.config import OptimizerConfig, PhaseConfig
-from perfedavg.executor import LocalExecutor
+from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor
 from perfedavg.run import run_and_record
 from perfedavg.run_folder import RunFolder
 from reporting.finished_runs import read_finished_run
@@ -38,14 +38,16 @@ def dataset(tmp_path: Path) -> FederatedDataset:
     return load_federated_dataset(DatasetRequest("folder", None, lambda count: 2, None, seed=0), tmp_path / "data")
 
 
-def run(dataset: Any, path: Path, learning_rate: float = 0.1) -> Path:
+def run(dataset: Any, path: Path, learning_rate: float = 0.1, num_rounds: int = 1, resume: bool = False) -> Path:
     sgd = OptimizerConfig("sgd", learning_rate)
-    fedavg = PhaseConfig(1, 1, sgd, OptimizerConfig("sgd", 1.0))
+    fedavg = PhaseConfig(num_rounds, 1, sgd, OptimizerConfig("sgd", 1.0))
     config = make_config(cohort_size=2, fedavg=fedavg, fine_tune=None, client_batching=1)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, dataset.num_classes))
-    folder = RunFolder(path)
-    run_and_record(config, LocalExecutor(config, model, dataset), dataset, model, folder, {"world_size": 1})
-    folder.close()
+    folder = RunFolder(path, resume=resume)
+    try:
+        run_and_record(config, LocalExecutor(config, model, dataset), dataset, model, folder, {"world_size": 1})
+    finally:
+        folder.close()
     return path
 
 
@@ -101,12 +103,36 @@ def test_a_refused_client_is_named_in_the_metrics_and_on_the_terminal(
     folder = run(dataset, tmp_path / "run", learning_rate=1e30)
     record = json.loads((folder / "metrics.jsonl").read_text())
     assert record["refused"]
+    assert record["client_names"] == {
+        client_id: sorted(NAMES)[int(client_id)].replace("\n", "?") for client_id in record["refused"]
+    }
     errors = capsys.readouterr().err
-    for client_id, reason in record["refused"].items():
-        label = client_label(dataset, int(client_id))
-        assert label.startswith(f"{client_id} (")
-        assert reason.startswith(f"client {label}: its update is refused")
-        assert label in errors
+    for client_id in record["refused"]:
+        assert client_label(dataset, int(client_id)).startswith(f"{client_id} (")
+        assert client_label(dataset, int(client_id)) in errors
+
+
+def test_a_run_goes_on_behind_lines_with_names(
+    dataset: FederatedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line of the round that a checkpoint stands for is read back, and kept as it is."""
+    train = LocalExecutor.train
+
+    def fail_in_round_2(executor: LocalExecutor, task: CohortTask, parameters: Tensor) -> CohortUpdate:
+        if task.round_number == 2:
+            raise RuntimeError("the power fails")
+        return train(executor, task, parameters)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalExecutor, "train", fail_in_round_2)
+        with pytest.raises(RuntimeError, match="the power fails"):
+            run(dataset, tmp_path / "run", learning_rate=1e30, num_rounds=2)
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    run(dataset, tmp_path / "run", learning_rate=1e30, num_rounds=2, resume=True)
+    assert "damaged" not in capsys.readouterr().err
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert lines[0] == line
+    assert ["client_names" in line for line in lines] == [True, True]
 
 
 def test_views_keep_the_names_and_the_pooled_client_has_none(dataset: FederatedDataset) -> None:
