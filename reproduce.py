@@ -22,6 +22,7 @@ import utils
 from perfedavg.config import num_unseen_clients
 from perfedavg.console import USER_ERRORS, command_line, end_process, prepare_process, report, say, show
 from perfedavg.files import replace_file
+from perfedavg.runs import make_folder, remove_empty
 from quick_start import SignalWatch, end_processes, exit_status
 
 ROOT = utils.ROOT
@@ -286,8 +287,9 @@ def run_jobs(
     for run in running:
         say(run.last_words(how, 1))
     for run in failed:
-        how = f"ended with status {exit_status(run.process)}; the end of {_from_root(run.log)}:"
-        say(run.last_words(how, NUM_LAST_LINES))
+        how = f"ended with status {exit_status(run.process)}"
+        end = "" if run.discard_unless_begun() else f"; the end of {_from_root(run.log)}"
+        say(run.last_words(f"{how}{end}:", NUM_LAST_LINES))
     if not failed and not signals.received:
         return 0
     say(f"go on with: {restart_command}")
@@ -304,15 +306,29 @@ class Run:
         self.title = title
         self.job = job
         self.log = job.run_dir.with_name(f"{job.run_dir.name}.log")
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self._made = make_folder(self.log.parent)
         self._begin = self.log.stat().st_size if self.log.exists() else 0
+        self._discarded: list[str] | None = None
         with open(self.log, "ab") as file:
             self.process = _start(command, file)
 
     def last_words(self, how: str, num_lines: int) -> str:
         """How it ended, and the last lines of what it printed."""
-        lines = self.log.read_bytes()[self._begin :].decode(errors="replace").splitlines()
-        return "\n".join([f"{self.job.label}: {how}", *lines[-num_lines:]])
+        return "\n".join([f"{self.job.label}: {how}", *self._lines()[-num_lines:]])
+
+    def discard_unless_begun(self) -> bool:
+        """Leave nothing of a run that never began, if all that it printed can be shown; returns whether it was so."""
+        if self._begin or self.job.has_begun or len(self._lines()) > NUM_LAST_LINES:
+            return False
+        self._discarded = self._lines()
+        self.log.unlink()
+        remove_empty(self._made)
+        return True
+
+    def _lines(self) -> list[str]:
+        if self._discarded is not None:
+            return self._discarded
+        return self.log.read_bytes()[self._begin :].decode(errors="replace").splitlines()
 
 
 def _start(command: Sequence[str], output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:

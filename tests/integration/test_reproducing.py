@@ -88,10 +88,11 @@ def test_a_run_that_fails_shows_why_and_costs_nothing_else(launched: Launched, t
     status, output, errors = finish(start(launched, tmp_path, rows))
     assert status == 2
     ended, *shown, go_on = errors.splitlines()
-    assert ended == f"second, seed 0: ended with status 2; the end of {place / 'seed0.log'}:"
+    assert ended == "second, seed 0: ended with status 2:"
     assert f"error: --run_dir {place / 'seed0'} cannot be written" in shown[-1]
     assert go_on.startswith("go on with: ")
     assert (tmp_path / "results" / "first" / "seed0" / "result.json").exists()
+    assert [path.name for path in place.iterdir()] == ["seed0"], "nothing is left of a run that never began"
     (place / "seed0").unlink()
     status, output, errors = finish(start(launched, tmp_path, rows))
     assert status == 0, errors
