@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, Launched, assert_one_clear_line, finish, read_result
+from helpers import ROOT, Launched, assert_one_clear_line, finish, make_config, read_result
 from PIL import Image
 
+import utils
 from datasets import DatasetRequest, FederatedDataset, load_federated_dataset
 
 
@@ -122,6 +126,86 @@ def test_the_example_of_the_documentation_runs(launched: Launched, tmp_path: Pat
     assert status == 0, errors
     result = read_result(tmp_path / "run")
     assert (result["train_clients"], result["unseen_clients"]) == (16, 4)
+
+
+def test_the_documented_model_on_built_in_data_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last but one of the page's programs, as it stands there."""
+    page = (ROOT / "docs" / "your-own-data.md").read_text()
+    program = next(part.partition("```")[0] for part in page.split("```python\n") if "class MyDigits" in part)
+    (tmp_path / "my_digits.py").write_text(program)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    dataset = load_federated_dataset(request("my_digits:MyDigits"), tmp_path)
+    assert (len(dataset.train_client_ids), len(dataset.unseen_client_ids), dataset.num_classes) == (40, 10, 10)
+    model = utils.get_model(make_config(dataset="my_digits:MyDigits"), dataset)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 784 * 32 + 32 + 320 + 10
+
+
+TIED = """
+import torch
+from torch import nn
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+
+    def forward(self, inputs):
+        return self.last(torch.relu(self.first(inputs)))
+
+class Data:
+    num_classes, fingerprint = 4, "tied"
+    train_client_ids, unseen_client_ids = range(4), range(4, 6)
+
+    def __init__(self, data_root, num_clients, seed): pass
+    def num_train_examples(self, client_id): return 8
+    def client_name(self, client_id): return f"person {client_id}"
+    def build_model(self): return Model()
+    def client_data(self, client_id):
+        inputs = torch.rand(12, 4, generator=torch.Generator().manual_seed(client_id))
+        data = Parts()
+        data.train_inputs, data.test_inputs = inputs[:8], inputs[8:]
+        data.train_labels, data.test_labels = inputs.argmax(dim=1).split([8, 4])
+        return data
+
+class Parts: pass
+"""
+
+
+def test_a_run_of_a_model_with_tied_weights_ends_well_and_another_starts_from_it(
+    launched: Launched, tmp_path: Path
+) -> None:
+    """Its weights are saved once, and come back with the same digest. Its clients' names stand in the table."""
+    (tmp_path / "my_tied.py").write_text(TIED)
+    flags = ["--dataset", "my_tied:Data", "--client_num_per_round", "2", "--fine_tune", "false"]
+    start = partial(launched.start, "single_process.py", *flags, cwd=tmp_path)
+    status, _, errors = finish(start("--epochs", "2", "--run_dir", "one"))
+    assert status == 0, errors
+    assert finish(start("--epochs", "0", "--run_dir", "two", "--initial_model", "one"))[0] == 0
+    digests = [read_result(tmp_path / run)["model_sha256"] for run in ("one", "two")]
+    assert digests[0] == digests[1]
+    table = (tmp_path / "one" / "clients.csv").read_text().splitlines()
+    assert [line.split(",")[:2] for line in table] == [
+        ["client_id", "client_name"],
+        ["4", "person 4"],
+        ["5", "person 5"],
+    ]
+
+
+def test_an_installed_package_of_a_name_of_this_projects_is_told_from_it(launched: Launched, tmp_path: Path) -> None:
+    """Hugging Face's `datasets`, in a module that is started from a folder of the user's."""
+    package = tmp_path / "installed" / "datasets"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("def load_dataset(): pass\n")
+    (tmp_path / "my_corpus.py").write_text("from datasets import load_dataset\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    words = ("single_process.py", "--dataset", "my_corpus:Data", "--run_dir", "run")
+    assert_one_clear_line(
+        launched.start(*words, cwd=tmp_path, env=environment),
+        f"{tmp_path / 'my_corpus.py'}, line 1: ImportError: cannot import name 'load_dataset'",
+        f"datasets is this project's {ROOT / 'datasets' / '__init__.py'}, and not {package / '__init__.py'}",
+    )
 
 
 @pytest.mark.parametrize(
