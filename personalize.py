@@ -229,7 +229,7 @@ def _seed(text: str) -> int:
 
 def _share(text: str) -> Fraction:
     try:
-        share = Fraction(text)
+        share = Fraction(text if len(text) <= 20 and "e" not in text.lower() else 0)  # 1e-999999999 takes all memory
     except (ValueError, ZeroDivisionError):
         share = Fraction(0)
     if not 0 < share < 1:

@@ -15,6 +15,7 @@ import paths
 from perfedavg.config import (
     LOCAL_SPLITS,
     METHODS,
+    MOST,
     PRECISIONS,
     SCHEDULES,
     ExperimentConfig,
@@ -687,7 +688,7 @@ def _add_compute(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda or cuda:i")
     group.add_argument(
         "--threads",
-        type=positive,
+        type=_lanes,
         help="clients that this process trains side by side, on one core each; does not change the result "
         "(default: the machine's cores, shared out among the workers on it)",
     )
@@ -712,20 +713,20 @@ def _add_network(parser: argparse.ArgumentParser) -> None:
 def _add_join_server(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("joining").add_argument
     add("--world_size", type=int, default=3, help="processes to start with: the server and its workers")
-    add("--join_timeout_seconds", type=positive, default=600, help="how long to wait for them to join, seconds")
+    add("--join_timeout_seconds", type=_seconds, default=600, help="how long to wait for them to join, seconds")
 
 
 def _add_faults(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("faults").add_argument
     add(
         "--worker_timeout_seconds",
-        type=positive,
+        type=_seconds,
         default=30,
         help="after which a worker without a sign of life counts as dead, seconds",
     )
     add(
         "--worker_wait_seconds",
-        type=positive,
+        type=_seconds,
         default=300,
         help="how long to wait for a worker when none is left, before the run is saved and stopped, seconds",
     )
@@ -735,10 +736,10 @@ def _add_rank(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("joining").add_argument
     add("--rank", type=int, required=True, default=argparse.SUPPRESS, help="this worker's own number, 1 or more")
     add("--world_size", type=int, help="checked against the server's (default: not checked)")
-    add("--join_timeout_seconds", type=positive, default=20, help="how long to try to reach the server, seconds")
+    add("--join_timeout_seconds", type=_seconds, default=20, help="how long to try to reach the server, seconds")
     add(
         "--server_wait_seconds",
-        type=positive,
+        type=_seconds,
         default=300,
         help="how long to wait for a server that was lost to come back, seconds",
     )
@@ -760,7 +761,15 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
-        return {int: "N", positive: "N", _port: "PORT", float: "X", paths.folder: "FOLDER"}.get(action.type, "TEXT")
+        return {
+            int: "N",
+            positive: "N",
+            _seconds: "N",
+            _lanes: "N",
+            _port: "PORT",
+            float: "X",
+            paths.folder: "FOLDER",
+        }.get(action.type, "TEXT")
 
 
 def _dataset(text: str) -> str:
@@ -787,21 +796,30 @@ def _client_batching(text: str) -> str | int:
 
 
 def positive(text: str) -> int:
-    """The type of a flag: 1 or more."""
-    return whole_number(text, 1, None)
+    """The type of a flag that counts."""
+    return whole_number(text, 1, MOST)
+
+
+def _seconds(text: str) -> int:
+    """Of a wait. Sockets count milliseconds in 32 bits, which is 24 days."""
+    return whole_number(text, 1, 2_000_000)
+
+
+def _lanes(text: str) -> int:
+    """Clients side by side; each has a thread and a copy of the model."""
+    return whole_number(text, 1, 1024)
 
 
 def _port(text: str) -> int:
     return whole_number(text, 1, 65535)
 
 
-def whole_number(text: str, lowest: int, highest: int | None) -> int:
+def whole_number(text: str, lowest: int, highest: int) -> int:
     """The type of a flag with these bounds. Raises ArgumentTypeError, which argparse turns into a line."""
     try:
         value = int(text)
     except ValueError:
         value = lowest - 1
-    if value < lowest or (highest is not None and value > highest):
-        upper = "" if highest is None else f" to {highest}"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest}{upper}")
+    if not lowest <= value <= highest:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {lowest} to {highest}")
     return value

@@ -19,6 +19,10 @@ SCHEDULES = ("constant", "linear")
 METHODS = ("reptile", "fomaml", "maml")
 LOCAL_SPLITS = ("shuffled", "tail")
 PRECISIONS = ("float32", "bf16")
+MOST = 2**31 - 1
+"""Of whatever is counted: torch takes no larger batch size, and no run lives to see more rounds."""
+HIGHEST_RATE = 1e30
+"""Of learning rates: above it, optimizers compute step sizes that float32 does not hold."""
 
 
 class Phase(IntEnum):
@@ -64,6 +68,8 @@ class OptimizerConfig:
             raise ValueError(f"unknown optimizer {self.name!r}; use one of {', '.join(OPTIMIZERS)}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ValueError(f"{learning_rate_flag} {self.learning_rate} must be a finite number above 0")
+        if self.learning_rate > HIGHEST_RATE:
+            raise ValueError(f"{learning_rate_flag} {self.learning_rate} must be {HIGHEST_RATE:g} or less")
         if not all(0 <= decay < 1 for decay in (self.momentum, *self.betas)):
             raise ValueError(f"momentum {self.momentum} and betas {self.betas} must each be in [0, 1)")
         if not (math.isfinite(self.epsilon) and self.epsilon > 0):
@@ -198,10 +204,12 @@ class ExperimentConfig:
         _one_of("--precision", self.precision, PRECISIONS)
         if self.num_curve_epochs < 0:
             raise ValueError(f"--pers_curve {self.num_curve_epochs} must be 0 or more")
+        _at_most("--pers_curve", self.num_curve_epochs)
         if self.client_batching is not None:
             _at_least_one("--client_batching", self.client_batching)
         if self.fedavg.num_rounds < 0:
             raise ValueError(f"--epochs {self.fedavg.num_rounds} must be 0 or more")
+        _at_most("--epochs", self.fedavg.num_rounds)
         self.fedavg.check("", "--inner_loops", "--inner_steps")
         if self.fine_tune is not None:
             _at_least_one("--fine_tune_outer_loops", self.fine_tune.num_rounds)
@@ -271,3 +279,9 @@ def _one_of(flag: str, value: str, known: Sequence[str]) -> None:
 def _at_least_one(flag: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{flag} {value} must be 1 or more")
+    _at_most(flag, value)
+
+
+def _at_most(flag: str, value: int) -> None:
+    if value > MOST:
+        raise ValueError(f"{flag} {value} must be {MOST} or less")
