@@ -120,16 +120,16 @@ def worker_sending(fault: Fault) -> None:
     """In the middle of sending the round's sum: announced, header sent, content not."""
     from fedlab.utils import MessageCode
 
-    from multi_process.link import ExactPackageProcessor
+    from multi_process.pair import SERVER, Pair
 
     follow_worker(fault)
 
-    def strike(processor: Any, package: Any, dst: int) -> None:
+    def strike(pair: Any, package: Any) -> None:
         if package.header[3] == MessageCode.GradientUpdate.value and fault.is_due:
-            processor._control_group.send([package.header], dst, 0).wait()
+            pair._gloo.send([package.header], SERVER, 0).wait()
             fault.strike()
 
-    before(ExactPackageProcessor, "send", strike)
+    before(Pair, "send", strike)
 
 
 def worker_scoring(fault: Fault) -> None:

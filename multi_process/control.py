@@ -29,15 +29,20 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from multi_process.boundary import clean_text
 from perfedavg.console import command_line
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised with every change of a message or of the way workers join."""
 
 GREETING_SECONDS = 10.0
 """For each line of the greeting. Who takes longer is not one of ours."""
 SEND_SECONDS = 10.0
 """For a line to leave this machine. Lines are short enough that it takes longer only where the peer is gone."""
+LAST_WORD_SECONDS = 1.0
+"""For the line with which the other side is told why the connection ends."""
+MAX_SILENCE_SECONDS = 24 * 3600.0
+MAX_RANK = 2**31 - 1
 MAX_GREETING_BYTES = 64 * 1024
 """In a line of the greeting, in which anybody may say anything."""
 MAX_LINE_BYTES = 16 * 2**20
@@ -51,6 +56,10 @@ Spoken = TypeVar("Spoken", "Greeting", "Application", "Admission")
 
 class RefusedError(ValueError):
     """The server will not have this worker, and says why."""
+
+
+class FinishedError(Exception):
+    """The run has come to its end, and has no more work for this worker."""
 
 
 class NotOursError(ValueError):
@@ -129,6 +138,10 @@ class ControlConnection:
         """A sign of life. Raises ConnectionError where the peer is gone."""
         self._send(b"\n")
 
+    def say_last(self, **fields: Any) -> None:
+        """As `send`, where nothing comes after it and nobody may be held up by a peer that does not listen."""
+        self._send(json.dumps(fields).encode() + b"\n", LAST_WORD_SECONDS)
+
     def receive(self, silence_seconds: float) -> dict[str, Any]:
         """The next object. Signs of life are passed over, and start the time anew.
 
@@ -143,18 +156,26 @@ class ControlConnection:
         """The next line, an object: as `receive`, for the greeting, in which nobody may gain time by signs of life."""
         return _parse_line(self._receive_line(timeout_seconds, MAX_GREETING_BYTES))
 
-    def close(self) -> None:
+    def end(self) -> None:
         """End the connection, for both sides and for whatever thread receives on it. May be called again."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """End the connection and give its descriptor back: the last thing to be done. May be called again."""
+        self.end()
         self._socket.close()
 
-    def _send(self, line: bytes) -> None:
+    def _send(self, line: bytes, timeout_seconds: float = SEND_SECONDS) -> None:
+        if not self._sending.acquire(timeout=timeout_seconds):
+            raise ConnectionError("the connection does not take what is sent")
         try:
-            with self._sending:
-                self._socket.sendall(line)
+            self._socket.settimeout(timeout_seconds)
+            self._socket.sendall(line)
         except OSError as error:
             raise ConnectionError(error.strerror or "the connection does not take what is sent") from error
+        finally:
+            self._sending.release()
 
     def _receive_line(self, timeout_seconds: float, max_bytes: int) -> bytes:
         deadline = time.monotonic() + timeout_seconds
@@ -204,7 +225,8 @@ def greet(
     control.send(**asdict(greeting))
     fields = control.receive_at_once(GREETING_SECONDS)
     if isinstance(fields.get("protocol"), int) and fields["protocol"] != PROTOCOL_VERSION:
-        refuse(control, f"its protocol version {fields['protocol']} differs from the server's {PROTOCOL_VERSION}")
+        version = clean_text(fields["protocol"], 20)
+        refuse(control, f"its protocol version {version} differs from the server's {PROTOCOL_VERSION}")
     application = _parse(Application, fields)
     if token is not None and not _is_proof(application.proof, _worker_proof(token, greeting, application)):
         refuse(control, "it does not know the server's token; give both the same --token_file or PERFEDAVG_TOKEN")
@@ -215,6 +237,13 @@ def refuse(control: ControlConnection, reason: str) -> None:
     """Tell a worker why it cannot join. Raises RefusedError with the same reason."""
     with contextlib.suppress(ConnectionError):
         control.send(refused=reason)
+    raise RefusedError(reason)
+
+
+def finish(control: ControlConnection, reason: str) -> None:
+    """Tell a worker that the run has come to its end. Raises RefusedError with the reason."""
+    with contextlib.suppress(ConnectionError):
+        control.send(finished=reason)
     raise RefusedError(reason)
 
 
@@ -239,14 +268,21 @@ def receive_greeting(control: ControlConnection) -> Greeting:
         raise NotOursError("what answers there says something else")
     if fields.get("protocol") != PROTOCOL_VERSION:
         raise RefusedError(
-            f"this worker's protocol version {PROTOCOL_VERSION} differs from the server's {fields.get('protocol')}; "
+            f"this worker's protocol version {PROTOCOL_VERSION} differs from the server's "
+            f"{clean_text(fields.get('protocol'), 20)}; "
             "use the same version of this project on both"
         )
-    return _parse(Greeting, fields)
+    greeting = _parse(Greeting, fields)
+    if not 0 < greeting.beat_seconds <= greeting.silence_seconds <= MAX_SILENCE_SECONDS:
+        raise NotOursError("what it says of its signs of life cannot be")
+    return greeting
 
 
 def apply(control: ControlConnection, token: bytes | None, greeting: Greeting, rank: int, gpu: str) -> Admission:
-    """Worker: ask to be taken in. Raises RefusedError where the server will not, or does not know the token either."""
+    """Worker: ask to be taken in. Raises RefusedError where the server will not, or does not know the token either.
+
+    Raises FinishedError where the run is over.
+    """
     if greeting.asks_token and token is None:
         raise RefusedError("the server asks for a token; give the server's with --token_file or PERFEDAVG_TOKEN")
     application = Application(PROTOCOL_VERSION, secrets.token_hex(32), rank, gpu, "")
@@ -256,8 +292,10 @@ def apply(control: ControlConnection, token: bytes | None, greeting: Greeting, r
         )
     control.send(**asdict(application))
     fields = control.receive_at_once(greeting.silence_seconds + GREETING_SECONDS)
+    if "finished" in fields:
+        raise FinishedError(clean_text(fields["finished"]))
     if "refused" in fields:
-        raise RefusedError(str(fields["refused"]))
+        raise RefusedError(clean_text(fields["refused"]))
     admission = _parse(Admission, fields)
     if token is not None:
         expected = _server_proof(token, greeting, application, admission.generation, admission.ticket)
@@ -324,9 +362,9 @@ def _parse(kind: type[Spoken], fields: dict[str, Any]) -> Spoken:
         spoken = kind(**fields)
     except TypeError as error:
         raise NotOursError(f"what it sent is no {kind.__name__.lower()} of this protocol") from error
-    expected = {"str": str, "int": int, "bool": bool, "float": (int, float)}
+    expected = {"str": (str,), "int": (int,), "bool": (bool,), "float": (int, float)}
     for name, type_name in kind.__annotations__.items():
-        if not isinstance(getattr(spoken, name), expected[type_name]):  # type: ignore[arg-type]
+        if type(getattr(spoken, name)) not in expected[type_name]:
             raise NotOursError(
                 f"what it sent is no {kind.__name__.lower()} of this protocol: {name} is not {type_name}"
             )

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,13 +21,18 @@ import psutil
 import torch
 from fedlab.core.network import DistNetwork
 
+from multi_process.boundary import clean_text
 from multi_process.control import (
+    MAX_RANK,
+    MAX_SILENCE_SECONDS,
     Application,
     ControlConnection,
+    Greeting,
     NotOursError,
     RefusedError,
     admit,
     apply,
+    finish,
     greet,
     read_token,
     receive_greeting,
@@ -35,13 +41,22 @@ from multi_process.control import (
 from multi_process.link import SERVER, WORKER, DismissedError, Link
 from multi_process.messages import Message
 from perfedavg.console import LOGGER, say
+from perfedavg.descriptors import num_spare
 
 POLL_SECONDS = 0.05
 REMINDER_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 """For one attempt to connect, at most."""
 MAX_UNGREETED = 64
-"""Connections that may be in their greeting at the same time; further ones are closed at once."""
+"""Connections that may be in their greeting at the same time; for a further one, the oldest has to go."""
+MAX_COUNTED_HOSTS = 1000
+"""Hosts whose dropped connections are counted and logged one by one; those of all others are counted together."""
+MAX_EVENTS = 10_000
+"""That wait for the experiment's thread, before the workers that say more have to wait."""
+LINK_DESCRIPTORS = 8
+"""Of a link: its control connection, gloo's connection (and ours to it), port, poll and pipe, and one to spare."""
+CLOSING_SECONDS = 1.0
+"""For those in their greeting to hear that the run is over."""
 BEATS = 4
 """Signs of life within the silence that counts as death, so that a lost one does not matter."""
 MAX_BEAT_SECONDS = 1.0
@@ -83,18 +98,24 @@ class ServerNetwork(DistNetwork):
         super().__init__(address, world_size, 0, ethernet, backend)
         if world_size < 2:
             raise ValueError(f"--world_size {world_size} leaves no worker; it counts the server too, so use 2 or more")
-        if not silence_seconds > 0:
-            raise ValueError(f"--worker_timeout_seconds {silence_seconds:g} must be above 0")
+        if not 0 < silence_seconds <= MAX_SILENCE_SECONDS:
+            raise ValueError(
+                f"--worker_timeout_seconds {silence_seconds:g} must be above 0, and {MAX_SILENCE_SECONDS:g} at most"
+            )
         _check_interface(ethernet)
         self._nccl_device = _nccl_device(backend, device)
         self._token = read_token(token_file)
         self._silence_seconds = silence_seconds
         self._beat_seconds = min(MAX_BEAT_SECONDS, silence_seconds / BEATS)
         self.events: queue.SimpleQueue[tuple[Connected, Message | Exception]] = queue.SimpleQueue()
+        self.num_refused_for_room = 0
         self._listener: socket.socket | None = None
-        self._room = threading.Semaphore(MAX_UNGREETED)
+        self._greeting: dict[
+            ControlConnection, str
+        ] = {}  # those that have not proven yet who they are, and their hosts
         self._claiming = threading.Lock()
-        self._connected: dict[int, Connected] = {}
+        self._connected: dict[int, Connected] = {}  # by rank; those that are not gone
+        self._over: tuple[str, str] | None = None  # how and why, as `Link.close` takes it
         self._num_admitted = 0
         self._counting = threading.Lock()
         self._num_dropped: Counter[str] = Counter()
@@ -109,20 +130,41 @@ class ServerNetwork(DistNetwork):
         """Nothing: each worker's connections are made when it comes."""
 
     def close_network_connection(self) -> None:
+        """Tell whoever is there, or is about to come, that the run is over."""
+        self._end("finished", "the run is over")
+        deadline = time.monotonic() + CLOSING_SECONDS
+        while self._greeting and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
         listener, self._listener = self._listener, None
         if listener is not None:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake the thread that accepts
             listener.close()
-        for connected in self._connected.values():
-            self._count_volume(connected.link)
-            connected.link.close("the run is over")
+        for control in list(self._greeting):
+            control.end()
         LOGGER.info("sent %d bytes, received %d bytes", self.send_volume_intotal, self.recv_volume_intotal)
 
     def dismiss(self, reason: str) -> None:
-        """Send every worker away for good, with the reason."""
-        for connected in list(self._connected.values()):
-            connected.link.close(reason, tell="dismissed")
+        """Send every worker away for good, with the reason; also those that come from now on."""
+        self._end("ended", reason)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the workers have been sent away."""
+        return self._over is not None
+
+    @property
+    def num_connected(self) -> int:
+        """Workers that were admitted and are not gone."""
+        return sum(connected.link.end is None for connected in list(self._connected.values()))
+
+    def _end(self, tell: str, reason: str) -> None:
+        with self._claiming:
+            self._over = self._over or (tell, reason)
+            connected = list(self._connected.values())
+        for each in connected:
+            each.link.close(reason, tell=tell)
+        self._connected_gone(connected)
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -134,67 +176,107 @@ class ServerNetwork(DistNetwork):
                 self._log_dropped("an unknown host", f"not accepted ({error.strerror})")  # it left, or files are scarce
                 time.sleep(POLL_SECONDS)
                 continue
-            if self._room.acquire(blocking=False):
-                threading.Thread(target=self._greet, args=(accepted, host), name=f"greet {host}", daemon=True).start()
-            else:
-                accepted.close()
-                self._log_dropped(host, f"{MAX_UNGREETED} connections are being greeted already")
+            self._make_room()
+            control = ControlConnection(accepted)
+            self._greeting[control] = host
+            try:
+                threading.Thread(target=self._greet, args=(control, host), name=f"greet {host}", daemon=True).start()
+            except RuntimeError as error:  # there are no threads left
+                self._drop(control, host, str(error))
 
-    def _greet(self, accepted: socket.socket, host: str) -> None:
+    def _make_room(self) -> None:
+        """Where too many are in their greeting, let the first of them go: a worker's takes next to no time."""
+        most = max(1, min(MAX_UNGREETED, num_spare() + len(self._greeting)))
+        while len(greeting := list(self._greeting.items())) >= most:
+            control, host = greeting[0]
+            del self._greeting[control]
+            self._log_dropped(host, f"{most} others came while it was greeted")
+            control.end()
+
+    def _drop(self, control: ControlConnection, host: str, reason: str) -> None:
+        if self._greeting.pop(control, None) is not None:
+            self._log_dropped(host, reason)
+        control.close()
+
+    def _greet(self, control: ControlConnection, host: str) -> None:
         """Make a link of a connection, or drop it; then pass on what comes over the link."""
         try:
-            control = ControlConnection(accepted)
-            try:
-                connected = self._admit(control)
-            except (NotOursError, RefusedError, ConnectionError) as error:
-                control.close()
-                self._log_dropped(host, str(error))
-                return
-        finally:
-            self._room.release()
+            connected = self._admit(control)
+        except Exception as error:  # whatever it is: a stranger ends nothing
+            self._drop(control, host, str(error))
+            return
         try:
             connected.link.form(self.ethernet, self._nccl_device)
             while True:
-                self.events.put((connected, connected.link.receive()))
+                event = connected.link.receive()
+                while self.events.qsize() >= MAX_EVENTS and connected.link.end is None:
+                    time.sleep(POLL_SECONDS)
+                self.events.put((connected, event))
         except Exception as error:  # whatever it is, the experiment's thread must hear of it
             self.events.put((connected, error))
+        finally:
+            self._connected_gone([connected])
 
     def _admit(self, control: ControlConnection) -> Connected:
+        """Raises RefusedError, NotOursError or ConnectionError where it is not let in."""
         greeting, application = greet(
             control, self._token, self.world_size, self.dist_backend, self._beat_seconds, self._silence_seconds
         )
-        with self._claiming:
-            self._check_rank(control, application)
-            self._check_gpu(control, application)
-            self._num_admitted += 1
-            admission = admit(control, self._token, greeting, application, self._num_admitted)
-            link = Link(control, SERVER, f"worker {application.rank}", self._beat_seconds, self._silence_seconds)
-            connected = Connected(link, application.rank, admission.generation, admission.ticket, application.gpu)
-            if application.rank in self._connected:
-                self._count_volume(self._connected[application.rank].link)
-            self._connected[application.rank] = connected
+        if not 1 <= application.rank <= MAX_RANK:
+            refuse(control, f"--rank {application.rank} is not a worker's; use 1 or more")
+        host = self._greeting.pop(control, "")
+        try:
+            while True:
+                self._wait_for_rank(control, application.rank)
+                with self._claiming:
+                    if application.rank not in self._connected:
+                        return self._claim(control, greeting, application)
+        except Exception:
+            self._greeting[control] = host
+            raise
+
+    def _claim(self, control: ControlConnection, greeting: Greeting, application: Application) -> Connected:
+        """Take the worker in, whose rank is free."""
+        if self._over is not None:
+            (finish if self._over[0] == "finished" else refuse)(control, f"{self._over[1]}")
+        self._check_room(control)
+        self._check_gpu(control, application)
+        self._num_admitted += 1
+        admission = admit(control, self._token, greeting, application, self._num_admitted)
+        link = Link(control, SERVER, f"worker {application.rank}", self._beat_seconds, self._silence_seconds)
+        connected = Connected(link, application.rank, admission.generation, admission.ticket, application.gpu)
+        self._connected[application.rank] = connected
         return connected
 
-    def _count_volume(self, link: Link) -> None:
-        """Add what went over a link that is not used any more."""
-        self.send_volume_intotal += link.bytes_sent
-        self.recv_volume_intotal += link.bytes_received
+    def _connected_gone(self, gone: Sequence[Connected]) -> None:
+        """Forget these workers, but what went over their links."""
+        with self._claiming:
+            for connected in gone:
+                if self._connected.get(connected.rank) is connected:
+                    del self._connected[connected.rank]
+                    self.send_volume_intotal += connected.link.bytes_sent
+                    self.recv_volume_intotal += connected.link.bytes_received
 
-    def _check_rank(self, control: ControlConnection, application: Application) -> None:
-        """Refuse a rank that is not one, or is in use by a worker that gives a sign of life."""
-        rank = application.rank
-        if rank < 1:
-            refuse(control, f"--rank {rank} is not a worker's; use 1 or more")
-        present = self._connected.get(rank)
-        if present is None:
-            return
+    def _wait_for_rank(self, control: ControlConnection, rank: int) -> None:
+        """Refuse a rank that is in use. Where its worker gives no sign of life, wait until one comes, or it is lost."""
         asked = time.monotonic()
-        while present.link.end is None:
-            if present.link.last_heard > asked:
+        while (present := self._connected.get(rank)) is not None:
+            if present.link.end is not None:
+                self._connected_gone([present])
+            elif present.link.last_heard > asked:
                 refuse(control, f"--rank {rank} is taken by another worker; give each worker a rank of its own")
-            if time.monotonic() - asked > BEATS * self._beat_seconds:
-                present.link.close("another worker came with its rank, and it gives no sign of life", tell="dropped")
-            time.sleep(POLL_SECONDS)
+            else:
+                time.sleep(POLL_SECONDS)
+
+    def _check_room(self, control: ControlConnection) -> None:
+        """Refuse a worker for which there are too few file descriptors: gloo ends a process that runs out of them."""
+        num_forming = sum(not other.link.is_formed for other in self._connected.values() if other.link.end is None)
+        if num_spare() < LINK_DESCRIPTORS * (num_forming + 1):
+            self.num_refused_for_room += 1
+            say(f"server: no room for more than {self.num_connected} worker(s): file descriptors run short (ulimit -n)")
+            refuse(
+                control, "the server has no file descriptors left for another worker; raise its limit with ulimit -n"
+            )
 
     def _check_gpu(self, control: ControlConnection, application: Application) -> None:
         """Refuse a GPU that another process of the run sends from; nccl cannot share one."""
@@ -212,10 +294,12 @@ class ServerNetwork(DistNetwork):
     def _log_dropped(self, host: str, reason: str) -> None:
         """Say that a connection was dropped: the 1st, 2nd, 4th, 8th ... of a host, so that nobody can fill the log."""
         with self._counting:
+            if host not in self._num_dropped and len(self._num_dropped) >= MAX_COUNTED_HOSTS:
+                host = "further hosts"
             self._num_dropped[host] += 1
             times = self._num_dropped[host]
         if times & (times - 1) == 0:
-            say(f"server: dropped a connection from {host} (number {times}): {reason}")
+            say(f"server: dropped a connection from {host} (number {times}): {clean_text(reason)}")
 
 
 class WorkerNetwork(DistNetwork):
@@ -262,7 +346,8 @@ class WorkerNetwork(DistNetwork):
     def init_network_connection(self) -> None:
         """Join the server, trying for as long as is due.
 
-        Raises ValueError where it does not want this worker, ConnectionError where it cannot be reached.
+        Raises ValueError where it does not want this worker, FinishedError where the run is over, ConnectionError
+        where it cannot be reached.
         """
         seconds, flag = (
             (self._join_seconds, "--join_timeout_seconds")
@@ -294,11 +379,18 @@ class WorkerNetwork(DistNetwork):
             time.sleep(POLL_SECONDS)
 
     def close_network_connection(self) -> None:
-        self.send_volume_intotal, self.recv_volume_intotal = self.link.bytes_sent, self.link.bytes_received
-        self.link.close("the run is over")
+        if self._link is not None:
+            self.send_volume_intotal, self.recv_volume_intotal = self._link.bytes_sent, self._link.bytes_received
+            self._link.close("the run is over")
 
     def _join(self, connect_seconds: float) -> Link:
-        """One attempt. Raises RefusedError, NotOursError or ConnectionError, and ValueError as `_resolve` does."""
+        """One attempt.
+
+        Raises FinishedError, RefusedError, NotOursError or ConnectionError, and ValueError as `_resolve` does or where
+        there are not enough file descriptors.
+        """
+        if num_spare() < LINK_DESCRIPTORS:
+            raise ValueError(f"worker {self.rank} has too few file descriptors left; raise its limit with ulimit -n")
         try:
             address = _resolve(self.address)
         except ValueError as error:
@@ -320,13 +412,13 @@ class WorkerNetwork(DistNetwork):
                 ("--backend", self.dist_backend, greeting.backend),
             ):
                 if own is not None and own != other:
-                    raise RefusedError(f"its {name} is {other}, this worker's {own}; make them equal")
+                    raise RefusedError(f"its {name} is {clean_text(other)}, this worker's {own}; make them equal")
             gpu = "" if self._nccl_device is None else _gpu_identity(self._nccl_device)
             admission = apply(control, self._token, greeting, self.rank, gpu)
+            link = Link(control, WORKER, "the server", greeting.beat_seconds, greeting.silence_seconds)
         except Exception:
             control.close()
             raise
-        link = Link(control, WORKER, "the server", greeting.beat_seconds, greeting.silence_seconds)
         try:
             link.form(self.ethernet, self._nccl_device)
         except DismissedError as error:

@@ -16,6 +16,7 @@ from fedlab.core.server.manager import ServerManager
 from torch import Tensor, nn
 
 from multi_process.boundary import ExpectedScoring, ExpectedTraining, clean_text
+from multi_process.control import FinishedError
 from multi_process.link import GoneError
 from multi_process.messages import (
     Configure,
@@ -237,13 +238,19 @@ class WorkerPoolManager(ServerManager):
                 )
             if not self._take_event(min(remaining, REMINDER_SECONDS)):
                 say(f"server: waiting for {self._missing()}, {max(0.0, deadline - time.monotonic()):.0f} s left")
-            num_first = self._network.world_size - 1
+            num_first = self._num_first
             if len(self._workers) >= num_first:
                 if self._settled is None:
                     self._settled = self._settle([_device_of(worker.join) for worker in self._workers.values()])
                 for worker in self._workers.values():
                     self._configure(worker)
             self._is_started = sum(worker.is_ready for worker in self._workers.values()) >= num_first
+
+    @property
+    def _num_first(self) -> int:
+        """Workers to start with: so many as asked for, or as there is room for."""
+        num_asked = int(self._network.world_size) - 1
+        return min(num_asked, max(1, self._network.num_connected)) if self._network.num_refused_for_room else num_asked
 
     def main_loop(self) -> None:
         self._experiment(self._experiment_config, self)
@@ -410,7 +417,7 @@ class WorkerPoolManager(ServerManager):
     def _send(self, worker: _Worker, message: Message) -> None:
         try:
             worker.connected.link.send(message)
-        except (ConnectionError, ValueError):
+        except (ConnectionError, ValueError, FinishedError):
             LOGGER.info("worker %d cannot be sent %s", worker.rank, type(message).__name__)  # its end is on its way
 
     def _take_event(self, timeout_seconds: float) -> bool:
@@ -457,6 +464,7 @@ class WorkerPoolManager(ServerManager):
         """Send the configuration, once, with the worker's share of its machine's cores."""
         if worker.num_lanes:
             return
+        worker.connected.link.num_parameters = self._handler.model_parameters.numel()
         on_same_machine = sum(other.join.machine == worker.join.machine for other in self._workers.values())
         num_cores = worker.join.num_cores // on_same_machine
         worker.num_lanes = worker.join.threads or default_num_lanes(
@@ -547,8 +555,13 @@ class WorkerPoolManager(ServerManager):
         if self._piece is not None:
             self._account(worker, self._piece)
             num_clients = sum(len(self._piece.groups[first]) for first in self._piece.schedule.lose(worker.number))
-        again = f"; {num_clients} client(s) are given to others" if num_clients else ""
-        say(f"server: lost worker {worker.rank} ({reason}){again}; {len(self._workers)} left")
+        if self._network.is_over:
+            return  # it was sent away, and there is nobody else
+        if num_clients and self._workers:
+            what_next = f"; {num_clients} client(s) are given to others"
+        else:
+            what_next = f"; {num_clients} client(s) wait for another worker" if num_clients else ""
+        say(f"server: lost worker {worker.rank} ({reason}){what_next}; {len(self._workers)} left")
 
     def _account(self, worker: _Worker, piece: _Piece) -> None:
         if worker.is_ready:
@@ -558,7 +571,7 @@ class WorkerPoolManager(ServerManager):
         """Of the workers that are to come before the start."""
         present = {worker.rank for worker in self._workers.values()}
         ranks = [rank for rank in range(1, self._network.world_size) if rank not in present]
-        return ranks[: self._network.world_size - 1 - len(self._workers)]
+        return ranks[: self._num_first - len(self._workers)]
 
     def _missing(self) -> str:
         ranks = self._missing_ranks()

@@ -16,6 +16,7 @@ from fedlab.core.network_manager import NetworkManager
 from torch import nn
 
 from multi_process.boundary import check_start
+from multi_process.control import FinishedError
 from multi_process.link import DismissedError, GoneError
 from multi_process.messages import (
     Configure,
@@ -172,6 +173,14 @@ class WorkerManager(PassiveClientManager):
 
     def run(self) -> None:
         """Join, work, leave. Where this worker fails, the server is told why before the error goes on its way."""
+        try:
+            self._work()
+        except FinishedError as over:
+            say(f"worker {self._network.rank}: {over}")
+        self.shutdown()
+
+    def _work(self) -> None:
+        """Until the run is over, which is told with Finish, or by FinishedError where this worker joined too late."""
         while True:
             NetworkManager.setup(self)  # not ClientManager's, which reports a number of clients before it knows them
             try:
@@ -182,7 +191,7 @@ class WorkerManager(PassiveClientManager):
                 say(f"worker {self._network.rank}: {error}; joining anew")
                 if self._trainer is not None:
                     self._trainer.abandon()
-            except DismissedError:
+            except (DismissedError, FinishedError):
                 raise  # the server knows
             except _ClientError as failed:
                 self._tell_failure(failed.error, failed.client_id)
@@ -190,7 +199,6 @@ class WorkerManager(PassiveClientManager):
             except Exception as error:
                 self._tell_failure(error, None)
                 raise
-        self.shutdown()
 
     def main_loop(self) -> None:
         trainer = self._trainer
@@ -234,6 +242,7 @@ class WorkerManager(PassiveClientManager):
                 config, model, dataset, self._device, answer.num_lanes, self._tell, self._fail
             )
         self._configured = answer
+        self._network.link.num_parameters = sum(parameter.numel() for parameter in self._trainer.model.parameters())
         say(
             f"worker {self._network.rank}: joined {self._network.address[0]}:{self._network.address[1]}, "
             f"{answer.experiment['dataset']} on {self._device}, {answer.num_lanes} client(s) side by side"
@@ -242,7 +251,7 @@ class WorkerManager(PassiveClientManager):
 
     def _tell(self, message: Message) -> None:
         """Send to the server. Where it is gone, the main thread hears of it when it next receives."""
-        with contextlib.suppress(GoneError, DismissedError):
+        with contextlib.suppress(GoneError, DismissedError, FinishedError):
             self._network.link.send(message)
 
     def _fail(self, error: Exception, client_id: int) -> None:

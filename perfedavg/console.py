@@ -17,6 +17,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TextIO
 
+from perfedavg.descriptors import raise_limit
+
 LOGGER = logging.getLogger("perfedavg")
 LOGGER.setLevel(logging.INFO)
 LOGGER.propagate = False
@@ -67,6 +69,7 @@ def prepare_process() -> None:
     for name in [name for name in os.environ if name.startswith("TQDM_") and name != "TQDM_DISABLE"]:
         del os.environ[name]  # a value that tqdm cannot read is an error in whatever imports it
     _open_standard_streams()
+    raise_limit()
 
 
 def _open_standard_streams() -> None:

@@ -218,6 +218,8 @@ class Pool:
     """
 
     address = ("127.0.0.1", 3002)
+    is_over = False
+    num_refused_for_room = 0
 
     def __init__(self, members: Sequence[Member], num_first: int | None = None, wait_seconds: float = 300.0) -> None:
         self.clock = Clock()

@@ -7,13 +7,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 
 import pytest
 import torch
 
 from multi_process import link as link_module
-from multi_process.control import ControlConnection
+from multi_process import pair as pair_module
+from multi_process.control import ControlConnection, FinishedError
 from multi_process.link import SERVER, WORKER, DismissedError, GoneError, Link
 from multi_process.messages import (
     Finish,
@@ -44,6 +44,7 @@ class Ends:
         self.worker_control = ControlConnection(self.worker_wire)
         self.server = Link(self.server_control, SERVER, "worker 1", server_beat, silence)
         self.worker = Link(self.worker_control, WORKER, "the server", worker_beat, silence)
+        self.server.num_parameters = self.worker.num_parameters = 100_000
         if is_formed:
             with beside(lambda: self.server.form(None, None)):
                 self.worker.form(None, None)
@@ -94,7 +95,7 @@ def hear_of_the_end(end: Link) -> Exception:
     try:
         while True:
             end.receive()
-    except (GoneError, DismissedError) as error:
+    except (GoneError, DismissedError, FinishedError) as error:
         return error
 
 
@@ -188,9 +189,10 @@ def test_a_peer_without_signs_of_life_is_gone(connect: Connect) -> None:
 @pytest.mark.parametrize("side", [SERVER, WORKER])
 def test_a_peer_that_falls_silent_in_the_middle_of_a_message_is_gone(connect: Connect, side: int) -> None:
     """Nothing interrupts gloo's receive, so whoever waits for the message must not wait in there."""
-    ends = connect(server_beat=NEVER, worker_beat=NEVER, silence=0.5)
+    server_beat, worker_beat = ((0.1, NEVER), (NEVER, 0.1))[side]
+    ends = connect(server_beat=server_beat, worker_beat=worker_beat, silence=0.5)
     receiver, sender = ((ends.server, ends.worker_control), (ends.worker, ends.server_control))[side]
-    sender.send(message="PartialSum")  # of which nothing comes
+    sender.send(message="Finish", num_bytes=100)  # of which nothing comes
     started = time.monotonic()
     with pytest.raises(GoneError, match=r"no sign of life for 0\.5 s"):
         receiver.receive()
@@ -199,7 +201,7 @@ def test_a_peer_that_falls_silent_in_the_middle_of_a_message_is_gone(connect: Co
 
 def test_a_peer_that_leaves_in_the_middle_of_a_message_is_gone(connect: Connect) -> None:
     ends = connect()
-    ends.worker_control.send(message="PartialSum")
+    ends.worker_control.send(message="Finish", num_bytes=100)
     ends.worker_wire.shutdown(socket.SHUT_RDWR)
     with pytest.raises(GoneError, match="the connection was closed"):
         ends.server.receive()
@@ -219,7 +221,9 @@ def test_a_message_that_was_sent_before_the_end_arrives(connect: Connect) -> Non
     ("tell", "kind", "text"),
     [
         ("dropped", GoneError, "the server is gone: it dropped this worker: other data"),
-        ("dismissed", DismissedError, "the server ended the run: other data"),
+        ("dismissed", DismissedError, "the server sent this worker away: other data"),
+        ("ended", DismissedError, "the server ended the run: other data"),
+        ("finished", FinishedError, "other data"),
     ],
 )
 def test_a_worker_is_told_whether_to_join_anew(connect: Connect, tell: str, kind: type[Exception], text: str) -> None:
@@ -297,7 +301,8 @@ def test_no_group_is_formed_with_who_is_gone(connect: Connect) -> None:
 def test_a_peer_that_does_not_answer_is_not_waited_for_in_vain(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "FORMATION_TIMEOUT", timedelta(seconds=0.5))
+    monkeypatch.setattr(link_module, "FORMATION_SECONDS", 0.5)
+    monkeypatch.setattr(pair_module, "FORMATION_SECONDS", 0.5)
     ends = connect(is_formed=False)
     with pytest.raises(ConnectionError, match="no process group with worker 1 could be formed; check --ethernet"):
         ends.server.form(None, None)
@@ -306,7 +311,7 @@ def test_a_peer_that_does_not_answer_is_not_waited_for_in_vain(
 def test_who_leaves_while_the_group_is_formed_is_not_waited_for(connect: Connect) -> None:
     ends = connect(is_formed=False)
     with beside(lambda: ends.server.form(None, None)) as errors:
-        while not ends.worker._store.check(["gloo/0/0"]):  # the server has said at which address it listens
+        while not ends.worker._pair.store.check(["gloo/0/0"]):  # the server has said at which address it listens
             time.sleep(0.01)
         ends.worker.close("over")
     assert isinstance(errors[0], GoneError)

@@ -248,19 +248,24 @@ def test_a_host_that_is_dropped_again_and_again_does_not_fill_the_log(run: Run) 
     assert all(line.startswith("server: dropped a connection from 127.0.0.1 (number ") for line in said)
 
 
-def test_no_more_than_so_many_are_greeted_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each takes a thread. Who comes too much is turned away, and there is room again when the others have left."""
+def test_no_more_than_so_many_are_greeted_at_once_and_the_first_ones_have_to_go(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes a thread. Whoever kept all the places would keep the workers out."""
     monkeypatch.setattr(network, "MAX_UNGREETED", 2)
     server = run.server()
-    first, second = run.stranger(), run.stranger()
-    for early in (first, second):
-        receive_greeting(early)
+    early = [run.stranger() for _ in range(2)]
+    for stranger in early:
+        receive_greeting(stranger)
+    late = run.stranger()
+    receive_greeting(late)
     with pytest.raises(ConnectionError):
-        run.stranger().receive(10)
-    first.close()
-    wait_until(lambda: server._num_dropped["127.0.0.1"] == 2)
+        early[0].receive(10)
     run.joined(1)
-    assert any("2 connections are being greeted already" in line for line in run.said)
+    with pytest.raises(ConnectionError):
+        early[1].receive(10)
+    assert list(server._greeting.values()) == ["127.0.0.1"], "the last one is still welcome"
+    assert "server: dropped a connection from 127.0.0.1 (number 1): 2 others came while it was greeted" in run.said
 
 
 def test_a_connection_that_cannot_be_accepted_does_not_close_the_door(

@@ -1,0 +1,332 @@
+"""A pair: who connects to gloo's port ends nothing, and a link leaves nothing behind when it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from multi_process import link as link_module
+from multi_process import pair as pair_module
+from multi_process.control import ControlConnection, NotOursError
+from multi_process.link import SERVER, WORKER, GoneError, Link
+from multi_process.messages import Finish, Message, PartialSum, StartTraining, to_package
+from multi_process.pair import sizes_of
+
+NUM_STRANGERS = 1500
+NUM_PARAMETERS = 1000
+
+
+class Ends:
+    """Both ends of a link, in this process."""
+
+    def __init__(self, silence: float = 30.0) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            self.worker_wire = socket.create_connection(listener.getsockname())
+            server_wire, _ = listener.accept()
+        self.worker_control = ControlConnection(self.worker_wire)
+        self.server = Link(ControlConnection(server_wire), SERVER, "worker 1", 0.1, silence)
+        self.worker = Link(self.worker_control, WORKER, "the server", 0.1, silence)
+        self.server.num_parameters = self.worker.num_parameters = NUM_PARAMETERS
+
+    def form(self) -> Ends:
+        thread = threading.Thread(target=lambda: self.server.form(None, None))
+        thread.start()
+        self.worker.form(None, None)
+        thread.join()
+        return self
+
+    def close(self) -> None:
+        for end in (self.server, self.worker):
+            end.close("the test is over")
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., Ends]]:
+    opened: list[Ends] = []
+
+    def build(silence: float = 30.0) -> Ends:
+        opened.append(Ends(silence))
+        return opened[-1]
+
+    yield build
+    for ends in opened:
+        ends.close()
+
+
+Connect = Callable[..., Ends]
+
+
+def listening_ports() -> set[int]:
+    """Of this process's TCP sockets."""
+    ports = set()
+    for _, one in pair_module._own_sockets():
+        with one:
+            if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                ports.add(one.getsockname()[1])
+    return ports
+
+
+def num_descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def num_threads() -> int:
+    """gloo's included, which Python does not know."""
+    return len(os.listdir("/proc/self/task"))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, "it never came"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def without_cycle_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def test_gloo_listens_no_longer_than_it_takes_to_form_the_pair(connect: Connect) -> None:
+    """It would keep a descriptor for each stranger, and end the process where it runs out of them."""
+    before = listening_ports()
+    ends = connect()
+    seen: set[int] = set()
+    stop_listening = pair_module.Pair.stop_listening
+
+    def watched(pair: pair_module.Pair) -> None:
+        seen.update(listening_ports() - before)
+        stop_listening(pair)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair_module.Pair, "stop_listening", watched)
+        ends.form()
+    assert len(seen) == 2, "each side had a port"
+    assert listening_ports() == before
+    for port in seen:
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
+    ends.server.send(StartTraining(1, 2, 3, torch.ones(NUM_PARAMETERS)))
+    assert isinstance(ends.worker.receive(), StartTraining)
+
+
+def test_who_floods_gloos_port_while_the_pair_is_formed_ends_the_formation_and_nothing_else(connect: Connect) -> None:
+    """The peer was admitted and never comes, so that the port stays open; the process has few descriptors."""
+    ends = connect()
+    before = listening_ports()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    errors: list[BaseException] = []
+
+    def form() -> None:
+        try:
+            ends.server.form(None, None)
+        except ConnectionError as error:
+            errors.append(error)
+
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(1024, num_descriptors() + 600), hard))
+    try:
+        thread = threading.Thread(target=form)
+        thread.start()
+        wait_until(lambda: bool(listening_ports() - before))
+        (port,) = listening_ports() - before
+        for _ in range(NUM_STRANGERS):  # closed at this end at once: gloo keeps its own ends
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=5).close()
+            except ConnectionError:
+                break
+        thread.join(60)
+        assert not thread.is_alive()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "file descriptors run short" in str(errors[0])
+    assert listening_ports() == before
+
+
+def test_a_link_that_ends_leaves_no_descriptor_and_no_thread(connect: Connect) -> None:
+    """Workers come and go for days, and nobody knows when Python's cycle collector comes."""
+    connect().form()
+    with without_cycle_collector():
+        descriptors, threads = num_descriptors(), num_threads()
+        for number in range(12):
+            ends = connect().form()
+            ends.server.send(StartTraining(1, number, 3, torch.ones(NUM_PARAMETERS)))
+            if number % 3 == 0:
+                ends.worker_control.end()
+            elif number % 3 == 1:
+                ends.server.close("it had enough", tell="dropped")
+            else:  # in the middle of a message
+                ends.worker_control.send(message="Finish", num_bytes=7)
+                with contextlib.suppress(GoneError):
+                    ends.worker.close("it had enough")
+                    ends.server.receive()
+            wait_until(lambda ends=ends: ends.server.end is not None)  # type: ignore[misc]
+        wait_until(lambda: num_descriptors() <= descriptors and num_threads() <= threads)
+
+
+def test_whoever_hangs_up_before_the_pair_is_formed_leaves_nothing_behind(connect: Connect) -> None:
+    with without_cycle_collector():
+        descriptors, threads = num_descriptors(), num_threads()
+        for number in range(100):
+            ends = connect()
+            if number % 2:
+                ends.worker_control.end()
+            else:
+                threading.Timer(0.01, ends.worker_control.end).start()
+            with pytest.raises(ConnectionError):
+                ends.server.form(None, None)
+        wait_until(lambda: num_descriptors() <= descriptors and num_threads() <= threads)
+
+
+def test_a_message_that_was_announced_and_never_comes_is_waited_for_so_long_as_its_size_needs(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sender gives signs of life, so the silence that counts as death never comes."""
+    monkeypatch.setattr(link_module, "SLOWEST_BYTES_PER_SECOND", 1000)
+    ends = connect(silence=0.5).form()
+    ends.worker_control.send(message="Finish", num_bytes=500)
+    started = time.monotonic()
+    with pytest.raises(GoneError, match=r"a message of 500 bytes was announced and did not arrive within 1 s"):
+        ends.server.receive()
+    assert 1.0 <= time.monotonic() - started < 30
+    with pytest.raises(GoneError, match="it dropped this worker: a message of 500 bytes"):
+        ends.worker.receive()
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_bytes"),
+    [
+        ("Finish", 2**20 + 1),
+        ("PartialSum", 16 * 2**20 + 8 * NUM_PARAMETERS + 1),
+        ("Finish", 0),
+        ("Finish", -5),
+        ("Finish", True),
+        ("Finish", "100"),
+        ("Finish", None),
+        (7, 100),
+        ([], 100),
+    ],
+)
+def test_a_message_larger_than_any_that_is_expected_is_not_waited_for(
+    connect: Connect, kind: object, num_bytes: object
+) -> None:
+    """Before anything is allocated for it."""
+    ends = connect()
+    ends.worker_control.send(message=kind, num_bytes=num_bytes)
+    with pytest.raises(GoneError, match="it announces a message"):
+        ends.server.receive()
+
+
+def test_no_message_with_parameters_is_taken_before_the_model_is_known(connect: Connect) -> None:
+    ends = connect()
+    ends.server.num_parameters = None
+    ends.worker_control.send(message="PartialSum", num_bytes=100)
+    with pytest.raises(GoneError, match="it announces a message PartialSum of 100 bytes"):
+        ends.server.receive()
+
+
+@pytest.mark.parametrize(
+    "slices", [[1, -2], [5], [4, 1], [4, 1, 3], [-4, 1, -4], [1, 2**30], [3, 1, 3, 2, -1], [-1, 0]]
+)
+def test_slices_that_describe_no_tensors_are_refused(slices: list[int]) -> None:
+    """[1, -2] steps back by as much as it steps on, and would be read for ever."""
+    with pytest.raises(ValueError, match="describe no tensor"):
+        sizes_of(slices)
+
+
+def test_slices_as_fedlab_writes_them_are_understood() -> None:
+    package = to_package(PartialSum(1, 2, [], torch.arange(5)))
+    assert sum(sizes_of(package.slices)) == package.content.numel()
+    assert sizes_of([6, 2, 2, 3, 1, 0, 4, 1, 4]) == [6, 1, 4]
+
+
+def test_a_package_that_is_not_the_announced_one_is_refused(connect: Connect) -> None:
+    ends = connect().form()
+    package = to_package(Finish())
+    ends.worker_control.send(message="Finish", num_bytes=package.content.nbytes + 1)
+    with pytest.raises(ValueError, match=f"{package.content.nbytes + 1} bytes was announced"):
+        _exchange(ends, package)
+
+
+def test_a_message_of_another_kind_than_announced_is_refused(connect: Connect) -> None:
+    ends = connect().form()
+    package = to_package(Finish())
+    ends.worker_control.send(message="Join", num_bytes=package.content.nbytes)
+    with pytest.raises(ValueError, match="a Join message was announced, and a Finish came"):
+        _exchange(ends, package)
+
+
+def send_often(end: Link, message: Message) -> None:
+    for _ in range(100):
+        end.send(message)
+
+
+def _exchange(ends: Ends, package: object) -> None:
+    """Let the worker send a package that it has announced, and the server receive it."""
+    thread = threading.Thread(target=_send, args=(ends, package), daemon=True)
+    thread.start()
+    ends.server.receive()
+
+
+def _send(ends: Ends, package: object) -> None:
+    with contextlib.suppress(RuntimeError, ConnectionError):
+        ends.worker._pair.send(package)  # type: ignore[arg-type]
+
+
+def test_a_peer_that_takes_nothing_does_not_fill_the_memory(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link_module, "MAX_UNSENT_BYTES", 100_000)
+    ends = connect().form()
+    message = StartTraining(1, 1, 1, torch.zeros(NUM_PARAMETERS))
+    with pytest.raises(GoneError, match="it takes nothing of what it is sent"):
+        send_often(ends.server, message)
+
+
+def test_a_peer_that_says_more_than_anybody_hears_does_not_fill_the_memory(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link_module, "MAX_UNHEARD", 50)
+    ends = connect()
+    with contextlib.suppress(ConnectionError):
+        for _ in range(200):
+            ends.worker_control.send(word="GroupTrained", values={"first": 1})
+    wait_until(lambda: ends.server.end is not None)
+    assert str(ends.server.end) == "worker 1 is gone: it sent 50 messages at once"
+
+
+def test_keys_are_taken_in_only_while_a_pair_is_formed(connect: Connect) -> None:
+    """They would be kept for as long as the link is."""
+    ends = connect().form()
+    ends.worker_control.send(key="another", value="AAAA")
+    with pytest.raises(GoneError, match="it sets a key for a process group that is formed"):
+        ends.server.receive()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"), [("a" * 5000, "AAAA", "more than 16 keys of up to 4096 bytes"), (5, "AAAA", "no text")]
+)
+def test_keys_that_no_group_needs_are_refused(connect: Connect, key: object, value: object, text: str) -> None:
+    ends = connect()
+    ends.worker_control.send(key=key, value=value)
+    with pytest.raises(GoneError, match=text):
+        ends.server.receive()
+
+
+def test_too_many_keys_are_refused(connect: Connect) -> None:
+    store = connect().server._pair.store
+    for number in range(pair_module.MAX_KEYS):
+        store.take_in(str(number), "AAAA")
+    with pytest.raises(NotOursError, match="more than 16 keys"):
+        store.take_in("one more", "AAAA")
