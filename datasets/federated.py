@@ -62,6 +62,11 @@ class FederatedDataset:
         self.num_left_out = len(left_out)
         self.train_client_ids = _without(range(num_train), left_out)
         self.unseen_client_ids = _without(range(num_train, used), left_out)
+        if not (num_train > 0 and num_unseen > 0):
+            raise ValueError(
+                f"--unseen_fraction leaves {num_train} of {used} clients of {name} to train and {num_unseen} to be "
+                "scored, and there must be one of each; change it"
+            )
         if not (self.train_client_ids and self.unseen_client_ids):
             raise ValueError(
                 f"{len(left_out)} of {used} clients of {name} have {_lack(clients)}, which leaves "

@@ -230,6 +230,14 @@ class OwnDataset:
             trained = [parameter for parameter in tried.parameters() if parameter.requires_grad]
             self._call("the loss's gradient", lambda: torch.autograd.grad(loss, trained, allow_unused=True))
 
+    def explain(self, error: Exception, client_ids: Sequence[int]) -> Exception:
+        """What to raise for an error in training or scoring clients with the user's model and loss: one line."""
+        if isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError)):
+            return error  # has its line, or is not the code's fault
+        clients = ", ".join(map(str, client_ids[:10])) + (", ..." if len(client_ids) > 10 else "")
+        what = f"--dataset {self.name}: training or scoring client{'s' if len(client_ids) > 1 else ''} {clients}"
+        return explained(what, error)
+
     def _read_first_clients(self) -> None:
         first = self.train_client_ids[0]
         self._like = self.client_data(first)

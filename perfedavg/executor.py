@@ -208,8 +208,8 @@ class LocalExecutor:
 
         def score_group(group: Sequence[int]) -> list[ClientScore]:
             if len(group) == 1:
-                return self._on_lane(lambda lane: [self._score_client(lane.single, group[0], task, start)])
-            return self._on_lane(lambda lane: self._score_group(lane.group, group, task, start))
+                return self._on_lane(group, lambda lane: [self._score_client(lane.single, group[0], task, start)])
+            return self._on_lane(group, lambda lane: self._score_group(lane.group, group, task, start))
 
         return score_group
 
@@ -222,10 +222,15 @@ class LocalExecutor:
         groups = cut_into_groups(client_ids, self._dataset.num_train_examples, self._group_size)
         return [result for results in self._pool.map(work, groups) for result in results]
 
-    def _on_lane(self, work: Callable[[_Lane], Result]) -> Result:
+    def _on_lane(self, group: Sequence[int], work: Callable[[_Lane], Result]) -> Result:
         lane = self._free_lanes.get()
         try:
             return work(lane)
+        except Exception as error:
+            explain = getattr(self._dataset, "explain", None)  # a user's, whose model or loss may have failed
+            if explain is None:
+                raise
+            raise explain(error, group) from None
         finally:
             self._free_lanes.put(lane)
 
@@ -382,7 +387,7 @@ class CohortTraining:
                 return self._executor._train_client(lane.single, group[0], self._task, self._start, running)
             return self._executor._train_group(lane.group, group, self._task, self._start, running)
 
-        return self._executor._on_lane(work)
+        return self._executor._on_lane(group, work)
 
     def take_sum(self) -> ExactSum:
         """The sum over the clients trained since the last call, on the CPU. None may be in training meanwhile."""

@@ -110,6 +110,15 @@ def test_more_clients_than_there_are(folder: Path) -> None:
     assert len(load_federated_dataset(request("folder", 3), folder).unseen_client_ids) == 1
 
 
+def test_a_share_that_leaves_nobody_to_train(folder: Path) -> None:
+    """Of natural clients, whose number is known only when they have been read."""
+    asked = DatasetRequest("folder", None, lambda count: count, None, seed=0)
+    with pytest.raises(
+        ValueError, match="--unseen_fraction leaves 0 of 5 clients of folder to train and 5 to be scored"
+    ):
+        load_federated_dataset(asked, folder)
+
+
 def test_a_partition_has_no_meaning_where_clients_are_natural(folder: Path) -> None:
     for name in ("folder", "synthetic_writers", "my.module:factory"):
         with pytest.raises(ValueError, match=f"--partition iid has no meaning for {name}"):

@@ -305,6 +305,34 @@ def test_a_client_is_checked_where_it_is_scored(monkeypatch: pytest.MonkeyPatch)
         executor.score(ScoringTask(Phase.FEDAVG, 1, (5, 6)), flatten(model))
 
 
+class Picky(nn.Module):
+    """Fails for a client of which the first one says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(1, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        table = {position: position for position in range(10)}
+        table[int(inputs.max())]
+        return self.layer(inputs)
+
+
+def test_a_model_that_fails_for_a_later_client_is_one_line_with_client_file_and_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The points of client 2 end at 10, those of the first one at 8."""
+    from perfedavg.config import Phase
+
+    dataset = load(with_model(Picky), monkeypatch)
+    config = make_config(dataset="my:Given", client_batching=1)
+    model = utils.get_model(config, dataset)
+    executor = LocalExecutor(config, model, dataset)
+    expected = rf"scoring client {CLIENT}: .*test_own_dataset.py, line \d+: KeyError: 10"
+    with pytest.raises(ValueError, match=expected):
+        executor.score(ScoringTask(Phase.FEDAVG, 1, (0, CLIENT)), flatten(model))
+
+
 def test_numbers_of_numpy_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = {
         "train_client_ids": np.array([4, 2, 0]),
