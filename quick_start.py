@@ -187,6 +187,7 @@ def load_everything() -> None:
 def main() -> int:
     args = utils.get_args("quick_start")
     try:
+        utils.experiment_from_args(args)
         utils.check_num_workers(utils.config_from_args(args), args.workers)  # before anything is started
     except ValueError as error:
         return report(error)

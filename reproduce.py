@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +22,8 @@ import utils
 from perfedavg.config import num_unseen_clients
 from perfedavg.console import USER_ERRORS, command_line, end_process, prepare_process, report, say, show
 from perfedavg.files import replace_file
-from perfedavg.runs import make_folder, remove_empty
+from perfedavg.plain_values import from_plain, parse_json
+from perfedavg.runs import RecordedRun, make_folder, read_object, remove_empty
 from quick_start import SignalWatch, end_processes, exit_status
 
 ROOT = utils.ROOT
@@ -221,8 +222,7 @@ def check_flags(job: Job, folder: Path, folder_flag: str) -> None:
     A flag that the run did not know yet counts as having had its default.
     """
     asked = utils.experiment_flags(utils.get_args("single", job.argv))
-    defaults = utils.experiment_flags(utils.get_args("single", ["--dataset", job.flags["dataset"]]))
-    recorded = {**defaults, **_recorded_flags(folder)}
+    recorded = _recorded_flags(folder)
     for name, value in asked.items():
         if recorded[name] != value:
             raise ValueError(
@@ -233,9 +233,11 @@ def check_flags(job: Job, folder: Path, folder_flag: str) -> None:
 
 def _recorded_flags(folder: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads((folder / "config.json").read_bytes())["flags"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{_from_root(folder)}/config.json is missing or damaged; move that folder away") from error
+        return utils.complete_flags(RecordedRun.read(folder).flags)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{_from_root(folder)}/config.json is missing or damaged; move that folder away ({error})"
+        ) from error
 
 
 def run_jobs(
@@ -349,19 +351,28 @@ def keep_results(job: Job) -> dict[str, Any]:
     result.json comes last: it marks the row as done.
     Raises OSError where there is no room.
     """
-    config = without_machine_paths(json.loads((job.run_dir / "config.json").read_bytes()))
-    lines = (job.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    result = (job.run_dir / "result.json").read_bytes()
+    config, result = read_object(job.run_dir / "config.json"), read_object(job.run_dir / "result.json")
     kept = {
-        "config.json": f"{json.dumps(config, indent=2)}\n".encode(),
-        "metrics.jsonl": "".join(line for line in lines if json.loads(line)["evaluation"] is not None).encode(),
+        "config.json": f"{json.dumps(without_machine_paths(config), indent=2)}\n".encode(),
+        "metrics.jsonl": "".join(_lines_with_evaluation(job.run_dir / "metrics.jsonl")).encode(),
         "clients.csv": (job.run_dir / "clients.csv").read_bytes(),
-        "result.json": result,
+        "result.json": (job.run_dir / "result.json").read_bytes(),
     }
     job.result_dir.mkdir(parents=True, exist_ok=True)
     for name, content in kept.items():
         replace_file(job.result_dir / name, [content])
-    return dict(json.loads(result))
+    return result
+
+
+def _lines_with_evaluation(path: Path) -> Iterator[str]:
+    """Raises ValueError where a line is none of a run's."""
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        try:
+            record = from_plain(dict[str, Any], parse_json(line))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged (line {number}: {error}); repeat the run") from error
+        if record.get("evaluation") is not None:
+            yield line
 
 
 def without_machine_paths(config: dict[str, Any]) -> dict[str, Any]:
@@ -378,9 +389,12 @@ def without_machine_paths(config: dict[str, Any]) -> dict[str, Any]:
         return f"{flag}{equals}{value}"
 
     def shortened(entry: dict[str, Any]) -> dict[str, Any]:
-        return {**entry, "run": {**entry["run"], "command": [shorten(word) for word in entry["run"]["command"]]}}
+        run = from_plain(dict[str, Any], entry.get("run"), "config.json: run")
+        command = from_plain(list[str], run.get("command"), "config.json: run.command")
+        return {**entry, "run": {**run, "command": [shorten(word) for word in command]}}
 
-    resumed = {"resumed": [shortened(entry) for entry in config["resumed"]]} if "resumed" in config else {}
+    entries = from_plain(list[dict[str, Any]], config.get("resumed", []), "config.json: resumed")
+    resumed = {"resumed": [shortened(entry) for entry in entries]} if "resumed" in config else {}
     return {**shortened(config), **resumed}
 
 

@@ -11,8 +11,8 @@ from perfedavg.console import run_entry_point
 
 def main() -> None:
     args = utils.get_args("server")
-    config = utils.config_from_args(args)
-    utils.check_num_workers(config, args.world_size - 1)
+    config = utils.experiment_from_args(args)
+    utils.check_num_workers(utils.config_from_args(args), args.world_size - 1)
 
     from multi_process.network import ServerNetwork
     from multi_process.server import CohortHandler, WorkerPoolManager
@@ -38,7 +38,7 @@ def main() -> None:
     folder = utils.open_run_folder(args, "server")
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset)
-    utils.load_initial_model(config, model)
+    config = utils.load_initial_model(args, config, model, folder.has_checkpoint)
     run_settings = {"command": sys.argv, "world_size": args.world_size, "backend": args.backend}
 
     def experiment(settled: ExperimentConfig, executor: Executor) -> None:

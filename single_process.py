@@ -11,9 +11,9 @@ from perfedavg.console import run_entry_point
 
 def main() -> None:
     args = utils.get_args("single")
-    config = utils.config_from_args(args)
+    config = utils.experiment_from_args(args)
 
-    from perfedavg.client_batching import default_num_lanes, settle_client_batching
+    from perfedavg.client_batching import default_num_lanes, say_idle_slots, settle_client_batching
     from perfedavg.compute import describe_device, resolve_device, use_reproducible_kernels
     from perfedavg.executor import LocalExecutor
     from perfedavg.run import run_and_record
@@ -23,9 +23,10 @@ def main() -> None:
     folder = utils.open_run_folder(args, "single")
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset)
-    utils.load_initial_model(config, model)
-    config = settle_client_batching(config, model, dataset, [describe_device(device)])
+    config = utils.load_initial_model(args, config, model, folder.has_checkpoint)
+    config = settle_client_batching(config, model, dataset, [describe_device(device, args.threads)])
     num_lanes = args.threads or default_num_lanes(config, device.type, len(os.sched_getaffinity(0)))
+    say_idle_slots(config, num_lanes)
     executor = LocalExecutor(config, model, dataset, device, num_lanes)
     run_settings = {"command": sys.argv, "world_size": 1, "device": str(device), "threads": num_lanes}
     run_and_record(config, executor, dataset, model, folder, run_settings)

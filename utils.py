@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import paths
 from perfedavg.config import (
@@ -18,13 +18,15 @@ from perfedavg.config import (
     MOST,
     PRECISIONS,
     SCHEDULES,
+    UNREAD,
     ExperimentConfig,
     OptimizerConfig,
     PhaseConfig,
     num_unseen_clients,
 )
 from perfedavg.console import EXIT_BAD_INPUT, at_early_end, command_line, say
-from perfedavg.runs import make_default_folder, read_run
+from perfedavg.plain_values import shown
+from perfedavg.runs import make_default_folder, read_unfinished_run
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn
@@ -118,12 +120,17 @@ def get_args(role: str, argv: Sequence[str] | None = None) -> argparse.Namespace
         except ValueError as error:
             parser.exit(EXIT_BAD_INPUT, f"error: {error}\n")
     elif "dataset" in args:
-        for name, value in vars(_defaults_of(args.dataset)).items():
-            if name in args and getattr(args, name) is None:
-                setattr(args, name, value)
-        if "fine_tune_server_lr" in args and args.fine_tune_server_lr is None:
-            args.fine_tune_server_lr = _default_fine_tune_rate(args.fine_tune_server_optimizer, args.fine_tune_method)
+        _fill_in_defaults(args)
     return args
+
+
+def _fill_in_defaults(args: argparse.Namespace) -> None:
+    """Those that follow the data set, or other flags."""
+    for name, value in vars(_defaults_of(args.dataset)).items():
+        if name in args and getattr(args, name) is None:
+            setattr(args, name, value)
+    if "fine_tune_server_lr" in args and args.fine_tune_server_lr is None:
+        args.fine_tune_server_lr = _default_fine_tune_rate(args.fine_tune_server_optimizer, args.fine_tune_method)
 
 
 def _default_fine_tune_rate(server_optimizer: str, method: str) -> float:
@@ -143,22 +150,56 @@ def _given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) ->
 def _take_over_flags(args: argparse.Namespace, given: dict[str, Any]) -> None:
     """Set the experiment's flags to those of the run in --resume.
 
-    Raises ValueError where the command line gives one another value, or there is no run that could go on.
+    Raises ValueError where the command line gives one another value than the run has, or there is no run that could
+    go on. What the run has settled may be given in place of the flag that left it open, and the initial model's path
+    may be another one: its content is compared when it is read (`load_initial_model`).
     """
     if "run_dir" in given:
         raise ValueError(
             f"--run_dir {given['run_dir']} does not go with --resume, which goes on in the folder {args.resume}; "
             "leave one of them out"
         )
-    flags = read_run(args.resume)["flags"]
-    for name in experiment_flags(args):
-        if name not in flags:
-            raise ValueError(f"--resume {args.resume}: config.json is damaged (it lacks --{name}); start a new run")
-        if name in given and given[name] != flags[name]:
-            raise ValueError(
-                f"--{name} {given[name]} differs from the run's {flags[name]}; leave it out, or start a new run"
-            )
-        setattr(args, name, flags[name])
+    run = read_unfinished_run(args.resume)
+    try:
+        flags = complete_flags(run.flags)
+    except ValueError as error:
+        raise ValueError(f"--resume {args.resume}: config.json is damaged ({error}); start a new run") from error
+    for name, value in flags.items():
+        if name in given and given[name] != value:
+            if name == "initial_model" and value is not None:
+                value = given[name]
+            else:
+                settled = run.experiment().client_batching if name == "client_batching" else value
+                if given[name] not in ("auto", settled):
+                    raise ValueError(
+                        f"--{name} {given[name]} differs from the run's {settled}; leave it out, or start a new run"
+                    )
+        setattr(args, name, value)
+
+
+def complete_flags(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The experiment's flags as config.json holds them, each checked by the flag's own rule.
+
+    Flags that are not there, which the run did not know yet, have their default.
+    Raises ValueError, naming the flag, where one has a value that its flag could not have had.
+    """
+    parser = _RaisingParser(add_help=False, allow_abbrev=False)
+    for add in _EXPERIMENT:
+        add(parser)
+    present = {name: value for name, value in recorded.items() if value is not None}
+    words = [f"--{action.dest}={present[action.dest]}" for action in parser._actions if action.dest in present]
+    parsed = parser.parse_args(words)
+    _fill_in_defaults(parsed)
+    flags = vars(parsed)
+    for name, value in flags.items():
+        if name in present and (value, type(value)) != (present[name], type(present[name])):
+            raise ValueError(f"its flag {name} is {shown(present[name])}, must be {shown(value)}")
+    return flags
+
+
+class _RaisingParser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
 
 
 def experiment_flags(args: argparse.Namespace) -> dict[str, Any]:
@@ -174,7 +215,11 @@ def _experiment_names() -> list[str]:
 
 
 def build_parser(role: str) -> argparse.ArgumentParser:
-    """The parser of an entry point; each flag stands in exactly one of the groups below."""
+    """The parser of an entry point, made of the groups below.
+
+    A flag stands in one group, but for `--port`, `--backend`, `--world_size` and `--join_timeout_seconds`, which stand
+    in two: what they mean, or their default, is not the same for all entry points.
+    """
     groups, description = {
         "server": (
             (
@@ -282,8 +327,30 @@ def differing_argv(parser: argparse.ArgumentParser, args: argparse.Namespace, wi
     return argv
 
 
+def experiment_from_args(args: argparse.Namespace) -> ExperimentConfig:
+    """The experiment that the flags stand for, or with --resume the one that the run has recorded.
+
+    The recorded one stands, with all that the run has settled: it is the same whatever this machine's devices are, and
+    whether or not the initial model's file is still there. The flags must fit it, given ones and recorded ones alike.
+    Raises ValueError, naming what differs, where they do not.
+    """
+    asked = config_from_args(args)
+    if args.resume is None:
+        return asked
+    try:
+        recorded = read_unfinished_run(args.resume).experiment()
+        differences = asked.differences_from(recorded)
+        if differences:
+            raise ValueError(f"config.json was edited: by its flags {'; '.join(differences)} in its experiment")
+    except ValueError as error:
+        raise ValueError(f"--resume {args.resume}: {error}; restore it, or start a new run") from error
+    return recorded
+
+
 def config_from_args(args: argparse.Namespace) -> ExperimentConfig:
-    """Raises ValueError, naming the flag, its value and the fix, where the values do not make an experiment."""
+    """The experiment that the flags stand for, where they leave something open not settled yet.
+
+    Raises ValueError, naming the flag, its value and the fix, where the values do not make an experiment."""
     fedavg = PhaseConfig(
         num_rounds=args.epochs,
         num_local_epochs=args.inner_loops,
@@ -314,7 +381,7 @@ def config_from_args(args: argparse.Namespace) -> ExperimentConfig:
         dataset=args.dataset,
         architecture=_architecture(args.dataset, args.struct),
         seed=args.seed,
-        initial_model=args.initial_model,
+        initial_model=None if args.initial_model is None else UNREAD,
         num_clients=args.client_num_in_total,
         unseen_fraction=args.unseen_fraction,
         partition=args.partition,
@@ -349,12 +416,26 @@ def _server_optimizer(name: str, learning_rate: float, momentum: float, epsilon:
 
 
 def check_num_workers(config: ExperimentConfig, num_workers: int) -> None:
-    """Raises ValueError where a round has too few clients to give each worker one."""
-    if config.cohort_size < num_workers:
+    """Raises ValueError where a round has too few groups of clients to give each worker one.
+
+    How many there are with `--client_batching auto`, depends on model and devices; see
+    `client_batching.settle_client_batching`, which shares the clients out, and `say_idle_slots`.
+    """
+    group_size = config.client_batching or 1
+    num_groups = -(-config.cohort_size // group_size)
+    if num_groups >= num_workers:
+        return
+    clients = f"--client_num_per_round {config.cohort_size}"
+    enough = (num_workers - 1) * group_size + 1
+    if group_size == 1:
         raise ValueError(
-            f"--client_num_per_round {config.cohort_size} is fewer than the {num_workers} workers, some of which would "
-            f"never work; raise it to {num_workers} or more, or start fewer workers"
+            f"{clients} is fewer than the {num_workers} workers, some of which would never work; raise it to {enough} "
+            "or more, or start fewer workers"
         )
+    raise ValueError(
+        f"{clients} makes {num_groups} group(s) of --client_batching {group_size} for {num_workers} workers, some of "
+        f"which would never work; raise it to {enough} or more, lower --client_batching, or start fewer workers"
+    )
 
 
 def get_datasets(config: ExperimentConfig, data_root: Path) -> FederatedDataset:
@@ -436,16 +517,24 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
     return cast("nn.Module", model)
 
 
-def load_initial_model(config: ExperimentConfig, model: nn.Module) -> None:
-    """Give the model the weights of --initial_model, where there is one. Only who holds the global model needs them.
+def load_initial_model(
+    args: argparse.Namespace, config: ExperimentConfig, model: nn.Module, has_checkpoint: bool
+) -> ExperimentConfig:
+    """Give the model the weights of --initial_model, where there is one; returns the configuration with their digest.
 
-    Raises ValueError where there is no such model, or it is not of the experiment's kind.
+    Only the process that holds the global model needs them, and only until the run has a checkpoint; a file that is
+    named anew is read nevertheless, to be compared.
+    Raises ValueError where there is no such model, or it is not of the experiment's kind or not the run's.
     """
-    if config.initial_model is None:
-        return
+    if args.initial_model is None:
+        return config
+    if has_checkpoint and args.initial_model == read_unfinished_run(args.resume).flags.get("initial_model"):
+        return config
+    from perfedavg.experiment import parameters_sha256
+    from perfedavg.flat_model import flatten
     from perfedavg.model_file import read_model_file
 
-    path = Path(config.initial_model)
+    path = Path(args.initial_model)
     path = path / "model.safetensors" if path.is_dir() else path
     state, facts = read_model_file(path)
     if facts.architecture != config.architecture:
@@ -457,6 +546,13 @@ def load_initial_model(config: ExperimentConfig, model: nn.Module) -> None:
     except RuntimeError as error:
         first_line = str(error).partition("\n")[0]
         raise ValueError(f"--initial_model {path} does not fit the data: {first_line}; name another one") from error
+    digest = parameters_sha256(flatten(model))
+    if config.initial_model not in (UNREAD, digest):
+        raise ValueError(
+            f"--initial_model {path} has other parameters than the run began with (sha256 {digest}, not "
+            f"{config.initial_model}); name a file with those"
+        )
+    return replace(config, initial_model=digest)
 
 
 def open_run_folder(args: argparse.Namespace, role: str) -> RunFolder:
@@ -564,8 +660,8 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         type=_client_batching,
         default="auto",
         metavar="auto|N",
-        help="clients trained at once, as one computation; auto: 1 on a CPU unless the model is tiny, on GPUs as many "
-        "of a round's clients as fit their memory",
+        help="clients trained at once, as one computation; auto: 1 on a CPU unless the model is tiny, on GPUs an equal "
+        "share of a round's clients for each, as far as it fits the memory",
     )
 
 

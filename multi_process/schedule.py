@@ -31,6 +31,11 @@ class Schedule:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_unfinished(self) -> int:
+        """Clients that are waiting or in work."""
+        return len(self._waiting) + sum(map(len, self._in_work.values()))
+
     def num_done(self, worker: int) -> int:
         """Clients that this worker is done with, but whose result it has not delivered."""
         return len(self._done.get(worker, ()))

@@ -36,7 +36,7 @@ from multi_process.messages import (
 from multi_process.network import REMINDER_SECONDS, Connected, ServerNetwork
 from multi_process.pace import Pace
 from multi_process.schedule import Schedule
-from perfedavg.client_batching import default_num_lanes
+from perfedavg.client_batching import default_num_lanes, say_idle_slots
 from perfedavg.client_data import FederatedDataset
 from perfedavg.compute import ComputeDevice
 from perfedavg.config import ExperimentConfig
@@ -245,6 +245,7 @@ class WorkerPoolManager(ServerManager):
                 for worker in self._workers.values():
                     self._configure(worker)
             self._is_started = sum(worker.is_ready for worker in self._workers.values()) >= num_first
+        say_idle_slots(self._experiment_config, sum(worker.num_lanes for worker in self._workers.values()))
 
     @property
     def _num_first(self) -> int:
@@ -392,15 +393,22 @@ class WorkerPoolManager(ServerManager):
     def _feed(self, worker: _Worker, piece: _Piece) -> None:
         """Give a worker as many groups as it has lanes, and one to go on with while there are plenty.
 
+        Where there are fewer groups than lanes, each worker gets its share, and one at least while there are any.
         Where none is left for it, ask for the sum over those that it has trained.
         """
         if not worker.is_ready:
             return
         schedule, now = piece.schedule, time.monotonic()
         num_lanes = sum(other.num_lanes for other in self._workers.values() if other.is_ready)
-        in_hand = worker.num_lanes + (1 if schedule.num_waiting > 2 * num_lanes else 0)
+        share = -(-schedule.num_unfinished * worker.num_lanes // num_lanes)
+        in_hand = min(worker.num_lanes, share) + (1 if schedule.num_waiting > 2 * num_lanes else 0)
         num_in_work = schedule.num_in_work(worker.number)
-        firsts = schedule.take(worker.number, in_hand - num_in_work)
+        num_others_idle = sum(
+            other.is_ready and other is not worker and not schedule.num_in_work(other.number)
+            for other in self._workers.values()
+        )
+        to_spare = max(schedule.num_waiting - num_others_idle, 0 if num_in_work else 1)
+        firsts = schedule.take(worker.number, min(in_hand - num_in_work, to_spare))
         if firsts:
             piece.handed_out_at.update(dict.fromkeys(firsts, now))
             if not num_in_work:
@@ -592,4 +600,4 @@ def _unexpected(message: Message) -> str:
 
 
 def _device_of(join: Join) -> ComputeDevice:
-    return ComputeDevice(join.device_kind, join.device_memory_bytes)
+    return ComputeDevice(join.device_kind, join.device_memory_bytes, join.threads or 1)

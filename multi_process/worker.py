@@ -110,6 +110,8 @@ class PersonalizationTrainer(SerialClientTrainer):
     def local_process(self, payload: WorkOn, id_list: list[list[int]]) -> None:
         """Let the groups of the list train or be scored, each on the next free lane. Does not wait for them."""
         for group in id_list:
+            if self._training is not None:
+                self._training.expect(group)
             self._futures.append(self._executor.submit(self._process, group))
 
     @property
@@ -140,7 +142,8 @@ class PersonalizationTrainer(SerialClientTrainer):
 
     def _train(self, group: Sequence[int]) -> Message:
         assert self._training is not None, "a round was begun"
-        self._reports += self._training.train(group)
+        reports = self._training.train(group)
+        self._reports += reports  # after it: meanwhile the reports before it may have been taken
         return GroupTrained(group[0])
 
 
@@ -220,7 +223,7 @@ class WorkerManager(PassiveClientManager):
         self._tell(self._trainer.uplink_package)
 
     def _configure(self) -> None:
-        device = describe_device(self._device)
+        device = describe_device(self._device, self._threads)
         num_cores = len(os.sched_getaffinity(0))
         self._tell(
             Join(

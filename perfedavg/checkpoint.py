@@ -24,6 +24,7 @@ from perfedavg.console import say
 from perfedavg.experiment import ExperimentState, RoundRecord
 from perfedavg.files import open_tensors, remove_partial_files, replace_file
 from perfedavg.optimizers import ServerOptimizer
+from perfedavg.plain_values import differences, from_plain, parse_json, shown
 from perfedavg.scores import ClientScore
 
 FORMAT_VERSION = 2
@@ -39,8 +40,27 @@ _DTYPE_NAMES = {
     torch.bfloat16: "BF16",
     torch.int64: "I64",
 }
-_UNREADABLE = (SafetensorError, OSError, ValueError, KeyError)
+_UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError)
 """What reading a damaged file raises, wherever the damage is."""
+
+
+class _DamagedError(Exception):
+    """A checkpoint cannot be read, and why."""
+
+
+@dataclass(frozen=True)
+class _Content:
+    """The JSON of a checkpoint. Phases by their `field`; `trained` as `RoundRecord.to_dict` gives it."""
+
+    format_version: int
+    config: dict[str, Any]
+    fingerprint: str
+    versions: dict[str, str | None]
+    phase: str
+    num_rounds: int
+    trained: dict[str, Any] | None
+    scores: list[str]
+    phase_seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -87,22 +107,36 @@ class Checkpoints:
         damaged: list[str] = []
         for path in paths:
             try:
-                content, tensors = _read(path)
-            except _UNREADABLE as error:
+                state = self._load(path)
+            except _DamagedError as error:
                 damaged.append(f"{path.name} ({error})")
                 continue
-            self._check_identity(content, path)
             if damaged:
                 say(f"damaged, and so set aside: {', '.join(damaged)}; going on from {path.name}")
             for newer in paths[: len(damaged)]:
                 newer.rename(newer.with_suffix(".damaged"))
-            return _decode(content, tensors, self._identity.config)
+            return state
         if damaged:
             raise ValueError(
                 f"no checkpoint in {self._folder} can be read: {', '.join(damaged)}; start a new run, or remove that "
                 "folder to let this one start from its first round"
             )
         return None
+
+    def _load(self, path: Path) -> ExperimentState:
+        """Raises _DamagedError where it cannot be read, ValueError where it is of another experiment."""
+        raw, tensors = _read(path)
+        if raw.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{path} has format {shown(raw.get('format_version'))}, this version reads {FORMAT_VERSION}; go on "
+                "with the version that the run was begun with"
+            )
+        try:
+            content = from_plain(_Content, raw)
+        except ValueError as error:
+            raise _DamagedError(str(error)) from error
+        self._check_identity(content, path)
+        return _decode(content, tensors, self._identity.config)
 
     def remove(self) -> None:
         """Remove them all, with their folder."""
@@ -117,38 +151,23 @@ class Checkpoints:
                 found.append((Phase.of_field(match["field"]), int(match["round"]), path))
         return [path for *_, path in sorted(found, reverse=True)]
 
-    def _check_identity(self, content: Mapping[str, Any], path: Path) -> None:
+    def _check_identity(self, content: _Content, path: Path) -> None:
         """Raises ValueError where the checkpoint is another experiment's, or of other data; says other versions."""
-        if content["format_version"] != FORMAT_VERSION:
+        own = parse_json(json.dumps(self._identity.config.to_dict()))  # tuples become lists, as in the file
+        others = differences(own, content.config)
+        if others:
             raise ValueError(
-                f"{path} has format {content['format_version']}, this version reads {FORMAT_VERSION}; go on with the "
-                "version that the run was begun with"
-            )
-        own = json.loads(json.dumps(self._identity.config.to_dict()))  # tuples become lists, as in the file
-        differences = list(_differences(own, content["config"]))
-        if differences:
-            raise ValueError(
-                f"{path} is of another experiment: {'; '.join(differences)}; restore the run's config.json, or start "
+                f"{path} is of another experiment: {'; '.join(others)}; restore the run's config.json, or start "
                 "a new run"
             )
-        if content["fingerprint"] != self._identity.fingerprint:
+        if content.fingerprint != self._identity.fingerprint:
             raise ValueError(
-                f"{path}: the run was made with other data (fingerprint {content['fingerprint']}, not "
+                f"{path}: the run was made with other data (fingerprint {content.fingerprint}, not "
                 f"{self._identity.fingerprint}); name the folder with the same files in --data_root"
             )
-        versions = "; ".join(_differences(dict(self._identity.versions), content["versions"]))
+        versions = "; ".join(differences(dict(self._identity.versions), content.versions))
         if versions:
             say(f"this run was begun with other versions ({versions}): its result may differ in the last bits")
-
-
-def _differences(present: Mapping[str, Any], saved: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """`name is X, was Y` for every value that differs, also inside of dictionaries."""
-    for name in dict.fromkeys([*present, *saved]):
-        ours, theirs = present.get(name), saved.get(name)
-        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-            yield from _differences(ours, theirs, f"{prefix}{name}.")
-        elif ours != theirs:
-            yield f"{prefix}{name} is {ours}, was {theirs}"
 
 
 def _encode(state: ExperimentState, identity: RunIdentity) -> Iterator[bytes | memoryview]:
@@ -197,28 +216,38 @@ def _encode(state: ExperimentState, identity: RunIdentity) -> Iterator[bytes | m
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON and the tensors of a checkpoint. Raises one of _UNREADABLE where it is damaged."""
-    with open_tensors(path) as file:
-        metadata = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    text = metadata["checkpoint"]
-    if metadata["crc32"] != str(_checksum(text, tensors)):
-        raise ValueError("its checksum does not fit")
-    content: dict[str, Any] = json.loads(text)
-    return content, tensors
+    """The JSON and the tensors of a checkpoint. Raises _DamagedError."""
+    try:
+        with open_tensors(path) as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        text = metadata["checkpoint"]
+        if metadata["crc32"] != str(_checksum(text, tensors)):
+            raise ValueError("its checksum does not fit")
+        return from_plain(dict[str, Any], parse_json(text)), tensors
+    except _UNREADABLE as error:
+        raise _DamagedError(str(error)) from error
 
 
-def _decode(content: Mapping[str, Any], tensors: Mapping[str, Tensor], config: ExperimentConfig) -> ExperimentState:
-    phase = Phase.of_field(content["phase"])
-    server = {name.removeprefix("server."): tensor for name, tensor in tensors.items() if name.startswith("server.")}
-    return ExperimentState(
-        phase=phase,
-        num_rounds=content["num_rounds"],
-        server=ServerOptimizer.from_tensors(config.phases[phase].server_optimizer, server),
-        trained=None if content["trained"] is None else RoundRecord.from_dict(content["trained"]),
-        scores={Phase.of_field(name): _decode_scores(tensors, name) for name in content["scores"]},
-        phase_seconds={Phase.of_field(name): seconds for name, seconds in content["phase_seconds"].items()},
-    )
+def _decode(content: _Content, tensors: Mapping[str, Tensor], config: ExperimentConfig) -> ExperimentState:
+    """Raises _DamagedError where the parts do not fit each other."""
+    try:
+        phase = Phase.of_field(content.phase)
+        settings = config.phases[phase]
+        if not 0 <= content.num_rounds <= settings.num_rounds:
+            raise ValueError(f"num_rounds is {content.num_rounds}, must be 0 to {settings.num_rounds}")
+        prefix = "server."
+        server = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        return ExperimentState(
+            phase=phase,
+            num_rounds=content.num_rounds,
+            server=ServerOptimizer.from_tensors(settings.server_optimizer, server),
+            trained=None if content.trained is None else RoundRecord.from_dict(content.trained),
+            scores={Phase.of_field(name): _decode_scores(tensors, name) for name in content.scores},
+            phase_seconds={Phase.of_field(name): seconds for name, seconds in content.phase_seconds.items()},
+        )
+    except _UNREADABLE as error:
+        raise _DamagedError(f"its parts do not fit each other: {error}") from error
 
 
 def _decode_scores(tensors: Mapping[str, Tensor], name: str) -> list[ClientScore]:

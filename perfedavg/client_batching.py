@@ -1,7 +1,19 @@
-"""How many clients are trained at once: settled once, before any work, because it changes how sums are rounded."""
+"""How many clients are trained at once: settled once, before any work, because it changes how sums are rounded.
+
+A round's clients are cut into groups of that size, the largest clients first, and groups are what is handed out. So
+the number decides who has work: with `--client_batching auto`
+
+- on GPUs, a group is as large as the round's clients make it when they are shared out evenly among all training slots,
+  or as memory allows. The model so depends, by rounding, on the number of GPUs and their memory at the run's start;
+- where a process trains on a CPU, a group is one client, but for tiny models a few. The model does not depend on the
+  number of processes, workers, machines or threads.
+
+What was settled is part of the experiment and recorded in config.json: a run that is resumed keeps it.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,12 +22,15 @@ from torch import nn
 from perfedavg.client_data import FederatedDataset
 from perfedavg.compute import ComputeDevice
 from perfedavg.config import ExperimentConfig, Phase
+from perfedavg.console import say
 from perfedavg.group_training import group_memory_bytes
 from perfedavg.local_training import local_training_of, loss_of
+from perfedavg.meta_learning import QUERY_BATCH_SIZE
 
 TINY_MODEL = 10_000
-"""Parameters up to which a CPU trains clients faster together than one by one (`benchmarks/gpu.py --device cpu`)."""
-TINY_MODEL_CLIENTS = 20
+"""Parameters up to which a CPU trains clients together: there, what a step computes costs less than to start it."""
+TINY_MODEL_CLIENTS = 5
+"""The most of them in a group. Larger groups take less time each, but leave workers and threads without any."""
 MEMORY_SHARE = 0.5
 """Of a GPU's memory for a group. The rest is for libraries' workspaces, the sum, and other processes."""
 SIZED_CLIENTS = 1000
@@ -25,19 +40,40 @@ SIZED_CLIENTS = 1000
 def settle_client_batching(
     config: ExperimentConfig, model: nn.Module, dataset: FederatedDataset, devices: Sequence[ComputeDevice]
 ) -> ExperimentConfig:
-    """The configuration with `client_batching` as a number: the user's, or else one that suits all of the devices.
+    """The configuration with `client_batching` as a number: as it is, or else by the rule above.
 
-    devices: those of all processes that train. Their number does not matter, so that it does not change the model.
+    devices: one for each process that trains.
     """
     if config.client_batching is not None:
         return config
     if all(device.kind == "cuda" for device in devices):
-        fitting = (
-            min(device.memory_bytes for device in devices) * MEMORY_SHARE // _bytes_a_client(config, model, dataset)
-        )
-        return replace(config, client_batching=max(1, min(config.cohort_size, int(fitting))))
+        share = num_groups(config.cohort_size, sum(device.num_slots for device in devices))
+        bytes_a_client = _bytes_a_client(config, model, dataset)
+        fitting = min(device.memory_bytes * MEMORY_SHARE / device.num_slots // bytes_a_client for device in devices)
+        return replace(config, client_batching=max(1, min(share, int(fitting))))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return replace(config, client_batching=TINY_MODEL_CLIENTS if num_parameters <= TINY_MODEL else 1)
+    if num_parameters > TINY_MODEL:
+        return replace(config, client_batching=1)
+    return replace(config, client_batching=min(TINY_MODEL_CLIENTS, num_groups(config.cohort_size, 2)))
+
+
+def num_groups(num_clients: int, group_size: int) -> int:
+    """Into how many groups so many clients are cut."""
+    return math.ceil(num_clients / group_size)
+
+
+def say_idle_slots(config: ExperimentConfig, num_slots: int) -> None:
+    """Say it where a round has fewer groups than there are training slots, so that some have no work."""
+    assert config.client_batching is not None, "it is settled"
+    groups = num_groups(config.cohort_size, config.client_batching)
+    if groups >= num_slots:
+        return
+    size = "1 client" if config.client_batching == 1 else f"up to {config.client_batching} clients"
+    advice = "" if config.joint else "; a higher --client_num_per_round gives more of them work"
+    say(
+        f"a round's {config.cohort_size} client(s) are trained in {groups} group(s) of {size}, so that "
+        f"{num_slots - groups} of {num_slots} training slots have no work{advice}"
+    )
 
 
 def default_num_lanes(config: ExperimentConfig, device_kind: str, num_cores: int) -> int:
@@ -57,9 +93,13 @@ def _bytes_a_client(config: ExperimentConfig, model: nn.Module, dataset: Federat
     inputs, labels, loss_function = largest.train_inputs, largest.train_labels, loss_of(dataset)
 
     def bytes_in(phase: Phase) -> int:
-        training = local_training_of(config, phase)
+        training, method = local_training_of(config, phase), config.phases[phase].method
+        num_bytes = group_memory_bytes(model, inputs, labels, training, loss_function)
+        if method == "reptile":
+            return num_bytes
+        query = replace(training, batch_size=max(training.batch_size, QUERY_BATCH_SIZE))
+        query_bytes = group_memory_bytes(model, inputs, labels, query, loss_function)
         # What MAML differentiates through, it keeps.
-        num_kept = 1 + training.count_steps(len(labels)) if config.phases[phase].method == "maml" else 1
-        return num_kept * group_memory_bytes(model, inputs, labels, training, loss_function)
+        return query_bytes + num_bytes * training.count_steps(len(labels)) if method == "maml" else query_bytes
 
     return max(map(bytes_in, config.phases))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from perfedavg.client_data import ClientData, FederatedDataset
@@ -19,23 +19,24 @@ class ClientReader:
         self._dataset = dataset
         self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="reader")
         self._lock = threading.Lock()
-        self._present: dict[int, Future[ClientData]] = {}
-        self._next: dict[int, Future[ClientData]] = {}
+        self._read: dict[int, Future[ClientData]] = {}
 
-    def read_ahead(self, client_ids: Sequence[int]) -> None:
-        """Begin to read the next cohort. What the last call began is the present cohort's; all before is dropped."""
+    def keep_only(self, client_ids: Iterable[int]) -> None:
+        """Drop what was read, or is still to be read, of all other clients."""
+        kept = set(client_ids)
         with self._lock:
-            dropped, self._present = self._present, self._next
-            for future in dropped.values():
-                if future not in self._present.values():
-                    future.cancel()
-            self._next = {
-                client_id: self._present.get(client_id) or self._pool.submit(self._dataset.client_data, client_id)
-                for client_id in client_ids
-            }
+            for client_id in self._read.keys() - kept:
+                self._read.pop(client_id).cancel()
+
+    def read_ahead(self, client_ids: Iterable[int]) -> None:
+        """Begin to read these clients, and keep them until `keep_only` drops them."""
+        with self._lock:
+            for client_id in client_ids:
+                if client_id not in self._read:
+                    self._read[client_id] = self._pool.submit(self._dataset.client_data, client_id)
 
     def client_data(self, client_id: int) -> ClientData:
         """A client's examples, from what was read ahead, or else read now."""
         with self._lock:
-            read = self._present.get(client_id) or self._next.get(client_id)
+            read = self._read.get(client_id)
         return self._dataset.client_data(client_id) if read is None else read.result()

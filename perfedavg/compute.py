@@ -34,17 +34,25 @@ def resolve_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class ComputeDevice:
-    """What clients are trained on. kind: `cpu` or `cuda`.  memory_bytes: that can be had of it; 0 for a CPU."""
+    """What a process trains clients on.
+
+    kind: `cpu` or `cuda`.
+    memory_bytes: that can be had of it; 0 for a CPU.
+    num_slots: groups of clients that the process trains on it side by side, 1 or more, where it trains groups.
+    """
 
     kind: str
     memory_bytes: int
+    num_slots: int = 1
 
 
-def describe_device(device: torch.device) -> ComputeDevice:
-    """The memory of a GPU is all that it has, so that it is the same in every run on it."""
-    if device.type != "cuda":
-        return ComputeDevice(device.type, 0)
-    return ComputeDevice(device.type, torch.cuda.get_device_properties(device).total_memory)
+def describe_device(device: torch.device, threads: int | None = None) -> ComputeDevice:
+    """The memory of a GPU is all that it has, so that it is the same in every run on it.
+
+    threads: what the user asked for with --threads; without, groups are trained one at a time.
+    """
+    memory_bytes = 0 if device.type != "cuda" else torch.cuda.get_device_properties(device).total_memory
+    return ComputeDevice(device.type, memory_bytes, threads or 1)
 
 
 def use_reproducible_kernels() -> None:

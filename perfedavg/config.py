@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from fractions import Fraction
 from typing import Any
+
+from perfedavg.plain_values import differences, from_plain, shown
 
 OPTIMIZERS = ("sgd", "adam", "yogi", "adagrad")
 SCHEDULES = ("constant", "linear")
@@ -23,6 +26,11 @@ MOST = 2**31 - 1
 """Of whatever is counted: torch takes no larger batch size, and no run lives to see more rounds."""
 HIGHEST_RATE = 1e30
 """Of learning rates: above it, optimizers compute step sizes that float32 does not hold."""
+UNREAD = "unread"
+"""An initial model of which only the path is known yet."""
+_DIGEST = re.compile("[0-9a-f]{64}")
+_LONGEST_FRACTION = 20
+"""Characters. `1e-999999999` would take all memory as an exact fraction."""
 
 
 class Phase(IntEnum):
@@ -129,11 +137,12 @@ class PhaseConfig:
 
 @dataclass(frozen=True)
 class ExperimentConfig:
-    """A whole experiment. Equal configurations on equal data give equal models.
+    """A whole experiment. Equal configurations on equal data give equal models, once they are settled.
 
     dataset, architecture: names that `utils.get_datasets` and `utils.get_model` know.
     seed: 0 or more; everything random follows from it and from identities (see `seeding`).
-    initial_model: the run or file whose model the first phase starts from, or None for random weights from the seed.
+    initial_model: digest of the parameters that the first phase starts from (`experiment.parameters_sha256`), UNREAD
+        until they have been read, or None for random weights from the seed. Where they come from does not matter.
     num_clients: training and unseen clients together, or None for all that a data set with natural clients has.
     unseen_fraction: share of the clients that never train, such as `0.2` or `9/34`, above 0 and below 1.
     partition: how examples without natural owners are dealt out (see `datasets.partition`), or None where clients
@@ -151,8 +160,8 @@ class ExperimentConfig:
     eval_clients: unseen clients (a fixed draw from the seed) behind a point of the curve; the results after a
         phase always take all of them.
     precision: of PRECISIONS, in which clients train (see `flat_model.FlatModel`); they are scored in float32.
-    client_batching: clients that are trained at once, as one computation, 1 or more, or None until it is settled for
-        the devices that do the work (see `client_batching.settle_client_batching`). It changes how sums are rounded.
+    client_batching: clients that are trained at once, as one computation, 1 or more, or None until it is settled (see
+        `client_batching.settle_client_batching`). It changes how sums are rounded.
     """
 
     dataset: str
@@ -188,6 +197,8 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         """Refuse, with the flag, its value and the fix, whatever cannot be run."""
+        if self.initial_model not in (None, UNREAD) and not _DIGEST.fullmatch(self.initial_model or ""):
+            raise ValueError(f"initial_model is {shown(self.initial_model)}, must be null or 64 hexadecimal digits")
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"--seed {self.seed} must be a whole number from 0 to 2^63 - 1")
         self._check_unseen_fraction()
@@ -225,7 +236,8 @@ class ExperimentConfig:
 
     def _check_unseen_fraction(self) -> None:
         try:
-            valid = 0 < Fraction(self.unseen_fraction) < 1
+            valid = len(self.unseen_fraction) <= _LONGEST_FRACTION and "e" not in self.unseen_fraction.lower()
+            valid = valid and 0 < Fraction(self.unseen_fraction) < 1
         except (ValueError, ZeroDivisionError):
             valid = False
         if not valid:
@@ -245,30 +257,36 @@ class ExperimentConfig:
                 f"{f'{below} or ' if below else ''}{above}"
             )
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is left open that decides the result."""
+        return self.client_batching is not None and self.initial_model != UNREAD
+
+    def differences_from(self, settled: ExperimentConfig) -> list[str]:
+        """What keeps `settled` from being this experiment: `name is X, was Y` for each setting that differs.
+
+        What is not settled here yet may have any value there.
+        """
+        left_open: dict[str, Any] = {}
+        if self.client_batching is None:
+            left_open["client_batching"] = settled.client_batching
+        if self.initial_model == UNREAD and settled.initial_model is not None:
+            left_open["initial_model"] = settled.initial_model
+        return differences(dataclasses.replace(self, **left_open).to_dict(), settled.to_dict())
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for JSON; `from_dict` is its inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ExperimentConfig:
-        """Raises ValueError or TypeError where a field is missing, unknown or out of range."""
-        phases = {
-            name: None if values[name] is None else _phase_from_dict(values[name]) for name in ("fedavg", "fine_tune")
-        }
-        return cls(**{**values, **phases})
+    def from_dict(cls, values: Any) -> ExperimentConfig:
+        """Raises ValueError, naming the field, where one is missing, unknown, of another type or out of range."""
+        return from_plain(cls, values)
 
 
 def num_unseen_clients(num_clients: int, unseen_fraction: str) -> int:
     """How many of so many clients never train: the share, such as `0.2` or `9/34`, rounded, but at least one."""
     return max(1, round(num_clients * Fraction(unseen_fraction)))
-
-
-def _phase_from_dict(values: dict[str, Any]) -> PhaseConfig:
-    optimizers = {
-        name: OptimizerConfig(**{**values[name], "betas": tuple(values[name]["betas"])})
-        for name in ("client_optimizer", "server_optimizer")
-    }
-    return PhaseConfig(**{**values, **optimizers})
 
 
 def _one_of(flag: str, value: str, known: Sequence[str]) -> None:

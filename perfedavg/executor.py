@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from perfedavg.client_data import ClientData, FederatedDataset
 from perfedavg.client_reader import ClientReader
-from perfedavg.cohorts import draw_next_cohort
+from perfedavg.cohorts import draw_cohort, draw_next_cohort
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.exact_sum import BadUpdateError, ExactSum
 from perfedavg.flat_model import FlatModel
@@ -63,9 +63,12 @@ class ScoringTask:
 
 @dataclass(frozen=True)
 class ClientReport:
-    """What is said of a client's training.
+    """Outcome of one client's training.
 
-    num_examples: in its training part.  loss: mean over its last local epoch.  seconds: that its lane was busy with it.
+    num_examples: size of its training part.
+    loss: for FedAvg and Reptile the mean over the examples of its last local epoch, each before its step; for FOMAML
+        and MAML the mean over its query part, after the steps on its support part.
+    seconds: that its lane was busy with it.
     refused: why its update is not in the sum, or None where it is.
     """
 
@@ -139,6 +142,7 @@ class _Lane:
 class LocalExecutor:
     """Trains and scores clients in this process, several side by side.
 
+    num_readers: threads that read clients ahead while others train; by default none on a CPU, one a core beside a GPU.
     num_lanes: groups of clients trained at the same time, 1 or more. Each lane is a thread with models of its own that
     runs its kernels on one core. So the lanes change the speed, but not a bit of the result, unlike torch's intra-op
     threads, whose number changes the order of additions inside a kernel.
@@ -152,6 +156,7 @@ class LocalExecutor:
         device: torch.device | str = "cpu",
         num_lanes: int = 1,
         loss_function: Loss | None = None,
+        num_readers: int | None = None,
     ) -> None:
         if config.client_batching is None:
             raise ValueError("--client_batching auto has not been settled; see settle_client_batching")
@@ -159,8 +164,9 @@ class LocalExecutor:
         self._group_size = config.client_batching
         self._dataset = dataset
         self._device = torch.device(device)
-        # A CPU's cores are the lanes', and reading takes them no less time in another thread.
-        num_readers = 0 if self._device.type == "cpu" else len(os.sched_getaffinity(0))
+        if num_readers is None:
+            # A CPU's cores are the lanes', and reading takes them no less time in another thread.
+            num_readers = 0 if self._device.type == "cpu" else len(os.sched_getaffinity(0))
         self._reader = ClientReader(dataset, num_readers) if num_readers else None
         self._loss_function = loss_function or loss_of(dataset)
 
@@ -185,6 +191,8 @@ class LocalExecutor:
     def train(self, task: CohortTask, parameters: Tensor) -> CohortUpdate:
         started = time.monotonic()
         training = self.begin_training(task, parameters)
+        for group in self._groups(task.client_ids):
+            training.expect(group)
         reports = self._on_lanes(training.train, task.client_ids)
         lane_seconds = self.num_lanes * (time.monotonic() - started)
         return CohortUpdate(training.take_sum(), reports, lane_seconds)
@@ -195,12 +203,24 @@ class LocalExecutor:
     def begin_training(self, task: CohortTask, parameters: Tensor) -> CohortTraining:
         """A round that takes its clients group by group; those that the task names need not be known yet.
 
-        While a GPU trains them, the clients of the next round are read.
+        While a GPU trains a group, those that this process is likely to train in the next round are read.
         """
-        if self._reader is not None:
-            train_clients = self._dataset.train_client_ids
-            self._reader.read_ahead(draw_next_cohort(self._config, train_clients, task.phase, task.round_number))
-        return CohortTraining(self, task, parameters.to(self._device))
+        likely_next = {} if self._reader is None else self._likely_next_groups(task, self._reader)
+        return CohortTraining(self, task, parameters.to(self._device), likely_next)
+
+    def _likely_next_groups(self, task: CohortTask, reader: ClientReader) -> dict[int, tuple[int, ...]]:
+        """By the first client of a group, the group at the same place in the next round's order.
+
+        Work is handed out in that order, so who trains the one now, alone or among others, is likely to train the other
+        then. Drops what was read ahead for rounds before this one.
+        """
+        train_clients = self._dataset.train_client_ids
+        cohorts = [
+            draw(self._config, train_clients, task.phase, task.round_number) for draw in (draw_cohort, draw_next_cohort)
+        ]
+        reader.keep_only([*cohorts[0], *cohorts[1]])
+        present, following = map(self._groups, cohorts)
+        return {group[0]: next_group for group, next_group in zip(present, following, strict=False)}
 
     def begin_scoring(self, task: ScoringTask, parameters: Tensor) -> Callable[[Sequence[int]], list[ClientScore]]:
         """A function that scores a group of clients; it waits for a free lane, and may be called from any thread."""
@@ -219,8 +239,10 @@ class LocalExecutor:
 
     def _on_lanes(self, work: Callable[[Sequence[int]], list[Result]], client_ids: Sequence[int]) -> list[Result]:
         """`work` for every group of the clients, the largest first, so that the lanes end together."""
-        groups = cut_into_groups(client_ids, self._dataset.num_train_examples, self._group_size)
-        return [result for results in self._pool.map(work, groups) for result in results]
+        return [result for results in self._pool.map(work, self._groups(client_ids)) for result in results]
+
+    def _groups(self, client_ids: Sequence[int]) -> list[tuple[int, ...]]:
+        return cut_into_groups(client_ids, self._dataset.num_train_examples, self._group_size)
 
     def _on_lane(self, group: Sequence[int], work: Callable[[_Lane], Result]) -> Result:
         lane = self._free_lanes.get()
@@ -368,13 +390,21 @@ class LocalExecutor:
 class CohortTraining:
     """A round of a `LocalExecutor`, group by group. What was trained so far can be taken out at any time."""
 
-    def __init__(self, executor: LocalExecutor, task: CohortTask, start: Tensor) -> None:
+    def __init__(
+        self, executor: LocalExecutor, task: CohortTask, start: Tensor, likely_next: Mapping[int, Sequence[int]]
+    ) -> None:
         self._executor = executor
+        self._likely_next = likely_next
         self._task = task
         self._start = start
         self._sums: dict[_Lane, ExactSum] = {}
         # MAML's second derivatives are those of the model for groups, also of a group of one.
         self._is_one_by_one = executor._config.phases[task.phase].method != "maml"
+
+    def expect(self, group: Sequence[int]) -> None:
+        """Begin to read the clients of a group that will be trained here, and then those likely to follow them."""
+        if self._executor._reader is not None:
+            self._executor._reader.read_ahead([*group, *self._likely_next.get(group[0], ())])
 
     def train(self, group: Sequence[int]) -> list[ClientReport]:
         """Add the clients' updates to the sum, or refuse one and say why. May be called from several threads."""

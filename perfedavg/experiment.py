@@ -23,7 +23,8 @@ from perfedavg.cohorts import draw_cohort, draw_eval_clients
 from perfedavg.config import ExperimentConfig, Phase, PhaseConfig
 from perfedavg.executor import CohortTask, CohortUpdate, Executor, ScoringTask, client_weight
 from perfedavg.optimizers import ServerOptimizer
-from perfedavg.scores import ClientScore, mean, summarize
+from perfedavg.plain_values import from_plain, shown
+from perfedavg.scores import ClientScore, check_summary, mean, summarize
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class RoundRecord:
     round_number: counted from 1 within its phase.
     num_examples: of the whole cohort.
     refused: why a client's update is not in the mean, by its id. Where all were refused, the model is as it was.
-    train_loss: uniform mean of the clients' mean losses over their last local epoch, over those whose update was not
-        refused; None where there is none.
+    train_loss: uniform mean of the clients' training losses (see `executor.ClientReport.loss`), over those whose update
+        was not refused; None where there is none.
     update_norm: Euclidean norm of the mean update, before the server optimizer; 0 where all were refused.
     seconds: wall time of training and aggregation, without evaluation.
     idle_share: share of that time in which those who train had no client, 0 .. 1.
@@ -59,12 +60,16 @@ class RoundRecord:
         return {**dataclasses.asdict(self), "phase": self.phase.field}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RoundRecord:
-        """Raises KeyError, ValueError, TypeError or AttributeError where the values are not those of a record."""
-        maps = ("refused", "lost_workers")
-        by_number = {name: {int(key): str(reason) for key, reason in values[name].items()} for name in maps}
-        phase = Phase.of_field(values["phase"])
-        return cls(**{**values, **by_number, "phase": phase, "client_ids": tuple(values["client_ids"])})
+    def from_dict(cls, values: Any) -> RoundRecord:
+        """Raises ValueError where the values are not those of a record."""
+        fields = from_plain(dict[str, Any], values)
+        names = {phase.field: phase for phase in Phase}
+        if fields.get("phase") not in list(names):
+            raise ValueError(f"phase is {shown(fields.get('phase'))}, must be {' or '.join(names)}")
+        record = from_plain(cls, {**fields, "phase": names[fields["phase"]]})
+        if record.evaluation is not None:
+            check_summary(record.evaluation, "evaluation")
+        return record
 
 
 @dataclass(eq=False)

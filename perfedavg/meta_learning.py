@@ -7,7 +7,7 @@ derivatives and all; FOMAML's is dL(theta_K)/dtheta_K. The server's optimizer de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from perfedavg.flat_model import FlatModel
-from perfedavg.group_training import GroupMember, StackedModel, differentiate_through, train_together, weights_of
+from perfedavg.group_training import (
+    Gradients,
+    GroupMember,
+    StackedModel,
+    differentiate_through,
+    train_together,
+)
 from perfedavg.local_training import LocalTraining, Loss, train_locally
 from perfedavg.seeding import torch_seeds
+
+QUERY_BATCH_SIZE = 1024
+"""Examples of a query part that are run at a time: all of an ordinary client's, and what bounds the memory of one that
+has the data of all. The gradient of a mean is the weighted sum of those of its parts."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,14 @@ def fomaml_gradient(
     train_locally(model, support.inputs, support.labels, training, support.seeds, loss_function)
     model.module.train()
     model.dropout_generator.manual_seed(task.query_seed)
-    loss = loss_function(model(task.query_inputs), task.query_labels)
-    return model.gradient(loss), loss.item()
+    parts = zip(task.query_inputs.split(QUERY_BATCH_SIZE), task.query_labels.split(QUERY_BATCH_SIZE), strict=True)
+    gradient, mean_loss = torch.zeros_like(model.parameters), 0.0
+    for inputs, labels in parts:
+        share = len(labels) / len(task.query_labels)
+        loss = loss_function(model(inputs), labels)
+        gradient.add_(model.gradient(loss), alpha=share)
+        mean_loss += share * loss.item()
+    return gradient, mean_loss
 
 
 def fomaml_gradients(
@@ -71,11 +87,12 @@ def fomaml_gradients(
 ) -> tuple[Tensor, list[float]]:
     """`fomaml_gradient` of every task from `start`, together: (tasks, num_parameters), and the losses."""
     train_together(model, start, [task.support for task in tasks], training, loss_function)
-    inputs, labels, weights, sizes = _queries(model, tasks)
-    for client, task in enumerate(tasks):
-        model.seed_dropout(client, task.query_seed)
-    gradients, losses = model.differentiate(inputs, labels, weights, sizes, loss_function)
-    return torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1), losses.tolist()
+    parts = []
+    for inputs, labels, weights, sizes, seeds in _queries(model, tasks):
+        for client, seed in enumerate(seeds):
+            model.seed_dropout(client, seed)
+        parts.append(_flat(*model.differentiate(inputs, labels, weights, sizes, loss_function)))
+    return _sum(parts)
 
 
 def maml_gradients(
@@ -89,30 +106,55 @@ def maml_gradients(
 
     training: its optimizer must be plain SGD, the only one that is differentiated through.
     """
-    inputs, labels, weights, sizes = _queries(model, tasks)
     by_size = sorted(range(len(tasks)), key=lambda task: -len(tasks[task].support.labels))
     places = sorted(range(len(tasks)), key=by_size.__getitem__)
-    gradients, losses = differentiate_through(
-        model,
-        start,
-        [tasks[task].support for task in by_size],
-        training,
-        (inputs[by_size], labels[by_size], weights[by_size]),
-        [sizes[task] for task in by_size],
-        [tasks[task].query_seed for task in by_size],
-        loss_function,
-    )
-    return torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)[places], losses[places].tolist()
+    parts = []
+    for inputs, labels, weights, sizes, seeds in _queries(model, [tasks[task] for task in by_size]):
+        differentiated = differentiate_through(
+            model,
+            start,
+            [tasks[task].support for task in by_size],
+            training,
+            (inputs, labels, weights),
+            sizes,
+            seeds,
+            loss_function,
+        )
+        parts.append(_flat(*differentiated))
+    gradients, losses = _sum(parts)
+    return gradients[places], [losses[place] for place in places]
 
 
-def _queries(model: StackedModel, tasks: Sequence[MetaTask]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-    """The tasks' query parts as one batch a task, as `StackedModel.differentiate` takes them."""
+def _queries(
+    model: StackedModel, tasks: Sequence[MetaTask]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, list[int], list[int]]]:
+    """The tasks' query parts as `StackedModel.differentiate` takes them, up to QUERY_BATCH_SIZE rows of each at a time.
+
+    With each goes a seed of every client's dropout masks. The losses and gradients of all of them add up to the mean's.
+    """
     sizes = [len(task.query_labels) for task in tasks]
-    rows = max(sizes)
-    # What is behind a part are copies of its first example, of weight 0.
-    places = [torch.arange(rows).where(torch.arange(rows) < size, torch.tensor(0)) for size in sizes]
-    inputs = torch.stack([task.query_inputs[place] for task, place in zip(tasks, places, strict=True)])
-    labels = torch.stack([task.query_labels[place] for task, place in zip(tasks, places, strict=True)])
     counts = torch.tensor(sizes, device=model.device)
-    weights = weights_of(counts, rows, model.parameters.dtype)
-    return inputs.to(model.device), labels.to(model.device), weights, sizes
+    for start in range(0, max(sizes), QUERY_BATCH_SIZE):
+        rows = min(QUERY_BATCH_SIZE, max(sizes) - start)
+        # What is behind a part are copies of its first example, of weight 0; of one that has ended, only such.
+        positions = torch.arange(start, start + rows)
+        places = [positions.where(positions < size, start if start < size else 0) for size in sizes]
+        inputs = torch.stack([task.query_inputs[place] for task, place in zip(tasks, places, strict=True)])
+        labels = torch.stack([task.query_labels[place] for task, place in zip(tasks, places, strict=True)])
+        weights = (positions.to(model.device) < counts[:, None]).to(model.parameters.dtype) / counts[:, None]
+        part_sizes = [min(max(1, size - start), rows) for size in sizes]
+        seeds = [task.query_seed + start for task in tasks]
+        yield inputs.to(model.device), labels.to(model.device), weights, part_sizes, seeds
+
+
+def _flat(gradients: Gradients, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients as one matrix, (clients, num_parameters)."""
+    return torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1), losses
+
+
+def _sum(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[float]]:
+    """The sums of gradients and of losses. A single part is left as it is, to the bit."""
+    gradients, losses = parts[0]
+    for more_gradients, more_losses in parts[1:]:
+        gradients, losses = gradients + more_gradients, losses + more_losses
+    return gradients, losses.tolist()

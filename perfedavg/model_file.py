@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from perfedavg.config import ExperimentConfig
 from perfedavg.files import open_tensors
+from perfedavg.plain_values import from_plain, parse_json
 
 OWN_PARTS = ("build_model", "loss_function")
 """What a data set may bring itself, in place of this project's models and of the cross entropy."""
@@ -61,14 +62,17 @@ class ModelFacts:
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> ModelFacts:
-        """The inverse of `to_metadata`. Raises ValueError, KeyError or TypeError where it is none."""
-        names, own_parts = json.loads(metadata.get("class_names", "null")), json.loads(metadata["own_parts"])
+        """The inverse of `to_metadata`. Raises ValueError or KeyError where it is none."""
+        names = parse_json(metadata.get("class_names", "null"))
+        num_classes = int(metadata["num_classes"]) if "num_classes" in metadata else None
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}, must be 1 or more")
         return cls(
             metadata["dataset"],
             metadata["architecture"],
-            int(metadata["num_classes"]) if "num_classes" in metadata else None,
-            None if names is None else tuple(names),
-            tuple(own_parts),
+            num_classes,
+            None if names is None else from_plain(tuple[str, ...], names, "class_names"),
+            from_plain(tuple[str, ...], parse_json(metadata["own_parts"]), "own_parts"),
         )
 
 
@@ -91,11 +95,15 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
     try:
-        _tie(state, json.loads(metadata.get("tied", "{}")))
-        return state, ModelFacts.from_metadata(metadata)
+        _tie(state, from_plain(dict[str, str], parse_json(metadata.get("tied", "{}")), "tied"))
+        facts = ModelFacts.from_metadata(metadata)
+        if facts.num_classes is not None and facts.num_classes > sum(tensor.numel() for tensor in state.values()):
+            raise ValueError(f"num_classes is {facts.num_classes}, more than there are parameters")
+        return state, facts
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} does not say what its model is, as an earlier version of this project left it; repeat the run"
+            f"{path} does not say what its model is, as an earlier version of this project left it ({error}); repeat "
+            "the run"
         ) from error
 
 

@@ -140,9 +140,12 @@ class ServerOptimizer:
 
     @classmethod
     def from_tensors(cls, config: OptimizerConfig, tensors: Mapping[str, Tensor]) -> ServerOptimizer:
-        """The inverse of `tensors`; the new one owns copies. Raises ValueError where there are no parameters."""
+        """The inverse of `tensors`; the new one owns copies. Raises ValueError where they are no optimizer's."""
         if "parameters" not in tensors:
             raise ValueError("there are no parameters")
+        shape = tensors["parameters"].shape
+        if len(shape) != 1 or any(tensor.ndim and tensor.shape != shape for tensor in tensors.values()):
+            raise ValueError("the optimizer's state is not that of its parameters")
         server = cls(config, tensors["parameters"])
         server._optimizer.state.update(
             {name: tensor.clone() for name, tensor in tensors.items() if name != "parameters"}

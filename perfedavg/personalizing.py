@@ -19,6 +19,7 @@ from perfedavg.files import replace_file
 from perfedavg.flat_model import FlatModel
 from perfedavg.local_training import SCORING_BATCH_SIZE, LocalTraining, Loss, score, train_locally
 from perfedavg.model_file import ModelFacts, model_file, read_model_file
+from perfedavg.runs import RecordedRun
 from perfedavg.seeding import Purpose, seed_sequence
 
 CLASS_NAMES_FILE = "class_names.json"
@@ -43,22 +44,20 @@ class RunModel:
     def read(cls, path: Path) -> RunModel:
         """Raises ValueError where the folder holds no run, one that has not ended, or one that cannot be read."""
         try:
-            recorded = json.loads((path / "config.json").read_bytes())
+            recorded = RecordedRun.read(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ValueError(
                 f"{path} is not the folder of a run (it has no config.json); name one, such as "
                 "runs/<date-time>-<dataset>"
             ) from error
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path / 'config.json'} cannot be read ({error})") from error
+        except ValueError as error:
+            raise ValueError(f"{path / 'config.json'} cannot be read ({error}); repeat the run") from error
         if not (path / "result.json").exists():
             raise ValueError(f"{path} holds a run that has not ended; its log.txt says how it goes on")
         try:
-            config = ExperimentConfig.from_dict(recorded["experiment"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path / 'config.json'} is damaged, or of another version of this project ({error}); repeat the run"
-            ) from error
+            config = recorded.experiment()
+        except ValueError as error:
+            raise ValueError(f"{error}; repeat the run") from error
         state, facts = read_model_file(path / "model.safetensors")
         if facts.num_classes is None:
             raise ValueError(f"{path / 'model.safetensors'} does not say how many classes there are; repeat the run")

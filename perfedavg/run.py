@@ -34,12 +34,16 @@ def run_and_record(
     Shows it, records it in the folder, and prints the result table. Whatever ends it early, a signal or an error,
     leaves a checkpoint and a line that tells how to go on. The plots are left to `RunFolder.draw_plots`, for when no
     worker waits for the end.
+    model: with the weights to start from, which are not needed where the folder has a checkpoint.
     run_settings: as `RunFolder.begin` takes them; `world_size` among them.
     """
     folder.name_clients(clients)
     state = folder.begin(config, clients.fingerprint, run_settings)
     if state is None:
         state = ExperimentState.fresh(config, flatten(model))
+        if config.initial_model is not None:  # whose file need not be there when the run is resumed
+            folder.keep_start(state)
+    _check_size(state, model, folder)
     keeper = _StateKeeper(folder, state)
     withdraw = at_early_end(keeper.end_early)
     try:
@@ -64,6 +68,16 @@ def run_and_record(
     finally:
         withdraw()
     show(f"results in {folder.shown_path}")
+
+
+def _check_size(state: ExperimentState, model: nn.Module, folder: RunFolder) -> None:
+    """Raises ValueError where the state is another model's, as of a user's own class that has been changed since."""
+    saved, present = state.server.parameters.numel(), flatten(model).numel()
+    if saved != present:
+        raise ValueError(
+            f"the run in {folder.shown_path} has a model of {saved:,} parameters, and the model is now of {present:,}; "
+            "restore the model's code, or start a new run"
+        )
 
 
 class _StateKeeper:

@@ -30,14 +30,17 @@ from perfedavg.experiment import ExperimentOutcome, ExperimentState, RoundRecord
 from perfedavg.files import LineFile, remove_partial_files, replace_file
 from perfedavg.flat_model import unflatten_into
 from perfedavg.model_file import model_file
+from perfedavg.plain_values import from_plain, parse_json
 from perfedavg.plots import write_plots
-from perfedavg.runs import make_folder, read_run, remove_empty
+from perfedavg.runs import make_folder, read_unfinished_run, remove_empty
 from perfedavg.scores import ClientScore, summarize
 
 LOGGER = logging.getLogger("perfedavg")
 
 RESULT_KEYS = {Phase.FEDAVG: "after_fedavg", Phase.FINE_TUNE: "after_fine_tune"}
 """The names in result.json and in clients.csv of the scores taken after each phase."""
+
+CHECKPOINT_FOLDER = "checkpoint"
 
 NUM_NAMED = 10
 """Clients that a line for the user names, where there may be thousands."""
@@ -107,7 +110,7 @@ class RunFolder:
     def _open(self) -> tuple[filelock.BaseFileLock, logging.Handler]:
         flag = "--resume" if self._resumes else "--run_dir"
         if self._resumes:
-            read_run(self.path)
+            read_unfinished_run(self.path)
         try:
             self._made += make_folder(self.path)
             lock = _lock(self.path)
@@ -185,9 +188,10 @@ class RunFolder:
     def _begin(
         self, config: ExperimentConfig, fingerprint: str, run_settings: dict[str, Any]
     ) -> ExperimentState | None:
+        assert config.is_settled, "a run is one experiment for good"
         environment = _environment()
         identity = RunIdentity(config, fingerprint, {name: environment[name] for name in _DECIDE_BITS})
-        self._checkpoints = Checkpoints(self.path / "checkpoint", identity)
+        self._checkpoints = Checkpoints(self.path / CHECKPOINT_FOLDER, identity)
         self._events = EventFile(self.path / "tensorboard", config.phases)
         if not self._resumes:
             settings = {
@@ -200,10 +204,10 @@ class RunFolder:
             self._write("config.json", _json(settings))
             return None
         state = self._checkpoints.load()
-        recorded = read_run(self.path)
+        recorded = dict(read_unfinished_run(self.path).content)
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         resumption = {"time": now, "run": run_settings, "environment": environment}
-        recorded["resumed"] = [*recorded.get("resumed", []), resumption]
+        recorded["resumed"] = [*from_plain(list[Any], recorded.get("resumed", []), "config.json: resumed"), resumption]
         self._write("config.json", _json(recorded))
         self._cut_metrics_back(config, state)
         if state is None:
@@ -244,6 +248,22 @@ class RunFolder:
     def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
         _say_diverged(phase, scores[phase], self._clients)
         self._attempt("clients.csv", lambda: self._write("clients.csv", _clients_csv(scores, self._clients)))
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether the run has a state to go on from, read or not."""
+        return any((self.path / CHECKPOINT_FOLDER).glob("*.safetensors"))
+
+    def keep_start(self, state: ExperimentState) -> None:
+        """Save a state before its first round, for a start that cannot be made again from the seed.
+
+        Raises OSError, one line with the fix, where there is no room.
+        """
+        try:
+            with state.lock:
+                self.save_checkpoint(state)
+        except OSError as error:
+            raise OSError(f"{self.path} cannot be written ({error.strerror}); make room there") from error
 
     def save_checkpoint(self, state: ExperimentState) -> None:
         """Save the state, and before it the lines of metrics.jsonl that it stands for. The caller holds its lock.
@@ -310,10 +330,10 @@ class RunFolder:
         records: list[RoundRecord] = []
         for line, (phase, round_number) in zip(self._metrics.lines(), expected, strict=False):
             try:
-                values = json.loads(line)
+                values = from_plain(dict[str, Any], parse_json(line))
                 values.pop(_NAMES, None)
                 record = RoundRecord.from_dict(values)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except ValueError:
                 break
             if (record.phase, record.round_number) != (phase, round_number):
                 break

@@ -1,37 +1,90 @@
-"""Where runs are kept, and what the folder of an unfinished one says of it. Imports nothing heavy."""
+"""Where runs are kept, and what config.json says of one. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perfedavg.config import ExperimentConfig
+from perfedavg.plain_values import from_plain, parse_json
 
-def read_run(path: Path) -> dict[str, Any]:
-    """The content of config.json of an unfinished run, as --resume takes it up.
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class RecordedRun:
+    """What the config.json of a run holds.
+
+    flags: of its experiment, by name, as its user gave them or as they were by default.
+    content: all of the file.
+    """
+
+    path: Path
+    flags: Mapping[str, Any]
+    content: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> RecordedRun:
+        """Raises ValueError where it is damaged, FileNotFoundError or NotADirectoryError where there is none."""
+        path = folder / CONFIG_FILE
+        content = read_object(path)
+        try:
+            return cls(path, from_plain(dict[str, Any], content.get("flags"), "flags"), content)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error})") from error
+
+    def experiment(self) -> ExperimentConfig:
+        """What the flags came to, with everything settled. Raises ValueError, naming the field that is damaged."""
+        try:
+            values = from_plain(dict[str, Any], self.content.get("experiment"), "experiment")
+            experiment = ExperimentConfig.from_dict(values)
+            if not experiment.is_settled:
+                raise ValueError("its client_batching or initial_model is not settled")
+            return experiment
+        except ValueError as error:
+            raise ValueError(f"{self.path} is damaged, or of another version of this project ({error})") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises FileNotFoundError or NotADirectoryError where there is no file, ValueError where it cannot be read or holds
+    something else.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("it does not hold a JSON object")
+        return content
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+
+
+def read_unfinished_run(folder: Path) -> RecordedRun:
+    """The run that --resume goes on with.
 
     Raises ValueError where the folder holds no run, one that has ended, or a config.json that is damaged.
     """
-    if (path / "result.json").exists():
-        raise ValueError(f"--resume {path}: that run has ended, its result is in result.json; start a new run")
+    if (folder / "result.json").exists():
+        raise ValueError(f"--resume {folder}: that run has ended, its result is in result.json; start a new run")
     try:
-        content = json.loads((path / "config.json").read_bytes())
+        return RecordedRun.read(folder)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(
-            f"--resume {path} is not the folder of a run that has begun (it has no config.json); name a folder such "
+            f"--resume {folder} is not the folder of a run that has begun (it has no config.json); name a folder such "
             "as runs/<date-time>-<dataset>, or start a new run"
         ) from error
-    except OSError as error:
-        raise ValueError(f"--resume {path}: config.json cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise ValueError(f"--resume {path}: config.json is damaged ({error}); start a new run") from error
-    if not isinstance(content, dict) or not isinstance(content.get("flags"), dict):
-        raise ValueError(f"--resume {path}: config.json is damaged (it lacks the run's flags); start a new run")
-    return content
+        raise ValueError(f"--resume {folder}: {error}; start a new run") from error
 
 
 def make_folder(path: Path) -> list[Path]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from perfedavg.plain_values import from_plain
+
 
 @dataclass(frozen=True)
 class ClientScore:
@@ -80,6 +82,17 @@ def mean(values: Sequence[float]) -> float:
 def _std(values: Sequence[float]) -> float:
     with np.errstate(over="ignore", invalid="ignore"):
         return float(np.std(values))
+
+
+def check_summary(summary: Any, name: str) -> None:
+    """Raises ValueError where a value, as JSON gave it, is not what `summarize` returns. name: as an error calls it."""
+    fields = from_plain(dict[str, Any], summary, name)
+    for kind in ("initial", "personalized"):
+        spread = from_plain(dict[str, float | None], fields.get(kind), f"{name}.{kind}")
+        missing = [measure for measure in ("loss", "accuracy") if measure not in spread]
+        if missing:
+            raise ValueError(f"it lacks {name}.{kind}.{missing[0]}")
+    from_plain(float, fields.get("fraction_hurt"), f"{name}.fraction_hurt")
 
 
 def _spread(losses: list[float], accuracies: list[float]) -> dict[str, float]:

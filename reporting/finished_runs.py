@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +14,9 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perfedavg.config import Phase
+from perfedavg.config import ExperimentConfig, Phase
+from perfedavg.plain_values import check_known_fields, from_plain, parse_json
+from perfedavg.runs import CONFIG_FILE, read_object
 
 KINDS = ("initial", "personalized")
 """Whose scores: the global model's, and those of the same model after a client has adapted it."""
@@ -143,15 +144,16 @@ def read_finished_run(path: Path) -> FinishedRun:
             f"{path} holds a run that has not ended (there is no result.json); let it end; its log.txt says how it "
             "goes on"
         )
-    config, result = _read_object(path / "config.json"), _read_object(path / "result.json")
-    settings = _parse(path / "config.json", lambda: _checked_settings(config["experiment"]))
+    config, result = _read_object(path / CONFIG_FILE), _read_object(path / "result.json")
+    settings = _parse(path / CONFIG_FILE, lambda: _checked_settings(config["experiment"]))
+    environment = _parse(path / CONFIG_FILE, lambda: from_plain(dict[str, Any], config.get("environment") or {}))
     phases = _parse(path / "result.json", lambda: _phase_results(_checked_result(result), _phases(settings)))
     curve, curve_problem = _try_parse(
         path / "metrics.jsonl", lambda file: _curve(file, settings["fedavg"]["num_rounds"])
     )
     clients, clients_problem = _try_parse(path / "clients.csv", lambda file: _clients(file, phases))
     problems = tuple(problem for problem in (curve_problem, clients_problem) if problem is not None)
-    return FinishedRun(path, settings, result, config.get("environment") or {}, phases, curve, clients, problems)
+    return FinishedRun(path, settings, result, environment, phases, curve, clients, problems)
 
 
 def _raise(error: OSError) -> NoReturn:
@@ -160,16 +162,9 @@ def _raise(error: OSError) -> NoReturn:
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
+        return read_object(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ValueError(f"{path} is missing") from error
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged (it does not hold a JSON object)")
-    return content
 
 
 def _parse(path: Path, parse: Callable[[], Value]) -> Value:
@@ -194,19 +189,29 @@ def _try_parse(path: Path, parse: Callable[[Path], Value]) -> tuple[Value | None
         return None, str(error)
 
 
-def _checked_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises KeyError or TypeError where one that every report needs is not there."""
-    phases = [settings[name] for name in ("fedavg", "fine_tune") if settings[name] is not None]
-    whole_numbers = [settings[name] for name in ("seed", "cohort_size", "batch_size", "eval_every", "eval_clients")]
-    whole_numbers += [phase[name] for phase in phases for name in ("num_rounds", "num_local_epochs")]
-    optimizers = [phase[f"{whose}_optimizer"] for phase in phases for whose in ("client", "server")]
-    rates = [optimizer["learning_rate"] for optimizer in optimizers]
-    names = [settings["dataset"], *(optimizer["name"] for optimizer in optimizers)]
-    for kind, values in ((int, whole_numbers), ((int, float), rates), (str, names)):
-        for value in values:
-            if not isinstance(value, kind):
-                raise TypeError(f"a setting of the experiment is {value!r}")
-    return settings
+def _checked_settings(settings: Any) -> dict[str, Any]:
+    """The same. Raises ValueError where a setting has a wrong type or one that every report needs is not there.
+
+    A run of another version may lack settings that this one knows, and have others.
+    """
+    check_known_fields(ExperimentConfig, settings)
+    needed = ["fedavg", "fine_tune", "dataset", "seed", "cohort_size", "batch_size", "eval_every", "eval_clients"]
+    _require(settings, needed)
+    for phase in (settings["fedavg"], settings["fine_tune"]):
+        if phase is not None:
+            _require(phase, ["num_rounds", "num_local_epochs", "client_optimizer", "server_optimizer"])
+            for whose in ("client_optimizer", "server_optimizer"):
+                _require(phase[whose], ["name", "learning_rate"])
+    for name in ("cohort_size", "batch_size", "eval_every", "eval_clients"):
+        if settings[name] < 1:
+            raise ValueError(f"{name} is {settings[name]}, must be 1 or more")
+    return dict(settings)
+
+
+def _require(values: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises KeyError where one of them is not there."""
+    for name in names:
+        values[name]
 
 
 def _phases(settings: Mapping[str, Any]) -> list[Phase]:
@@ -216,13 +221,20 @@ def _phases(settings: Mapping[str, Any]) -> list[Phase]:
     return [Phase.FEDAVG, Phase.FINE_TUNE] if settings["fedavg"]["num_rounds"] else [Phase.FINE_TUNE]
 
 
+@dataclass(frozen=True)
+class _WholeRun:
+    """What result.json says of a whole run."""
+
+    train_clients: int
+    unseen_clients: int
+    seconds: float
+    model_sha256: str
+
+
 def _checked_result(result: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises KeyError or TypeError where a fact of the whole run is not there."""
-    kinds: dict[str, type | tuple[type, ...]]
-    kinds = {"train_clients": int, "unseen_clients": int, "seconds": (int, float), "model_sha256": str}
-    for name, kind in kinds.items():
-        if not isinstance(result[name], kind):
-            raise TypeError(f"{name} is {result[name]!r}")
+    """The same. Raises KeyError or ValueError where a fact of the whole run is not there, or of another type."""
+    check_known_fields(_WholeRun, result)
+    _require(result, [field.name for field in dataclasses.fields(_WholeRun)])
     return result
 
 
@@ -232,7 +244,7 @@ def _phase_results(result: Mapping[str, Any], phases: Sequence[Phase]) -> dict[P
 
 def _phase_result(values: Mapping[str, Any]) -> PhaseResult:
     return PhaseResult(
-        clients=values["clients"],
+        clients=from_plain(int, values["clients"], "clients"),
         initial=_scores(values["initial"]),
         personalized=_scores(values["personalized"]),
         fraction_hurt=_number(values["fraction_hurt"]),
@@ -246,28 +258,30 @@ def _scores(values: Mapping[str, Any]) -> Scores:
 
 def _epoch_scores(values: Mapping[str, Any]) -> EpochScores:
     measures = ("loss", "loss_std", "accuracy", "accuracy_std")
-    return EpochScores(int(values["epochs"]), **{name: _number(values[name]) for name in measures})
+    return EpochScores(
+        from_plain(int, values["epochs"], "epochs"), **{name: _number(values[name]) for name in measures}
+    )
 
 
 def _number(value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{value!r} is not a number")
-    return float(value) if math.isfinite(value) else None
+    number = from_plain(float, value, "a score")
+    return number if math.isfinite(number) else None
 
 
 def _curve(path: Path, num_fedavg_rounds: int) -> tuple[CurvePoint, ...]:
     points = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             evaluation = record["evaluation"]
             offset = {Phase.FEDAVG: 0, Phase.FINE_TUNE: num_fedavg_rounds}[Phase.of_field(record["phase"])]
             if evaluation is not None:
                 scores = (_scores(evaluation[kind]) for kind in KINDS)
-                points.append(CurvePoint(offset + record["round_number"], *scores))
-        except (ValueError, KeyError, TypeError) as error:
+                round_number = from_plain(int, record["round_number"], "round_number")
+                points.append(CurvePoint(offset + round_number, *scores))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"line {number}: {error}") from error
     return tuple(points)
 
@@ -278,9 +292,9 @@ def _clients(path: Path, phases: Mapping[Phase, PhaseResult]) -> dict[str, NDArr
     names = ["num_train_examples"]
     names += [f"after_{phase.field}_{kind}_{measure}" for phase in phases for kind in KINDS for measure in _MEASURES]
     columns = {name: np.array([_cell(row[name]) for row in rows]) for name in names}
-    (num_clients,) = {result.clients for result in phases.values()}
-    if len(rows) != num_clients:
-        raise ValueError(f"it has {len(rows)} rows, and result.json counts {num_clients} clients")
+    for result in phases.values():
+        if len(rows) != result.clients:
+            raise ValueError(f"it has {len(rows)} rows, and result.json counts {result.clients} clients")
     return columns
 
 

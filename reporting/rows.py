@@ -20,6 +20,8 @@ _ALWAYS_SAID = {"local_split": "tail", "validation": True}
 """What changes the meaning of the figures is said even where all rows have it in common."""
 _OF_ONE_METHOD = ("fine_tune support_fraction",)
 """Settings that only some methods have: that a row has one of them is said by its method."""
+_SHOWN_DIGITS = 12
+"""Of an initial model's digest, where rows are told apart by it."""
 _PHASES = tuple(phase.field for phase in Phase)
 
 
@@ -129,7 +131,7 @@ def leave_out_repeats(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], l
     first: dict[str, FinishedRun] = {}
     lines = []
     for run in runs:
-        key = _row_key(run.settings, run.seed)
+        key = _row_key(run.settings, run.seed, _origin(run))
         if key in first:
             lines.append(f"{run.path} is the same experiment with the same seed as {first[key].path}")
         else:
@@ -142,10 +144,11 @@ def group_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     groups: dict[str, list[FinishedRun]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
         groups.setdefault(_row_key(run.settings), []).append(run)
-    all_settings = [group[0].settings for group in groups.values()]
+    parts = [part for group in groups.values() for part in _parted_by_origin(group)]
+    all_settings = [runs[0].settings for runs, _ in parts]
     rows = [
-        Row(_name(settings), ", ".join(differences), tuple(group))
-        for settings, differences, group in zip(all_settings, _differences(all_settings), groups.values(), strict=True)
+        Row(_name(settings), ", ".join([*differences, *origin]), tuple(part))
+        for settings, differences, (part, origin) in zip(all_settings, _differences(all_settings), parts, strict=True)
     ]
     folders = Counter(_common_folder(row) for row in rows)
     rows = [replace(row, nickname=_nickname(row)) if folders[_common_folder(row)] == 1 else row for row in rows]
@@ -186,12 +189,31 @@ _NOTHING = object()
 """Stands for a setting that is not there, and for a most common value where no value is."""
 
 
-def _row_key(settings: Mapping[str, Any], *seed: int) -> str:
-    return json.dumps([settings["dataset"], _flatten(settings), *seed], sort_keys=True)
+def _row_key(settings: Mapping[str, Any], *which: int | str) -> str:
+    return json.dumps([settings["dataset"], _flatten(settings), *which], sort_keys=True)
+
+
+def _origin(run: FinishedRun) -> str:
+    """What the run's initial model was, as text; empty for random weights."""
+    return str(run.settings.get("initial_model") or "")
+
+
+def _parted_by_origin(group: list[FinishedRun]) -> list[tuple[list[FinishedRun], list[str]]]:
+    """The runs of a row, and what is to be said of it; several rows where a seed has several initial models.
+
+    Each seed may start from a phase 1 of its own.
+    """
+    if len({run.seed for run in group}) == len(group):
+        return [(group, [])]
+    parts: dict[str, list[FinishedRun]] = {}
+    for run in group:
+        parts.setdefault(_origin(run), []).append(run)
+    return [(part, [f"initial_model {origin[:_SHOWN_DIGITS]}"]) for origin, part in parts.items()]
 
 
 def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that act on the result, by flat names. Whether there is a phase is a setting named like it.
+    """The settings that act on the result, by flat names. Whether there is a phase is a setting named like it, and
+    whether there is an initial model, but not which: as the seed, it says what chance a run had.
 
     The client optimizer of phase 1 also personalizes, with or without a phase 1, and so is none of its settings.
     """
@@ -202,6 +224,7 @@ def _flatten(settings: Mapping[str, Any]) -> dict[str, Any]:
     idle = {*_SEED_OR_LESS, *(() if any(phases.values()) else ("cohort_size",))}
     flat = {name: value for name, value in settings.items() if name not in phases and name not in idle}
     flat["client_optimizer"] = personalizer
+    flat["initial_model"] = settings.get("initial_model") is not None
     for name, phase in phases.items():
         flat[name] = bool(phase)
         flat |= {f"{name} {key}": value for key, value in _acting(phase).items()}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import time
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, assert_one_clear_line, finish, read_result
+from helpers import ENDS_WITHIN_SECONDS, TINY, Launched, assert_one_clear_line, finish, read_result
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +50,31 @@ def test_what_is_no_model_for_it_is_refused(
     flags = [flag.format(runs=runs) for flag in flags]
     process = launched.start("single_process.py", *TINY, *flags, "--run_dir", tmp_path / "run")
     assert_one_clear_line(process, *parts)
+
+
+def test_a_run_that_has_begun_needs_no_other_runs_file(launched: Launched, runs: Path, tmp_path: Path) -> None:
+    """The other run is moved away while this one is stopped, before its first round has ended; the model is the same.
+
+    With another model in its place the run would go on as another experiment.
+    """
+    shutil.copytree(runs / "first", tmp_path / "first")
+    flags = [*TINY, "--epochs", "0", "--initial_model", tmp_path / "first", "--fine_tune_inner_loops", "40"]
+    path, undisturbed = tmp_path / "second", tmp_path / "undisturbed"
+    stopped = launched.start("single_process.py", *flags, "--run_dir", path)
+    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+    while not any((path / "checkpoint").glob("*.safetensors")):
+        assert stopped.poll() is None, finish(stopped)
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    stopped.kill()
+    finish(stopped)
+    status, _, errors = finish(launched.start("single_process.py", *flags, "--run_dir", undisturbed))
+    assert status == 0, errors
+    shutil.rmtree(tmp_path / "first")
+    other = launched.start("single_process.py", "--resume", path, "--initial_model", runs / "whole")
+    assert_one_clear_line(other, "has other parameters than the run began with")
+    status, _, errors = finish(launched.start("single_process.py", "--resume", path))
+    assert status == 0, errors
+    assert read_result(path)["model_sha256"] == read_result(undisturbed)["model_sha256"]
+    experiment = json.loads((path / "config.json").read_text())["experiment"]
+    assert experiment["initial_model"] == read_result(runs / "first")["model_sha256"], "not a path"

@@ -13,6 +13,7 @@ from helpers import Difference, QuadraticClients, digits_dataset, half_squared_n
 from torch import Tensor, nn
 
 from datasets import FederatedDataset
+from perfedavg import meta_learning
 from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.executor import LocalExecutor
 from perfedavg.experiment import ExperimentOutcome, ExperimentState, run_experiment
@@ -261,3 +262,60 @@ def test_a_clients_task_follows_from_its_round(method: str) -> None:
     state = ExperimentState.fresh(config, flatten(dense_with_dropout()))
     run_experiment(config, executor, digits(), state, [Listener()])
     assert losses[0] != losses[1]
+
+
+seen_rows: list[int] = []
+"""Of examples that a `Watched` was given at once."""
+
+
+class Watched(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        seen_rows.append(len(inputs))
+        outputs: Tensor = self.dense(torch.tanh(inputs))
+        return outputs
+
+
+def gradients_of(way: str, network: nn.Module, tasks: Sequence[MetaTask]) -> tuple[Tensor, Tensor]:
+    """way: `fomaml`, one by one, or with all tasks as a group `fomaml group` or `maml group`."""
+    how = LocalTraining(SGD, 1, 10, num_steps=3)
+    if way == "fomaml":
+        lane, found = FlatModel(network), []
+        for task in tasks:
+            lane.load(flatten(network))
+            found.append(fomaml_gradient(lane, task, how))
+        return torch.stack([gradient for gradient, _ in found]), torch.tensor([loss for _, loss in found])
+    together = maml_gradients if way == "maml group" else fomaml_gradients
+    gradients, losses = together(StackedModel(network, len(tasks)), flatten(network), tasks, how)
+    return gradients, torch.tensor(losses)
+
+
+def tasks_of(*sizes: int) -> list[MetaTask]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        cut_task(
+            torch.rand(size, 4, generator=generator, dtype=torch.float64),
+            torch.randint(0, 3, (size,), generator=generator),
+            np.random.SeedSequence(client),
+            support_fraction=0.5,
+        )
+        for client, size in enumerate(sizes)
+    ]
+
+
+@pytest.mark.parametrize("way", ["fomaml", "fomaml group", "maml group"])
+def test_a_query_part_of_any_size_is_run_in_pieces(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One client with the data of all has tens of thousands of examples there, whose activations would fill a memory.
+
+    The gradient of the mean is the same as in one piece.
+    """
+    network, tasks = Watched().double(), tasks_of(5000, 2300, 7)
+    seen_rows.clear()
+    gradients, losses = gradients_of(way, network, tasks)
+    assert max(seen_rows) <= 1024
+    monkeypatch.setattr(meta_learning, "QUERY_BATCH_SIZE", 5000)
+    torch.testing.assert_close((gradients, losses), gradients_of(way, network, tasks), rtol=1e-10, atol=1e-12)
+    assert max(seen_rows) == 2500

@@ -1,15 +1,25 @@
-"""How many clients are trained at once must follow from the experiment and the devices, not from their number."""
+"""How many clients are trained at once: on GPUs so many that all of them have work; on CPUs whatever their number."""
 
 from __future__ import annotations
+
+import re
 
 import pytest
 from helpers import digits_dataset, make_config
 from torch import nn
 
 from models import build_model
-from perfedavg.client_batching import TINY_MODEL_CLIENTS, default_num_lanes, settle_client_batching
+from perfedavg.client_batching import (
+    TINY_MODEL_CLIENTS,
+    default_num_lanes,
+    num_groups,
+    say_idle_slots,
+    settle_client_batching,
+)
 from perfedavg.compute import ComputeDevice
+from perfedavg.config import OptimizerConfig, PhaseConfig
 from perfedavg.executor import LocalExecutor
+from utils import check_num_workers
 
 CPU = ComputeDevice("cpu", 0)
 AUTO = make_config(cohort_size=16, client_batching=None)
@@ -37,14 +47,86 @@ def test_a_cpu_trains_only_tiny_models_together() -> None:
     assert settled(build_model("mnist_cnn", 10), gpu(10**12), CPU) == 1, "one worker on a CPU is one too many"
 
 
-def test_a_gpu_gets_as_many_as_fit_the_smallest_whatever_their_number() -> None:
+def test_a_gpu_gets_its_share_as_far_as_it_fits_the_smallest() -> None:
+    """Were a group the whole round, one GPU would train it and all others would idle, in every round."""
     model = build_model("mnist_cnn", 10)
-    assert settled(model, gpu(10**12)) == AUTO.cohort_size
+    assert [settled(model, *[gpu(10**12)] * number) for number in (1, 2, 4, 5, 16, 20)] == [16, 8, 4, 4, 1, 1]
+    for number in (1, 2, 4, 8, 16):
+        groups = num_groups(AUTO.cohort_size, settled(model, *[gpu(10**12)] * number))
+        assert groups == number, "each has a group"
     few = settled(model, gpu(100 * 2**20))
     assert 1 < few < AUTO.cohort_size
     assert settled(model, gpu(10**12), gpu(100 * 2**20)) == few
-    assert settled(model, *[gpu(100 * 2**20)] * 4) == few
+    assert settled(model, *[gpu(100 * 2**20)] * 2) == few, "what fits is less than a share"
     assert settled(model, gpu(1)) == 1, "even where none fits, one is tried"
+
+
+def test_groups_side_by_side_on_a_gpu_share_clients_and_memory() -> None:
+    """With --threads, a process has several groups on its GPU at once."""
+    model = build_model("mnist_cnn", 10)
+    assert settled(model, ComputeDevice("cuda", 10**12, 4)) == 4
+    few = settled(model, gpu(100 * 2**20))
+    assert settled(model, ComputeDevice("cuda", 100 * 2**20, 2)) <= few / 2 + 1
+
+
+def test_what_a_query_takes_counts() -> None:
+    """FOMAML differentiates on its whole query part at once, which is many times a batch."""
+    model, memory = build_model("mnist_cnn", 10), gpu(200 * 2**20)
+    sizes = [
+        settle_client_batching(
+            make_config(cohort_size=16, client_batching=None, batch_size=1, fine_tune=fine_tune(method)),
+            model,
+            digits_dataset(20),
+            [memory],
+        ).client_batching
+        for method in ("reptile", "fomaml", "maml")
+    ]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[1] < sizes[0], "else a GPU runs out of memory when the phase begins"
+
+
+def fine_tune(method: str) -> PhaseConfig:
+    sgd = OptimizerConfig("sgd", 0.1)
+    return PhaseConfig(2, 1, sgd, sgd, num_local_steps=1, method=method)
+
+
+@pytest.mark.parametrize("cohort_size", [2, 3, 5, 8, 10, 16])
+def test_a_round_of_a_tiny_model_gives_work_to_several(cohort_size: int) -> None:
+    """Two at least; with 20 clients four. How many there are is not asked, so the model does not depend on it."""
+    config = make_config(cohort_size=cohort_size, client_batching=None)
+    tiny = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    sizes = {
+        settle_client_batching(config, tiny, digits_dataset(20), [CPU] * number).client_batching for number in (1, 2, 7)
+    }
+    (size,) = sizes
+    assert size is not None
+    assert num_groups(cohort_size, size) >= max(2, cohort_size // 5)
+
+
+def test_slots_without_work_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nobody may idle silently: a round's groups may be fewer than those who could train them."""
+    config = make_config(cohort_size=16, client_batching=8)
+    say_idle_slots(config, 2)
+    assert capsys.readouterr().err == ""
+    say_idle_slots(config, 5)
+    said = "16 client(s) are trained in 2 group(s) of up to 8 clients, so that 3 of 5 training slots have no work"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("client_batching", "num_workers", "fix"),
+    [
+        (None, 5, "raise it to 5"),
+        (1, 5, "raise it to 5"),
+        (2, 3, "makes 2 group(s) of --client_batching 2 for 3 workers, some of which would never work; raise it to 5"),
+        (4, 2, "lower --client_batching"),
+    ],
+)
+def test_workers_that_would_never_work_are_refused(client_batching: int | None, num_workers: int, fix: str) -> None:
+    config = make_config(cohort_size=4, client_batching=client_batching)
+    with pytest.raises(ValueError, match=re.escape(fix)):
+        check_num_workers(config, num_workers)
+    check_num_workers(config, num_workers - 1)
 
 
 def test_an_executor_asks_for_a_number_and_for_a_model_that_can_be_stacked() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -188,6 +192,71 @@ def test_resume_refuses_another_experiment_but_not_the_same(tmp_path: Path, caps
     assert same.epochs == 7
 
 
+def begun_run(path: Path, *argv: str, **settled: object) -> Path:
+    """A folder with the config.json that a run with these flags leaves, with what it has settled."""
+    run = unfinished_run(path, *argv)
+    content = json.loads((run / "config.json").read_text())
+    experiment = {**config(*argv).to_dict(), "client_batching": 1, **settled}
+    (run / "config.json").write_text(json.dumps({**content, "experiment": experiment}))
+    return run
+
+
+def resumed(run: Path, *argv: str) -> ExperimentConfig:
+    return utils.experiment_from_args(utils.get_args("single", ["--resume", str(run), *argv]))
+
+
+def test_a_resumed_run_keeps_what_it_has_settled(tmp_path: Path) -> None:
+    """Settled anew, on another device or from another file, it would be another experiment. The flags fit it."""
+    digest = "ab" * 32
+    run = begun_run(tmp_path / "run", "--initial_model", "gone", client_batching=16, initial_model=digest)
+    for given in ([], ["--client_batching", "16"], ["--client_batching", "auto"], ["--initial_model", "gone"]):
+        settled = resumed(run, *given)
+        assert (settled.client_batching, settled.initial_model) == (16, digest)
+    with pytest.raises(SystemExit):
+        resumed(run, "--client_batching", "4")
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "said"),
+    [
+        ("flags", "seed", 5, "seed is 5, was 0"),
+        ("experiment", "seed", 5, "seed is 0, was 5"),
+        ("experiment", "batch_size", 7, "batch_size is 20, was 7"),
+        ("experiment", "client_batching", None, "not settled"),
+        ("experiment", "initial_model", "ab" * 32, "initial_model is None, was abab"),
+        ("flags", "fine_tune", False, "fine_tune is None"),
+        ("experiment", "batch_size", "20", 'batch_size is "20", must be a whole number'),
+        ("experiment", "epochs", 2, "epochs is unknown"),
+    ],
+)
+def test_a_config_json_that_was_edited_is_refused(
+    part: str, name: str, value: object, said: str, tmp_path: Path
+) -> None:
+    """Also before the first checkpoint: else the run would silently become another experiment."""
+    run = begun_run(tmp_path / "run", "--dataset", "digits")
+    content = json.loads((run / "config.json").read_text())
+    content[part][name] = value
+    (run / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(said)) as refusal:
+        resumed(run)
+    assert str(run) in str(refusal.value)
+
+
+@pytest.mark.parametrize("value", ["12", [12], {"a": 1}, 1.5, True, 10**30])
+def test_a_flag_of_another_type_in_config_json_is_one_line(
+    value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = begun_run(tmp_path / "run", "--dataset", "digits")
+    content = json.loads((run / "config.json").read_text())
+    content["flags"]["epochs"] = value
+    (run / "config.json").write_text(json.dumps(content))
+    with pytest.raises((SystemExit, ValueError)) as refusal:
+        resumed(run)
+    said = capsys.readouterr().err or str(refusal.value)
+    assert "epochs" in said or "num_rounds" in said
+    assert len(said.strip().splitlines()) == 1
+
+
 def test_quick_start_defaults_to_the_data_that_needs_no_download() -> None:
     assert utils.get_args("quick_start", []).dataset == "digits"
     assert utils.get_args("quick_start", []).client_num_in_total == 50
@@ -223,6 +292,23 @@ def test_help_explains_every_flag_without_loading_torch(entry_point: str) -> Non
     assert len(explained) > 5
     for text in explained:
         assert "default" in text or text.startswith("rank"), text
+
+
+def test_build_parser_says_which_flags_stand_in_two_groups() -> None:
+    """Whoever changes a flag must know that there is another one of its name."""
+    groups = [value for name, value in vars(utils).items() if name.startswith("_add_") and _is_group(value)]
+    names: Counter[str] = Counter()
+    for add in groups:
+        parser = argparse.ArgumentParser(add_help=False)
+        add(parser)
+        names.update(action.option_strings[0] for action in parser._actions)
+    twice = {name for name, count in names.items() if count > 1}
+    documentation = utils.build_parser.__doc__ or ""
+    assert set(re.findall(r"`(--\w+)`", documentation)) == twice
+
+
+def _is_group(value: object) -> bool:
+    return inspect.isfunction(value) and list(inspect.signature(value).parameters) == ["parser"]
 
 
 def test_the_readme_lists_every_flag() -> None:

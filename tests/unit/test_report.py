@@ -382,6 +382,29 @@ def test_settings_that_change_no_result_do_not_part_seeds() -> None:
     assert labels_of(*configs) == ["E 5, 20 clients a round"]
 
 
+def test_seeds_with_a_phase_1_of_their_own_are_one_row() -> None:
+    """Which initial model a run had is chance as its seed is; whether it had one is a setting."""
+    fields = {"fedavg": PhaseConfig(0, 5, SGD, MOMENTUM)}
+    configs = [experiment(seed=seed, initial_model=str(seed) * 64, **fields) for seed in (1, 2)]
+    assert labels_of(*configs) == ["no FedAvg, 20 clients a round"]
+    assert labels_of(*configs, experiment(seed=3, **fields)) == [
+        "no FedAvg, 20 clients a round",
+        "no FedAvg, 20 clients a round, initial_model",
+    ]
+
+
+def test_a_seed_with_two_initial_models_is_in_two_rows(tmp_path: Path) -> None:
+    """Neither is the other again, nor another seed."""
+    config = experiment(fedavg=PhaseConfig(0, 5, SGD, MOMENTUM))
+    for digit in "ab":
+        other = dataclasses.replace(config, initial_model=digit * 64)
+        write_run(tmp_path / digit, other, {"fine_tune": ((1.0, 0.6), (0.5, 0.9))})
+    runs, reasons = read_runs([tmp_path])
+    assert reasons == []
+    labels = [row.label for row in group_rows(runs)]
+    assert [label[-12:] for label in labels] == ["a" * 12, "b" * 12]
+
+
 def test_the_same_experiment_and_seed_counts_once(tmp_path: Path) -> None:
     """A copy counted as another seed would make the deviation too small."""
     for name in ("a", "b"):
