@@ -228,7 +228,7 @@ def test_what_is_no_finished_run(run: Path, images: Path, tmp_path: Path) -> Non
     broken.mkdir()
     settings = json.loads((run / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(settings))
-    refused(broken, "holds a run that has not ended; continue it with --resume")
+    refused(broken, "holds a run that has not ended")
     (broken / "result.json").write_text("{}")
     refused(broken, r"model\.safetensors cannot be read")
     content = (run / "model.safetensors").read_bytes()
