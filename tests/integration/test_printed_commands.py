@@ -26,11 +26,11 @@ LONG += ["--inner_loops", "40", "--fine_tune", "false", "--pers_round", "1", "--
 
 
 def write_images(folder: Path) -> None:
-    """Random images of two classes, by six clients."""
+    """Random images of two classes, by six clients, the names of which are no text."""
     generator = np.random.default_rng(0)
     for client in range(6):
         for number in range(10):
-            path = folder / f"client{client}" / f"class{number % 2}" / f"{number}.png"
+            path = folder / os.fsdecode(b"client\xff%d" % client) / f"class{number % 2}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(generator.integers(0, 256, (28, 28), dtype=np.uint8), "L").save(path)
 
@@ -65,6 +65,7 @@ def test_a_stopped_run_prints_the_command_that_ends_it(script: str, launched: La
     status, _, errors = finish(launched.start("sh", "-c", command, cwd=elsewhere))
     assert status == 0, errors
     assert read_result(tmp_path / run)["rounds"] == 6
+    assert "client?" in (tmp_path / run / "clients.csv").read_text()
     assert command in (tmp_path / run / "log.txt").read_text() or b"\xff" in os.fsencode(run)
 
 
