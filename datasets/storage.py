@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shutil
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from filelock import FileLock
+
+LOGGER = logging.getLogger("perfedavg.datasets")
 
 T = TypeVar("T")
 
@@ -105,8 +108,9 @@ def built_once(
 
 def _open_first(places: Sequence[Path], folder: str, open_built: Callable[[Path], T]) -> T | None:
     for place in places:
-        if (place / folder).is_dir():
-            with contextlib.suppress(OSError, ValueError, KeyError):  # incomplete, as after a copy that was cut short
+        # not to be read, or incomplete, as after a copy that was cut short
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if (place / folder).is_dir():
                 return open_built(place / folder)
     return None
 
@@ -137,7 +141,8 @@ def _sources_digest(sources: Iterable[Path], root: Path, version: int) -> str:
 
 
 def tell(line: str) -> None:
-    """A line on standard error. A terminal that is gone does not matter."""
+    """A line on standard error, also into the run's log. A terminal that is gone does not matter."""
+    LOGGER.info("%s", line)
     if sys.stderr is not None:
         with contextlib.suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)

@@ -117,6 +117,23 @@ def test_a_cache_that_is_not_whole_is_built_anew(damage: str, root: Path) -> Non
     assert grey_of(load(root, 9)) == 9
 
 
+def test_a_cache_that_cannot_be_read(root: Path, user_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another user, say. Permissions do not bind root, so the refusal is made up."""
+    load(root)
+    is_dir = Path.is_dir
+
+    def refuse(path: Path) -> bool:
+        if path.parent == root / "cache":
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_dir(path)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    (root / "cache").rename(root / "old")
+    (root / "cache").write_text("in the way")
+    assert grey_of(load(root, 8)) == 8
+    assert user_cache.exists()
+
+
 def test_nowhere_to_write(
     root: Path, tmp_path: Path, make_read_only: ReadOnly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
