@@ -17,8 +17,19 @@ from typing import Any
 PROJECT = Path(__file__).resolve().parent.parent
 PROJECT_MODULES = frozenset(
     (
-        *("benchmarks", "client_worker", "compat", "datasets", "models", "multi_process", "perfedavg", "personalize"),
-        *("quick_start", "report", "reporting", "reproduce", "server", "sine", "single_process", "tests", "utils"),
+        *("benchmarks", "client_worker", "compat", "datasets", "models", "multi_process", "paths", "perfedavg"),
+        *(
+            "personalize",
+            "quick_start",
+            "report",
+            "reporting",
+            "reproduce",
+            "server",
+            "sine",
+            "single_process",
+            "tests",
+            "utils",
+        ),
     )
 )
 """Names by which this project's modules are imported; they come before a user's and before installed ones."""
