@@ -44,8 +44,9 @@ def run_single(launched: Launched, run_dir: Path, data_root: Path, flags: list[s
 
 def test_one_two_three_workers_and_none_give_the_same_model(launched: Launched, tmp_path: Path) -> None:
     """On EMNIST's model, whose dropout must follow each client and not its worker; 5 clients among 1, 2, 3 workers."""
-    write_image_files(tmp_path / "EMNIST" / "raw", EMNIST_PREFIXES, (500, 130), num_classes=62)
-    flags = [*TINY, "--dataset", "emnist", "--struct", "cnn"]
+    write_image_files(tmp_path / "EMNIST" / "raw", EMNIST_PREFIXES, (200, 60), num_classes=62)
+    flags = [*TINY, "--dataset", "emnist", "--struct", "cnn", "--epochs", "2", "--inner_loops", "1"]
+    flags += ["--fine_tune_outer_loops", "1"]
     digests = {run_single(launched, tmp_path / "single", tmp_path, [*flags, "--threads", "2"])}
     for num_workers in (1, 2, 3):
         digests.add(run_distributed(launched, tmp_path / f"{num_workers}", num_workers, tmp_path, flags))
@@ -55,9 +56,17 @@ def test_one_two_three_workers_and_none_give_the_same_model(launched: Launched, 
     assert digests != {run_single(launched, tmp_path / "other", tmp_path, [*flags, "--seed", "1"])}
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The digest that TINY alone gives."""
+    path = tmp_path_factory.mktemp("plain")
+    with Launched() as launched:
+        return run_single(launched, path / "run", path, TINY)
+
+
 @pytest.mark.parametrize("flags", [["--client_batching", "2"], ["--precision", "bf16"]], ids=" ".join)
 def test_groups_and_bf16_do_not_depend_on_the_processes_either(
-    launched: Launched, tmp_path: Path, flags: list[str]
+    launched: Launched, tmp_path: Path, flags: list[str], plain: str
 ) -> None:
     """Five clients a round in groups of 2, 2 and 1, which two workers share out as it comes."""
     digests = {
@@ -65,7 +74,7 @@ def test_groups_and_bf16_do_not_depend_on_the_processes_either(
         run_distributed(launched, tmp_path / "two", 2, tmp_path, [*TINY, *flags]),
     }
     assert len(digests) == 1
-    assert digests != {run_single(launched, tmp_path / "plain", tmp_path, TINY)}
+    assert digests != {plain}
 
 
 def test_maml_and_the_curve_over_epochs_do_not_depend_on_the_processes_either(
