@@ -2,10 +2,11 @@
 
 python benchmarks/faults.py [--rows TEXT]
 
-Each row is a run of real processes, a server and two workers, with one fault planted at an exact point
-(`planted_fault.py`). Every row must end with the model, the metrics and the scores of the undisturbed run, and leave no
-process behind. Prints for each row how long it took until the fault was noticed, and how much longer than the
-undisturbed run (median of three) the whole took, start-up of new processes included. The last line is JSON.
+Each row is a run of real processes, a server and two workers, forked as quick_start.py forks them, with one fault
+planted at an exact point (`planted_fault.py`). Every row must end with the model, the metrics and the scores of the
+undisturbed run, and leave no process behind. Prints for each row how long it took until the fault was noticed, and how
+much longer than the undisturbed run (median of three) the whole took, start-up of new processes included. The last line
+is JSON.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Protocol
 
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from quick_start import hold_free_port  # noqa: E402
+from perfedavg.forking import ForkedProcess, load  # noqa: E402
+from quick_start import hold_free_port, load_everything  # noqa: E402
 
 POLL_SECONDS = 0.02
 ENDS_WITHIN_SECONDS = 150
@@ -124,15 +127,31 @@ def is_same(result: Result, undisturbed: Result) -> bool:
     )
 
 
+class Process(Protocol):
+    """What is needed of subprocess.Popen."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def send_signal(self, number: int) -> None: ...
+    def kill(self) -> None: ...
+
+
+Launch = Callable[[str, Path, list[str], IO[bytes]], Process]
+"""Starts a script: its name for people, path, arguments, and the file for what it prints."""
+
+
 class Processes:
     """The processes of one run, each with its standard error in a file of its own."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, launch: Launch) -> None:
         self._folder = folder
+        self._launch = launch
         self._held, self.port = hold_free_port()
         self.run_dir = folder / "run"
         self.note = folder / "struck"
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._running: dict[str, Process] = {}
 
     def start(self, name: str, row: Row | None = None, resume: bool = False) -> None:
         """Start `server`, `worker 1` or `worker 2`, with the row's fault planted in it."""
@@ -146,10 +165,9 @@ class Processes:
         if row is not None:
             fault = [row.point, row.phase, str(row.round_number), row.signal, str(self.note)]
             words = ["benchmarks/planted_fault.py", *fault, *words]
+        script, *argv = words
         with open(self.error_file(name), "ab") as errors:
-            self._running[name] = subprocess.Popen(
-                [sys.executable, *words, *address], cwd=ROOT, stdout=errors, stderr=errors
-            )
+            self._running[name] = self._launch(name, ROOT / script, [*argv, *address], errors)
 
     def error_file(self, name: str) -> Path:
         return self._folder / name
@@ -180,29 +198,29 @@ class Processes:
 
 
 @contextmanager
-def processes_in(folder: Path) -> Iterator[Processes]:
+def processes_in(folder: Path, launch: Launch = ForkedProcess) -> Iterator[Processes]:
     folder.mkdir(parents=True)
-    processes = Processes(folder)
+    processes = Processes(folder, launch)
     try:
         yield processes
     finally:
         processes.end()
 
 
-def run_undisturbed(folder: Path) -> Result:
-    return _run(folder, None)
+def run_undisturbed(folder: Path, launch: Launch = ForkedProcess) -> Result:
+    return _run(folder, launch, None)
 
 
-def run_row(row: Row, folder: Path) -> Result:
+def run_row(row: Row, folder: Path, launch: Launch = ForkedProcess) -> Result:
     """Run with the row's fault, and see to it that every process that should end well does.
 
     Raises AssertionError, with what the processes said, where one does not.
     """
-    return _run(folder, row)
+    return _run(folder, launch, row)
 
 
-def _run(folder: Path, row: Row | None) -> Result:
-    with processes_in(folder) as processes:
+def _run(folder: Path, launch: Launch, row: Row | None) -> Result:
+    with processes_in(folder, launch) as processes:
         started = time.monotonic()
         struck = None if row is None else ("server" if row.process == "server" else "worker 2")
         for name in ("server", "worker 1", "worker 2"):
@@ -271,6 +289,7 @@ def main() -> None:
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves no process behind
     rows = [row for row in MATRIX if args.rows in row.name]
+    load(load_everything)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         undisturbed = [run_undisturbed(folder / f"undisturbed {number}") for number in range(3)]

@@ -33,6 +33,7 @@ from faults import (  # noqa: E402
     ENDS_WITHIN_SECONDS,
     POLL_SECONDS,
     SILENCE_SECONDS,
+    Launch,
     Processes,
     Result,
     is_same,
@@ -48,6 +49,8 @@ from multi_process.control import (  # noqa: E402
     NotOursError,
     receive_greeting,
 )
+from perfedavg.forking import ForkedProcess, load  # noqa: E402
+from quick_start import load_everything  # noqa: E402
 
 SERVER, WORKERS = "server", ("worker 1", "worker 2")
 STRANGER = "stranger"
@@ -86,12 +89,14 @@ def events(seed: int) -> Iterator[Event]:
         yield Event(pause, target, action, generator.uniform(0.0, longest))
 
 
-def run_disturbed(folder: Path, happening: Iterator[Event], done: Counter[str]) -> Result:
+def run_disturbed(
+    folder: Path, happening: Iterator[Event], done: Counter[str], launch: Launch = ForkedProcess
+) -> Result:
     """One run, disturbed until its server has ended. Counts in `done` what was done.
 
     Raises AssertionError, with what the processes said, where a process does not end as it should.
     """
-    with processes_in(folder) as processes:
+    with processes_in(folder, launch) as processes:
         started = time.monotonic()
         for name in (SERVER, *WORKERS):
             processes.start(name)
@@ -171,6 +176,7 @@ def main() -> None:
     done: Counter[str] = Counter()
     outcomes: list[bool] = []
     happening = events(args.seed)
+    load(load_everything)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         undisturbed = run_undisturbed(folder / "undisturbed")

@@ -110,6 +110,7 @@ def begin_anew(argv: Sequence[str], streams: tuple[int, int, int]) -> None:
     sys.stdin = open(0, closefd=False)  # noqa: SIM115, for as long as the process lives
     sys.stdout, sys.stderr = _reopened(sys.stdout, 1, os.isatty(1)), _reopened(sys.stderr, 2, True)
     sys.argv = list(argv)
+    sys.path[0] = str(Path(argv[0]).parent)
     random.seed()
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed()  # of users' code; this project's generators follow from --seed

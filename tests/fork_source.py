@@ -214,7 +214,6 @@ def become(request: dict[str, Any]) -> None:
     begin_anew(request["words"], tuple(request["streams"]))
     for descriptor in request["streams"]:
         os.close(descriptor)
-    sys.path[0] = str(Path(request["words"][0]).parent)
 
 
 def load_everything() -> None:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -59,6 +59,12 @@ def fork_source() -> ForkSource:
     source = ForkSource()
     atexit.register(source.close)
     return source
+
+
+def launch_fork(name: str, script: Path, argv: list[str], output: IO[bytes]) -> Forked:
+    """Starts the processes of benchmarks/faults.py, which forks them itself where it has loaded everything itself."""
+    streams = (output.fileno(), output.fileno())
+    return fork_source().start([str(script), *argv], os.environ, ROOT, streams)
 
 
 class Launched:

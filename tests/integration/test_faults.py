@@ -7,7 +7,16 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, assert_one_clear_line, finish, free_port, read_result, wait_for_line
+from helpers import (
+    TINY,
+    Launched,
+    assert_one_clear_line,
+    finish,
+    free_port,
+    launch_fork,
+    read_result,
+    wait_for_line,
+)
 
 from benchmarks.faults import MATRIX, Result, Row, run_row, run_undisturbed
 
@@ -23,7 +32,7 @@ REST = [row for row in MATRIX if row not in ALWAYS]
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return run_undisturbed(tmp_path_factory.mktemp("undisturbed") / "run")
+    return run_undisturbed(tmp_path_factory.mktemp("undisturbed") / "run", launch_fork)
 
 
 def assert_same(result: Result, undisturbed: Result) -> None:
@@ -38,13 +47,13 @@ def test_the_rows_of_every_run_are_of_the_matrix() -> None:
 
 @pytest.mark.parametrize("row", ALWAYS, ids=[row.name for row in ALWAYS])
 def test_a_fault_changes_nothing_in_the_result(row: Row, undisturbed: Result, tmp_path: Path) -> None:
-    assert_same(run_row(row, tmp_path / "run"), undisturbed)
+    assert_same(run_row(row, tmp_path / "run", launch_fork), undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", REST, ids=[row.name for row in REST])
 def test_the_rest_of_the_fault_matrix(row: Row, undisturbed: Result, tmp_path: Path) -> None:
-    assert_same(run_row(row, tmp_path / "run"), undisturbed)
+    assert_same(run_row(row, tmp_path / "run", launch_fork), undisturbed)
 
 
 def test_a_worker_more_is_taken_in_and_then_the_first_ones_may_leave(launched: Launched, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+from helpers import launch_fork
 
 from benchmarks.soak import (
     MAX_PAUSE_SECONDS,
@@ -35,8 +36,8 @@ def test_what_happens_follows_from_the_seed() -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_disturbed_all_the_while_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
-    undisturbed = run_undisturbed(tmp_path / "undisturbed")
+    undisturbed = run_undisturbed(tmp_path / "undisturbed", launch_fork)
     done: Counter[str] = Counter()
-    result = run_disturbed(tmp_path / "disturbed", events(0), done)
+    result = run_disturbed(tmp_path / "disturbed", events(0), done, launch_fork)
     assert is_same(result, undisturbed)
     assert done.total() > 0
