@@ -35,10 +35,13 @@ NUMBER = struct.Struct("q")
 class Forked:
     """A process that was forked from the source. Its methods are those of subprocess.Popen in text mode."""
 
-    def __init__(self, args: Sequence[str], report: int, stdout: int, stderr: int) -> None:
-        """report: descriptor that gives the process id, and the exit status when it has ended."""
+    def __init__(self, args: Sequence[str], report: int, pipes: Sequence[int]) -> None:
+        """report: descriptor that gives the process id, and the exit status when it has ended.
+
+        pipes: of its standard output and error, or none where these are elsewhere.
+        """
         self.args = args
-        self.stdout, self.stderr = open(stdout), open(stderr)  # noqa: SIM115, closed by communicate
+        self.stdout, self.stderr = map(open, pipes) if pipes else (None, None)  # closed by communicate
         self.returncode: int | None = None
         self._report = report
         self._rest: dict[IO[str], str] = {}
@@ -62,6 +65,7 @@ class Forked:
             return None if deadline is None else max(0.0, deadline - time.monotonic())
 
         if not self._readers:
+            assert self.stdout is not None, "it has pipes"
             for stream in (self.stdout, self.stderr):
                 self._readers.append(threading.Thread(target=self._read_rest, args=(stream,), daemon=True))
                 self._readers[-1].start()
@@ -136,20 +140,12 @@ class ForkSource:
             "namespace": network_namespace,
         }
         report, report_end = os.pipe()
-        ours: list[int] = []
-        theirs = [report_end]
-        for stream in streams or (None, None):
-            if stream is None:
-                read_end, stream = os.pipe()
-                ours.append(read_end)
-            else:
-                stream = os.dup(stream)
-                ours.append(os.open(os.devnull, os.O_RDONLY))
-            theirs.append(stream)
-        socket.send_fds(self._socket, [json.dumps(request).encode()], [*theirs, 0])
-        for descriptor in theirs:
+        pipes = [] if streams else [os.pipe(), os.pipe()]
+        shown = streams or [write_end for _, write_end in pipes]
+        socket.send_fds(self._socket, [json.dumps(request).encode()], [report_end, *shown, 0])
+        for descriptor in (report_end, *(write_end for _, write_end in pipes)):
             os.close(descriptor)
-        return Forked(words, report, *ours)
+        return Forked(words, report, [read_end for read_end, _ in pipes])
 
     def close(self) -> None:
         self._socket.close()
