@@ -1,6 +1,7 @@
 #!/bin/sh
 # Sets up .venv on first use, then checks style and types and runs the tests.
-# sh test.sh [pytest's own flags and paths]
+# sh test.sh [--slow] [pytest's own flags and paths]
+# Tests run side by side, one process a core; those of a module that share a run, in one of them.
 set -eu
 root=$(cd "$(dirname "$0")" && pwd)
 . "$root/setup_venv.sh"

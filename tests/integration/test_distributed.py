@@ -120,6 +120,31 @@ def test_a_signal_to_quick_start_leaves_no_process(number: signal.Signals, launc
     assert not (tmp_path / "run" / "result.json").exists()
 
 
+def test_what_quick_start_starts_are_forks_that_do_not_outlive_it(launched: Launched, tmp_path: Path) -> None:
+    """They share the memory of what it has loaded, and SIGKILL leaves it no time to end them."""
+    process = launched.start("quick_start.py", *TINY, "--epochs", "100000", "--run_dir", tmp_path / "run")
+    wait_for_line(process, "FedAvg round")
+    children = children_of(process.pid)
+    names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in children]
+    assert names == ["server", "worker 1", "worker 2"]
+    shared = [_shared_megabytes(pid) for pid in children]
+    assert min(shared) > 50, shared
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    for pid in children:
+        assert_ended(pid)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "stopped by SIGTERM" in log
+    assert "saved; continue with" in log, "the server saves what it has, as at any early end"
+
+
+def _shared_megabytes(pid: int) -> float:
+    """Of memory that no file is behind, and that a process has in common with another."""
+    fields = dict(line.split(":") for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    anonymous, private = (int(fields[name].split()[0]) for name in ("Anonymous", "Private_Dirty"))
+    return (anonymous - private) / 1024
+
+
 def test_quick_start_starts_a_dead_worker_again(launched: Launched, tmp_path: Path) -> None:
     process = launched.start("quick_start.py", *TINY, "--epochs", "100000", "--run_dir", tmp_path / "run")
     wait_for_line(process, "FedAvg round")

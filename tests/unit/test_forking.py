@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,3 +118,25 @@ child.terminate()  # nothing to a process that has ended
     script = write_script(tmp_path / "child.py", "import signal; signal.pause()")
     process = launched.start(write_script(tmp_path / "parent.py", parent), script)
     assert finish(process) == (0, "None\n-9 -9\n", "")
+
+
+def test_what_is_loaded_before_the_forks_touches_no_gpu_and_leaves_one_thread(launched: Launched) -> None:
+    """A fork has none of the other threads, and cannot use a GPU that its parent has asked for anything."""
+    program = f"""
+import os, sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+def refuse(*words, **more): raise AssertionError("the GPU was asked for")
+for name in ("is_available", "device_count", "init", "_lazy_init", "current_device", "get_device_properties"):
+    setattr(torch.cuda, name, refuse)
+import quick_start
+from perfedavg.forking import load
+load(quick_start.load_everything)
+print(threading.active_count(), "multi_process.worker" in sys.modules, "perfedavg.run" in sys.modules, flush=True)
+if os.fork() == 0:
+    print(len(os.listdir("/proc/self/task")), torch.ones(2).sum().item(), flush=True)
+    os._exit(0)
+os.wait()
+"""
+    status, output, errors = finish(launched.start(sys.executable, "-W", "ignore", "-c", program))
+    assert (status, output) == (0, "1 True True\n1 2.0\n"), errors
