@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 from helpers import Launched
 from progress import Progress
@@ -25,12 +26,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # what pytest-xdist gives its workers, which show nothing
         config.pluginmanager.register(Progress(config))
+    # The same examples each time, but with --slow, where what fails is printed with what repeats it; and no limit of
+    # time, which a busy machine would exceed.
+    is_slow = config.getoption("--slow")
+    hypothesis.settings.register_profile(
+        "suite",
+        deadline=None,
+        derandomize=not is_slow,
+        print_blob=is_slow,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+    hypothesis.settings.load_profile("suite")
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """For `-n auto`: of processes that run tests. Most tests wait for processes of their own, which need the cores."""
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    """For `-n auto`: processes that run tests. One more than cores, because many tests wait for what takes its time."""
+    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) + 1)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -128,7 +128,7 @@ class ForkSource:
         streams: tuple[int, int] | None = None,
         network_namespace: str | None = None,
     ) -> Forked:
-        """Start a script with arguments, as subprocess.Popen would.
+        """Start a script, or -m and a module, with arguments, as Python would from its command line.
 
         streams: descriptors for standard output and error, or None for pipes of its own.
         network_namespace: name of the one to be in, which is this process's otherwise.
@@ -239,4 +239,9 @@ if __name__ == "__main__":
     request = serve(connection)
     if request is not None:
         become(request)
-        runpy.run_path(request["words"][0], run_name="__main__")
+        if sys.argv[0] == "-m":
+            sys.path[0] = os.getcwd()
+            del sys.argv[0]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")

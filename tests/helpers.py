@@ -87,15 +87,15 @@ class Launched:
         fresh: bool = False,
         network_namespace: str | None = None,
     ) -> Process:
-        """Start a Python entry point of the project (a name ending in .py) or another command.
+        """Start a Python entry point of the project (a name ending in .py, or -m and a module) or another command.
 
         An entry point starts in a fork of a process that has loaded torch and the project, unless it is to be `fresh`
         or its environment has variables that are read when something is loaded (`ForkSource.can_start`).
         """
         words = [str(word) for word in command]
         environment = dict(os.environ if env is None else env)
-        is_entry_point = words[0].endswith(".py")
-        if is_entry_point:
+        is_entry_point = words[0].endswith(".py") or words[0] == "-m"
+        if words[0].endswith(".py"):
             words[0] = str(ROOT / words[0])
         if is_entry_point and not fresh and fork_source().can_start(environment):
             process: Process = fork_source().start(words, environment, cwd, network_namespace=network_namespace)

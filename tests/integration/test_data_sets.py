@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +66,7 @@ def test_shakespeare_by_role_trains_the_lstm(launched: Launched, tmp_path: Path)
 
 
 def describe(launched: Launched, *flags: str | Path) -> tuple[int, str, str]:
-    return finish(launched.start(sys.executable, "-m", "datasets.describe", *flags, cwd=ROOT))
+    return finish(launched.start("-m", "datasets.describe", *flags, cwd=ROOT))
 
 
 def test_describe_counts_and_plots(launched: Launched, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,11 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import reproduce
+from perfedavg.forking import ForkedProcess
+def fork(command, output=None):
+    return ForkedProcess("run", reproduce.ROOT / command[1], command[2:], output)
+if sys.argv[6] == "forks":
+    reproduce._start = fork
 rows, runs, results = json.loads(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 jobs = reproduce.plan_jobs(rows, [0], runs, results)
 machine, num_at_once = ["--device", "cpu", "--threads", "1"], int(sys.argv[5])
@@ -28,10 +32,16 @@ ROWS = {"short": SHORT, "long": LONG}
 
 
 def start(
-    launched: Launched, folder: Path, rows: Mapping[str, Mapping[str, str]] = ROWS, num_at_once: int = 1
+    launched: Launched,
+    folder: Path,
+    rows: Mapping[str, Mapping[str, str]] = ROWS,
+    num_at_once: int = 1,
+    runs_are: str = "forks",
 ) -> Process:
-    words = [str(ROOT), json.dumps(rows), str(folder / "runs"), str(folder / "results"), str(num_at_once)]
-    return launched.start(sys.executable, "-c", PROGRAM, *words, cwd=folder)
+    """The runner, which starts its runs as `forks` of itself, or as `commands`, which it does for users."""
+    (folder / "program.py").write_text(PROGRAM)
+    words = [str(ROOT), json.dumps(rows), str(folder / "runs"), str(folder / "results"), str(num_at_once), runs_are]
+    return launched.start(folder / "program.py", *words, cwd=folder)
 
 
 def wait_for_rounds(process: Process, path: Path, count: int) -> None:
@@ -85,7 +95,7 @@ def test_a_run_that_fails_shows_why_and_costs_nothing_else(launched: Launched, t
     place.mkdir(parents=True)
     (place / "seed0").write_text("a file where the run's folder should be")
     rows = {"first": SHORT, "second": SHORT}
-    status, output, errors = finish(start(launched, tmp_path, rows))
+    status, output, errors = finish(start(launched, tmp_path, rows, runs_are="commands"))
     assert status == 2
     ended, *shown, go_on = errors.splitlines()
     assert ended == "second, seed 0: ended with status 2:"
