@@ -15,23 +15,18 @@ from types import ModuleType
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parent.parent
-PROJECT_MODULES = frozenset(
-    (
-        *("benchmarks", "client_worker", "compat", "datasets", "models", "multi_process", "paths", "perfedavg"),
-        *(
-            "personalize",
-            "quick_start",
-            "report",
-            "reporting",
-            "reproduce",
-            "server",
-            "sine",
-            "single_process",
-            "tests",
-            "utils",
-        ),
-    )
+_PACKAGES = ("benchmarks", "datasets", "models", "multi_process", "perfedavg", "reporting", "tests")
+_ENTRY_POINTS = (
+    "client_worker",
+    "personalize",
+    "quick_start",
+    "report",
+    "reproduce",
+    "server",
+    "sine",
+    "single_process",
 )
+PROJECT_MODULES = frozenset((*_PACKAGES, *_ENTRY_POINTS, "compat", "paths", "utils"))
 """Names by which this project's modules are imported; they come before a user's and before installed ones."""
 
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
