@@ -10,12 +10,15 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import TINY, Launched, Process, assert_one_clear_line, finish, read_result, wait_for_line
+from torch import nn
 
+import utils
 from multi_process.control import (
     PROTOCOL_VERSION,
     Admission,
@@ -24,7 +27,12 @@ from multi_process.control import (
     Greeting,
     receive_greeting,
 )
-from multi_process.network import MAX_UNGREETED
+from multi_process.link import DismissedError
+from multi_process.messages import Message, PartialSum
+from multi_process.network import MAX_UNGREETED, WorkerNetwork
+from multi_process.worker import WorkerManager
+from perfedavg.client_data import FederatedDataset
+from perfedavg.config import ExperimentConfig
 
 TOKEN, OTHER_TOKEN = "a secret of 16 or more", "another secret of 16 or more"
 FLAGS = [*TINY, "--epochs", "30"]
@@ -50,6 +58,39 @@ def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
         status, _, errors = finish(launched.start("single_process.py", *FLAGS, "--run_dir", run_dir))
     assert status == 0, errors
     return str(read_result(run_dir)["model_sha256"])
+
+
+class Faulty(WorkerManager):
+    """A worker whose sums are impossible, as if a bit had flipped in each."""
+
+    def _tell(self, message: Message) -> None:
+        if isinstance(message, PartialSum):
+            message = replace(message, total=message.total + 2**62)
+        super()._tell(message)
+
+
+def test_a_member_with_an_impossible_sum_is_sent_away_and_changes_nothing(
+    launched: Launched, digest: str, tmp_path: Path
+) -> None:
+    """Over real links: the server checks what has come, and drops it with its sender."""
+    server, port = launched.start_server(tmp_path / "run", 3, *FLAGS)
+    worker = launched.start_worker(port, 3, 1)
+
+    def set_up(config: ExperimentConfig) -> tuple[nn.Module, FederatedDataset]:
+        dataset = utils.get_datasets(config, tmp_path)
+        return utils.get_model(config, dataset), dataset
+
+    cpu = torch.device("cpu")
+    network = WorkerNetwork(("127.0.0.1", port), 3, 2, None, "gloo", cpu, None, 60.0, 5.0)
+    with pytest.raises(DismissedError, match="an entry of its sum is beyond what weight"):
+        Faulty(network, set_up, cpu, 1).run()
+    for process in (server, worker):
+        status, _, errors = finish(process)
+        assert status == 0, errors
+    assert read_result(tmp_path / "run")["model_sha256"] == digest
+    log = (tmp_path / "run" / "log.txt").read_text()
+    (line,) = [line for line in log.splitlines() if "lost worker" in line]
+    assert "lost worker 2 (an entry of its sum is beyond what weight" in line
 
 
 class Strangers:

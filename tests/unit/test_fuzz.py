@@ -62,7 +62,7 @@ def outcome(listen: Callable[[], Any]) -> Any:
         return error
 
 
-few_and_many = pytest.mark.parametrize("num_examples", [150, pytest.param(5000, marks=pytest.mark.slow)])
+few_and_many = pytest.mark.parametrize("num_examples", [150, pytest.param(1500, marks=pytest.mark.slow)])
 
 
 @few_and_many
