@@ -264,7 +264,10 @@ class Link:
         if self._announced.qsize() > MAX_UNHEARD:
             raise NotOursError(f"it sent {MAX_UNHEARD} messages at once")
         if "word" in fields:
-            self._announced.put(from_line(fields))
+            try:
+                self._announced.put(from_line(fields))
+            except ValueError as error:
+                self._announced.put(error)  # for whoever receives to send its sender away, as for a wrong package
         elif "message" in fields:
             self._announce(fields["message"], fields.get("num_bytes"))
         elif "key" in fields:

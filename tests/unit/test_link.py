@@ -248,6 +248,15 @@ def test_a_peer_that_says_what_is_not_of_the_protocol_is_gone(connect: Connect, 
     assert isinstance(hear_of_the_end(ends.server), GoneError)
 
 
+def test_who_receives_a_wrong_word_hears_what_is_wrong_and_may_tell_its_sender(connect: Connect) -> None:
+    """As with a wrong package: the sender is sent away for good, not asked to join anew."""
+    ends = connect(is_formed=False)
+    ends.worker_control.send(word="GroupTrained", values={"first": -1})
+    with pytest.raises(ValueError, match="first is -1, not a whole number"):
+        ends.server.receive()
+    assert ends.server.end is None
+
+
 def test_a_worker_cannot_dismiss_the_server(connect: Connect) -> None:
     ends = connect(is_formed=False)
     ends.worker_control.send(dismissed="because")
