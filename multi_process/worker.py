@@ -15,7 +15,7 @@ from fedlab.core.client.trainer import SerialClientTrainer
 from fedlab.core.network_manager import NetworkManager
 from torch import nn
 
-from multi_process.boundary import check_start
+from multi_process.boundary import check_start, clean_text
 from multi_process.control import FinishedError
 from multi_process.link import DismissedError, GoneError
 from multi_process.messages import (
@@ -248,7 +248,7 @@ class WorkerManager(PassiveClientManager):
         self._network.link.num_parameters = sum(parameter.numel() for parameter in self._trainer.model.parameters())
         say(
             f"worker {self._network.rank}: joined {self._network.address[0]}:{self._network.address[1]}, "
-            f"{answer.experiment['dataset']} on {self._device}, {answer.num_lanes} client(s) side by side"
+            f"{clean_text(answer.experiment['dataset'])} on {self._device}, {answer.num_lanes} client(s) side by side"
         )
         self._tell(Ready(self._trainer.dataset.fingerprint, str(self._device)))
 

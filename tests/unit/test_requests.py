@@ -46,6 +46,9 @@ class Script:
     [
         ([Configure("another", CONFIGURE.experiment, 1)], "is not the server"),
         ([TRAIN], "is not the server"),
+        ([Configure(TICKET, {}, 1)], "dataset"),
+        ([Configure(TICKET, {**CONFIGURE.experiment, "fedavg": 3}, 1)], "fedavg"),
+        ([Configure(TICKET, {**CONFIGURE.experiment, "seed": "zero"}, 1)], "seed"),
         ([CONFIGURE, WorkOn([[0]])], "WorkOn where work was expected"),
         ([CONFIGURE, SendSum()], "SendSum where work was expected"),
         ([CONFIGURE, SCORE, SendSum()], "SendSum where work was expected"),
