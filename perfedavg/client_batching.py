@@ -6,7 +6,8 @@ the number decides who has work: with `--client_batching auto`
 - on GPUs, a group is as large as the round's clients make it when they are shared out evenly among all training slots,
   or as memory allows. The model so depends, by rounding, on the number of GPUs and their memory at the run's start;
 - where a process trains on a CPU, a group is one client, but for tiny models a few. The model does not depend on the
-  number of processes, workers, machines or threads.
+  number of processes, workers, machines or threads;
+- models that cannot be trained together, recurrent ones, are trained one client at a time.
 
 What was settled is part of the experiment and recorded in config.json: a run that is resumed keeps it.
 """
@@ -23,7 +24,7 @@ from perfedavg.client_data import FederatedDataset
 from perfedavg.compute import ComputeDevice
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.console import say
-from perfedavg.group_training import group_memory_bytes
+from perfedavg.group_training import StackedModel, group_memory_bytes
 from perfedavg.local_training import local_training_of, loss_of
 from perfedavg.meta_learning import QUERY_BATCH_SIZE
 
@@ -46,6 +47,8 @@ def settle_client_batching(
     """
     if config.client_batching is not None:
         return config
+    if not _can_be_stacked(model):
+        return replace(config, client_batching=1)
     if all(device.kind == "cuda" for device in devices):
         share = num_groups(config.cohort_size, sum(device.num_slots for device in devices))
         bytes_a_client = _bytes_a_client(config, model, dataset)
@@ -84,6 +87,15 @@ def default_num_lanes(config: ExperimentConfig, device_kind: str, num_cores: int
     if device_kind == "cuda" and config.client_batching != 1:
         return 1
     return max(1, num_cores)
+
+
+def _can_be_stacked(model: nn.Module) -> bool:
+    """Whether clients can be trained together at all, which recurrent models cannot."""
+    try:
+        StackedModel(model, 1, "meta")
+    except ValueError:
+        return False
+    return True
 
 
 def _bytes_a_client(config: ExperimentConfig, model: nn.Module, dataset: FederatedDataset) -> int:

@@ -61,6 +61,11 @@ def test_a_gpu_gets_its_share_as_far_as_it_fits_the_smallest() -> None:
     assert settled(model, gpu(1)) == 1, "even where none fits, one is tried"
 
 
+def test_a_model_that_cannot_be_trained_together_is_trained_one_by_one() -> None:
+    """Else a GPU would refuse Shakespeare, and say that a flag which the user has not given is wrong."""
+    assert settled(build_model("lstm", 80), gpu(10**12)) == 1
+
+
 def test_groups_side_by_side_on_a_gpu_share_clients_and_memory() -> None:
     """With --threads, a process has several groups on its GPU at once."""
     model = build_model("mnist_cnn", 10)
