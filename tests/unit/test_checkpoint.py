@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from helpers import Difference, QuadraticClients, half_squared_norm, make_config
 from torch import Tensor
 
+from perfedavg import checkpoint
 from perfedavg.checkpoint import Checkpoints, RunIdentity
 from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
@@ -254,6 +257,45 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     assert state.num_rounds == 1
     assert "damaged, and so set aside: fedavg-000002.safetensors" in capsys.readouterr().err
     assert names(tmp_path) == ["fedavg-000001.safetensors", "fedavg-000002.damaged"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"phase": 7},
+        {"phase": "x"},
+        {"phase": "fine_tune", "num_rounds": 99},
+        {"num_rounds": "2"},
+        {"num_rounds": -1},
+        {"trained": {"phase": 3}},
+        {"trained": [1]},
+        {"scores": {}},
+        {"scores": ["fedavg"]},
+        {"phase_seconds": [1]},
+        {"versions": 3},
+        {"config": None},
+        {"fingerprint": 3},
+    ],
+    ids=str,
+)
+def test_an_edited_checkpoint_gives_way_to_the_one_before(
+    change: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever edits it may mend the checksum too; what it says must still be a state of this run."""
+    store = checkpoints(tmp_path)
+    save(store, 1, 2)
+    last = tmp_path / "fedavg-000002.safetensors"
+    with safetensors.safe_open(last, "pt") as file:
+        content = json.loads(file.metadata()["checkpoint"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    text = json.dumps({**content, **change})
+    crc32 = str(checkpoint._checksum(text, tensors))
+    safetensors.torch.save_file(tensors, last, {"checkpoint": text, "crc32": crc32})
+    state = store.load()
+    assert state is not None
+    assert state.num_rounds == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "damaged, and so set aside: fedavg-000002.safetensors" in line
 
 
 def test_a_step_that_failed_in_its_middle_is_not_saved(
