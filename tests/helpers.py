@@ -108,16 +108,17 @@ class Launched:
         self.processes.append(process)
         return process
 
-    def start_server(self, run_dir: Path, world_size: int, *flags: str | Path) -> tuple[Process, int]:
+    def start_server(
+        self, run_dir: Path, world_size: int, *flags: str | Path, fresh: bool = False
+    ) -> tuple[Process, int]:
         """A server on a free port of the loopback interface. Returns it and the port."""
         port = free_port()
-        return self.start(
-            "server.py", "--port", str(port), "--world_size", str(world_size), "--run_dir", run_dir, *flags
-        ), port
+        words = ("--port", str(port), "--world_size", str(world_size), "--run_dir", run_dir)
+        return self.start("server.py", *words, *flags, fresh=fresh), port
 
-    def start_worker(self, port: int, world_size: int, rank: int, *flags: str | Path) -> Process:
+    def start_worker(self, port: int, world_size: int, rank: int, *flags: str | Path, fresh: bool = False) -> Process:
         words = ("--port", str(port), "--world_size", str(world_size), "--rank", str(rank))
-        return self.start("client_worker.py", *words, "--device", "cpu", *flags)
+        return self.start("client_worker.py", *words, "--device", "cpu", *flags, fresh=fresh)
 
     def kill_all(self) -> None:
         for process in self.processes:

@@ -20,11 +20,13 @@ from helpers import (
 )
 
 
-def run_distributed(launched: Launched, run_dir: Path, num_workers: int, data_root: Path, flags: list[str]) -> str:
-    """Run with a server and workers. Returns the model's digest."""
-    data = ("--data_root", data_root)
-    server, port = launched.start_server(run_dir, num_workers + 1, *data, *flags)
-    workers = [launched.start_worker(port, num_workers + 1, rank, *data) for rank in range(1, num_workers + 1)]
+def run_distributed(
+    launched: Launched, run_dir: Path, num_workers: int, data_root: Path, flags: list[str], fresh: bool = False
+) -> str:
+    """Run with a server and workers, each in a new process if they are to be fresh. Returns the model's digest."""
+    data, size = ("--data_root", data_root), num_workers + 1
+    server, port = launched.start_server(run_dir, size, *data, *flags, fresh=fresh)
+    workers = [launched.start_worker(port, size, rank, *data, fresh=fresh) for rank in range(1, size)]
     for process in (server, *workers):
         status, _, errors = finish(process)
         assert status == 0, errors
@@ -33,8 +35,9 @@ def run_distributed(launched: Launched, run_dir: Path, num_workers: int, data_ro
     return str(result["model_sha256"])
 
 
-def run_single(launched: Launched, run_dir: Path, data_root: Path, flags: list[str]) -> str:
-    process = launched.start("single_process.py", "--run_dir", run_dir, "--data_root", data_root, *flags)
+def run_single(launched: Launched, run_dir: Path, data_root: Path, flags: list[str], fresh: bool = False) -> str:
+    words = ("--run_dir", run_dir, "--data_root", data_root, *flags)
+    process = launched.start("single_process.py", *words, fresh=fresh)
     status, output, errors = finish(process)
     assert status == 0, errors
     digest = str(read_result(run_dir)["model_sha256"])
@@ -82,8 +85,9 @@ def test_maml_and_the_curve_over_epochs_do_not_depend_on_the_processes_either(
 ) -> None:
     """What a client sends, and what is measured of it epoch by epoch, comes from its identity alone."""
     flags = [*TINY, "--fine_tune_method", "maml", "--fine_tune_inner_steps", "2", "--pers_curve", "2"]
-    digests = {run_single(launched, tmp_path / "0", tmp_path, flags)}
-    digests |= {run_distributed(launched, tmp_path / f"{number}", number, tmp_path, flags) for number in (1, 2)}
+    digests = {run_single(launched, tmp_path / "0", tmp_path, flags, fresh=True)}
+    for number in (1, 2):  # of which the second are the commands of the README, started from nothing
+        digests.add(run_distributed(launched, tmp_path / f"{number}", number, tmp_path, flags, fresh=number == 2))
     assert len(digests) == 1
     results = [read_result(tmp_path / name) for name in ("0", "1", "2")]
     for key in ("after_fedavg", "after_fine_tune"):
@@ -93,7 +97,7 @@ def test_maml_and_the_curve_over_epochs_do_not_depend_on_the_processes_either(
 
 def test_quick_start_shows_the_result_and_what_comes_next(launched: Launched, tmp_path: Path) -> None:
     flags = [word for word in TINY if word not in ("--dataset", "digits")]
-    process = launched.start("quick_start.py", *flags, "--run_dir", tmp_path / "run")
+    process = launched.start("quick_start.py", *flags, "--run_dir", tmp_path / "run", fresh=True)
     status, output, errors = finish(process)
     assert status == 0, errors
     result = read_result(tmp_path / "run")

@@ -30,7 +30,7 @@ def test_the_page_from_images_to_a_program_of_ones_own(run: Path, launched: Laun
     images = tmp_path / "my_digits"
     assert finish(launched.start(sys.executable, "-c", code(r"<<'END'\n(.*?)END\n", images), cwd=ROOT))[0] == 0
     assert len(list(images.glob("*/*.png"))) == 200
-    status, output, errors = finish(launched.start("personalize.py", run, images, "--epochs", "2"))
+    status, output, errors = finish(launched.start("personalize.py", run, images, "--epochs", "2", fresh=True))
     assert status == 0, errors
     for part in ("200 images of 10 of the run's 10 classes; 160 to adapt to, 40 held out", "after 2 epochs", "of 40"):
         assert part in output, output
