@@ -15,6 +15,7 @@ from helpers import make_config
 from torch import Tensor, nn
 
 import utils
+from perfedavg.config import UNREAD
 from perfedavg.experiment import parameters_sha256
 from perfedavg.flat_model import flatten
 from perfedavg.model_file import ModelFacts, check_can_be_saved, model_file, read_model_file
@@ -56,8 +57,10 @@ def test_a_run_starts_from_another_ones_tied_weights(tmp_path: Path) -> None:
     given, model = Tied(), Tied()
     path = tmp_path / "model.safetensors"
     path.write_bytes(model_file(given, FACTS.to_metadata()))
-    utils.load_initial_model(make_config(initial_model=str(path)), model)
+    args = utils.get_args("single", ["--dataset", "digits", "--initial_model", str(path)])
+    config = utils.load_initial_model(args, make_config(initial_model=UNREAD), model, has_checkpoint=False)
     assert torch.equal(flatten(model), flatten(given))
+    assert config.initial_model == parameters_sha256(flatten(given))
 
 
 def test_tied_weights_are_exported() -> None:
