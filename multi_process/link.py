@@ -46,6 +46,8 @@ ARRIVAL_SECONDS = 1.0
 """For the rest of a message to arrive that was coming when the peer left."""
 SLOWEST_BYTES_PER_SECOND = 64 * 1024
 """Half a megabit: who sends a message more slowly than this, after a first silence, counts as gone."""
+CLOCK_SECONDS = 0.05
+"""By which gloo's clock, in milliseconds, may be ahead."""
 WATCH_SECONDS = 0.02
 """Between two looks at how many descriptors are left, because who connects to gloo's port takes one."""
 MAX_PLAIN_BYTES = 2**20
@@ -299,7 +301,7 @@ class Link:
             try:
                 code, content = self._pair.receive(announced.num_bytes, seconds)
             except RuntimeError:
-                if time.monotonic() - began < seconds:
+                if time.monotonic() - began < seconds - CLOCK_SECONDS:
                     raise
                 late = (
                     f"a message of {announced.num_bytes} bytes was announced and did not arrive within {seconds:.0f} s"

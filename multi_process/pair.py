@@ -307,20 +307,24 @@ def _open(group: Group | None) -> Group:
     return group
 
 
+_LOOKING = threading.Lock()
+"""Held while this process's sockets are looked through, so that nobody takes another's duplicate for gloo's own."""
+
+
 def _own_sockets() -> Iterator[tuple[int, socket.socket]]:
     """This process's TCP sockets: their descriptors, and a duplicate of each."""
-    for name in os.listdir("/proc/self/fd"):
-        descriptor = int(name)
-        try:
-            if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
-                continue
-            duplicate = socket.socket(fileno=os.dup(descriptor))
-        except OSError:  # closed meanwhile
-            continue
-        if duplicate.family in (socket.AF_INET, socket.AF_INET6):
-            yield descriptor, duplicate
-        else:
-            duplicate.close()
+    with _LOOKING:
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                copy = os.dup(int(name))
+                if not stat.S_ISSOCK(os.fstat(copy).st_mode):
+                    os.close(copy)
+                    continue
+                duplicate = socket.socket(fileno=copy)
+                if duplicate.family in (socket.AF_INET, socket.AF_INET6):
+                    yield int(name), duplicate
+                else:
+                    duplicate.close()
 
 
 def _as_told(family: int, address: tuple[str, int] | tuple[str, int, int, int]) -> bytes:

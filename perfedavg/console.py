@@ -31,6 +31,14 @@ USER_ERRORS = (ValueError, OSError)
 """Errors whose message is meant for the user (ConnectionError and TimeoutError are OSErrors)."""
 
 
+_SHORTAGES = (
+    "can't start new thread",
+    "allocate memory",
+    "out of memory",
+    "failed to map segment",
+    "resource temporarily unavailable",
+)
+
 EarlyEnd = Callable[["signal.Signals | BaseException"], None]
 """Is told of the signal, or of the error, by which the process is about to end."""
 
@@ -244,8 +252,19 @@ def report(error: BaseException | None) -> int:
     if isinstance(error, USER_ERRORS):
         _write(sys.stderr, f"error: {reason_of(error)}\n")
         return EXIT_BAD_INPUT
+    if _is_shortage(error):
+        _write(sys.stderr, f"error: memory or threads run short ({reason_of(error)}); `ulimit -a` shows the limits\n")
+        return EXIT_BAD_INPUT
     _write(sys.stderr, "".join(traceback.format_exception(error)))
     return 1
+
+
+def _is_shortage(error: BaseException) -> bool:
+    """Whether the system refused memory or a thread, which Python and torch say in words of their own."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, ImportError)) and any(words in said for words in _SHORTAGES)
+    )
 
 
 def _on_signals(answer: Callable[[int, FrameType | None], None]) -> None:

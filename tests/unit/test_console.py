@@ -8,6 +8,8 @@ import sys
 import pytest
 from helpers import ROOT, Launched, Process, finish, wait_for_line
 
+from perfedavg import console
+
 PROGRAM = """
 import sys, time, threading
 sys.path.insert(0, {root!r})
@@ -78,3 +80,30 @@ def test_a_second_signal_ends_at_once(launched: Launched) -> None:
     wait_for_line(process, "saving")
     process.send_signal(signal.SIGINT)
     assert finish(process)[0] == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (MemoryError(), "MemoryError"),
+        (RuntimeError("can't start new thread"), "can't start new thread"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "can't allocate memory"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "failed to map segment"),
+    ],
+)
+def test_a_shortage_of_memory_or_threads_is_one_line(
+    error: Exception, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is nothing that a traceback would help with."""
+    assert console.report(error) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: memory or threads run short")
+    assert text in line
+
+
+def test_a_process_opens_as_many_files_as_it_may(launched: Launched) -> None:
+    """The soft limit of 1,024 is for programs that use `select`; gloo would end the process at it."""
+    body = "import resource; soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE); print(soft == hard > 100)"
+    command = ("bash", "-c", 'ulimit -Sn 100 && exec "$@"', "bash", sys.executable, "-c")
+    process = launched.start(*command, PROGRAM.format(root=str(ROOT), body=body))
+    assert finish(process) == (0, "True\n", "")

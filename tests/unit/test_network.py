@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
+import os
 import re
 import socket
 import threading
@@ -20,10 +22,17 @@ from helpers import free_port
 from torch import device
 
 from multi_process import network
-from multi_process.control import PROTOCOL_VERSION, Application, ControlConnection, Greeting, receive_greeting
+from multi_process.control import (
+    PROTOCOL_VERSION,
+    Application,
+    ControlConnection,
+    FinishedError,
+    Greeting,
+    receive_greeting,
+)
 from multi_process.link import DismissedError, GoneError
 from multi_process.messages import Finish, Join, Message
-from multi_process.network import BEATS, MAX_BEAT_SECONDS, Connected, ServerNetwork, WorkerNetwork
+from multi_process.network import BEATS, LINK_DESCRIPTORS, MAX_BEAT_SECONDS, Connected, ServerNetwork, WorkerNetwork
 
 CPU = device("cpu")
 TOKEN = "a secret of 16 or more"
@@ -367,6 +376,116 @@ def test_names_and_addresses_that_lead_nowhere_are_refused() -> None:
 
 def test_own_addresses_are_those_that_others_may_reach() -> None:
     assert "127.0.0.1" not in network._own_addresses()
+
+
+def test_a_paused_worker_keeps_its_rank_for_as_long_as_the_timeout_asked_for(run: Run) -> None:
+    """A second worker of its rank waits, however long it takes, and is refused as soon as the first one is heard."""
+    server = run.server(silence=30.0)
+    paused = run.silent_worker(1)
+    wait_until(lambda: bool(server._connected))
+    (connected,) = server._connected.values()
+    errors: list[str] = []
+
+    def join() -> None:
+        try:
+            run.worker(1, join=60.0).init_network_connection()
+        except ValueError as error:
+            errors.append(str(error))
+
+    with beside(join):
+        listen_for(paused, seconds=6.0)  # more than four signs of life take, of which it gives one in a second
+        assert connected.link.end is None
+        paused.beat()
+    assert "--rank 1 is taken by another worker" in errors[0]
+
+
+def test_who_joins_when_the_run_is_over_is_told(run: Run) -> None:
+    """Or it would try for a server that does not come back."""
+    server = run.server()
+    server._end("finished", "the run is over")
+    with pytest.raises(FinishedError, match="the run is over"):
+        run.worker(1).init_network_connection()
+    run.close()
+    other = run.server()
+    other.dismiss("it was stopped by SIGINT")
+    with pytest.raises(ValueError, match="refuses worker 1: it was stopped by SIGINT"):
+        run.worker(1).init_network_connection()
+
+
+def test_who_has_joined_and_got_no_work_is_told_that_the_run_is_over(run: Run) -> None:
+    server = run.server()
+    worker = run.joined(1)
+    server.close_network_connection()
+    with pytest.raises(FinishedError, match="the run is over"):
+        worker.link.receive()
+
+
+def test_a_worker_is_refused_where_file_descriptors_run_short(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo ends the process that runs out of them, and with it the run of all others."""
+    server = run.server()
+    run.joined(1)
+    spare = [1000, LINK_DESCRIPTORS - 1]  # the worker's own look at it, and the server's
+    monkeypatch.setattr(network, "num_spare", lambda: spare.pop(0) if len(spare) > 1 else spare[0])
+    with pytest.raises(ValueError, match="refuses worker 2: the server has no file descriptors left"):
+        run.worker(2).init_network_connection()
+    assert (server.num_refused_for_room, server.num_connected) == (1, 1)
+    with pytest.raises(ValueError, match="worker 3 has too few file descriptors left"):
+        run.worker(3).init_network_connection()
+
+
+def test_hosts_without_number_do_not_fill_the_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine alone has 16 million loopback addresses to come from."""
+    monkeypatch.setattr(network, "MAX_COUNTED_HOSTS", 3)
+    server = run.server()
+    for number in range(100):
+        server._log_dropped(f"127.0.1.{number}", "it said \x1b[31mnothing")
+    said = [line for line in run.said if "dropped" in line]
+    assert len(said) == 3 + 7, "97 others: the 1st, 2nd, 4th .. 64th"
+    assert said[-1].startswith("server: dropped a connection from further hosts (number 64): it said \\x1b[31m")
+
+
+def test_a_worker_that_loses_its_server_again_and_again_keeps_nothing_of_it(run: Run) -> None:
+    """Nor does the server of the workers that it lost."""
+    server = run.server()
+    worker = run.worker(1)
+    gc.collect()
+    gc.disable()
+    try:
+        before = None
+        for number in range(40):
+            worker.init_network_connection()
+            if number % 2:
+                worker.link.close("it had enough")
+            else:
+                (connected,) = server._connected.values()
+                connected.link.close("other data", tell="dropped")
+            while not isinstance(next_event(server)[1], GoneError):
+                pass
+            wait_until(lambda: not server._connected)
+            if number == 1:
+                before = wait_until_settled()
+        wait_until(lambda: resources() <= before)
+    finally:
+        gc.enable()
+
+
+def listen_for(control: ControlConnection, seconds: float) -> None:
+    """Raises ConnectionError where the other end closes the connection meanwhile, which gives signs of life."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        control._receive_line(30, 1000)
+
+
+def resources() -> tuple[int, int]:
+    """Descriptors, and threads (gloo's included)."""
+    return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+
+
+def wait_until_settled() -> tuple[int, int]:
+    seen = resources()
+    wait_until(lambda: not any("worker 1:" in thread.name for thread in threading.enumerate()))
+    wait_until(lambda: not any("the server:" in thread.name for thread in threading.enumerate()))
+    return min(seen, resources())
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

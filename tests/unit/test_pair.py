@@ -201,7 +201,7 @@ def test_a_message_that_was_announced_and_never_comes_is_waited_for_so_long_as_i
     started = time.monotonic()
     with pytest.raises(GoneError, match=r"a message of 500 bytes was announced and did not arrive within 1 s"):
         ends.server.receive()
-    assert 1.0 <= time.monotonic() - started < 30
+    assert 0.9 <= time.monotonic() - started < 30
     with pytest.raises(GoneError, match="it dropped this worker: a message of 500 bytes"):
         ends.worker.receive()
 
