@@ -314,7 +314,7 @@ def test_a_step_that_failed_in_its_middle_is_not_saved(
     with pytest.raises(StoppedHereError):
         run_and_record(CONFIG, local_executor(CONFIG), CLIENTS, Difference(START), folder, RUN)
     folder.close()
-    assert "failed in its middle; continue from the checkpoint before it with --resume" in capsys.readouterr().err
+    assert "failed in its middle; continue from the checkpoint before it with" in capsys.readouterr().err
     assert names(tmp_path / "run" / "checkpoint") == ["fedavg-000001.safetensors", "fedavg-000002.safetensors"]
 
 
