@@ -129,7 +129,7 @@ def test_results_that_cannot_be_written_are_shown_and_can_be_written_later(
         run(path, disk, 8, NEVER)
     output, errors = capfd.readouterr()
     assert "after fine-tuning" in output
-    assert f"continue from the one before it with --resume {path}" in errors
+    assert f"continue from the one before it with: single_process.py --resume {path}" in errors
     assert not (path / "result.json").exists()
     assert [entry.name for entry in path.rglob("*.safetensors") if entry.parent.name == "checkpoint"]
     disk.make_room()
