@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 from helpers import (
+    ROOT,
     TINY,
     Launched,
     assert_one_clear_line,
@@ -123,3 +125,21 @@ class Client:
     for worker in [launched.start(*words, rank, env=environment) for rank in ("1", "2")]:
         assert_one_clear_line(worker, "client 3 has no data today")
     assert_one_clear_line(server, "client 3 has no data today")
+
+
+def test_a_run_begins_with_the_workers_for_which_there_are_descriptors(launched: Launched, tmp_path: Path) -> None:
+    """gloo ends the process that runs out of them; the workers for which there are none are refused with a line."""
+    port = str(free_port())
+    flags = ("--port", port, "--world_size", "6", "--run_dir", str(tmp_path / "run"), *TINY)
+    command = ("bash", "-c", 'ulimit -n 64 && exec "$@"', "bash", sys.executable, str(ROOT / "server.py"), *flags)
+    server = launched.start(*command)
+    workers = [launched.start_worker(int(port), 6, rank, "--threads", "1") for rank in range(1, 6)]
+    ends = [finish(process) for process in workers]
+    status, _, errors = finish(server)
+    assert status == 0, errors
+    assert "file descriptors run short" in errors
+    refused = [errors for status, _, errors in ends if status == 2]
+    assert 1 <= len(refused) <= 4
+    assert all("the server has no file descriptors left for another worker" in errors for errors in refused)
+    assert all(status in (0, 2) for status, _, _ in ends)
+    assert (tmp_path / "run" / "result.json").exists()

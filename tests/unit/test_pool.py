@@ -431,3 +431,22 @@ def test_who_could_not_join_does_not_prolong_the_wait(start: Start) -> None:
     with pytest.raises(ConnectionError, match="none came within 300 s"):
         pool.train()
     assert pool.clock.now == pytest.approx(300.0)
+
+
+def test_what_becomes_of_a_lost_workers_clients_is_said_as_it_is(start: Start) -> None:
+    """Nobody has been given them where nobody is left; and those that were sent away at the end are not lost."""
+    alone = Member()
+    pool = start(alone, wait_seconds=5.0)
+    alone.leave(0.5)
+    with pytest.raises(ConnectionError, match="no worker is left"):
+        pool.train()
+    (line,) = pool.lines("lost worker 1")
+    assert "client(s) wait for another worker; 0 left" in line
+    assert "given to others" not in line
+    stopped = Member()
+    pool = start(stopped, wait_seconds=5.0)
+    pool.is_over = True
+    stopped.leave(0.5, "it was stopped by SIGINT")
+    with pytest.raises(ConnectionError, match="no worker is left"):
+        pool.train()
+    assert not list(pool.lines("lost worker"))
