@@ -37,7 +37,7 @@ class Watch:
     started: unix time at which its first process was started.  seconds: until all had ended.  status: its exit status.
     peak_mb: the largest sum over all processes of their proportional set size, in which a page that n processes share
         counts 1/n for each.
-    rss_mb: the largest resident memory of a process, by the script that it runs.
+    rss_mb: the largest resident memory of a process, by the name that it has given itself, or else by its script.
     loopback: (unix time, bytes sent so far), whenever that had grown; empty without an interface of their own.
     written: the modification time of the watched file after each change, that is, when each round ended.
     """
@@ -157,6 +157,8 @@ def _see_memory(pid: int, family: dict[int, psutil.Process], seen: Watch) -> Non
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             memory = member.memory_full_info()
             total += memory.pss
-            script = next((Path(word).name for word in member.cmdline() if word.endswith(".py")), member.name())
+            script = member.name()
+            if script.startswith("python"):
+                script = next((Path(word).name for word in member.cmdline() if word.endswith(".py")), script)
             seen.rss_mb[script] = max(seen.rss_mb.get(script, 0.0), memory.rss / MEGABYTE)
     seen.peak_mb = max(seen.peak_mb, total / MEGABYTE)
