@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import utils
-from perfedavg.console import run_entry_point
+from perfedavg.console import run_entry_point, say
+from perfedavg.kernels import UnpinnedKernelsError, restart_pinned
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +40,11 @@ def main() -> None:
         args.join_timeout_seconds,
         args.server_wait_seconds,
     )
-    WorkerManager(network, set_up, device, args.threads).run()
+    try:
+        WorkerManager(network, set_up, device, args.threads).run()
+    except UnpinnedKernelsError as error:
+        say(f"worker {args.rank}: starts again with --portable_kernels {error.portable}")
+        restart_pinned(error.portable, utils.ROOT / "client_worker.py", utils.to_argv(args, "worker"))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import IO
 import utils
 from perfedavg.console import EXIT_BAD_INPUT, command_line, end_process, prepare_process, report
 from perfedavg.forking import ForkedProcess, load
+from perfedavg.kernels import pin_kernels_or_restart
 from perfedavg.runs import make_default_folder, remove_empty
 
 GRACE_SECONDS = 0.5
@@ -187,8 +188,9 @@ def load_everything() -> None:
 def main() -> int:
     args = utils.get_args("quick_start")
     try:
-        utils.experiment_from_args(args)
+        config = utils.experiment_from_args(args)
         utils.check_num_workers(utils.config_from_args(args), args.workers)  # before anything is started
+        pin_kernels_or_restart(config.portable_kernels, utils.ROOT / "quick_start.py", sys.argv[1:])
     except ValueError as error:
         return report(error)
     made = None

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ import paths
 import utils
 from perfedavg.config import num_unseen_clients
 from perfedavg.console import USER_ERRORS, command_line, end_process, prepare_process, report, say, show
+from perfedavg.cores import usable_cores
 from perfedavg.files import replace_file
 from perfedavg.plain_values import from_plain, parse_json
 from perfedavg.runs import RecordedRun, make_folder, read_object, remove_empty
@@ -544,7 +544,7 @@ def main() -> int:
     go_on = command_line([sys.executable, ROOT / "reproduce.py", *argv])
     machine = ["--data_root", str(args.data_root), "--device", args.device]
     if args.threads is None and args.jobs > 1:
-        args.threads = max(1, len(os.sched_getaffinity(0)) // args.jobs)
+        args.threads = max(1, usable_cores() // args.jobs)
     if args.threads is not None:
         machine += ["--threads", str(args.threads)]
     runs, results = args.runs / args.dataset, args.results / args.dataset

@@ -7,11 +7,13 @@ from functools import partial
 
 import utils
 from perfedavg.console import run_entry_point
+from perfedavg.kernels import pin_kernels_or_restart
 
 
 def main() -> None:
     args = utils.get_args("server")
     config = utils.experiment_from_args(args)
+    pin_kernels_or_restart(config.portable_kernels, utils.ROOT / "server.py", sys.argv[1:])
     utils.check_num_workers(utils.config_from_args(args), args.world_size - 1)
 
     from multi_process.network import ServerNetwork
@@ -33,6 +35,7 @@ def main() -> None:
         device,
         args.token_file,
         args.worker_timeout_seconds,
+        config.portable_kernels,
     )
     network.listen()
     folder = utils.open_run_folder(args, "server")

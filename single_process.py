@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import utils
-from perfedavg.console import run_entry_point
+from perfedavg.console import run_entry_point, say
+from perfedavg.kernels import pin_kernels_or_restart
 
 
 def main() -> None:
     args = utils.get_args("single")
     config = utils.experiment_from_args(args)
+    pin_kernels_or_restart(config.portable_kernels, utils.ROOT / "single_process.py", sys.argv[1:])
 
     from perfedavg.client_batching import default_num_lanes, say_idle_slots, settle_client_batching
     from perfedavg.compute import describe_device, resolve_device, use_reproducible_kernels
+    from perfedavg.cores import usable_cores
     from perfedavg.executor import LocalExecutor
     from perfedavg.run import run_and_record
 
@@ -25,9 +27,11 @@ def main() -> None:
     model = utils.get_model(config, dataset)
     config = utils.load_initial_model(args, config, model, folder.has_checkpoint)
     config = settle_client_batching(config, model, dataset, [describe_device(device, args.threads)])
-    num_lanes = args.threads or default_num_lanes(config, device.type, len(os.sched_getaffinity(0)))
+    num_lanes = args.threads or default_num_lanes(config, device.type, usable_cores())
     say_idle_slots(config, num_lanes)
     executor = LocalExecutor(config, model, dataset, device, num_lanes)
+    for warning in executor.warnings:
+        say(warning)
     run_settings = {"command": sys.argv, "world_size": 1, "device": str(device), "threads": num_lanes}
     run_and_record(config, executor, dataset, model, folder, run_settings)
     folder.draw_plots()

@@ -25,6 +25,7 @@ from perfedavg.config import (
     num_unseen_clients,
 )
 from perfedavg.console import EXIT_BAD_INPUT, at_early_end, command_line, say
+from perfedavg.kernels import PORTABLE_KERNELS
 from perfedavg.plain_values import shown
 from perfedavg.runs import make_default_folder, read_unfinished_run
 
@@ -398,6 +399,7 @@ def config_from_args(args: argparse.Namespace) -> ExperimentConfig:
         eval_clients=args.eval_clients,
         precision=args.precision,
         client_batching=None if args.client_batching == "auto" else args.client_batching,
+        portable_kernels=args.portable_kernels,
     )
 
 
@@ -662,6 +664,15 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
         metavar="auto|N",
         help="clients trained at once, as one computation; auto: 1 on a CPU unless the model is tiny, on GPUs an equal "
         "share of a round's clients for each, as far as it fits the memory",
+    )
+    add(
+        "--portable_kernels",
+        choices=PORTABLE_KERNELS,
+        nargs="?",
+        const="true",
+        default="false",
+        help="compute with what all processors with AVX2 have, of one vendor (true) or of any (any_vendor, slower), so "
+        "that unlike ones give the same model; not for GPUs nor ARM",
     )
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -27,6 +26,7 @@ import utils  # noqa: E402
 from datasets import FederatedDataset, ImageSplits, Partition, PartitionedClients  # noqa: E402
 from perfedavg.compute import use_reproducible_kernels  # noqa: E402
 from perfedavg.config import ExperimentConfig, Phase  # noqa: E402
+from perfedavg.cores import usable_cores  # noqa: E402
 from perfedavg.executor import CohortTask, LocalExecutor  # noqa: E402
 from perfedavg.flat_model import flatten  # noqa: E402
 
@@ -40,7 +40,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     use_reproducible_kernels()
     results = {name: compare(name, repeats) for name in ("mnist", "emnist")}
-    print(json.dumps({"benchmark": "lanes", "cores": len(os.sched_getaffinity(0)), **results}))
+    print(json.dumps({"benchmark": "lanes", "cores": usable_cores(), **results}))
 
 
 def compare(name: str, repeats: int) -> dict[str, dict[str, float | bool]]:

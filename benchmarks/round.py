@@ -33,7 +33,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import re
 import statistics
 import sys
@@ -52,6 +51,8 @@ import workload  # noqa: E402
 from environments import EnvironmentMissingError, interpreter  # noqa: E402
 from figures import figure, times  # noqa: E402
 from watching import Watch, own_loopback_refused, watch  # noqa: E402
+
+from perfedavg.cores import usable_cores  # noqa: E402
 
 NUM_WORKERS = 2
 RUN_TIMEOUT_SECONDS = 1800
@@ -148,7 +149,7 @@ def main() -> None:
     summaries = {case.name: summarize(chosen, runs[case], broken[case]) for case in cases}
     for name, summary in summaries.items():
         print(f"\n{table(name, summary)}")
-    settings = {"rounds": args.rounds, "repeats": args.repeats, "cores": len(os.sched_getaffinity(0))}
+    settings = {"rounds": args.rounds, "repeats": args.repeats, "cores": usable_cores()}
     print(json.dumps({"benchmark": "round", "workers": NUM_WORKERS, "local_epochs": 5, **settings, "cases": summaries}))
 
 

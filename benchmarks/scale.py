@@ -42,6 +42,7 @@ from torch import nn  # noqa: E402
 
 from datasets import FederatedDataset  # noqa: E402
 from datasets.synthetic_writers import IMAGE_SIDE, SyntheticWriters  # noqa: E402
+from perfedavg.cores import usable_cores  # noqa: E402
 from quick_start import hold_free_port  # noqa: E402
 
 POLL_SECONDS = 0.01
@@ -138,7 +139,7 @@ def main() -> None:
     for axis in args.only:
         print_table(axis, costs)
     axes = {axis: [summary(axis, value, costs) for value in AXES[axis]] for axis in args.only}
-    settings = {"cores": len(os.sched_getaffinity(0)), "rounds": args.rounds, "repeats": args.repeats}
+    settings = {"cores": usable_cores(), "rounds": args.rounds, "repeats": args.repeats}
     print(json.dumps({"benchmark": "scale", **settings, "base": dataclasses.asdict(BASE), "axes": axes}))
 
 

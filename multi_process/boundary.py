@@ -22,6 +22,8 @@ from perfedavg.executor import ClientReport, client_weight
 from perfedavg.scores import ClientScore
 
 MAX_TEXT_CHARS = 500
+MAX_LINES = 16
+"""In what a worker tells of itself."""
 MAX_LANES = 8192
 """Clients side by side, and cores, of one worker."""
 
@@ -132,6 +134,22 @@ def _accuracy(value: Any, name: str) -> float:
     return float(is_accuracy(value, name))
 
 
+def _lines(value: Any, name: str) -> list[str]:
+    """A few of them, or none."""
+    is_list = _rule(
+        f"a list of up to {MAX_LINES} texts", lambda value: isinstance(value, list) and len(value) <= MAX_LINES
+    )
+    return [_line(entry, f"{name}[{place}]") for place, entry in enumerate(is_list(value, name))]
+
+
+def _named_lines(value: Any, name: str) -> dict[str, str]:
+    """A few of them, by names that are to be shown too."""
+    is_object = _rule(
+        f"an object of up to {MAX_LINES} texts", lambda value: isinstance(value, dict) and len(value) <= MAX_LINES
+    )
+    return {_line(key, name): _line(entry, name) for key, entry in is_object(value, name).items()}
+
+
 def _mapping(value: Any, name: str) -> Any:
     """Whose entries are checked where they are read."""
     return _rule("an object", lambda value: isinstance(value, dict))(value, name)
@@ -173,8 +191,9 @@ RULES: dict[str, dict[str, Rule]] = {
         "threads": optional(_LANES),
         "device_kind": one_of("cpu", "cuda"),
         "device_memory_bytes": whole(0, 2**60),
+        "kernels": _named_lines,
     },
-    "Ready": {"fingerprint": text(10_000), "device": _line},
+    "Ready": {"fingerprint": text(10_000), "device": _line, "warnings": _lines},
     "GroupTrained": {"first": _CLIENT},
     "GroupScored": {"scores": list_of(_SCORE)},
     "PartialSum": {

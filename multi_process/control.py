@@ -71,6 +71,7 @@ class Greeting:
     """asks_token: whether a worker must prove that it knows the server's token.
 
     beat_seconds: between two signs of life.  silence_seconds: after which a peer without one counts as dead.
+    portable_kernels: see `config.ExperimentConfig`; a worker must know it before it loads torch.
     """
 
     service: str
@@ -81,6 +82,7 @@ class Greeting:
     backend: str
     beat_seconds: float
     silence_seconds: float
+    portable_kernels: str = "false"
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,7 @@ def greet(
     backend: str,
     beat_seconds: float,
     silence_seconds: float,
+    portable_kernels: str = "false",
 ) -> tuple[Greeting, Application]:
     """Server: greet whoever connected, and return what was said once the worker has proven who it is.
 
@@ -221,6 +224,7 @@ def greet(
         backend,
         beat_seconds,
         silence_seconds,
+        portable_kernels,
     )
     control.send(**asdict(greeting))
     fields = control.receive_at_once(GREETING_SECONDS)

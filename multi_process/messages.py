@@ -49,7 +49,7 @@ class Join(Message):
 
     ticket: of its admission (`control.Admission`).  machine: the same for all processes of one machine.
     num_cores: cores that the worker may use.  threads: what its user asked for with --threads, or None.
-    device_kind, device_memory_bytes: see `compute.ComputeDevice`.
+    device_kind, device_memory_bytes: see `compute.ComputeDevice`.  kernels: see `compute.describe_kernels`.
     """
 
     code = MessageCode.SetUp
@@ -59,6 +59,7 @@ class Join(Message):
     threads: int | None
     device_kind: str
     device_memory_bytes: int
+    kernels: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,15 @@ class Configure(Message):
 
 @dataclass(frozen=True)
 class Ready(Message):
-    """Worker to server: data and model are set up. fingerprint: that of the data set that it read."""
+    """Worker to server: data and model are set up.
+
+    fingerprint: of the data set that it read.  warnings: what its user should know before the first round, a line each.
+    """
 
     code = MessageCode.SetUp
     fingerprint: str
     device: str
+    warnings: list[str]
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from multi_process.link import SERVER, WORKER, DismissedError, Link
 from multi_process.messages import Message
 from perfedavg.console import LOGGER, say
 from perfedavg.descriptors import num_spare
+from perfedavg.kernels import PORTABLE_KERNELS, UnpinnedKernelsError, kernels_are_pinned
 
 POLL_SECONDS = 0.05
 REMINDER_SECONDS = 10.0
@@ -80,6 +81,7 @@ class ServerNetwork(DistNetwork):
     ethernet: interface for tensors, or None for the one by which a worker is reached.  backend: `gloo` or `nccl`.
     device: with nccl, whose memory tensors are sent from.  token_file: see `control.read_token`.
     silence_seconds: after which a worker without a sign of life counts as dead.
+    portable_kernels: see `config.ExperimentConfig`; workers must do the same.
 
     events: what the workers say, as it comes. Of each worker the first is a `Join`; an exception is the last.
     Raises ValueError where these cannot be.
@@ -94,6 +96,7 @@ class ServerNetwork(DistNetwork):
         device: torch.device,
         token_file: Path | None,
         silence_seconds: float,
+        portable_kernels: str = "false",
     ) -> None:
         super().__init__(address, world_size, 0, ethernet, backend)
         if world_size < 2:
@@ -106,6 +109,7 @@ class ServerNetwork(DistNetwork):
         self._nccl_device = _nccl_device(backend, device)
         self._token = read_token(token_file)
         self._silence_seconds = silence_seconds
+        self._portable_kernels = portable_kernels
         self._beat_seconds = min(MAX_BEAT_SECONDS, silence_seconds / BEATS)
         self.events: queue.SimpleQueue[tuple[Connected, Message | Exception]] = queue.SimpleQueue()
         self.num_refused_for_room = 0
@@ -220,7 +224,13 @@ class ServerNetwork(DistNetwork):
     def _admit(self, control: ControlConnection) -> Connected:
         """Raises RefusedError, NotOursError or ConnectionError where it is not let in."""
         greeting, application = greet(
-            control, self._token, self.world_size, self.dist_backend, self._beat_seconds, self._silence_seconds
+            control,
+            self._token,
+            self.world_size,
+            self.dist_backend,
+            self._beat_seconds,
+            self._silence_seconds,
+            self._portable_kernels,
         )
         if not 1 <= application.rank <= MAX_RANK:
             refuse(control, f"--rank {application.rank} is not a worker's; use 1 or more")
@@ -347,7 +357,7 @@ class WorkerNetwork(DistNetwork):
         """Join the server, trying for as long as is due.
 
         Raises ValueError where it does not want this worker, FinishedError where the run is over, ConnectionError
-        where it cannot be reached.
+        where it cannot be reached, UnpinnedKernelsError where this process must start again with portable kernels.
         """
         seconds, flag = (
             (self._join_seconds, "--join_timeout_seconds")
@@ -413,6 +423,10 @@ class WorkerNetwork(DistNetwork):
             ):
                 if own is not None and own != other:
                     raise RefusedError(f"its {name} is {clean_text(other)}, this worker's {own}; make them equal")
+            if greeting.portable_kernels not in PORTABLE_KERNELS:
+                raise NotOursError("what answers there asks for kernels that there are not")
+            if not kernels_are_pinned(greeting.portable_kernels):
+                raise UnpinnedKernelsError(greeting.portable_kernels)
             gpu = "" if self._nccl_device is None else _gpu_identity(self._nccl_device)
             admission = apply(control, self._token, greeting, self.rank, gpu)
             link = Link(control, WORKER, "the server", greeting.beat_seconds, greeting.silence_seconds)

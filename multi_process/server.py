@@ -38,11 +38,12 @@ from multi_process.pace import Pace
 from multi_process.schedule import Schedule
 from perfedavg.client_batching import default_num_lanes, say_idle_slots
 from perfedavg.client_data import FederatedDataset
-from perfedavg.compute import ComputeDevice
+from perfedavg.compute import ComputeDevice, describe_kernels
 from perfedavg.config import ExperimentConfig
 from perfedavg.console import LOGGER, at_early_end, say
 from perfedavg.exact_sum import ExactSum
 from perfedavg.executor import CohortTask, CohortUpdate, Executor, ScoringTask, cut_into_groups
+from perfedavg.kernels import KernelLog
 from perfedavg.scores import ClientScore
 
 FINISH_SECONDS = 10.0
@@ -218,6 +219,9 @@ class WorkerPoolManager(ServerManager):
         self._num_given_up: Counter[int] = Counter()  # by rank
         self._none_since = self._checked_at = 0.0
         self._is_regression: bool | None = None
+        self._warned: set[tuple[str, str]] = set()  # machine and device of workers that had their say
+        self.kernels = KernelLog()
+        self.kernels.add(describe_kernels(None))
 
     def run(self) -> None:
         """Let the workers join, run the experiment with them, let them go."""
@@ -521,15 +525,27 @@ class WorkerPoolManager(ServerManager):
         piece.schedule.deliver(worker.number, firsts)
 
     def _take_ready(self, worker: _Worker, ready: Ready) -> None:
+        differences = "; ".join(self.kernels.differences(worker.join.kernels))
         if ready.fingerprint != self._clients.fingerprint:
+            cause = f" (or it makes them otherwise, for {differences})" if differences else ""
             reason = (
                 f"worker {worker.rank} reads other data than the server (fingerprint {clean_text(ready.fingerprint)}, "
-                f"not {self._clients.fingerprint}); give both the same files with --data_root"
+                f"not {self._clients.fingerprint}); give both the same files with --data_root{cause}"
             )
             raise _MisbehavedError(reason) if self._is_started else ValueError(reason)
         worker.is_ready = True
         worker.since = time.monotonic()
         say(f"server: worker {worker.rank} is ready, {worker.num_lanes} client(s) side by side on {ready.device}")
+        if (worker.join.machine, ready.device) not in self._warned:  # other workers there have the same to say
+            self._warned.add((worker.join.machine, ready.device))
+            for warning in ready.warnings:
+                say(f"server: worker {worker.rank}: {warning}")
+        self.kernels.add(worker.join.kernels)
+        if differences:
+            say(
+                f"server: worker {worker.rank} computes otherwise than the others ({differences}): the last bits of "
+                "the model depend on who trains which client"
+            )
 
     def _take_failure(self, connected: Connected, failure: Failed) -> None:
         """A worker cannot go on, and says why: before the start, and wherever others would fail too, the run ends."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -35,9 +34,10 @@ from multi_process.messages import (
 )
 from multi_process.network import WorkerNetwork
 from perfedavg.client_data import FederatedDataset
-from perfedavg.compute import describe_device
+from perfedavg.compute import describe_device, describe_kernels
 from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.console import say
+from perfedavg.cores import usable_cores
 from perfedavg.executor import ClientReport, CohortTask, CohortTraining, LocalExecutor, ScoringTask
 
 FAREWELL_SECONDS = 5.0
@@ -88,6 +88,10 @@ class PersonalizationTrainer(SerialClientTrainer):
     @property
     def is_training(self) -> bool:
         return self._training is not None
+
+    @property
+    def warnings(self) -> list[str]:
+        return self._executor.warnings
 
     def begin(self, payload: StartTraining | StartScoring) -> None:
         """Take over the global model. What the clients of `local_process` do from now on is train, or be scored.
@@ -224,7 +228,7 @@ class WorkerManager(PassiveClientManager):
 
     def _configure(self) -> None:
         device = describe_device(self._device, self._threads)
-        num_cores = len(os.sched_getaffinity(0))
+        num_cores = usable_cores()
         self._tell(
             Join(
                 self._network.ticket,
@@ -233,6 +237,7 @@ class WorkerManager(PassiveClientManager):
                 self._threads,
                 device.kind,
                 device.memory_bytes,
+                describe_kernels(self._device),
             )
         )
         answer = self._network.link.receive()
@@ -250,7 +255,7 @@ class WorkerManager(PassiveClientManager):
             f"worker {self._network.rank}: joined {self._network.address[0]}:{self._network.address[1]}, "
             f"{clean_text(answer.experiment['dataset'])} on {self._device}, {answer.num_lanes} client(s) side by side"
         )
-        self._tell(Ready(self._trainer.dataset.fingerprint, str(self._device)))
+        self._tell(Ready(self._trainer.dataset.fingerprint, str(self._device), self._trainer.warnings))
 
     def _tell(self, message: Message) -> None:
         """Send to the server. Where it is gone, the main thread hears of it when it next receives."""

@@ -11,7 +11,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.console import say
 from perfedavg.experiment import ExperimentState, RoundRecord
 from perfedavg.files import open_tensors, remove_partial_files, replace_file
+from perfedavg.kernels import KernelLog
 from perfedavg.optimizers import ServerOptimizer
 from perfedavg.plain_values import differences, from_plain, parse_json, shown
 from perfedavg.scores import ClientScore
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _SCORE_PARTS = ("counts", "measures", "by_epoch")
 NUM_KEPT = 2
 """Files kept: the one before the last is there for a disk that loses the last one."""
@@ -56,6 +57,7 @@ class _Content:
     config: dict[str, Any]
     fingerprint: str
     versions: dict[str, str | None]
+    kernels: dict[str, list[str]]
     phase: str
     num_rounds: int
     trained: dict[str, Any] | None
@@ -67,12 +69,14 @@ class _Content:
 class RunIdentity:
     """What a run must have in common with its checkpoints.
 
-    fingerprint: of the data.  versions: of what computes (torch, numpy, commit); others may give other bits.
+    fingerprint: of the data.  versions: of what else decides bits, such as the commit.
+    kernels: how the run's processes compute; those that a checkpoint tells of are added.
     """
 
     config: ExperimentConfig
     fingerprint: str
     versions: Mapping[str, str | None]
+    kernels: KernelLog = field(default_factory=KernelLog)
 
 
 class Checkpoints:
@@ -165,9 +169,13 @@ class Checkpoints:
                 f"{path}: the run was made with other data (fingerprint {content.fingerprint}, not "
                 f"{self._identity.fingerprint}); name the folder with the same files in --data_root"
             )
-        versions = "; ".join(differences(dict(self._identity.versions), content.versions))
+        versions = differences(dict(self._identity.versions), content.versions)
+        versions += self._identity.kernels.resume(content.kernels)
         if versions:
-            say(f"this run was begun with other versions ({versions}): its result may differ in the last bits")
+            say(
+                f"this run was begun with other versions or processors ({'; '.join(versions)}): its result may differ "
+                "in the last bits"
+            )
 
 
 def _encode(state: ExperimentState, identity: RunIdentity) -> Iterator[bytes | memoryview]:
@@ -191,6 +199,7 @@ def _encode(state: ExperimentState, identity: RunIdentity) -> Iterator[bytes | m
             "config": identity.config.to_dict(),
             "fingerprint": identity.fingerprint,
             "versions": dict(identity.versions),
+            "kernels": identity.kernels.to_dict(),
             "phase": state.phase.field,
             "num_rounds": state.num_rounds,
             "trained": None if state.trained is None else state.trained.to_dict(),

@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
+
+from perfedavg.config import ExperimentConfig
+from perfedavg.kernels import kernels_are_pinned, mkl_branch, onednn_instruction_set
 
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt(3)
 
@@ -69,6 +73,43 @@ def use_reproducible_kernels() -> None:
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
+
+
+def describe_kernels(device: torch.device | None) -> dict[str, str]:
+    """What decides the bits of what this process computes, by library or device. Equal ones give equal bits.
+
+    device: on which it trains, or None for a process that only steps and adds, as a server does.
+    """
+    described = {
+        "torch": str(torch.__version__),
+        "numpy": version("numpy"),
+        "torch's kernels": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device is None:
+        return described
+    described |= {"oneDNN": onednn_instruction_set(), "MKL": mkl_branch()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described["GPU"] = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+    else:
+        described["GPU"] = "none"
+    return described
+
+
+def check_portable(config: ExperimentConfig, device: torch.device) -> None:
+    """Raises ValueError where the experiment asks for portable kernels and this process does not train with them."""
+    if config.portable_kernels == "false":
+        return
+    if device.type != "cpu":
+        raise ValueError(
+            f"--portable_kernels {config.portable_kernels} holds for processors, and this process trains on {device}; "
+            "use --device cpu, or leave it out"
+        )
+    if not kernels_are_pinned(config.portable_kernels) or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        raise ValueError(
+            f"--portable_kernels {config.portable_kernels} was not known before torch was loaded; call "
+            "perfedavg.kernels.pin_kernels first"
+        )
 
 
 def return_freed_memory() -> None:

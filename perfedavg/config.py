@@ -15,6 +15,7 @@ from enum import IntEnum
 from fractions import Fraction
 from typing import Any
 
+from perfedavg.kernels import PORTABLE_KERNELS
 from perfedavg.plain_values import differences, from_plain, shown
 
 OPTIMIZERS = ("sgd", "adam", "yogi", "adagrad")
@@ -162,6 +163,8 @@ class ExperimentConfig:
     precision: of PRECISIONS, in which clients train (see `flat_model.FlatModel`); they are scored in float32.
     client_batching: clients that are trained at once, as one computation, 1 or more, or None until it is settled (see
         `client_batching.settle_client_batching`). It changes how sums are rounded.
+    portable_kernels: of kernels.PORTABLE_KERNELS, whether all processes compute with kernels that unlike processors
+        have in common, so that these end with the same model.
     """
 
     dataset: str
@@ -184,6 +187,7 @@ class ExperimentConfig:
     eval_clients: int
     precision: str
     client_batching: int | None
+    portable_kernels: str
 
     @property
     def phases(self) -> dict[Phase, PhaseConfig]:
@@ -213,6 +217,9 @@ class ExperimentConfig:
         _at_least_one("--eval_every", self.eval_every)
         _at_least_one("--eval_clients", self.eval_clients)
         _one_of("--precision", self.precision, PRECISIONS)
+        _one_of("--portable_kernels", self.portable_kernels, PORTABLE_KERNELS)
+        if self.portable_kernels == "any_vendor":
+            self._check_optimizers_of_any_vendor()
         if self.num_curve_epochs < 0:
             raise ValueError(f"--pers_curve {self.num_curve_epochs} must be 0 or more")
         _at_most("--pers_curve", self.num_curve_epochs)
@@ -232,6 +239,20 @@ class ExperimentConfig:
             raise ValueError(
                 f"--client_num_per_round {self.cohort_size} exceeds the {num_train_clients} training clients; "
                 f"lower it to {num_train_clients} or less"
+            )
+
+    def _check_optimizers_of_any_vendor(self) -> None:
+        used = {
+            optimizer.name
+            for phase in (self.fedavg, self.fine_tune)
+            if phase is not None
+            for optimizer in (phase.client_optimizer, phase.server_optimizer)
+        }
+        for name in sorted(used - {"sgd"}):
+            raise ValueError(
+                f"--portable_kernels any_vendor does not go with the optimizer {name}, whose square roots MKL takes "
+                "from an approximation that each vendor's processors make otherwise; use sgd or momentum "
+                "(--server_optimizer, --client_optimizer, --fine_tune_server_optimizer, --fine_tune_client_optimizer)"
             )
 
     def _check_unseen_fraction(self) -> None:

@@ -8,7 +8,6 @@ FedLab server manager of `multi_process` hands it to workers, each of which runs
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,12 +22,16 @@ from torch import Tensor, nn
 from perfedavg.client_data import ClientData, FederatedDataset
 from perfedavg.client_reader import ClientReader
 from perfedavg.cohorts import draw_cohort, draw_next_cohort
+from perfedavg.compute import check_portable, describe_kernels
 from perfedavg.config import ExperimentConfig, Phase
+from perfedavg.cores import usable_cores
 from perfedavg.exact_sum import BadUpdateError, ExactSum
 from perfedavg.flat_model import FlatModel
 from perfedavg.group_training import GroupMember, StackedModel, score_together, train_together
+from perfedavg.kernels import KernelLog
 from perfedavg.local_training import LocalTraining, Loss, local_training_of, loss_of, score, train_locally
 from perfedavg.meta_learning import cut_task, fomaml_gradient, fomaml_gradients, maml_gradients
+from perfedavg.precision import check_precision
 from perfedavg.scores import ClientScore
 from perfedavg.seeding import Purpose, seed_sequence
 
@@ -100,7 +103,13 @@ class CohortUpdate:
 
 
 class Executor(Protocol):
-    """See the module's docstring. `parameters` is the global model, (num_parameters,) float32 on the CPU."""
+    """See the module's docstring. `parameters` is the global model, (num_parameters,) float32 on the CPU.
+
+    kernels: how the processes compute that do the work.
+    """
+
+    @property
+    def kernels(self) -> KernelLog: ...
 
     def train(self, task: CohortTask, parameters: Tensor) -> CohortUpdate: ...
 
@@ -143,6 +152,7 @@ class LocalExecutor:
     """Trains and scores clients in this process, several side by side.
 
     num_readers: threads that read clients ahead while others train; by default none on a CPU, one a core beside a GPU.
+    warnings: what a user should know before the first round, a line each.
     num_lanes: groups of clients trained at the same time, 1 or more. Each lane is a thread with models of its own that
     runs its kernels on one core. So the lanes change the speed, but not a bit of the result, unlike torch's intra-op
     threads, whose number changes the order of additions inside a kernel.
@@ -164,11 +174,15 @@ class LocalExecutor:
         self._group_size = config.client_batching
         self._dataset = dataset
         self._device = torch.device(device)
+        check_portable(config, self._device)
+        self.kernels = KernelLog()
+        self.kernels.add(describe_kernels(self._device))
         if num_readers is None:
             # A CPU's cores are the lanes', and reading takes them no less time in another thread.
-            num_readers = 0 if self._device.type == "cpu" else len(os.sched_getaffinity(0))
+            num_readers = 0 if self._device.type == "cpu" else usable_cores()
         self._reader = ClientReader(dataset, num_readers) if num_readers else None
         self._loss_function = loss_function or loss_of(dataset)
+        self.warnings = check_precision(config.precision, model, dataset, self._device, self._loss_function)
 
         def build_single() -> FlatModel:
             return FlatModel(model, device, config.precision)

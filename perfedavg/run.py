@@ -38,7 +38,7 @@ def run_and_record(
     run_settings: as `RunFolder.begin` takes them; `world_size` among them.
     """
     folder.name_clients(clients)
-    state = folder.begin(config, clients.fingerprint, run_settings)
+    state = folder.begin(config, clients.fingerprint, run_settings, executor.kernels)
     if state is None:
         state = ExperimentState.fresh(config, flatten(model))
         if config.initial_model is not None:  # whose file need not be there when the run is resumed
@@ -53,6 +53,7 @@ def run_and_record(
             "unseen_clients": len(clients.unseen_client_ids),
             "world_size": run_settings["world_size"],
             "data_fingerprint": clients.fingerprint,
+            "kernels": executor.kernels.to_dict(),
         }
         result = folder.result(config, outcome, facts)
         try:

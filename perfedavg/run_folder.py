@@ -29,6 +29,7 @@ from perfedavg.events import EventFile
 from perfedavg.experiment import ExperimentOutcome, ExperimentState, RoundRecord
 from perfedavg.files import LineFile, remove_partial_files, replace_file
 from perfedavg.flat_model import unflatten_into
+from perfedavg.kernels import KernelLog
 from perfedavg.model_file import model_file
 from perfedavg.plain_values import from_plain, parse_json
 from perfedavg.plots import write_plots
@@ -49,7 +50,6 @@ _NAMES = "client_names"
 """In a line of metrics.jsonl: the names of the clients that were refused, by their ids."""
 
 _PACKAGES = ("fedlab", "torch", "torchvision", "numpy")
-_DECIDE_BITS = ("torch", "numpy", "commit")
 
 
 class RunFolder:
@@ -171,26 +171,33 @@ class RunFolder:
         self._log_handler.close()
         self._lock.release()
 
-    def begin(self, config: ExperimentConfig, fingerprint: str, run_settings: dict[str, Any]) -> ExperimentState | None:
+    def begin(
+        self,
+        config: ExperimentConfig,
+        fingerprint: str,
+        run_settings: dict[str, Any],
+        kernels: KernelLog | None = None,
+    ) -> ExperimentState | None:
         """Write config.json, from which on the folder holds a run; or find the state where the run goes on.
 
         fingerprint: of the data.  run_settings: what does not change the result (command, processes, devices).
+        kernels: how its processes compute, to which later ones may be added; those of the run's earlier part are.
         Returns None for a run that starts at its first round. Raises ValueError where the folder's run is another
         experiment, was made with other data, or has no checkpoint that can be read; OSError for a full disk.
         """
         try:
-            state = self._begin(config, fingerprint, run_settings)
+            state = self._begin(config, fingerprint, run_settings, kernels or KernelLog())
         except OSError as error:
             raise OSError(f"{self.path} cannot be written ({error.strerror}); make room there") from error
         LOGGER.info("if this ends early, it goes on with: %s", self.continue_command)
         return state
 
     def _begin(
-        self, config: ExperimentConfig, fingerprint: str, run_settings: dict[str, Any]
+        self, config: ExperimentConfig, fingerprint: str, run_settings: dict[str, Any], kernels: KernelLog
     ) -> ExperimentState | None:
         assert config.is_settled, "a run is one experiment for good"
-        environment = _environment()
-        identity = RunIdentity(config, fingerprint, {name: environment[name] for name in _DECIDE_BITS})
+        environment = {**_environment(), "kernels": kernels.to_dict()}
+        identity = RunIdentity(config, fingerprint, {"commit": environment["commit"]}, kernels)
         self._checkpoints = Checkpoints(self.path / CHECKPOINT_FOLDER, identity)
         self._events = EventFile(self.path / "tensorboard", config.phases)
         if not self._resumes:

@@ -13,6 +13,7 @@ from progress import Progress
 
 from compat import import_fedlab
 from perfedavg.compute import use_reproducible_kernels
+from perfedavg.cores import usable_cores
 
 MAX_WORKERS = 4
 
@@ -42,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`: processes that run tests. One more than cores, because many tests wait for what takes its time."""
-    return min(MAX_WORKERS, len(os.sched_getaffinity(0)) + 1)
+    return min(MAX_WORKERS, usable_cores() + 1)
 
 
 @pytest.hookimpl(tryfirst=True)

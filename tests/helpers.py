@@ -281,5 +281,6 @@ def make_config(**changes: Any) -> ExperimentConfig:
         "eval_clients": 2,
         "precision": "float32",
         "client_batching": 1,
+        "portable_kernels": "false",
     }
     return ExperimentConfig(**{**fields, **changes})

@@ -109,7 +109,7 @@ class Member:
 
     def join_values(self) -> Values:
         own = {"ticket": self.connected.ticket, "machine": f"machine {self.rank}", "num_cores": 1, "threads": 1}
-        return {**own, "device_kind": "cpu", "device_memory_bytes": 0}
+        return {**own, "device_kind": "cpu", "device_memory_bytes": 0, "kernels": {"torch": "2"}}
 
     def say(self, kind: str, *, at: float | None = None, **values: Any) -> None:
         """Now, or at a later time."""
@@ -121,7 +121,7 @@ class Member:
     def answer(self, message: Message) -> None:
         match message:
             case Configure():
-                self.say("Ready", fingerprint=CLIENTS.fingerprint, device="cpu")
+                self.say("Ready", fingerprint=CLIENTS.fingerprint, device="cpu", warnings=[])
             case StartTraining() | StartScoring():
                 self._start, self._trained = message, []
             case WorkOn():

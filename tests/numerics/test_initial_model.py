@@ -38,6 +38,7 @@ class CountingExecutor:
 
     def __init__(self, config: ExperimentConfig) -> None:
         self._inner = LocalExecutor(config, Difference(START), CLIENTS, loss_function=half_squared_norm)
+        self.kernels = self._inner.kernels
         self.num_trainings = 0
         self.scorings: list[ScoringTask] = []
 

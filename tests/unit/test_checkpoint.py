@@ -72,6 +72,7 @@ class StoppingExecutor:
     def __init__(self, inner: LocalExecutor, events: Events) -> None:
         self._inner = inner
         self._events = events
+        self.kernels = inner.kernels
 
     def train(self, task: CohortTask, parameters: Tensor) -> CohortUpdate:
         self._events.happened()
@@ -363,7 +364,19 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
 def test_other_versions_are_said_but_not_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(checkpoints(tmp_path), 1)
     assert checkpoints(tmp_path, versions={"torch": "9", "numpy": "2", "commit": None}).load() is not None
-    assert "other versions (torch is 9, was 1)" in capsys.readouterr().err
+    assert "other versions or processors (torch is 9, was 1)" in capsys.readouterr().err
+
+
+def test_other_processors_are_said_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The result tells of every kind that the run was computed on, wherever it came to its end."""
+    begun, resumed = checkpoints(tmp_path), checkpoints(tmp_path)
+    begun._identity.kernels.add({"torch": "2", "torch's kernels": "AVX512"})
+    save(begun, 1)
+    kernels = resumed._identity.kernels
+    kernels.add({"torch": "2", "torch's kernels": "AVX2"})
+    assert resumed.load() is not None
+    assert "other versions or processors (torch's kernels is AVX2, was AVX512)" in capsys.readouterr().err
+    assert kernels.to_dict() == {"torch": ["2"], "torch's kernels": ["AVX2", "AVX512"]}
 
 
 def test_no_instant_of_a_run_has_a_torn_state(tmp_path: Path) -> None:

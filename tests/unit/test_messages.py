@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from multi_process import messages
-from multi_process.boundary import clean_text
+from multi_process.boundary import MAX_LINES, clean_text
 from multi_process.messages import (
     Configure,
     Failed,
@@ -74,9 +74,10 @@ KINDS: dict[type[Message], st.SearchStrategy[Any]] = {
         st.one_of(st.none(), COUNTS),
         st.sampled_from(["cpu", "cuda"]),
         st.integers(0, 2**40),
+        st.dictionaries(LINES, LINES, max_size=MAX_LINES),
     ),
     Configure: st.builds(Configure, TEXTS, st.dictionaries(TEXTS, st.one_of(FLOATS, TEXTS)), COUNTS),
-    Ready: st.builds(Ready, TEXTS, LINES),
+    Ready: st.builds(Ready, TEXTS, LINES, st.lists(LINES, max_size=3)),
     StartTraining: st.builds(StartTraining, st.integers(1, 2), ROUNDS, st.integers(1, 2**28), float_tensors()),
     StartScoring: st.builds(StartScoring, st.integers(1, 2), ROUNDS, st.integers(0, 9), float_tensors()),
     WorkOn: st.builds(WorkOn, GROUPS),

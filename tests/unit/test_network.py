@@ -122,7 +122,7 @@ def next_event(server: ServerNetwork) -> tuple[Connected, Message | Exception]:
 
 
 def join_message(worker: WorkerNetwork) -> Join:
-    return Join(worker.ticket, "a machine", 1, None, "cpu", 0)
+    return Join(worker.ticket, "a machine", 1, None, "cpu", 0, {})
 
 
 def test_what_a_worker_says_comes_as_events_and_its_end_is_the_last(run: Run) -> None:
