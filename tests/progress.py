@@ -14,7 +14,7 @@ STEPS = 10
 
 
 class Progress:
-    """In place of a dot for each test, a line whenever a folder has got a tenth further."""
+    """In place of a dot for each test, a line whenever a folder has got a tenth further, and one for what failed."""
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
@@ -32,14 +32,18 @@ class Progress:
         self._expect(ids)
 
     def pytest_report_teststatus(self, report: pytest.TestReport) -> tuple[str, str, str] | None:
-        """No letter for what went well. The category is pytest's own, from which it counts."""
-        if report.when == "call" and report.passed:
-            return "passed", "", "PASSED"
-        if report.when != "call" and report.passed:
-            return "", "", ""
-        return ("skipped", "", "SKIPPED") if report.skipped and not hasattr(report, "wasxfail") else None
+        """No letters. The categories are pytest's own, from which it counts."""
+        if hasattr(report, "wasxfail"):
+            return None
+        if report.failed:
+            return "failed" if report.when == "call" else "error", "", "FAILED"
+        if report.skipped:
+            return "skipped", "", "SKIPPED"
+        return ("passed", "", "PASSED") if report.when == "call" else ("", "", "")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._write(f"FAILED {report.nodeid}")
         if report.skipped and isinstance(report.longrepr, tuple):
             self._skipped[report.longrepr[2].removeprefix("Skipped: ")] += 1
         if report.when == "teardown":
@@ -56,10 +60,12 @@ class Progress:
         self._done[folder] += 1
         done, total = self._done[folder], self._total[folder]
         if done * STEPS // total > (done - 1) * STEPS // total:
-            terminal = self._config.pluginmanager.get_plugin("terminalreporter")
-            if terminal is not None:
-                terminal.ensure_newline()
-                terminal.write_line(f"{time.monotonic() - self._began:4.0f} s  {folder}: {done} of {total}")
+            self._write(f"{time.monotonic() - self._began:4.0f} s  {folder}: {done} of {total}")
+
+    def _write(self, line: str) -> None:
+        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
+        if terminal is not None:
+            terminal.write_line(line)
 
 
 def _folder(nodeid: str) -> str:
