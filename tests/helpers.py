@@ -27,7 +27,7 @@ from perfedavg.config import ExperimentConfig, OptimizerConfig, PhaseConfig
 from quick_start import hold_free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-ENDS_WITHIN_SECONDS = 120
+ENDS_WITHIN_SECONDS = 240
 """For a process that should end by itself; far above what it needs on a busy machine."""
 
 TINY = ["--dataset", "digits", "--struct", "mlp", "--client_num_in_total", "20", "--client_num_per_round", "5"]
