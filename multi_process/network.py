@@ -193,9 +193,9 @@ class ServerNetwork(DistNetwork):
         most = max(1, min(MAX_UNGREETED, num_spare() + len(self._greeting)))
         while len(greeting := list(self._greeting.items())) >= most:
             control, host = greeting[0]
-            del self._greeting[control]
-            self._log_dropped(host, f"{most} others came while it was greeted")
-            control.end()
+            if self._greeting.pop(control, None) is not None:  # or its own thread has just seen to it
+                self._log_dropped(host, f"{most} others came while it was greeted")
+                control.end()
 
     def _drop(self, control: ControlConnection, host: str, reason: str) -> None:
         if self._greeting.pop(control, None) is not None:
@@ -268,12 +268,15 @@ class ServerNetwork(DistNetwork):
                     self.recv_volume_intotal += connected.link.bytes_received
 
     def _wait_for_rank(self, control: ControlConnection, rank: int) -> None:
-        """Refuse a rank that is in use. Where its worker gives no sign of life, wait until one comes, or it is lost."""
+        """Refuse a rank that is in use. Where its worker gives no sign of life, wait until one comes, or it is lost.
+
+        What comes within a beat counts for nothing: the worker may have sent it before it left and asked anew.
+        """
         asked = time.monotonic()
         while (present := self._connected.get(rank)) is not None:
             if present.link.end is not None:
                 self._connected_gone([present])
-            elif present.link.last_heard > asked:
+            elif present.link.last_heard > asked + self._beat_seconds:
                 refuse(control, f"--rank {rank} is taken by another worker; give each worker a rank of its own")
             else:
                 time.sleep(POLL_SECONDS)

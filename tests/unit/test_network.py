@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -275,6 +275,44 @@ def test_no_more_than_so_many_are_greeted_at_once_and_the_first_ones_have_to_go(
         early[1].receive(10)
     assert list(server._greeting.values()) == ["127.0.0.1"], "the last one is still welcome"
     assert "server: dropped a connection from 127.0.0.1 (number 1): 2 others came while it was greeted" in run.said
+
+
+def test_room_is_made_while_those_in_their_greeting_see_to_themselves(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of them may be through just when it is to go. The thread that accepts must outlive that."""
+
+    class Vanishing(dict[Any, str]):
+        """In which the others' threads are always a step ahead."""
+
+        def items(self) -> Any:
+            found = list(super().items())
+            self.clear()
+            return found
+
+    monkeypatch.setattr(network, "MAX_UNGREETED", 1)
+    server = run.server()
+    server._greeting = Vanishing({cast(Any, "a connection"): "its host"})
+    server._make_room()
+    assert not any("others came while it was greeted" in line for line in run.said)
+
+
+def test_a_sign_of_life_from_before_a_worker_asked_anew_does_not_keep_it_out(run: Run) -> None:
+    """It comes late, and only after it the news that the old connection was closed."""
+
+    class ClosedLate:
+        last_heard = time.monotonic() + 0.5
+        bytes_sent = bytes_received = 0
+        ends = iter([None, GoneError("worker 1", "the connection was closed")])
+
+        @property
+        def end(self) -> Exception | None:
+            return next(self.ends)
+
+    server = run.server()
+    server._connected[1] = Connected(cast(Any, ClosedLate()), 1, 1, "its ticket", "")
+    server._wait_for_rank(run.stranger(), 1)
+    assert not server._connected, "the rank is free"
 
 
 def test_a_connection_that_cannot_be_accepted_does_not_close_the_door(
