@@ -34,7 +34,7 @@ from multi_process.messages import (
     WorkOn,
 )
 from multi_process.network import REMINDER_SECONDS, Connected, ServerNetwork
-from multi_process.pace import Pace
+from multi_process.pace import LEAST_SECONDS, Pace
 from multi_process.schedule import Schedule
 from perfedavg.client_batching import default_num_lanes, say_idle_slots
 from perfedavg.client_data import FederatedDataset
@@ -149,7 +149,7 @@ class _Piece:
     groups: of clients that are worked on at once, by the first client of each; the schedule hands these out.
     start: tells a worker of it.  deliver: takes the results that an answer has, or raises and takes none.
     pace: of the groups.  handed_out_at: when each group was given to who has it.
-    lane_seconds, lost: see `executor.CohortUpdate`.
+    lane_seconds, lost: see `executor.CohortUpdate`.  num_given_up: times that a rank was given up in it.
     """
 
     groups: dict[int, tuple[int, ...]]
@@ -160,6 +160,7 @@ class _Piece:
     lost: dict[int, str]
     lane_seconds: float = 0.0
     handed_out_at: dict[int, float] = field(default_factory=dict)
+    num_given_up: Counter[int] = field(default_factory=Counter)
 
     @property
     def answers(self) -> tuple[type[Message], ...]:
@@ -336,8 +337,7 @@ class WorkerPoolManager(ServerManager):
             worker.has_begun = worker.is_asked = False
             worker.since = time.monotonic()
         while not piece.schedule.is_complete:
-            for worker in list(self._workers.values()):
-                self._feed(worker, piece)
+            self._feed(piece)
             self._take_event(min(CHECK_SECONDS, self._seconds_left()))
             self._check_progress(piece)
         for worker in self._workers.values():
@@ -368,8 +368,8 @@ class WorkerPoolManager(ServerManager):
             if has_slept:
                 worker.note_progress(now)
             quiet_seconds = now - worker.progress_at
-            if quiet_seconds > self._limit_seconds(worker, piece):
-                self._give_up(worker, quiet_seconds)
+            if quiet_seconds > LEAST_SECONDS and quiet_seconds > self._limit_seconds(worker, piece):
+                self._give_up(worker, quiet_seconds, piece)
 
     def _limit_seconds(self, worker: _Worker, piece: _Piece) -> float:
         """How long the worker may take to deliver anything. Infinite where it owes nothing."""
@@ -378,12 +378,13 @@ class WorkerPoolManager(ServerManager):
             return piece.pace.limit_seconds(max(self._size(piece.groups[first]) for first in in_work))
         return self._sum_pace.limit_seconds() if worker.is_asked else math.inf
 
-    def _give_up(self, worker: _Worker, quiet_seconds: float) -> None:
-        """Drop a slow worker, but not the last one of those that were given up as seldom: somebody must do the work."""
-        num_given_up = self._num_given_up[worker.rank]
+    def _give_up(self, worker: _Worker, quiet_seconds: float, piece: _Piece) -> None:
+        """Drop a slow worker, unless the others were dropped from this piece more often: somebody must do the work."""
+        num_given_up = piece.num_given_up[worker.rank]
         others = [other for other in self._workers.values() if other.is_ready and other is not worker]
         reason = f"it has finished nothing for {quiet_seconds:.0f} s, far longer than others took"
-        if any(self._num_given_up[other.rank] <= num_given_up for other in others):
+        if any(piece.num_given_up[other.rank] <= num_given_up for other in others):
+            piece.num_given_up[worker.rank] += 1
             self._num_given_up[worker.rank] += 1
             self._lose(worker.connected, reason)
         elif not worker.is_called_slow:
@@ -394,37 +395,37 @@ class WorkerPoolManager(ServerManager):
         """The training examples of a group of clients."""
         return sum(map(self._clients.num_train_examples, group))
 
-    def _feed(self, worker: _Worker, piece: _Piece) -> None:
-        """Give a worker as many groups as it has lanes, and one to go on with while there are plenty.
+    def _feed(self, piece: _Piece) -> None:
+        """Give each worker as many groups as it has lanes, and one to go on with while there are plenty.
 
         Where there are fewer groups than lanes, each worker gets its share, and one at least while there are any.
         Where none is left for it, ask for the sum over those that it has trained.
         """
-        if not worker.is_ready:
-            return
         schedule, now = piece.schedule, time.monotonic()
-        num_lanes = sum(other.num_lanes for other in self._workers.values() if other.is_ready)
-        share = -(-schedule.num_unfinished * worker.num_lanes // num_lanes)
-        in_hand = min(worker.num_lanes, share) + (1 if schedule.num_waiting > 2 * num_lanes else 0)
-        num_in_work = schedule.num_in_work(worker.number)
-        num_others_idle = sum(
-            other.is_ready and other is not worker and not schedule.num_in_work(other.number)
-            for other in self._workers.values()
-        )
-        to_spare = max(schedule.num_waiting - num_others_idle, 0 if num_in_work else 1)
-        firsts = schedule.take(worker.number, min(in_hand - num_in_work, to_spare))
-        if firsts:
-            piece.handed_out_at.update(dict.fromkeys(firsts, now))
-            if not num_in_work:
+        ready = [worker for worker in self._workers.values() if worker.is_ready]
+        num_lanes = sum(worker.num_lanes for worker in ready)
+        num_unfinished = schedule.num_unfinished  # which handing out leaves as it is
+        num_idle = sum(not schedule.num_in_work(worker.number) for worker in ready)
+        for worker in ready:
+            share = -(-num_unfinished * worker.num_lanes // num_lanes)
+            in_hand = min(worker.num_lanes, share) + (1 if schedule.num_waiting > 2 * num_lanes else 0)
+            num_in_work = schedule.num_in_work(worker.number)
+            num_others_idle = num_idle if num_in_work else num_idle - 1
+            to_spare = max(schedule.num_waiting - num_others_idle, 0 if num_in_work else 1)
+            firsts = schedule.take(worker.number, min(in_hand - num_in_work, to_spare))
+            if firsts:
+                piece.handed_out_at.update(dict.fromkeys(firsts, now))
+                if not num_in_work:
+                    num_idle -= 1
+                    worker.note_progress(now)
+                if not worker.has_begun:
+                    self._send(worker, piece.start)
+                    worker.has_begun = True
+                self._send(worker, WorkOn([list(piece.groups[first]) for first in firsts]))
+            elif not num_in_work and schedule.num_done(worker.number) and not worker.is_asked:
+                self._send(worker, SendSum())
+                worker.is_asked = True
                 worker.note_progress(now)
-            if not worker.has_begun:
-                self._send(worker, piece.start)
-                worker.has_begun = True
-            self._send(worker, WorkOn([list(piece.groups[first]) for first in firsts]))
-        elif not schedule.num_in_work(worker.number) and schedule.num_done(worker.number) and not worker.is_asked:
-            self._send(worker, SendSum())
-            worker.is_asked = True
-            worker.note_progress(now)
 
     def _send(self, worker: _Worker, message: Message) -> None:
         try:
@@ -477,6 +478,7 @@ class WorkerPoolManager(ServerManager):
         if worker.num_lanes:
             return
         worker.connected.link.num_parameters = self._handler.model_parameters.numel()
+        worker.connected.link.num_clients = self._handler.num_clients
         on_same_machine = sum(other.join.machine == worker.join.machine for other in self._workers.values())
         num_cores = worker.join.num_cores // on_same_machine
         worker.num_lanes = worker.join.threads or default_num_lanes(

@@ -385,6 +385,25 @@ def test_work_that_is_slow_everywhere_ends(start: Start) -> None:
     assert [member.told is None for member in members].count(False) == 1
 
 
+def test_a_worker_that_was_slow_once_takes_over_from_one_that_hangs(start: Start) -> None:
+    """What a rank was given up for in an earlier round says nothing of whether it could do better now."""
+
+    class HangingInRound3(Member):
+        def work_on(self, group: list[int], end: float) -> None:
+            assert isinstance(self._start, StartTraining)
+            if self._start.round_number < 3:
+                super().work_on(group, end)
+
+    first = HangingInRound3(1)
+    pool = start(first, Swallowing(2))
+    assert_whole(pool.train(1))
+    pool.admit(Member(2))
+    assert_whole(pool.train(2))
+    assert_whole(pool.train(3))
+    assert first.told is not None
+    assert "far longer than others took" in first.told[1]
+
+
 def test_who_is_given_up_again_and_again_is_sent_away(start: Start) -> None:
     honest = Member(1)
     pool = start(honest)
