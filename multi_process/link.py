@@ -44,16 +44,16 @@ __all__ = ["SERVER", "WORKER", "DismissedError", "GoneError", "Link"]
 
 ARRIVAL_SECONDS = 1.0
 """For the rest of a message to arrive that was coming when the peer left."""
-SLOWEST_BYTES_PER_SECOND = 64 * 1024
-"""Half a megabit: who sends a message more slowly than this, after a first silence, counts as gone."""
+SLOWEST_BYTES_PER_SECOND = 4 * 1024
+"""Who sends a message more slowly than this, after a first silence, counts as gone. 30 may share one megabit."""
 CLOCK_SECONDS = 0.05
 """By which gloo's clock, in milliseconds, may be ahead."""
 WATCH_SECONDS = 0.02
 """Between two looks at how many descriptors are left, because who connects to gloo's port takes one."""
 MAX_PLAIN_BYTES = 2**20
 """In a message without parameters."""
-MAX_REPORTS_BYTES = 16 * 2**20
-"""In a message beside its parameters: what is said of each client."""
+MAX_REPORT_BYTES = 1024
+"""In a message with parameters, for what it says of one client: about four times what a refusal takes."""
 MAX_UNHEARD = 10_000
 """Messages that wait to be received. An honest peer sends one for each thing that it was asked to do."""
 MAX_UNSENT_BYTES = 2**30
@@ -105,6 +105,7 @@ class Link:
     beat_seconds, silence_seconds: see `control.Greeting`.
 
     num_parameters: of the model, once it is known; no message with parameters is taken before.
+    num_clients: of which such a message may report, at most.
     Raises ConnectionError where there is no thread to be had for it.
     """
 
@@ -115,6 +116,7 @@ class Link:
         self.bytes_sent = 0
         self.bytes_received = 0
         self.num_parameters: int | None = None
+        self.num_clients = 0
         self._control = control
         self._side = side
         self._beat_seconds = beat_seconds
@@ -193,7 +195,7 @@ class Link:
         num_bytes = _tensor_bytes(message)
         with self._changed:
             self._unsent_bytes += num_bytes
-        if self._unsent_bytes > max(MAX_UNSENT_BYTES, 4 * num_bytes):
+        if num_bytes and self._unsent_bytes > max(MAX_UNSENT_BYTES, 4 * num_bytes):
             self._lose("it takes nothing of what it is sent")
         self._raise_end()
         self._outgoing.put(message)
@@ -292,7 +294,9 @@ class Link:
         """In a message of this kind."""
         if kind not in WITH_PARAMETERS:
             return MAX_PLAIN_BYTES
-        return 0 if self.num_parameters is None else MAX_REPORTS_BYTES + 8 * self.num_parameters
+        if self.num_parameters is None:
+            return 0
+        return MAX_PLAIN_BYTES + MAX_REPORT_BYTES * self.num_clients + 8 * self.num_parameters
 
     def _receive_package(self, announced: _Announcement) -> Message:
         seconds = self._silence_seconds + announced.num_bytes / SLOWEST_BYTES_PER_SECOND

@@ -43,8 +43,9 @@ FORMATION_SECONDS = 30.0
 """For forming a pair, once both sides have agreed to."""
 GLOO_ATTEMPTS = 5
 """Times its timeout that gloo waits for a connection."""
-SENDING_TIMEOUT = timedelta(hours=1)
-"""For one tensor to be taken by the other side, which may be busy. One that dies or falls silent ends it at once."""
+SENDING_TIMEOUT = timedelta(days=1)
+"""For one tensor to be taken by the other side, which may be busy or behind a slow line. One that dies or falls silent
+ends it at once."""
 MAX_KEYS = 16
 """That the other side may set while a pair is formed. gloo needs one, nccl a few."""
 MAX_VALUE_BYTES = 4096
@@ -68,9 +69,10 @@ class Group(Protocol):
 class Pair(PackageProcessor):
     """FedLab's exchange of a package in three parts (header, slices, content) over a process group of two.
 
-    Two of FedLab's limits are lifted. The receive buffer has the content's size (FedLab's adds the shapes, and so
-    allocates twice as much). And the content travels on a device of one's choice: with nccl it is this process's GPU,
-    while header and slices travel on the CPU over gloo.
+    Three of FedLab's limits are lifted. The receive buffer has the content's size (FedLab's adds the shapes, and so
+    allocates twice as much). A content may have 2^31 elements and more, because the slices travel as int64. And the
+    content travels on a device of one's choice: with nccl it is this process's GPU, while header and slices travel on
+    the CPU over gloo.
 
     side: SERVER or WORKER.
     """
@@ -123,7 +125,7 @@ class Pair(PackageProcessor):
     def send(self, package: Package) -> None:
         package.header[HEADER_RECEIVER_RANK_IDX] = 1 - self._side
         package.header[HEADER_DATA_TYPE_IDX] = dtype_torch2flab(package.dtype)
-        slices = torch.tensor(package.slices, dtype=torch.int32)
+        slices = torch.tensor(package.slices, dtype=torch.int64)
         for part in (package.header, slices):
             _open(self._gloo).send([part], 1 - self._side, 0).wait(SENDING_TIMEOUT)
         content = package.content.to(self._buffer.device)
@@ -140,7 +142,7 @@ class Pair(PackageProcessor):
         _, _, num_slices, code, data_type = Package.parse_header(header)
         if not 0 < num_slices <= MAX_SLICES:
             raise ValueError(f"a package with {num_slices} slices is none of this protocol's")
-        slices = self._receive(self._gloo, torch.empty(num_slices, dtype=torch.int32), deadline).tolist()
+        slices = self._receive(self._gloo, torch.empty(num_slices, dtype=torch.int64), deadline).tolist()
         dtype = _data_type(data_type)
         size = sum(sizes_of(slices))
         if size * dtype.itemsize != num_bytes:

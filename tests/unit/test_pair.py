@@ -10,6 +10,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,8 +20,9 @@ from multi_process import link as link_module
 from multi_process import pair as pair_module
 from multi_process.control import ControlConnection, NotOursError
 from multi_process.link import SERVER, WORKER, GoneError, Link
-from multi_process.messages import Finish, Message, PartialSum, StartTraining, to_package
+from multi_process.messages import Finish, Message, PartialSum, StartTraining, WorkOn, to_package
 from multi_process.pair import sizes_of
+from perfedavg.executor import ClientReport
 
 NUM_STRANGERS = 1500
 NUM_PARAMETERS = 1000
@@ -210,7 +213,7 @@ def test_a_message_that_was_announced_and_never_comes_is_waited_for_so_long_as_i
     ("kind", "num_bytes"),
     [
         ("Finish", 2**20 + 1),
-        ("PartialSum", 16 * 2**20 + 8 * NUM_PARAMETERS + 1),
+        ("PartialSum", 2**20 + 8 * NUM_PARAMETERS + 1),
         ("Finish", 0),
         ("Finish", -5),
         ("Finish", True),
@@ -292,6 +295,50 @@ def test_a_peer_that_takes_nothing_does_not_fill_the_memory(connect: Connect, mo
     message = StartTraining(1, 1, 1, torch.zeros(NUM_PARAMETERS))
     with pytest.raises(GoneError, match="it takes nothing of what it is sent"):
         send_often(ends.server, message)
+
+
+def test_words_may_follow_however_large_a_model(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work is handed out right after the parameters, which are still on their way then."""
+    monkeypatch.setattr(link_module, "MAX_UNSENT_BYTES", 100)
+    ends = connect()  # not formed, so nothing leaves
+    ends.server.send(StartTraining(1, 1, 1, torch.zeros(NUM_PARAMETERS)))
+    ends.server.send(WorkOn([[1]]))
+    assert ends.server.end is None
+
+
+def test_as_many_reports_as_there_are_clients_find_room(connect: Connect) -> None:
+    """One worker may train a whole cohort, and each update may be refused."""
+    ends = connect()
+    ends.server.num_clients = 10_000
+    reason = "client {}: its update is refused, because its largest entry is nan (the limit is 1024): training diverged"
+    reports = [ClientReport(client_id, 100, 1 / 3, 1 / 3, reason.format(client_id)) for client_id in range(10_000)]
+    package = to_package(PartialSum(0, 1, reports, torch.zeros(NUM_PARAMETERS, dtype=torch.int64)))
+    assert package.content.nbytes > 2**20 + 8 * NUM_PARAMETERS
+    ends.server._announce("PartialSum", package.content.nbytes)
+    with pytest.raises(NotOursError, match="it announces a message"):
+        ends.server._announce("PartialSum", 2**20 + 1024 * 10_000 + 8 * NUM_PARAMETERS + 1)
+
+
+def test_a_content_may_be_larger_than_an_int32_can_say(connect: Connect) -> None:
+    """A sum over 268 million parameters has 2^31 bytes."""
+    pair = connect().server._pair
+    sent: list[torch.Tensor] = []
+
+    class Recording:
+        def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> Recording:
+            sent.extend(tensors)
+            return self
+
+        def wait(self, timeout: timedelta) -> None:
+            pass
+
+    package = to_package(Finish())
+    package.slices = [2**31, 1, 2**31]
+    pair._gloo = cast(Any, Recording())
+    pair.send(package)
+    _, slices, content = sent
+    assert slices.tolist() == [2**31, 1, 2**31]
+    assert content is package.content
 
 
 def test_a_peer_that_says_more_than_anybody_hears_does_not_fill_the_memory(
