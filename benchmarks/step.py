@@ -1,10 +1,12 @@
 """A local step of SGD at batch 20 on one thread: ms, and the share of the machine's own matrix-multiply rate.
 
 python benchmarks/step.py
+python benchmarks/step.py --portable_kernels       what these cost, against the processor's own kernels
 
 For each convolutional model the step as torch itself takes it (`plain`), and this project's at each precision, in turn,
 many times. The rate is that of the fastest of three square products of the same type, measured in between; the
-arithmetic of a step is what torch.utils.flop_counter counts in its products and convolutions. The last line is JSON.
+arithmetic of a step is what torch.utils.flop_counter counts in its products and convolutions. A precision that the
+processor is clearly slower in is left out. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -14,9 +16,10 @@ import copy
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,11 +34,16 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from models import build_model  # noqa: E402
 from perfedavg.compute import use_reproducible_kernels  # noqa: E402
 from perfedavg.config import PRECISIONS  # noqa: E402
+from perfedavg.cores import usable_cores  # noqa: E402
 from perfedavg.flat_model import FlatModel  # noqa: E402
+from perfedavg.kernels import ENVIRONMENTS, PORTABLE_KERNELS  # noqa: E402
+from perfedavg.precision import CLEARLY_SLOWER, slowdown  # noqa: E402
 
 MODELS = {"emnist_cnn": 62, "mnist_cnn": 10}
 BATCH, LEARNING_RATE = 20, 0.02
 PRODUCT_SIZES = (512, 1024, 2048)
+TURNS = 2
+"""Of each kind of kernels, when these are compared."""
 STEPS = 10
 """Between two looks at the clock."""
 TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -46,24 +54,54 @@ Step = Callable[[Tensor, Tensor], None]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=30, help="how often each is timed (default: 30)")
-    repeats = parser.parse_args().repeats
+    parser.add_argument(
+        "--portable_kernels",
+        action="store_true",
+        help="time steps of new processes in turn, each with other kernels (see single_process.py --help)",
+    )
+    args = parser.parse_args()
+    if args.portable_kernels:
+        compare_kernels(args.repeats)
+        return
     use_reproducible_kernels()
-    results = {name: measure(name, num_classes, repeats) for name, num_classes in MODELS.items()}
+    times = slowdown(torch.device("cpu"))
+    precisions = PRECISIONS if times < CLEARLY_SLOWER else ("float32",)
+    if times >= CLEARLY_SLOWER:
+        print(f"bf16 is left out: a product in it takes about {times:.1f} times as long as in float32 here")
+    results = {name: measure(name, num_classes, args.repeats, precisions) for name, num_classes in MODELS.items()}
     print(json.dumps({"benchmark": "step", "batch": BATCH, "threads": 1, "cpu": cpu_name(), **results}))
 
 
-def measure(name: str, num_classes: int, repeats: int) -> dict[str, dict[str, float]]:
+def compare_kernels(repeats: int) -> None:
+    """Print a float32 step's ms with each kind of kernels, the median over turns, and how often the own one's it is."""
+    times: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in PORTABLE_KERNELS} for name in MODELS}
+    for _ in range(TURNS):
+        for kind in PORTABLE_KERNELS:
+            command = [sys.executable, __file__, "--repeats", str(repeats)]
+            environment = {**os.environ, **ENVIRONMENTS[kind]}
+            answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
+            measured = json.loads(answer.stdout.splitlines()[-1])
+            for name in MODELS:
+                times[name][kind].append(measured[name]["float32"]["ms"])
+    results = {name: {kind: statistics.median(ms) for kind, ms in kinds.items()} for name, kinds in times.items()}
+    for name, kinds in results.items():
+        for kind, ms in kinds.items():
+            print(f"{name}, --portable_kernels {kind}: {ms:.2f} ms a step, {ms / kinds['false']:.2f} times")
+    print(json.dumps({"benchmark": "step, portable kernels", "batch": BATCH, "cpu": cpu_name(), **results}))
+
+
+def measure(name: str, num_classes: int, repeats: int, precisions: Sequence[str]) -> dict[str, dict[str, float]]:
     """By the way of stepping: ms a step, share of the product rate of its type, times that of the plain step."""
     torch.manual_seed(0)
     model = build_model(name, num_classes)
     images, labels = torch.rand(BATCH, 1, 28, 28), torch.randint(0, num_classes, (BATCH,))
     arithmetic = count_arithmetic(model, images, labels)
     steps: dict[str, Step] = {"plain": plain_step(model)}
-    steps |= {precision: own_step(model, precision) for precision in PRECISIONS}
+    steps |= {precision: own_step(model, precision) for precision in precisions}
     seconds: dict[str, list[float]] = {way: [] for way in steps}
-    rates: dict[str, list[float]] = {precision: [] for precision in PRECISIONS}
+    rates: dict[str, list[float]] = {precision: [] for precision in precisions}
     for repeat in range(repeats + 1):
-        for precision in PRECISIONS:
+        for precision in precisions:
             rates[precision].append(product_rate(TYPES[precision]))
         for way, step in steps.items():
             took = seconds_a_step(step, images, labels)
@@ -136,7 +174,7 @@ def count_arithmetic(model: nn.Module, images: Tensor, labels: Tensor) -> int:
 def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
-    return f"{', '.join(sorted(names))}, {os.cpu_count()} cores"
+    return f"{', '.join(sorted(names))}, {usable_cores()} cores"
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ PORTABLE_KERNELS = ("false", "true", "any_vendor")
 those that all x86-64 processors with AVX2 have."""
 
 _AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
-_ENVIRONMENTS = {
+ENVIRONMENTS = {
     "false": {},
     "true": {**_AVX2, "MKL_CBWR": "AVX2"},
     "any_vendor": {**_AVX2, "MKL_CBWR": "COMPATIBLE"},
@@ -57,7 +57,7 @@ def pin_kernels(portable: str) -> None:
     check_processor(portable)
     if "torch" in sys.modules and not kernels_are_pinned(portable):
         raise UnpinnedKernelsError(portable)
-    os.environ.update(_ENVIRONMENTS[portable])
+    os.environ.update(ENVIRONMENTS[portable])
 
 
 def pin_kernels_or_restart(portable: str, script: Path, argv: Sequence[str]) -> None:
@@ -69,7 +69,7 @@ def pin_kernels_or_restart(portable: str, script: Path, argv: Sequence[str]) -> 
 
 
 def kernels_are_pinned(portable: str) -> bool:
-    return all(os.environ.get(name) == value for name, value in _ENVIRONMENTS[portable].items())
+    return all(os.environ.get(name) == value for name, value in ENVIRONMENTS[portable].items())
 
 
 def restart_pinned(portable: str, script: Path, argv: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ def restart_pinned(portable: str, script: Path, argv: Sequence[str]) -> None:
     check_processor(portable)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, str(script), *argv], {**os.environ, **_ENVIRONMENTS[portable]})
+    os.execve(sys.executable, [sys.executable, str(script), *argv], {**os.environ, **ENVIRONMENTS[portable]})
 
 
 def check_processor(portable: str) -> None:
