@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import paths
 import utils
 from perfedavg.console import run_entry_point, say, show
+from perfedavg.kernels import pin_kernels
+from perfedavg.runs import RecordedRun
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn
@@ -29,6 +31,7 @@ OTHER_INPUTS = {"lstm": "text", "sine_mlp": "numbers"}
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
+    pin_kernels(portable_kernels_of(args.run))
 
     from datasets.person import load_person
     from perfedavg.compute import use_reproducible_kernels
@@ -59,6 +62,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     write_personalized(output, model, program, {**run.facts.to_metadata(), "personalized_from": run_sha256}, result)
     show(f"personalized model in {output}; docs/personalize.md says how to use it")
+
+
+def portable_kernels_of(run: Path) -> str:
+    """A run's --portable_kernels, with which it is personalized too. `false` for what is no run, as is said later."""
+    try:
+        return RecordedRun.read(run).experiment().portable_kernels
+    except (ValueError, OSError):
+        return "false"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +65,15 @@ def test_optimizers_with_square_roots_hold_for_one_vendor_only(flag: str) -> Non
     assert utils.config_from_args(utils.get_args("single", argv)).portable_kernels == "true"
     with pytest.raises(ValueError, match=r"any_vendor does not go with the optimizer adam.*use sgd or momentum"):
         utils.config_from_args(utils.get_args("single", [*argv, "any_vendor"]))
+
+
+def test_a_run_is_personalized_with_its_own_kernels(tmp_path: Path) -> None:
+    import personalize
+
+    assert personalize.portable_kernels_of(tmp_path) == "false"
+    config = make_config(portable_kernels="any_vendor")
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {}, "experiment": config.to_dict()}))
+    assert personalize.portable_kernels_of(tmp_path) == "any_vendor"
 
 
 def test_a_log_tells_in_what_a_process_differs() -> None:
