@@ -50,6 +50,8 @@ FINISH_SECONDS = 10.0
 """For a worker to hear that the run is over."""
 CHECK_SECONDS = 5.0
 """Between two looks at how the workers get on, while nothing comes from them."""
+MAX_WARNED = 1000
+"""Machines and devices whose workers' warnings are shown."""
 MAX_GIVEN_UP = 3
 """Times that a rank is given up for its slowness, after which it is sent away for good."""
 
@@ -527,7 +529,7 @@ class WorkerPoolManager(ServerManager):
         piece.schedule.deliver(worker.number, firsts)
 
     def _take_ready(self, worker: _Worker, ready: Ready) -> None:
-        differences = "; ".join(self.kernels.differences(worker.join.kernels))
+        differences = clean_text("; ".join(self.kernels.differences(worker.join.kernels)))
         if ready.fingerprint != self._clients.fingerprint:
             cause = f" (or it makes them otherwise, for {differences})" if differences else ""
             reason = (
@@ -538,8 +540,9 @@ class WorkerPoolManager(ServerManager):
         worker.is_ready = True
         worker.since = time.monotonic()
         say(f"server: worker {worker.rank} is ready, {worker.num_lanes} client(s) side by side on {ready.device}")
-        if (worker.join.machine, ready.device) not in self._warned:  # other workers there have the same to say
-            self._warned.add((worker.join.machine, ready.device))
+        where = worker.join.machine, ready.device  # other workers there have the same to say
+        if ready.warnings and where not in self._warned and len(self._warned) < MAX_WARNED:
+            self._warned.add(where)
             for warning in ready.warnings:
                 say(f"server: worker {worker.rank}: {warning}")
         self.kernels.add(worker.join.kernels)

@@ -120,6 +120,10 @@ def processor_vendor() -> str:
     return _cpu_fact("vendor_id") or platform.machine()
 
 
+MAX_NOTED = 64
+"""Libraries and devices, and kinds of each, that a log notes: more than any run has, however many a worker makes up."""
+
+
 class KernelLog:
     """How the processes of a run were seen to compute, over all of its resumptions; a run of one kind has one of each.
 
@@ -139,9 +143,12 @@ class KernelLog:
         ]
 
     def add(self, kernels: Mapping[str, str]) -> None:
-        """Note a process."""
+        """Note a process, as far as there is room: see MAX_NOTED."""
         for name, value in kernels.items():
-            self._seen.setdefault(name, set()).add(value)
+            if name in self._seen or len(self._seen) < MAX_NOTED:
+                kinds = self._seen.setdefault(name, set())
+                if len(kinds) < MAX_NOTED:
+                    kinds.add(value)
 
     def resume(self, earlier: Mapping[str, Sequence[str]]) -> list[str]:
         """Note what an earlier part of the run computed with. Returns in what it differed, as `name is X, was Y`."""

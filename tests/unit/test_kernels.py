@@ -12,7 +12,7 @@ from helpers import make_config
 
 from perfedavg import kernels
 from perfedavg.compute import check_portable, describe_kernels
-from perfedavg.kernels import KernelLog, UnpinnedKernelsError, pin_kernels
+from perfedavg.kernels import MAX_NOTED, KernelLog, UnpinnedKernelsError, pin_kernels
 
 AVX512 = {"torch": "2", "torch's kernels": "AVX512", "MKL": "AuthenticAMD AVX512_CORE"}
 AVX2 = {"torch": "2", "torch's kernels": "AVX2", "MKL": "AuthenticAMD AVX2"}
@@ -100,6 +100,16 @@ def test_a_log_goes_on_with_what_was_computed_before() -> None:
     ]
     assert log.to_dict()["torch's kernels"] == ["AVX2", "AVX512"]
     assert log.to_dict()["gone"] == ["x"]
+
+
+def test_a_log_does_not_grow_with_what_workers_make_up() -> None:
+    """It is in memory, in each checkpoint and in the run's files."""
+    log = KernelLog()
+    for number in range(1000):
+        log.add({"oneDNN": f"kind {number}", f"library {number}": "a"})
+    noted = log.to_dict()
+    assert len(noted) == MAX_NOTED
+    assert len(noted["oneDNN"]) == MAX_NOTED
 
 
 def test_limits_of_the_environment_are_seen(processor: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
