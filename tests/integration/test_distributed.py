@@ -186,7 +186,7 @@ def test_quick_start_ends_with_its_server_and_can_be_resumed(launched: Launched,
 def test_a_worker_stops_at_ctrl_c_while_it_waits(launched: Launched, tmp_path: Path) -> None:
     server, port = launched.start_server(tmp_path / "run", 3, *TINY)
     worker = launched.start_worker(port, 3, 1)
-    wait_for_line(server, "listening")
+    wait_for_line(server, "worker 1 joined")
     for process in (worker, server):
         process.send_signal(signal.SIGINT)
         assert finish(process)[0] == 128 + signal.SIGINT
