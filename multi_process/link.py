@@ -49,7 +49,8 @@ SLOWEST_BYTES_PER_SECOND = 4 * 1024
 CLOCK_SECONDS = 0.05
 """By which gloo's clock, in milliseconds, may be ahead."""
 WATCH_SECONDS = 0.02
-"""Between two looks at how many descriptors are left, because who connects to gloo's port takes one."""
+"""Between two looks at how many descriptors are left, because who connects to gloo's port takes one. All links that
+are being formed share these looks: hundreds that each looked so often would leave no time to form any."""
 MAX_PLAIN_BYTES = 2**20
 """In a message without parameters."""
 MAX_REPORT_BYTES = 1024
@@ -60,6 +61,10 @@ MAX_UNSENT_BYTES = 2**30
 """Of tensors that wait to be sent, or four messages. A peer for which more are waiting takes none."""
 
 WITH_PARAMETERS = frozenset(kind.__name__ for kind in (StartTraining, StartScoring, PartialSum))
+
+
+_forming: set[Link] = set()
+"""Those of this process that are being formed."""
 
 
 class GoneError(ConnectionError):
@@ -168,11 +173,13 @@ class Link:
                 failure = _first_line(error)  # and not the error, which holds on to gloo's sockets
             formation.set_result(failure)
 
+        _forming.add(self)
         try:
             self._start("form", form)
             deadline = time.monotonic() + FORMATION_SECONDS
             while not formation.done() and self._end is None and time.monotonic() < deadline:
-                wait([formation, self._ended], WATCH_SECONDS, FIRST_COMPLETED)
+                watch_seconds = min(WATCH_SECONDS * len(_forming), deadline - time.monotonic())
+                wait([formation, self._ended], max(0.0, watch_seconds), FIRST_COMPLETED)
                 if not formation.done() and num_spare() < 0:
                     self._pair.stop_listening()
                     raise ConnectionError("file descriptors run short; raise the limit with ulimit -n")
@@ -186,6 +193,8 @@ class Link:
             self._start("speak", self._speak)
         except RuntimeError as error:
             raise ConnectionError(f"no thread can be started for it ({error})") from None
+        finally:
+            _forming.discard(self)
 
     def send(self, message: Message) -> None:
         """Send a message, without waiting until it has left; its tensors must not change meanwhile.

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from datetime import timedelta
 from typing import Any, cast
 
@@ -295,6 +296,25 @@ def test_a_peer_that_takes_nothing_does_not_fill_the_memory(connect: Connect, mo
     message = StartTraining(1, 1, 1, torch.zeros(NUM_PARAMETERS))
     with pytest.raises(GoneError, match="it takes nothing of what it is sent"):
         send_often(ends.server, message)
+
+
+def test_links_that_are_formed_at_once_share_the_looks_at_the_descriptors(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each look takes a millisecond where there are thousands: 500 workers that came at once would all time out."""
+    waits: list[float] = []
+
+    def recorded(futures: Any, timeout: float, *how: Any) -> Any:
+        if how:
+            waits.append(timeout)
+        return wait(futures, timeout, *how)
+
+    monkeypatch.setattr(link_module, "wait", recorded)
+    monkeypatch.setattr(link_module, "_forming", {cast(Any, number) for number in range(100)})
+    connect().form()
+    assert waits
+    assert min(waits) > 100 * link_module.WATCH_SECONDS
+    assert link_module._forming == set(range(100)), "it is formed, and looks no more"
 
 
 def test_words_may_follow_however_large_a_model(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
