@@ -37,7 +37,7 @@ from multi_process.messages import (
     to_package,
 )
 from multi_process.pair import FORMATION_SECONDS, SERVER, WORKER, Pair
-from perfedavg.console import LOGGER
+from perfedavg.console import LOGGER, is_shortage
 from perfedavg.descriptors import num_spare
 
 __all__ = ["SERVER", "WORKER", "DismissedError", "GoneError", "Link"]
@@ -394,6 +394,8 @@ class Link:
         except ConnectionError as error:
             self._lose(str(error))
         except RuntimeError as error:  # torch.distributed's, in many words
+            if is_shortage(error):  # this process's own, which joining anew would not end
+                raise
             LOGGER.info("%s: %s", self.name, error)
             wait([self._ended], ARRIVAL_SECONDS)  # for the other connection, which knows better why
             self._lose("the tensors' connection was closed")

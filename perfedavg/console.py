@@ -252,14 +252,14 @@ def report(error: BaseException | None) -> int:
     if isinstance(error, USER_ERRORS):
         _write(sys.stderr, f"error: {reason_of(error)}\n")
         return EXIT_BAD_INPUT
-    if _is_shortage(error):
+    if is_shortage(error):
         _write(sys.stderr, f"error: memory or threads run short ({reason_of(error)}); `ulimit -a` shows the limits\n")
         return EXIT_BAD_INPUT
     _write(sys.stderr, "".join(traceback.format_exception(error)))
     return 1
 
 
-def _is_shortage(error: BaseException) -> bool:
+def is_shortage(error: BaseException) -> bool:
     """Whether the system refused memory or a thread, which Python and torch say in words of their own."""
     said = str(error).lower()
     return isinstance(error, MemoryError) or (

@@ -317,6 +317,19 @@ def test_links_that_are_formed_at_once_share_the_looks_at_the_descriptors(
     assert link_module._forming == set(range(100)), "it is formed, and looks no more"
 
 
+def test_a_shortage_of_memory_is_not_taken_for_a_lost_peer(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker would join anew for ever, and nobody would hear why."""
+    ends = connect().form()
+
+    def refuse(pair: pair_module.Pair, size: int, dtype: torch.dtype) -> torch.Tensor:
+        raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes")
+
+    monkeypatch.setattr(pair_module.Pair, "_room", refuse)
+    ends.server.send(StartTraining(1, 1, 1, torch.zeros(NUM_PARAMETERS)))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        ends.worker.receive()
+
+
 def test_words_may_follow_however_large_a_model(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work is handed out right after the parameters, which are still on their way then."""
     monkeypatch.setattr(link_module, "MAX_UNSENT_BYTES", 100)
