@@ -56,6 +56,7 @@ class FillsDisk:
 
     def __init__(self, inner: LocalExecutor, disk: SmallDisk, fill_at: int, room_at: int) -> None:
         self._inner = inner
+        self.kernels = inner.kernels
         self._disk = disk
         self._actions = {fill_at: disk.fill, room_at: disk.make_room}
         self._requests = 0
