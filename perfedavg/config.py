@@ -164,7 +164,7 @@ class ExperimentConfig:
     client_batching: clients that are trained at once, as one computation, 1 or more, or None until it is settled (see
         `client_batching.settle_client_batching`). It changes how sums are rounded.
     portable_kernels: of kernels.PORTABLE_KERNELS, whether all processes compute with kernels that unlike processors
-        have in common, so that these end with the same model.
+        have in common, so that these end with the same model. Runs recorded before there was a choice had none.
     """
 
     dataset: str
@@ -187,7 +187,7 @@ class ExperimentConfig:
     eval_clients: int
     precision: str
     client_batching: int | None
-    portable_kernels: str
+    portable_kernels: str = "false"
 
     @property
     def phases(self) -> dict[Phase, PhaseConfig]:
