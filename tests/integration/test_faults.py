@@ -59,14 +59,19 @@ def test_the_rest_of_the_fault_matrix(row: Row, undisturbed: Result, tmp_path: P
 
 
 def test_a_worker_more_is_taken_in_and_then_the_first_ones_may_leave(launched: Launched, tmp_path: Path) -> None:
-    """world_size is the number to start with; ranks beyond it may join, and the run may go over to them."""
-    flags = [*TINY, "--epochs", "400"]
-    server, port = launched.start_server(tmp_path / "run", 2, *flags)
+    """world_size is the number to start with; ranks beyond it may join, and the run may go over to them.
+
+    The first worker stands still until the other is there, so that the run cannot end before.
+    """
+    flags = [*TINY, "--epochs", "40"]
+    server, port = launched.start_server(tmp_path / "run", 2, *flags, "--worker_timeout_seconds", "300")
     first = launched.start_worker(port, 2, 1)
-    wait_for_line(server, "FedAvg round")
+    wait_for_line(server, "FedAvg round 2/")
+    first.send_signal(signal.SIGSTOP)
     launched.start_worker(port, 2, 7)
     wait_for_line(server, "worker 7 is ready")
     first.send_signal(signal.SIGTERM)
+    first.send_signal(signal.SIGCONT)
     wait_for_line(server, "lost worker 1")
     status, _, errors = finish(server)
     assert status == 0, errors

@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 DIGESTS = json.loads((HERE / "portable_digests.json").read_text())
 
 
-@pytest.mark.parametrize("portable", ["true", "any_vendor"])
+@pytest.mark.parametrize("portable", ["true", pytest.param("any_vendor", marks=pytest.mark.slow)])
 def test_every_model_ends_as_it_did_elsewhere(portable: str) -> None:
     """The digests were made on an AMD EPYC with AVX-512; that of mnist_cnn was first seen on one without."""
     try:
