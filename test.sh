@@ -8,6 +8,7 @@ root=$(cd "$(dirname "$0")" && pwd)
 setup_venv "$root" requirements-dev.txt
 cd "$root"
 PATH=$root/.venv/bin:$PATH
+export PYTHONDONTWRITEBYTECODE= # or each of many processes would compile the tests and the project anew
 ruff check .
 ruff format --check .
 mypy

@@ -1,23 +1,22 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hypothesis
 import pytest
-from helpers import Launched
 from progress import Progress
 
-from compat import import_fedlab
-from perfedavg.compute import use_reproducible_kernels
 from perfedavg.cores import usable_cores
 
-MAX_WORKERS = 4
+if TYPE_CHECKING:
+    from helpers import Launched
 
-import_fedlab("fedlab.core")  # some tests import fedlab by themselves
+MAX_WORKERS = 4
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,6 +26,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # what pytest-xdist gives its workers, which show nothing
         config.pluginmanager.register(Progress(config))
+        if config.getoption("numprocesses", None):
+            return  # this process runs no test, and so needs nothing of what takes seconds to import
+    import hypothesis
+
+    from compat import import_fedlab
+
+    gc.disable()  # until all is imported, most of which lives as long as the process
+    import_fedlab("fedlab.core")  # some tests import fedlab by themselves
     # The same examples each time, but with --slow, where what fails is printed with what repeats it; and no limit of
     # time, which a busy machine would exceed.
     is_slow = config.getoption("--slow")
@@ -57,15 +64,25 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
+def pytest_collection_finish() -> None:
+    """The collector need not visit what has been imported: it runs in many tests, and pytest runs it five times."""
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _reproducible_kernels() -> None:
     """The tests compute as the entry points do."""
+    from perfedavg.compute import use_reproducible_kernels
+
     use_reproducible_kernels()
 
 
 @pytest.fixture
 def launched() -> Iterator[Launched]:
     """Starts real processes; whatever still runs when the test ends is killed, by process id."""
+    from helpers import Launched
+
     with Launched() as processes:
         yield processes
 

@@ -201,6 +201,25 @@ MNIST_PREFIXES = ("train", "t10k")
 EMNIST_PREFIXES = ("emnist-byclass-train", "emnist-byclass-test")
 
 
+PLAY = "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows; "
+WINDOW, WINDOWS = 80, 410
+
+
+def write_plays(folder: Path) -> None:
+    """Two roles in LEAF's form: a window of 80 characters of their text, and the character behind it."""
+    texts = {"A": PLAY * 5, "B": PLAY[::-1] * 5}
+    data = {
+        role: {
+            "x": [text[first : first + WINDOW] for first in range(WINDOWS)],
+            "y": [text[first + WINDOW] for first in range(WINDOWS)],
+        }
+        for role, text in texts.items()
+    }
+    content = {"users": list(data), "num_samples": [WINDOWS] * len(data), "user_data": data}
+    (folder / "shakespeare").mkdir()
+    (folder / "shakespeare" / "all_data_0.json").write_text(json.dumps(content))
+
+
 @dataclass(frozen=True)
 class Examples:
     train_inputs: Tensor

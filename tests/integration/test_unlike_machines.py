@@ -84,7 +84,7 @@ def test_quick_start_hands_portable_kernels_on(launched: Launched, tmp_path: Pat
 
 def test_a_worker_that_cannot_compute_in_bf16_says_so(launched: Launched, tmp_path: Path) -> None:
     """oneDNN has no bfloat16 LSTM for it. The worker's machine decides, and the server says it before a round."""
-    from numerics.portable_runs import write_plays
+    from helpers import write_plays
 
     write_plays(tmp_path)
     flags = ("--dataset", "shakespeare", "--client_num_per_round", "1", "--unseen_fraction", "0.5")

@@ -90,7 +90,15 @@ def build(name: str = "mlp with dropout") -> nn.Module:
         return MODELS[name]().double()
 
 
-@pytest.fixture(params=MODELS)
+NEARLY_ANOTHER = "emnist_cnn without dropout"
+"""A model of which each layer is in another one, and which takes as long as all others."""
+LARGE_ONE = ("emnist_cnn", "momentum")
+"""Of the large models, with what one is always trained; with the other optimizers the small ones are."""
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=pytest.mark.slow if name == NEARLY_ANOTHER else ()) for name in MODELS]
+)
 def model(request: pytest.FixtureRequest) -> nn.Module:
     return build(request.param)
 
@@ -141,7 +149,15 @@ def assert_equal_results(
     torch.testing.assert_close(results, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("model", "optimizer"),
+    [
+        pytest.param(model, name, marks=pytest.mark.slow if is_large and (model, name) != LARGE_ONE else ())
+        for model, is_large in ((model, model.startswith("emnist_cnn")) for model in MODELS)
+        for name in OPTIMIZERS
+    ],
+    indirect=["model"],
+)
 def test_together_is_one_by_one(model: nn.Module, optimizer: str) -> None:
     how = training(OPTIMIZERS[optimizer])
     expected = one_by_one(model, members(), how)

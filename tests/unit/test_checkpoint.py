@@ -150,8 +150,15 @@ def assert_same_run(path: Path, outcome: ExperimentOutcome | None, reference: Ex
     assert (path / "clients.csv").read_bytes() == (whole / "clients.csv").read_bytes()
 
 
-@pytest.mark.parametrize("config", [CONFIG, ADAM_FIRST], ids=["momentum then adam", "adam then momentum"])
-@pytest.mark.parametrize("saves", [True, False], ids=["saved where it stopped", "killed"])
+@pytest.mark.parametrize(
+    ("config", "saves"),
+    [
+        pytest.param(CONFIG, True, id="momentum then adam, saved where it stopped"),
+        pytest.param(ADAM_FIRST, False, id="adam then momentum, killed"),
+        pytest.param(CONFIG, False, id="momentum then adam, killed", marks=pytest.mark.slow),
+        pytest.param(ADAM_FIRST, True, id="adam then momentum, saved where it stopped", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_stopped_anywhere_ends_as_one_left_alone(config: ExperimentConfig, saves: bool, tmp_path: Path) -> None:
     """At every request to the executor, and before and after the files are written at every event."""
     events = Events()
