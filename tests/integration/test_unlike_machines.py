@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, Launched, assert_one_clear_line, finish, read_result
+from helpers import ROOT, TINY, Launched, assert_one_clear_line, finish, read_result, write_plays
 
 from perfedavg.kernels import check_processor
 
@@ -39,7 +39,7 @@ def test_a_worker_that_computes_otherwise_is_said_and_recorded(launched: Launche
     assert status == 0, errors
     assert [finish(worker)[0] for worker in workers] == [0, 0]
     lines = [line for line in errors.splitlines() if "computes otherwise than the others" in line]
-    assert len(lines) == 1, errors
+    assert len(lines) in (1, 2), "the other worker's too, where it is ready last and its oneDNN is another: " + errors
     assert "torch's kernels is" in lines[0]
     recorded = read_result(tmp_path / "run")["kernels"]
     assert len(recorded["torch"]) == 1
@@ -84,8 +84,6 @@ def test_quick_start_hands_portable_kernels_on(launched: Launched, tmp_path: Pat
 
 def test_a_worker_that_cannot_compute_in_bf16_says_so(launched: Launched, tmp_path: Path) -> None:
     """oneDNN has no bfloat16 LSTM for it. The worker's machine decides, and the server says it before a round."""
-    from helpers import write_plays
-
     write_plays(tmp_path)
     flags = ("--dataset", "shakespeare", "--client_num_per_round", "1", "--unseen_fraction", "0.5")
     server, port = launched.start_server(
