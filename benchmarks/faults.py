@@ -145,9 +145,10 @@ Launch = Callable[[str, Path, list[str], IO[bytes]], Process]
 class Processes:
     """The processes of one run, each with its standard error in a file of its own."""
 
-    def __init__(self, folder: Path, launch: Launch) -> None:
+    def __init__(self, folder: Path, launch: Launch, experiment: list[str]) -> None:
         self._folder = folder
         self._launch = launch
+        self._experiment = experiment
         self._held, self.port = hold_free_port()
         self.run_dir = folder / "run"
         self.note = folder / "struck"
@@ -157,7 +158,7 @@ class Processes:
         """Start `server`, `worker 1` or `worker 2`, with the row's fault planted in it."""
         address = ["--port", str(self.port)]
         if name == "server":
-            run = ["--resume", str(self.run_dir)] if resume else ["--run_dir", str(self.run_dir), *EXPERIMENT]
+            run = ["--resume", str(self.run_dir)] if resume else ["--run_dir", str(self.run_dir), *self._experiment]
             limits = ["--worker_timeout_seconds", str(SILENCE_SECONDS), "--worker_wait_seconds", "60"]
             words = ["server.py", *run, *limits, "--checkpoint_every", "2"]
         else:
@@ -198,29 +199,33 @@ class Processes:
 
 
 @contextmanager
-def processes_in(folder: Path, launch: Launch = ForkedProcess) -> Iterator[Processes]:
+def processes_in(
+    folder: Path, launch: Launch = ForkedProcess, experiment: list[str] = EXPERIMENT
+) -> Iterator[Processes]:
     folder.mkdir(parents=True)
-    processes = Processes(folder, launch)
+    processes = Processes(folder, launch, experiment)
     try:
         yield processes
     finally:
         processes.end()
 
 
-def run_undisturbed(folder: Path, launch: Launch = ForkedProcess) -> Result:
-    return _run(folder, launch, None)
+def run_undisturbed(folder: Path, launch: Launch = ForkedProcess, experiment: list[str] = EXPERIMENT) -> Result:
+    return _run(folder, launch, experiment, None)
 
 
-def run_row(row: Row, folder: Path, launch: Launch = ForkedProcess) -> Result:
+def run_row(row: Row, folder: Path, launch: Launch = ForkedProcess, experiment: list[str] = EXPERIMENT) -> Result:
     """Run with the row's fault, and see to it that every process that should end well does.
+
+    experiment: flags of it; it needs the phases, rounds and evaluations that the rows name.
 
     Raises AssertionError, with what the processes said, where one does not.
     """
-    return _run(folder, launch, row)
+    return _run(folder, launch, experiment, row)
 
 
-def _run(folder: Path, launch: Launch, row: Row | None) -> Result:
-    with processes_in(folder, launch) as processes:
+def _run(folder: Path, launch: Launch, experiment: list[str], row: Row | None) -> Result:
+    with processes_in(folder, launch, experiment) as processes:
         started = time.monotonic()
         struck = None if row is None else ("server" if row.process == "server" else "worker 2")
         for name in ("server", "worker 1", "worker 2"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -45,18 +46,17 @@ def run_single(launched: Launched, run_dir: Path, data_root: Path, flags: list[s
     return digest
 
 
-def test_one_two_three_workers_and_none_give_the_same_model(launched: Launched, tmp_path: Path) -> None:
-    """On EMNIST's model, whose dropout must follow each client and not its worker; 5 clients among 1, 2, 3 workers."""
+def test_one_or_three_workers_and_none_give_the_same_model(launched: Launched, tmp_path: Path) -> None:
+    """On EMNIST's model, whose dropout must follow each client and not its worker; 5 clients among 1 and 3 workers."""
     write_image_files(tmp_path / "EMNIST" / "raw", EMNIST_PREFIXES, (200, 60), num_classes=62)
     flags = [*TINY, "--dataset", "emnist", "--struct", "cnn", "--epochs", "2", "--inner_loops", "1"]
-    flags += ["--fine_tune_outer_loops", "1"]
+    flags += ["--fine_tune_outer_loops", "1", "--eval_every", "100"]
     digests = {run_single(launched, tmp_path / "single", tmp_path, [*flags, "--threads", "2"])}
-    for num_workers in (1, 2, 3):
+    for num_workers in (1, 3):
         digests.add(run_distributed(launched, tmp_path / f"{num_workers}", num_workers, tmp_path, flags))
     assert len(digests) == 1
-    scores = {(tmp_path / name / "clients.csv").read_text() for name in ("single", "1", "2", "3")}
+    scores = {(tmp_path / name / "clients.csv").read_text() for name in ("single", "1", "3")}
     assert len(scores) == 1, "the scores of unseen clients are the same too"
-    assert digests != {run_single(launched, tmp_path / "other", tmp_path, [*flags, "--seed", "1"])}
 
 
 @pytest.fixture(scope="module")
@@ -85,14 +85,13 @@ def test_maml_and_the_curve_over_epochs_do_not_depend_on_the_processes_either(
 ) -> None:
     """What a client sends, and what is measured of it epoch by epoch, comes from its identity alone."""
     flags = [*TINY, "--fine_tune_method", "maml", "--fine_tune_inner_steps", "2", "--pers_curve", "2"]
-    digests = {run_single(launched, tmp_path / "0", tmp_path, flags, fresh=True)}
-    for number in (1, 2):  # of which the second are the commands of the README, started from nothing
-        digests.add(run_distributed(launched, tmp_path / f"{number}", number, tmp_path, flags, fresh=number == 2))
-    assert len(digests) == 1
-    results = [read_result(tmp_path / name) for name in ("0", "1", "2")]
+    digest = run_single(launched, tmp_path / "single", tmp_path, flags)
+    # The commands of the README, started from nothing.
+    assert run_distributed(launched, tmp_path / "two", 2, tmp_path, flags, fresh=True) == digest
+    single, two = read_result(tmp_path / "single"), read_result(tmp_path / "two")
     for key in ("after_fedavg", "after_fine_tune"):
-        assert results[0][key] == results[1][key] == results[2][key]
-        assert [point["epochs"] for point in results[0][key]["by_epoch"]] == [0, 1, 2]
+        assert single[key] == two[key]
+        assert [point["epochs"] for point in single[key]["by_epoch"]] == [0, 1, 2]
 
 
 def test_quick_start_shows_the_result_and_what_comes_next(launched: Launched, tmp_path: Path) -> None:
@@ -153,7 +152,7 @@ def test_quick_start_starts_a_dead_worker_again(launched: Launched, tmp_path: Pa
     process = launched.start("quick_start.py", *TINY, "--epochs", "100000", "--run_dir", tmp_path / "run")
     wait_for_line(process, "FedAvg round")
     server, first, second = children_of(process.pid)
-    launched.start("kill", "-KILL", str(first))
+    os.kill(first, signal.SIGKILL)
     wait_for_line(process, "worker 1 is started again (1 of 3 times)")
     wait_for_line(process, "server: worker 1 is ready")
     (new,) = set(children_of(process.pid)) - {server, first, second}
@@ -164,11 +163,11 @@ def test_quick_start_starts_a_dead_worker_again(launched: Launched, tmp_path: Pa
 
 
 def test_quick_start_ends_with_its_server_and_can_be_resumed(launched: Launched, tmp_path: Path) -> None:
-    flags = [*TINY, "--epochs", "40", "--checkpoint_every", "1"]
+    flags = [*TINY, "--epochs", "20", "--checkpoint_every", "1"]
     process = launched.start("quick_start.py", *flags, "--run_dir", tmp_path / "run")
     wait_for_line(process, "FedAvg round")
     children = children_of(process.pid)
-    launched.start("kill", "-KILL", str(children[0]))
+    os.kill(children[0], signal.SIGKILL)
     status, _, errors = finish(process)
     assert status == 128 + signal.SIGKILL
     assert "server ended by signal SIGKILL" in errors
@@ -180,7 +179,7 @@ def test_quick_start_ends_with_its_server_and_can_be_resumed(launched: Launched,
     assert status == 0, errors
     assert read_result(tmp_path / "run")["model_sha256"] == run_single(launched, tmp_path / "single", tmp_path, flags)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["round_number"] for line in lines] == [*range(1, 41), 1, 2]
+    assert [line["round_number"] for line in lines] == [*range(1, 21), 1, 2]
 
 
 def test_a_worker_stops_at_ctrl_c_while_it_waits(launched: Launched, tmp_path: Path) -> None:

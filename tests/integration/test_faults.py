@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from helpers import (
     wait_for_line,
 )
 
-from benchmarks.faults import MATRIX, Result, Row, run_row, run_undisturbed
+from benchmarks.faults import EXPERIMENT, MATRIX, Result, Row, run_row, run_undisturbed
 
 ALWAYS = (
     Row("worker training", "fedavg", 2, "SIGKILL", "again"),
@@ -30,11 +29,13 @@ ALWAYS = (
 """Of the fault matrix, the rows that every run of the tests goes through: each process, each kind of signal, each kind
 of what follows in which the struck process comes back."""
 REST = [row for row in MATRIX if row not in ALWAYS]
+LIGHT = [*EXPERIMENT, "--struct", "mlp", "--inner_loops", "12", "--fine_tune_inner_loops", "12"]
+"""The experiment with a smaller model; a worker that is started again still has the time to come back."""
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return run_undisturbed(tmp_path_factory.mktemp("undisturbed") / "run", launch_fork)
+    return run_undisturbed(tmp_path_factory.mktemp("undisturbed") / "run", launch_fork, LIGHT)
 
 
 def assert_same(result: Result, undisturbed: Result) -> None:
@@ -49,13 +50,13 @@ def test_the_rows_of_every_run_are_of_the_matrix() -> None:
 
 @pytest.mark.parametrize("row", ALWAYS, ids=[row.name for row in ALWAYS])
 def test_a_fault_changes_nothing_in_the_result(row: Row, undisturbed: Result, tmp_path: Path) -> None:
-    assert_same(run_row(row, tmp_path / "run", launch_fork), undisturbed)
+    assert_same(run_row(row, tmp_path / "run", launch_fork, LIGHT), undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", REST, ids=[row.name for row in REST])
 def test_the_rest_of_the_fault_matrix(row: Row, undisturbed: Result, tmp_path: Path) -> None:
-    assert_same(run_row(row, tmp_path / "run", launch_fork), undisturbed)
+    assert_same(run_row(row, tmp_path / "run", launch_fork, LIGHT), undisturbed)
 
 
 def test_a_worker_more_is_taken_in_and_then_the_first_ones_may_leave(launched: Launched, tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_a_worker_more_is_taken_in_and_then_the_first_ones_may_leave(launched: L
 
     The first worker stands still until the other is there, so that the run cannot end before.
     """
-    flags = [*TINY, "--epochs", "40"]
+    flags = [*TINY, "--epochs", "10"]
     server, port = launched.start_server(tmp_path / "run", 2, *flags, "--worker_timeout_seconds", "300")
     first = launched.start_worker(port, 2, 1)
     wait_for_line(server, "FedAvg round 2/")
@@ -122,12 +123,11 @@ class Client:
     test_inputs, test_labels = torch.ones(4, 1), torch.zeros(4, dtype=torch.int64)
 """
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     port = str(free_port())
     flags = ("--dataset", "own:Tones", "--client_num_per_round", "8", "--run_dir", tmp_path / "run", "--port", port)
-    server = launched.start("server.py", *flags, env=environment)
+    server = launched.start("server.py", *flags, cwd=tmp_path)
     words = ("client_worker.py", "--port", port, "--device", "cpu", "--rank")
-    for worker in [launched.start(*words, rank, env=environment) for rank in ("1", "2")]:
+    for worker in [launched.start(*words, rank, cwd=tmp_path) for rank in ("1", "2")]:
         assert_one_clear_line(worker, "client 3 has no data today")
     assert_one_clear_line(server, "client 3 has no data today")
 

@@ -12,11 +12,13 @@ from helpers import ROOT, TINY, Launched, assert_one_clear_line, finish
 PAGE = (ROOT / "docs" / "personalize.md").read_text()
 
 
-@pytest.fixture
-def run(launched: Launched, tmp_path: Path) -> Path:
-    status, _, errors = finish(launched.start("single_process.py", *TINY, "--run_dir", tmp_path / "run"))
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run") / "run"
+    with Launched() as launched:
+        status, _, errors = finish(launched.start("single_process.py", *TINY, "--run_dir", path))
     assert status == 0, errors
-    return tmp_path / "run"
+    return path
 
 
 def code(pattern: str, images: Path) -> str:
@@ -30,7 +32,7 @@ def test_the_page_from_images_to_a_program_of_ones_own(run: Path, launched: Laun
     images = tmp_path / "my_digits"
     assert finish(launched.start(sys.executable, "-c", code(r"<<'END'\n(.*?)END\n", images), cwd=ROOT))[0] == 0
     assert len(list(images.glob("*/*.png"))) == 200
-    status, output, errors = finish(launched.start("personalize.py", run, images, "--epochs", "2", fresh=True))
+    status, output, errors = finish(launched.start("personalize.py", run, images, "--epochs", "2"))
     assert status == 0, errors
     for part in ("200 images of 10 of the run's 10 classes; 160 to adapt to, 40 held out", "after 2 epochs", "of 40"):
         assert part in output, output
@@ -49,4 +51,4 @@ def test_bad_input_ends_in_one_line_and_writes_nothing(run: Path, launched: Laun
     assert_one_clear_line(process, "three/1.png is", "not 28x28; scale it")
     process = launched.start("personalize.py", tmp_path / "images", tmp_path / "images")
     assert_one_clear_line(process, "is not the folder of a run")
-    assert not (run / "personalized").exists()
+    assert not (run / "personalized" / "images").exists()

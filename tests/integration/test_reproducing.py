@@ -26,7 +26,7 @@ machine, num_at_once = ["--device", "cpu", "--threads", "1"], int(sys.argv[5])
 sys.exit(reproduce.run_jobs(jobs, machine, reproduce.SignalWatch(), num_at_once))
 """
 SHORT = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
-LONG = {**SHORT, "inner_loops": "20", "fine_tune_inner_loops": "20", "epochs": "8", "fine_tune_outer_loops": "8"}
+LONG = {**SHORT, "inner_loops": "12", "epochs": "10", "eval_every": "100"}
 """A round takes long enough to be stopped in its middle."""
 ROWS = {"short": SHORT, "long": LONG}
 

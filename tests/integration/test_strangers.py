@@ -35,7 +35,7 @@ from perfedavg.client_data import FederatedDataset
 from perfedavg.config import ExperimentConfig
 
 TOKEN, OTHER_TOKEN = "a secret of 16 or more", "another secret of 16 or more"
-FLAGS = [*TINY, "--epochs", "30"]
+FLAGS = [*TINY, "--epochs", "15"]
 NUM_SCANS = 100
 NUM_LEFT_OPEN = MAX_UNGREETED + 16
 
