@@ -224,6 +224,7 @@ def dense_with_dropout() -> nn.Module:
         return nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(784, 16), nn.Tanh(), nn.Linear(16, 10))
 
 
+@cache
 def run(config: ExperimentConfig, num_lanes: int) -> ExperimentOutcome:
     executor = LocalExecutor(config, dense_with_dropout(), digits(), num_lanes=num_lanes)
     state = ExperimentState.fresh(config, flatten(dense_with_dropout()))

@@ -47,6 +47,7 @@ def train(lanes: int, client_ids: tuple[int, ...], capacity: int, round_number: 
     return executor(lanes).train(task, flatten(model_with_dropout()))
 
 
+@cache
 def final_model(lanes: int, config: ExperimentConfig = CONFIG) -> Tensor:
     state = ExperimentState.fresh(config, flatten(model_with_dropout()))
     return run_experiment(config, executor(lanes, config), dataset(), state).parameters
