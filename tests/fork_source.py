@@ -214,13 +214,23 @@ def become(request: dict[str, Any]) -> None:
 
 def load_everything() -> None:
     """What the entry points import, sooner or later."""
+    import fsspec  # noqa: F401
+    import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
-    import torch  # noqa: F401
+    import numpy.random  # noqa: F401
+    import PIL.Image
+    import tensorboard.compat.proto.summary_pb2
+    import tensorboard.summary.writer.record_writer  # noqa: F401
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401
 
-    import datasets.digits  # noqa: F401
+    import datasets.digits
+    import datasets.views  # noqa: F401
+    import models  # noqa: F401
     import multi_process.server
     import multi_process.worker  # noqa: F401
     import perfedavg.run  # noqa: F401
+
+    PIL.Image.preinit()
 
 
 def enter_network_namespace(name: str) -> None:
