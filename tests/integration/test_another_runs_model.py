@@ -58,7 +58,7 @@ def test_a_run_that_has_begun_needs_no_other_runs_file(launched: Launched, runs:
     With another model in its place the run would go on as another experiment.
     """
     shutil.copytree(runs / "first", tmp_path / "first")
-    flags = [*TINY, "--epochs", "0", "--initial_model", tmp_path / "first", "--fine_tune_inner_loops", "40"]
+    flags = [*TINY, "--epochs", "0", "--initial_model", tmp_path / "first", "--fine_tune_inner_loops", "20"]
     path, undisturbed = tmp_path / "second", tmp_path / "undisturbed"
     stopped = launched.start("single_process.py", *flags, "--run_dir", path)
     deadline = time.monotonic() + ENDS_WITHIN_SECONDS

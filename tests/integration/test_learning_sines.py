@@ -16,7 +16,7 @@ from perfedavg.experiment import ExperimentState, run_experiment
 from perfedavg.flat_model import flatten
 from perfedavg.scores import summarize
 
-SMALL = ["--dataset", "sine", "--client_num_in_total", "2040", "--batch_size", "10", "--pers_round", "5"]
+SMALL = ["--dataset", "sine", "--client_num_in_total", "510", "--batch_size", "10", "--pers_round", "5"]
 SMALL += ["--pers_curve", "5", "--eval_every", "10000", "--local_lr", "0.02", "--device", "cpu"]
 META = ["--epochs", "0", "--client_num_per_round", "10", "--client_batching", "10", "--fine_tune_outer_loops", "60"]
 META += ["--fine_tune_local_lr", "0.02", "--fine_tune_inner_steps", "5", "--fine_tune_support_fraction", "0.2"]

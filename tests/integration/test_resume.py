@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -151,10 +150,3 @@ def test_clients_that_all_diverge_leave_the_model_as_it_was(launched: Launched, 
     assert read_result(tmp_path / "run")["model_sha256"] == parameters_sha256(flatten(untrained))
     assert [(len(line["refused"]), line["train_loss"]) for line in metrics(tmp_path / "run")] == [(5, None)] * 3
     assert "NaN" not in (tmp_path / "run" / "result.json").read_text()
-
-
-def test_a_full_disk_behind_its_output_costs_only_the_output(launched: Launched, tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "single_process.py", *TINY, "--run_dir", tmp_path / "run"]
-    process = launched.start("sh", "-c", f"exec {' '.join(map(str, command))} > /dev/full 2>&1")
-    assert finish(process)[0] == 0
-    assert read_result(tmp_path / "run")["after_fine_tune"]

@@ -39,7 +39,7 @@ def entry_point(script: str, *flags: str | Path) -> str:
     return shlex.join([sys.executable, str(ROOT / script), *map(str, flags)])
 
 
-@pytest.mark.parametrize("closed", [">&- 2>&-", "<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+@pytest.mark.parametrize("closed", [">&- 2>&-", ">/dev/full 2>/dev/full"])
 def test_a_run_without_a_terminal(closed: str, launched: Launched, tmp_path: Path) -> None:
     """As a service manager or a job queue may start it. Its log says what the terminal would have shown."""
     command = entry_point("single_process.py", *TINY, "--local_lr", "1e30", "--run_dir", tmp_path / "run")
