@@ -91,6 +91,7 @@ class Launched:
 
         An entry point starts in a fork of a process that has loaded torch and the project, unless it is to be `fresh`
         or its environment has variables that are read when something is loaded (`ForkSource.can_start`).
+        A run in a fork draws no plots.
         """
         words = [str(word) for word in command]
         environment = dict(os.environ if env is None else env)
