@@ -47,17 +47,16 @@ def settle_client_batching(
     """
     if config.client_batching is not None:
         return config
-    if not _can_be_stacked(model):
-        return replace(config, client_batching=1)
-    if all(device.kind == "cuda" for device in devices):
-        share = num_groups(config.cohort_size, sum(device.num_slots for device in devices))
-        bytes_a_client = _bytes_a_client(config, model, dataset)
-        fitting = min(device.memory_bytes * MEMORY_SHARE / device.num_slots // bytes_a_client for device in devices)
-        return replace(config, client_batching=max(1, min(share, int(fitting))))
+    is_gpu = all(device.kind == "cuda" for device in devices)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    if num_parameters > TINY_MODEL:
+    if (not is_gpu and num_parameters > TINY_MODEL) or not _can_be_stacked(model):
         return replace(config, client_batching=1)
-    return replace(config, client_batching=min(TINY_MODEL_CLIENTS, num_groups(config.cohort_size, 2)))
+    if not is_gpu:
+        return replace(config, client_batching=min(TINY_MODEL_CLIENTS, num_groups(config.cohort_size, 2)))
+    share = num_groups(config.cohort_size, sum(device.num_slots for device in devices))
+    bytes_a_client = _bytes_a_client(config, model, dataset)
+    fitting = min(device.memory_bytes * MEMORY_SHARE / device.num_slots // bytes_a_client for device in devices)
+    return replace(config, client_batching=max(1, min(share, int(fitting))))
 
 
 def num_groups(num_clients: int, group_size: int) -> int:
