@@ -180,7 +180,10 @@ class Link:
             while not formation.done() and self._end is None and time.monotonic() < deadline:
                 watch_seconds = min(WATCH_SECONDS * len(_forming), deadline - time.monotonic())
                 wait([formation, self._ended], max(0.0, watch_seconds), FIRST_COMPLETED)
-                if not formation.done() and num_spare() < 0:
+                if formation.done():
+                    break
+                self._pair.find_listener()
+                if num_spare() < 0:
                     self._pair.stop_listening()
                     raise ConnectionError("file descriptors run short; raise the limit with ulimit -n")
             self._raise_end()

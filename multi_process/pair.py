@@ -17,7 +17,7 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from datetime import timedelta
 from typing import Any, Protocol, cast
 
@@ -85,6 +85,8 @@ class Pair(PackageProcessor):
         self._gloo: Group | None = None
         self._nccl: Group | None = None
         self._wires: list[socket.socket] = []
+        self._listener: tuple[int, socket.socket] | None = None
+        self._closing = threading.Lock()
         self._buffer = torch.empty(0, dtype=torch.int8)
 
     @property
@@ -111,16 +113,29 @@ class Pair(PackageProcessor):
         finally:
             self.stop_listening()
 
+    def find_listener(self) -> None:
+        """Look for gloo's port while there is time, because it may have to be closed in a hurry."""
+        with self._closing:
+            self._find_listener()
+
     def stop_listening(self) -> None:
         """Close gloo's port. What takes the place of gloo's socket is one that nobody can connect to."""
-        if self._device is None:
-            return
-        for descriptor, listener in self._sockets(is_listening=True):
+        with self._closing:
+            self._find_listener()
+            if self._listener is None:
+                return
+            descriptor, listener = self._listener
             with listener, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as deaf:
                 deaf.setblocking(False)
                 deaf.bind("")  # to an address that the system makes up
                 deaf.listen(0)
                 os.dup2(deaf.fileno(), descriptor, inheritable=False)
+            self._listener = self._device = None
+
+    def _find_listener(self) -> None:
+        if self._device is not None and self._listener is None:
+            with contextlib.closing(self._sockets(is_listening=True)) as found:
+                self._listener = next(found, None)  # a later one would be the duplicate of the first
 
     def send(self, package: Package) -> None:
         package.header[HEADER_RECEIVER_RANK_IDX] = 1 - self._side
@@ -189,7 +204,7 @@ class Pair(PackageProcessor):
         options._timeout = SENDING_TIMEOUT
         return cast(Group, dist.ProcessGroupNCCL(PrefixStore("nccl", self._store), self._side, 2, options))
 
-    def _sockets(self, is_listening: bool) -> Iterator[tuple[int, socket.socket]]:
+    def _sockets(self, is_listening: bool) -> Generator[tuple[int, socket.socket], None, None]:
         """gloo's sockets for this pair: their descriptors, and a duplicate of each, for the caller to close.
 
         Known by the addresses that the two sides have told each other, which stand in what gloo put into the store.

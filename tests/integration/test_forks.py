@@ -41,7 +41,11 @@ def script(tmp_path: Path) -> Path:
 
 
 def test_a_fork_begins_as_a_new_process_does(script: Path, launched: Launched, tmp_path: Path) -> None:
-    """Or a test would pass in a fork and its user's process fail, or the other way round."""
+    """Or a test would pass in a fork and its user's process fail, or the other way round.
+
+    A new process would also ignore what these tests were started to ignore, as `nohup` does.
+    """
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     environment = {**os.environ, "PERFEDAVG_TOLD": "yes"}
     told = [
         finish(launched.start(script, "--a", "b c", env=environment, cwd=tmp_path, fresh=fresh))
