@@ -125,7 +125,7 @@ def worker_sending(fault: Fault) -> None:
     follow_worker(fault)
 
     def strike(pair: Any, package: Any) -> None:
-        if package.header[3] == MessageCode.GradientUpdate.value and fault.is_due:
+        if package.header[3] == MessageCode.GradientUpdate.value and fault.is_due and not fault.note.exists():
             pair._gloo.send([package.header], SERVER, 0).wait()
             fault.strike()
 

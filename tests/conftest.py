@@ -73,9 +73,12 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _reproducible_kernels() -> None:
     """The tests compute as the entry points do."""
+    import helpers
+
     from perfedavg.compute import use_reproducible_kernels
 
     use_reproducible_kernels()
+    helpers.ENVIRONMENT.update(os.environ)
 
 
 @pytest.fixture

@@ -105,12 +105,14 @@ class Forked:
 class ForkSource:
     """The process that has loaded everything, as the tests see it. It ends with theirs."""
 
-    def __init__(self) -> None:
-        self._environment = dict(os.environ)
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self._environment = dict(environment)
         self._socket, other_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with other_end:
             words = [sys.executable, str(Path(__file__)), str(other_end.fileno())]
-            self._process = subprocess.Popen(words, stdin=subprocess.DEVNULL, pass_fds=[other_end.fileno()])
+            self._process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, pass_fds=[other_end.fileno()], env=self._environment
+            )
 
     def can_start(self, environment: Mapping[str, str]) -> bool:
         """Whether a fork sees this environment as a new process would.

@@ -53,10 +53,14 @@ def free_port() -> int:
     return port
 
 
+ENVIRONMENT: dict[str, str] = {}
+"""The variables of the tests' process before the first test."""
+
+
 @functools.cache
 def fork_source() -> ForkSource:
-    """One for all tests of this process, started when the first of them needs it."""
-    source = ForkSource()
+    """One for all tests of this process, started when the first of them needs it, whatever that has set."""
+    source = ForkSource(ENVIRONMENT)
     atexit.register(source.close)
     return source
 

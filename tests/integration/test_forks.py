@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,18 @@ def script(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_fork_begins_as_a_new_process_does(script: Path, launched: Launched, tmp_path: Path) -> None:
-    """Or a test would pass in a fork and its user's process fail, or the other way round.
+@pytest.fixture
+def no_signal_ignored() -> Iterator[None]:
+    """A new process ignores what these tests were started to ignore (by `nohup`, or in the background of a script)."""
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
-    A new process would also ignore what these tests were started to ignore, as `nohup` does.
-    """
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+@pytest.mark.usefixtures("no_signal_ignored")
+def test_a_fork_begins_as_a_new_process_does(script: Path, launched: Launched, tmp_path: Path) -> None:
+    """Or a test would pass in a fork and its user's process fail, or the other way round."""
     environment = {**os.environ, "PERFEDAVG_TOLD": "yes"}
     told = [
         finish(launched.start(script, "--a", "b c", env=environment, cwd=tmp_path, fresh=fresh))

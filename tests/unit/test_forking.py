@@ -104,8 +104,9 @@ def test_a_fork_does_not_outlive_its_parent(number: signal.Signals, launched: La
 
 
 def test_waiting_for_a_fork_may_end_before_it_does(launched: Launched, tmp_path: Path) -> None:
-    parent = """
+    parent = f"""
 import subprocess, sys
+sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from perfedavg.forking import ForkedProcess
 child = ForkedProcess("child", Path(sys.argv[1]), [])
