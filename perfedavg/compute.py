@@ -67,7 +67,7 @@ def use_reproducible_kernels() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(1)
-    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler: a second, 70 MB
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler
     # Costs time, and serves only to find bugs. torch's types do not list it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

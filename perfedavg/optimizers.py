@@ -1,7 +1,7 @@
 """Optimizers of clients and of the server: torch.optim's, and Yogi. None outlives the work it was built for.
 
-They call the functions behind torch.optim's classes. The classes import torch's compiler when one is built, which takes
-a second and 70 MB in each process, to tell it not to compile them; nothing is compiled here.
+They call the functions behind torch.optim's classes. The classes import torch's compiler when one is built, to tell it
+not to compile them, which makes each process start later; nothing is compiled here.
 """
 
 from __future__ import annotations
