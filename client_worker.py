@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import utils
-from perfedavg.console import run_entry_point, say
-from perfedavg.kernels import UnpinnedKernelsError, restart_pinned
+from perfedavg.machine.kernels import UnpinnedKernelsError, restart_pinned
+from perfedavg.terminal.console import run_entry_point, say
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from perfedavg.client_data import FederatedDataset
-    from perfedavg.config import ExperimentConfig
+    from perfedavg.contracts import FederatedDataset
+    from perfedavg.settings import ExperimentConfig
 
 
 def main() -> None:
     args = utils.get_args("worker")
 
-    from multi_process.network import WorkerNetwork
+    from multi_process.transport.network import WorkerNetwork
     from multi_process.worker import WorkerManager
-    from perfedavg.compute import resolve_device, use_reproducible_kernels
+    from perfedavg.training.compute import resolve_device, use_reproducible_kernels
 
     device = resolve_device(args.device)
     use_reproducible_kernels()

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import paths
 import utils
-from perfedavg.console import run_entry_point, say, show
-from perfedavg.kernels import pin_kernels
-from perfedavg.runs import RecordedRun
+from perfedavg.machine.kernels import pin_kernels
+from perfedavg.recording.runs import RecordedRun
+from perfedavg.terminal.console import run_entry_point, say, show
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn
 
-    from perfedavg.client_data import ClientData
-    from perfedavg.local_training import LocalTraining, Loss
+    from perfedavg.contracts import ClientData
     from perfedavg.personalizing import RunModel, Score
+    from perfedavg.training.local_training import LocalTraining, Loss
 
 IMAGE_SHAPE = (1, 28, 28)
 """Of an image as a model takes it."""
@@ -33,11 +33,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     pin_kernels(portable_kernels_of(args.run))
 
-    from datasets.person import load_person
-    from perfedavg.compute import use_reproducible_kernels
-    from perfedavg.experiment import parameters_sha256
-    from perfedavg.flat_model import flatten
+    from datasets.clients.person import load_person
+    from perfedavg.engine.experiment import parameters_sha256
     from perfedavg.personalizing import RunModel, export, personalize, write_personalized
+    from perfedavg.training.compute import use_reproducible_kernels
+    from perfedavg.training.flat_model import flatten
 
     use_reproducible_kernels()
     run = RunModel.read(args.run)
@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def local_training(run: RunModel, args: argparse.Namespace) -> LocalTraining:
     """What the run's unseen clients did, where the flags do not say otherwise."""
-    from perfedavg.local_training import LocalTraining
+    from perfedavg.training.local_training import LocalTraining
 
     optimizer = run.config.fedavg.client_optimizer
     if args.local_lr is not None:
@@ -148,7 +148,7 @@ def load_model(run: RunModel, data_root: Path) -> tuple[nn.Module, Loss]:
     import torch.nn.functional as F
 
     from models import build_model
-    from perfedavg.local_training import loss_of
+    from perfedavg.training.local_training import loss_of
 
     facts = run.facts
     if "build_model" not in facts.own_parts and facts.architecture in OTHER_INPUTS:
@@ -171,7 +171,7 @@ def load_model(run: RunModel, data_root: Path) -> tuple[nn.Module, Loss]:
 
 def warn_of_bright_ground(run: RunModel, data: ClientData) -> None:
     """Only a user's own data may have it too."""
-    from datasets.person import has_bright_ground
+    from datasets.clients.person import has_bright_ground
 
     built_in = run.config.dataset != "folder" and ":" not in run.config.dataset
     if built_in and has_bright_ground(data.train_inputs):

@@ -21,10 +21,10 @@ from types import FrameType
 from typing import IO
 
 import utils
-from perfedavg.console import EXIT_BAD_INPUT, command_line, end_process, prepare_process, report
-from perfedavg.forking import ForkedProcess, load
-from perfedavg.kernels import pin_kernels_or_restart
-from perfedavg.runs import make_default_folder, remove_empty
+from perfedavg.machine.forking import ForkedProcess, load
+from perfedavg.machine.kernels import pin_kernels_or_restart
+from perfedavg.recording.runs import make_default_folder, remove_empty
+from perfedavg.terminal.console import EXIT_BAD_INPUT, command_line, end_process, prepare_process, report
 
 GRACE_SECONDS = 0.5
 """From a worker that gave up to what is done about it, so that the end of the server is seen as its cause."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import paths
-from perfedavg.console import run_entry_point, say, show
+from perfedavg.terminal.console import run_entry_point, say, show
 
 
 def main() -> None:

@@ -18,12 +18,12 @@ from typing import IO, Any
 
 import paths
 import utils
-from perfedavg.config import num_unseen_clients
-from perfedavg.console import USER_ERRORS, command_line, end_process, prepare_process, report, say, show
-from perfedavg.cores import usable_cores
-from perfedavg.files import replace_file
+from perfedavg.machine.cores import usable_cores
 from perfedavg.plain_values import from_plain, parse_json
-from perfedavg.runs import RecordedRun, make_folder, read_object, remove_empty
+from perfedavg.recording.files import replace_file
+from perfedavg.recording.runs import RecordedRun, make_folder, read_object, remove_empty
+from perfedavg.settings import num_unseen_clients
+from perfedavg.terminal.console import USER_ERRORS, command_line, end_process, prepare_process, report, say, show
 from quick_start import SignalWatch, end_processes, exit_status
 
 ROOT = utils.ROOT

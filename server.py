@@ -6,8 +6,8 @@ import sys
 from functools import partial
 
 import utils
-from perfedavg.console import run_entry_point
-from perfedavg.kernels import pin_kernels_or_restart
+from perfedavg.machine.kernels import pin_kernels_or_restart
+from perfedavg.terminal.console import run_entry_point
 
 
 def main() -> None:
@@ -16,13 +16,13 @@ def main() -> None:
     pin_kernels_or_restart(config.portable_kernels, utils.ROOT / "server.py", sys.argv[1:])
     utils.check_num_workers(utils.config_from_args(args), args.world_size - 1)
 
-    from multi_process.network import ServerNetwork
     from multi_process.server import CohortHandler, WorkerPoolManager
-    from perfedavg.client_batching import settle_client_batching
-    from perfedavg.compute import resolve_device, return_freed_memory, use_reproducible_kernels
-    from perfedavg.config import ExperimentConfig
-    from perfedavg.executor import Executor
+    from multi_process.transport.network import ServerNetwork
+    from perfedavg.engine.executor import Executor
     from perfedavg.run import run_and_record
+    from perfedavg.settings import ExperimentConfig
+    from perfedavg.training.client_batching import settle_client_batching
+    from perfedavg.training.compute import resolve_device, return_freed_memory, use_reproducible_kernels
 
     use_reproducible_kernels()
     return_freed_memory()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import paths
 import utils
-from perfedavg.console import command_line, optional, run_entry_point, say, show
+from perfedavg.terminal.console import command_line, optional, run_entry_point, say, show
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     import numpy as np
@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from numpy.typing import NDArray
     from torch import nn
 
-    from datasets.sine import SineTasks
-    from perfedavg.config import ExperimentConfig
+    from datasets.sources.sine import SineTasks
+    from perfedavg.settings import ExperimentConfig
     from reporting.finished_runs import FinishedRun
 
 SHOWN_STEPS = (0, 1, 5, 10, 32)
@@ -205,10 +205,10 @@ def load_models(rows: Rows, models: Path) -> list[TrainedModel]:
 
 
 def _load_model(method: str, run: FinishedRun, folder: Path) -> TrainedModel:
-    from datasets.sine import SineTasks
-    from perfedavg.experiment import parameters_sha256
-    from perfedavg.flat_model import flatten
+    from datasets.sources.sine import SineTasks
+    from perfedavg.engine.experiment import parameters_sha256
     from perfedavg.personalizing import RunModel
+    from perfedavg.training.flat_model import flatten
 
     trained = RunModel.read(folder)
     # Of a joint run too, tasks are wanted as they are; pooling touches those of the training clients only.
@@ -242,7 +242,7 @@ def _plot_task(axes: Axes, model: TrainedModel, client_id: int) -> None:
     import numpy as np
     from matplotlib import colormaps
 
-    from datasets.sine import INPUT_RANGE
+    from datasets.sources.sine import INPUT_RANGE
 
     x = np.linspace(*INPUT_RANGE, 201, dtype=np.float32)
     data = model.tasks.client_data(client_id)
@@ -262,8 +262,8 @@ def adapted_curves(model: TrainedModel, client_id: int, x: NDArray[np.float32]) 
     import numpy as np
     import torch
 
-    from perfedavg.flat_model import FlatModel
-    from perfedavg.local_training import LocalTraining, train_locally
+    from perfedavg.training.flat_model import FlatModel
+    from perfedavg.training.local_training import LocalTraining, train_locally
 
     data, config = model.tasks.client_data(client_id), model.config
     flat = FlatModel(model.model, precision=config.precision)
@@ -284,8 +284,8 @@ def adapted_curves(model: TrainedModel, client_id: int, x: NDArray[np.float32]) 
 
 def _write(draw: Callable[[], Figure], path: Path) -> None:
     """The table is the result: where a plot cannot be had, a line says so."""
-    from perfedavg.drawing import png
-    from perfedavg.files import replace_file
+    from perfedavg.recording.drawing import png
+    from perfedavg.recording.files import replace_file
 
     with optional(f"no plot in {path}"):
         replace_file(path, [png(draw, 120)])

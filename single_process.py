@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 import utils
-from perfedavg.console import run_entry_point, say
-from perfedavg.kernels import pin_kernels_or_restart
+from perfedavg.machine.kernels import pin_kernels_or_restart
+from perfedavg.terminal.console import run_entry_point, say
 
 
 def main() -> None:
@@ -14,11 +14,11 @@ def main() -> None:
     config = utils.experiment_from_args(args)
     pin_kernels_or_restart(config.portable_kernels, utils.ROOT / "single_process.py", sys.argv[1:])
 
-    from perfedavg.client_batching import default_num_lanes, say_idle_slots, settle_client_batching
-    from perfedavg.compute import describe_device, resolve_device, use_reproducible_kernels
-    from perfedavg.cores import usable_cores
-    from perfedavg.executor import LocalExecutor
+    from perfedavg.engine.executor import LocalExecutor
+    from perfedavg.machine.cores import usable_cores
     from perfedavg.run import run_and_record
+    from perfedavg.training.client_batching import default_num_lanes, say_idle_slots, settle_client_batching
+    from perfedavg.training.compute import describe_device, resolve_device, use_reproducible_kernels
 
     device = resolve_device(args.device)
     use_reproducible_kernels()

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import paths
-from perfedavg.config import (
+from perfedavg.machine.kernels import PORTABLE_KERNELS
+from perfedavg.plain_values import shown
+from perfedavg.recording.runs import make_default_folder, read_unfinished_run
+from perfedavg.settings import (
     LOCAL_SPLITS,
     METHODS,
     MOST,
@@ -24,16 +27,13 @@ from perfedavg.config import (
     PhaseConfig,
     num_unseen_clients,
 )
-from perfedavg.console import EXIT_BAD_INPUT, at_early_end, command_line, say
-from perfedavg.kernels import PORTABLE_KERNELS
-from perfedavg.plain_values import shown
-from perfedavg.runs import make_default_folder, read_unfinished_run
+from perfedavg.terminal.console import EXIT_BAD_INPUT, at_early_end, command_line, say
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn
 
     from datasets import FederatedDataset
-    from perfedavg.run_folder import RunFolder
+    from perfedavg.recording.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent
 STRUCTURES = ("cnn", "mlp", "lstm")
@@ -457,7 +457,7 @@ def get_datasets(config: ExperimentConfig, data_root: Path) -> FederatedDataset:
 
 
 def _seen_as(config: ExperimentConfig, dataset: FederatedDataset) -> FederatedDataset:
-    from datasets.views import JointView, ValidationView
+    from datasets.clients.views import JointView, ValidationView
 
     if config.validation:
         if config.dataset == "sine":
@@ -505,14 +505,14 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
     import torch
 
     from models import build_model
-    from perfedavg.model_file import check_can_be_saved
+    from perfedavg.recording.model_file import check_can_be_saved
     from perfedavg.seeding import Purpose, seed_sequence, torch_seeds
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seeds(seed_sequence(config.seed, Purpose.INITIAL_MODEL), 1)[0])
         build_own = getattr(dataset, "build_model", None)
         model = build_own() if build_own else build_model(config.architecture, dataset.num_classes)
-    check_model = getattr(dataset, "check_model", None)  # see datasets.own
+    check_model = getattr(dataset, "check_model", None)  # see datasets.sources.own
     if check_model:
         check_model(model)
         check_can_be_saved(model)
@@ -532,9 +532,9 @@ def load_initial_model(
         return config
     if has_checkpoint and args.initial_model == read_unfinished_run(args.resume).flags.get("initial_model"):
         return config
-    from perfedavg.experiment import parameters_sha256
-    from perfedavg.flat_model import flatten
-    from perfedavg.model_file import read_model_file
+    from perfedavg.engine.experiment import parameters_sha256
+    from perfedavg.recording.model_file import read_model_file
+    from perfedavg.training.flat_model import flatten
 
     path = Path(args.initial_model)
     path = path / "model.safetensors" if path.is_dir() else path
@@ -564,7 +564,7 @@ def open_run_folder(args: argparse.Namespace, role: str) -> RunFolder:
 
     Raises ValueError where it holds a run (with --resume: none that could go on), cannot be written, or is in use.
     """
-    from perfedavg.run_folder import RunFolder
+    from perfedavg.recording.run_folder import RunFolder
 
     place = args.resume or args.run_dir or make_default_folder(ROOT / "runs", args.dataset)
     run_folder = RunFolder(

@@ -26,13 +26,13 @@ from figures import figure, times  # noqa: E402
 from torch import nn  # noqa: E402
 
 import utils  # noqa: E402
-from datasets.federated import ClientData  # noqa: E402
+from datasets.clients.federated import ClientData  # noqa: E402
 from models import build_model  # noqa: E402
-from perfedavg.client_batching import settle_client_batching  # noqa: E402
-from perfedavg.compute import describe_device, resolve_device, use_reproducible_kernels  # noqa: E402
-from perfedavg.config import ExperimentConfig, Phase  # noqa: E402
-from perfedavg.executor import CohortTask, LocalExecutor  # noqa: E402
-from perfedavg.flat_model import flatten  # noqa: E402
+from perfedavg.engine.executor import CohortTask, LocalExecutor  # noqa: E402
+from perfedavg.settings import ExperimentConfig, Phase  # noqa: E402
+from perfedavg.training.client_batching import settle_client_batching  # noqa: E402
+from perfedavg.training.compute import describe_device, resolve_device, use_reproducible_kernels  # noqa: E402
+from perfedavg.training.flat_model import flatten  # noqa: E402
 
 EXAMPLES_A_CLIENT, NUM_CLASSES = 100, 10
 COHORTS = {"cuda": (5, 20, 100, 500), "cpu": (5, 20)}
@@ -54,7 +54,7 @@ MODELS: dict[str, dict[str, Callable[[], nn.Module]]] = {
 
 @dataclass(frozen=True)
 class RandomClients:
-    """Clients with random images, made once; as `perfedavg.client_data.FederatedDataset` asks for them."""
+    """Clients with random images, made once; as `perfedavg.contracts.FederatedDataset` asks for them."""
 
     clients: list[ClientData]
     name: str = "random"

@@ -24,11 +24,11 @@ from torch import Tensor  # noqa: E402
 
 import utils  # noqa: E402
 from datasets import FederatedDataset, ImageSplits, Partition, PartitionedClients  # noqa: E402
-from perfedavg.compute import use_reproducible_kernels  # noqa: E402
-from perfedavg.config import ExperimentConfig, Phase  # noqa: E402
-from perfedavg.cores import usable_cores  # noqa: E402
-from perfedavg.executor import CohortTask, LocalExecutor  # noqa: E402
-from perfedavg.flat_model import flatten  # noqa: E402
+from perfedavg.engine.executor import CohortTask, LocalExecutor  # noqa: E402
+from perfedavg.machine.cores import usable_cores  # noqa: E402
+from perfedavg.settings import ExperimentConfig, Phase  # noqa: E402
+from perfedavg.training.compute import use_reproducible_kernels  # noqa: E402
+from perfedavg.training.flat_model import flatten  # noqa: E402
 
 NUM_CLIENTS, EXAMPLES_A_CLIENT = 10, 125
 WAYS = {"1 lane, 1 thread": (1, 1), "2 lanes, 1 thread each": (2, 1), "1 lane, 2 threads": (1, 2)}

@@ -21,8 +21,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from perfedavg.config import Phase  # noqa: E402
-from perfedavg.console import run_entry_point  # noqa: E402
+from perfedavg.settings import Phase  # noqa: E402
+from perfedavg.terminal.console import run_entry_point  # noqa: E402
 
 
 @dataclass
@@ -83,7 +83,7 @@ def follow_server(fault: Fault) -> None:
 
 def worker_joining(fault: Fault) -> None:
     """Admitted, but its process group is not formed yet."""
-    from multi_process.link import Link
+    from multi_process.transport.link import Link
 
     before(Link, "form", lambda *args: fault.strike())
 
@@ -110,7 +110,7 @@ def worker_idle(fault: Fault) -> None:
 
 def worker_training(fault: Fault) -> None:
     """With a client on its lane."""
-    from perfedavg import executor
+    from perfedavg.engine import executor
 
     follow_worker(fault)
     before(executor, "train_locally", lambda *args: fault.strike_if_due())
@@ -120,7 +120,7 @@ def worker_sending(fault: Fault) -> None:
     """In the middle of sending the round's sum: announced, header sent, content not."""
     from fedlab.utils import MessageCode
 
-    from multi_process.pair import SERVER, Pair
+    from multi_process.transport.pair import SERVER, Pair
 
     follow_worker(fault)
 
@@ -134,7 +134,7 @@ def worker_sending(fault: Fault) -> None:
 
 def worker_scoring(fault: Fault) -> None:
     """Personalizing an unseen client."""
-    from perfedavg import executor
+    from perfedavg.engine import executor
 
     follow_worker(fault)
     before(executor.LocalExecutor, "_score_client", lambda *args: fault.strike_if_due())
@@ -163,7 +163,7 @@ def server_waiting(fault: Fault) -> None:
 
 def server_stepping(fault: Fault) -> None:
     """The round's mean update is known, the step is not taken."""
-    from perfedavg.optimizers import ServerOptimizer
+    from perfedavg.training.optimizers import ServerOptimizer
 
     follow_server(fault)
     before(ServerOptimizer, "step", lambda *args: fault.strike_if_due())

@@ -52,7 +52,7 @@ from environments import EnvironmentMissingError, interpreter  # noqa: E402
 from figures import figure, times  # noqa: E402
 from watching import Watch, own_loopback_refused, watch  # noqa: E402
 
-from perfedavg.cores import usable_cores  # noqa: E402
+from perfedavg.machine.cores import usable_cores  # noqa: E402
 
 NUM_WORKERS = 2
 RUN_TIMEOUT_SECONDS = 1800

@@ -41,8 +41,8 @@ from figures import figure, times  # noqa: E402
 from torch import nn  # noqa: E402
 
 from datasets import FederatedDataset  # noqa: E402
-from datasets.synthetic_writers import IMAGE_SIDE, SyntheticWriters  # noqa: E402
-from perfedavg.cores import usable_cores  # noqa: E402
+from datasets.sources.synthetic_writers import IMAGE_SIDE, SyntheticWriters  # noqa: E402
+from perfedavg.machine.cores import usable_cores  # noqa: E402
 from quick_start import hold_free_port  # noqa: E402
 
 POLL_SECONDS = 0.01

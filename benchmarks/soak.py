@@ -42,14 +42,14 @@ from faults import (  # noqa: E402
     run_undisturbed,
 )
 
-from multi_process.control import (  # noqa: E402
+from multi_process.transport.control import (  # noqa: E402
     PROTOCOL_VERSION,
     Application,
     ControlConnection,
     NotOursError,
     receive_greeting,
 )
-from perfedavg.forking import ForkedProcess, load  # noqa: E402
+from perfedavg.machine.forking import ForkedProcess, load  # noqa: E402
 from quick_start import load_everything  # noqa: E402
 
 SERVER, WORKERS = "server", ("worker 1", "worker 2")

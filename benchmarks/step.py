@@ -32,12 +32,12 @@ from torch import Tensor, nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 from models import build_model  # noqa: E402
-from perfedavg.compute import use_reproducible_kernels  # noqa: E402
-from perfedavg.config import PRECISIONS  # noqa: E402
-from perfedavg.cores import usable_cores  # noqa: E402
-from perfedavg.flat_model import FlatModel  # noqa: E402
-from perfedavg.kernels import ENVIRONMENTS, PORTABLE_KERNELS  # noqa: E402
-from perfedavg.precision import CLEARLY_SLOWER, slowdown  # noqa: E402
+from perfedavg.machine.cores import usable_cores  # noqa: E402
+from perfedavg.machine.kernels import ENVIRONMENTS, PORTABLE_KERNELS  # noqa: E402
+from perfedavg.settings import PRECISIONS  # noqa: E402
+from perfedavg.training.compute import use_reproducible_kernels  # noqa: E402
+from perfedavg.training.flat_model import FlatModel  # noqa: E402
+from perfedavg.training.precision import CLEARLY_SLOWER, slowdown  # noqa: E402
 
 MODELS = {"emnist_cnn": 62, "mnist_cnn": 10}
 BATCH, LEARNING_RATE = 20, 0.02

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import utils
-from perfedavg.flat_model import flatten
+from perfedavg.training.flat_model import flatten
 
 EXAMPLES_A_CLIENT = 125
 """Of which this project trains on 80 %, and so the rivals too: 100, in 5 batches."""

@@ -6,10 +6,10 @@ from compat import import_fedlab
 
 import_fedlab("fedlab.utils.dataset.functional")
 
-from datasets.federated import FederatedDataset  # noqa: E402
-from datasets.loading import DatasetRequest, load_federated_dataset  # noqa: E402
-from datasets.partition import Partition  # noqa: E402
-from datasets.partitioned import ImageSplits, PartitionedClients  # noqa: E402
+from datasets.clients.federated import FederatedDataset  # noqa: E402
+from datasets.clients.partition import Partition  # noqa: E402
+from datasets.clients.partitioned import ImageSplits, PartitionedClients  # noqa: E402
+from datasets.registry import DatasetRequest, load_federated_dataset  # noqa: E402
 
 __all__ = [
     "DatasetRequest",

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import utils
-from datasets.federated import FederatedDataset
-from perfedavg.client_data import client_label
-from perfedavg.console import run_entry_point, show
-from perfedavg.drawing import png
-from perfedavg.files import replace_file
+from datasets.clients.federated import FederatedDataset
+from perfedavg.contracts import client_label
+from perfedavg.recording.drawing import png
+from perfedavg.recording.files import replace_file
+from perfedavg.terminal.console import run_entry_point, show
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

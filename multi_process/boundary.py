@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perfedavg.config import Phase
-from perfedavg.exact_sum import MAX_CAPACITY, ExactSum, refusal_of
-from perfedavg.executor import ClientReport, client_weight
-from perfedavg.scores import ClientScore
+from perfedavg.aggregation.exact_sum import MAX_CAPACITY, ExactSum, refusal_of
+from perfedavg.engine.executor import ClientReport, client_weight
+from perfedavg.engine.scores import ClientScore
+from perfedavg.settings import Phase
 
 MAX_TEXT_CHARS = 500
 MAX_LINES = 16

@@ -18,10 +18,10 @@ from fedlab.utils import MessageCode
 from torch import Tensor
 
 from multi_process.boundary import fields_of
-from multi_process.control import PROTOCOL_VERSION
-from perfedavg.exact_sum import ExactSum
-from perfedavg.executor import ClientReport
-from perfedavg.scores import ClientScore
+from multi_process.transport.control import PROTOCOL_VERSION
+from perfedavg.aggregation.exact_sum import ExactSum
+from perfedavg.engine.executor import ClientReport
+from perfedavg.engine.scores import ClientScore
 
 _ALIGNMENT = 8  # bytes: a tensor's bytes can be viewed as its type only at a multiple of the type's size
 _DTYPES = {"int64": torch.int64, "float32": torch.float32, "float64": torch.float64}

@@ -16,8 +16,6 @@ from fedlab.core.server.manager import ServerManager
 from torch import Tensor, nn
 
 from multi_process.boundary import ExpectedScoring, ExpectedTraining, clean_text
-from multi_process.control import FinishedError
-from multi_process.link import GoneError
 from multi_process.messages import (
     Configure,
     Failed,
@@ -33,18 +31,20 @@ from multi_process.messages import (
     StartTraining,
     WorkOn,
 )
-from multi_process.network import REMINDER_SECONDS, Connected, ServerNetwork
 from multi_process.pace import LEAST_SECONDS, Pace
 from multi_process.schedule import Schedule
-from perfedavg.client_batching import default_num_lanes, say_idle_slots
-from perfedavg.client_data import FederatedDataset
-from perfedavg.compute import ComputeDevice, describe_kernels
-from perfedavg.config import ExperimentConfig
-from perfedavg.console import LOGGER, at_early_end, say
-from perfedavg.exact_sum import ExactSum
-from perfedavg.executor import CohortTask, CohortUpdate, Executor, ScoringTask, cut_into_groups
-from perfedavg.kernels import KernelLog
-from perfedavg.scores import ClientScore
+from multi_process.transport.control import FinishedError
+from multi_process.transport.link import GoneError
+from multi_process.transport.network import REMINDER_SECONDS, Connected, ServerNetwork
+from perfedavg.aggregation.exact_sum import ExactSum
+from perfedavg.contracts import FederatedDataset
+from perfedavg.engine.executor import CohortTask, CohortUpdate, Executor, ScoringTask, cut_into_groups
+from perfedavg.engine.scores import ClientScore
+from perfedavg.machine.kernels import KernelLog
+from perfedavg.settings import ExperimentConfig
+from perfedavg.terminal.console import LOGGER, at_early_end, say
+from perfedavg.training.client_batching import default_num_lanes, say_idle_slots
+from perfedavg.training.compute import ComputeDevice, describe_kernels
 
 FINISH_SECONDS = 10.0
 """For a worker to hear that the run is over."""
@@ -59,8 +59,8 @@ MAX_GIVEN_UP = 3
 class CohortHandler(ServerHandler):
     """FedLab's parameter server: holds the global model of a round and merges the workers' parts of its sum.
 
-    The round loop and the server optimizer are the experiment's (`perfedavg.experiment`), the same with and without
-    a network; so this handler hands out parameters and adds, and decides nothing.
+    The round loop and the server optimizer are the experiment's (`perfedavg.engine.experiment`), the same with and
+    without a network; so this handler hands out parameters and adds, and decides nothing.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -97,13 +97,13 @@ class CohortHandler(ServerHandler):
         return self._update
 
     def setup_optim(self) -> None:
-        raise NotImplementedError("the server optimizer is the experiment's; see perfedavg.optimizers")
+        raise NotImplementedError("the server optimizer is the experiment's; see perfedavg.training.optimizers")
 
     def global_update(self, buffer: object) -> None:
-        raise NotImplementedError("the server step is the experiment's; see perfedavg.experiment")
+        raise NotImplementedError("the server step is the experiment's; see perfedavg.engine.experiment")
 
     def evaluate(self) -> None:
-        raise NotImplementedError("unseen clients are scored by the workers; see perfedavg.executor")
+        raise NotImplementedError("unseen clients are scored by the workers; see perfedavg.engine.executor")
 
 
 class _MisbehavedError(Exception):

@@ -15,8 +15,6 @@ from fedlab.core.network_manager import NetworkManager
 from torch import nn
 
 from multi_process.boundary import check_start, clean_text
-from multi_process.control import FinishedError
-from multi_process.link import DismissedError, GoneError
 from multi_process.messages import (
     Configure,
     Failed,
@@ -32,13 +30,15 @@ from multi_process.messages import (
     StartTraining,
     WorkOn,
 )
-from multi_process.network import WorkerNetwork
-from perfedavg.client_data import FederatedDataset
-from perfedavg.compute import describe_device, describe_kernels
-from perfedavg.config import ExperimentConfig, Phase
-from perfedavg.console import say
-from perfedavg.cores import usable_cores
-from perfedavg.executor import ClientReport, CohortTask, CohortTraining, LocalExecutor, ScoringTask
+from multi_process.transport.control import FinishedError
+from multi_process.transport.link import DismissedError, GoneError
+from multi_process.transport.network import WorkerNetwork
+from perfedavg.contracts import FederatedDataset
+from perfedavg.engine.executor import ClientReport, CohortTask, CohortTraining, LocalExecutor, ScoringTask
+from perfedavg.machine.cores import usable_cores
+from perfedavg.settings import ExperimentConfig, Phase
+from perfedavg.terminal.console import say
+from perfedavg.training.compute import describe_device, describe_kernels
 
 FAREWELL_SECONDS = 5.0
 """For the server to hear why a worker leaves."""

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from perfedavg.client_data import ClientData
-from perfedavg.config import ExperimentConfig
-from perfedavg.files import replace_file
-from perfedavg.flat_model import FlatModel
-from perfedavg.local_training import SCORING_BATCH_SIZE, LocalTraining, Loss, score, train_locally
-from perfedavg.model_file import ModelFacts, model_file, read_model_file
-from perfedavg.runs import RecordedRun
+from perfedavg.contracts import ClientData
+from perfedavg.recording.files import replace_file
+from perfedavg.recording.model_file import ModelFacts, model_file, read_model_file
+from perfedavg.recording.runs import RecordedRun
 from perfedavg.seeding import Purpose, seed_sequence
+from perfedavg.settings import ExperimentConfig
+from perfedavg.training.flat_model import FlatModel
+from perfedavg.training.local_training import SCORING_BATCH_SIZE, LocalTraining, Loss, score, train_locally
 
 CLASS_NAMES_FILE = "class_names.json"
 """What an exported program carries beside itself: a JSON list, label i its i-th text."""

@@ -7,15 +7,15 @@ from typing import Any
 
 from torch import nn
 
-from perfedavg.client_data import ClientDirectory
-from perfedavg.config import ExperimentConfig
-from perfedavg.console import at_early_end, optional, say, show
-from perfedavg.display import ProgressDisplay, result_table
-from perfedavg.executor import Executor
-from perfedavg.experiment import ExperimentState, run_experiment
-from perfedavg.flat_model import flatten
-from perfedavg.model_file import ModelFacts
-from perfedavg.run_folder import RunFolder
+from perfedavg.contracts import ClientDirectory
+from perfedavg.engine.executor import Executor
+from perfedavg.engine.experiment import ExperimentState, run_experiment
+from perfedavg.recording.model_file import ModelFacts
+from perfedavg.recording.run_folder import RunFolder
+from perfedavg.settings import ExperimentConfig
+from perfedavg.terminal.console import at_early_end, optional, say, show
+from perfedavg.terminal.display import ProgressDisplay, result_table
+from perfedavg.training.flat_model import flatten
 
 SAVE_TIMEOUT_SECONDS = 30.0
 """How long a signal waits for a server step or a checkpoint that is under way."""

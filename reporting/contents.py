@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from perfedavg.console import reason_of, say
+from perfedavg.terminal.console import reason_of, say
 from reporting import plots, published, tables
 from reporting.finished_runs import FinishedRun, find_runs, read_finished_run
 from reporting.rows import Row, common_settings, group_rows, leave_out_repeats

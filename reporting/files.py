@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jinja2
 
-from perfedavg.files import replace_file
+from perfedavg.recording.files import replace_file
 from reporting.contents import Block, Heading, Paragraph, Plot, Report
 
 _PLOTS = "plots"

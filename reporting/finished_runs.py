@@ -14,9 +14,9 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from perfedavg.config import ExperimentConfig, Phase
 from perfedavg.plain_values import check_known_fields, from_plain, parse_json
-from perfedavg.runs import CONFIG_FILE, read_object
+from perfedavg.recording.runs import CONFIG_FILE, read_object
+from perfedavg.settings import ExperimentConfig, Phase
 
 KINDS = ("initial", "personalized")
 """Whose scores: the global model's, and those of the same model after a client has adapted it."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perfedavg.config import Phase
-from perfedavg.drawing import png
+from perfedavg.recording.drawing import png
+from perfedavg.settings import Phase
 from reporting.finished_runs import KINDS
 from reporting.rows import Row
 from reporting.tables import confidence_95, pooled_client_scores, steps_per_epoch

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from perfedavg.config import Phase
+from perfedavg.settings import Phase
 from reporting.finished_runs import KINDS, CurvePoint, FinishedRun, PhaseResult
 
 _SEED_OR_LESS = ("seed", "client_batching", "num_curve_epochs")

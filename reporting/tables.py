@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perfedavg.config import Phase
+from perfedavg.settings import Phase
 from reporting.finished_runs import KINDS, FinishedRun, PhaseResult, Scores
 from reporting.published import JIANG_TABLE_1, JIANG_TARGET, PUBLISHED
 from reporting.rows import Row, SeedMean, rounds_to_target, seed_mean

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from progress import Progress
 
-from perfedavg.cores import usable_cores
+from perfedavg.machine.cores import usable_cores
 
 if TYPE_CHECKING:
     from helpers import Launched
@@ -75,7 +75,7 @@ def _reproducible_kernels() -> None:
     """The tests compute as the entry points do."""
     import helpers
 
-    from perfedavg.compute import use_reproducible_kernels
+    from perfedavg.training.compute import use_reproducible_kernels
 
     use_reproducible_kernels()
     helpers.ENVIRONMENT.update(os.environ)

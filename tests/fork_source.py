@@ -202,8 +202,8 @@ def report_ends(reports: dict[int, int]) -> None:
 
 def become(request: dict[str, Any]) -> None:
     """In a fork: be the process that was asked for, up to the first line of its script."""
-    from perfedavg import run_folder
-    from perfedavg.forking import begin_anew
+    from perfedavg.machine.forking import begin_anew
+    from perfedavg.recording import run_folder
 
     run_folder.write_plots = lambda *told: None  # half the time of a short run; new processes' plots are tested
     os.environ.clear()
@@ -227,8 +227,6 @@ def load_everything() -> None:
     import tensorboard.summary.writer.record_writer  # noqa: F401
     import torch.fx.experimental.symbolic_shapes  # noqa: F401
 
-    import datasets.digits
-    import datasets.views  # noqa: F401
     import models  # noqa: F401
     import multi_process.server
     import multi_process.worker  # noqa: F401
@@ -247,7 +245,7 @@ def enter_network_namespace(name: str) -> None:
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     connection = socket.socket(fileno=int(sys.argv[1]))
-    from perfedavg.forking import load
+    from perfedavg.machine.forking import load
 
     load(load_everything)
     request = serve(connection)

@@ -22,8 +22,8 @@ from fork_source import Forked, ForkSource
 from torch import Tensor, nn
 
 from datasets import FederatedDataset, Partition, PartitionedClients
-from datasets.digits import load_digits_images
-from perfedavg.config import ExperimentConfig, OptimizerConfig, PhaseConfig
+from datasets.sources.digits import load_digits_images
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, PhaseConfig
 from quick_start import hold_free_port
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,7 +19,6 @@ from helpers import QuadraticClients, make_config
 from torch import Tensor, nn
 
 from multi_process import messages, server
-from multi_process.link import GoneError
 from multi_process.messages import (
     Configure,
     Message,
@@ -30,12 +29,13 @@ from multi_process.messages import (
     from_line,
     from_package,
 )
-from multi_process.network import Connected
 from multi_process.server import CohortHandler, WorkerPoolManager
-from perfedavg.config import Phase
-from perfedavg.exact_sum import ExactSum
-from perfedavg.executor import CohortTask, CohortUpdate, ScoringTask
-from perfedavg.scores import ClientScore
+from multi_process.transport.link import GoneError
+from multi_process.transport.network import Connected
+from perfedavg.aggregation.exact_sum import ExactSum
+from perfedavg.engine.executor import CohortTask, CohortUpdate, ScoringTask
+from perfedavg.engine.scores import ClientScore
+from perfedavg.settings import Phase
 
 NUM_PARAMETERS = 3
 SIZES = (5, 3, 8, 2, 9, 4, 7, 6)

@@ -12,10 +12,10 @@ import pytest
 from helpers import ROOT, TINY, Launched, digits_dataset, finish, make_config, read_result
 from torch import nn
 
-from perfedavg import plots, run_folder
-from perfedavg.executor import LocalExecutor
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.recording import plots, run_folder
+from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record
-from perfedavg.run_folder import RunFolder
 
 NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
 

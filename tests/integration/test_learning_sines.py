@@ -10,11 +10,11 @@ import pytest
 import sine
 import single_process
 import utils
-from datasets.sine import POINTS
-from perfedavg.executor import LocalExecutor
-from perfedavg.experiment import ExperimentState, run_experiment
-from perfedavg.flat_model import flatten
-from perfedavg.scores import summarize
+from datasets.sources.sine import POINTS
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.experiment import ExperimentState, run_experiment
+from perfedavg.engine.scores import summarize
+from perfedavg.training.flat_model import flatten
 
 SMALL = ["--dataset", "sine", "--client_num_in_total", "510", "--batch_size", "10", "--pers_round", "5"]
 SMALL += ["--pers_curve", "5", "--eval_every", "10000", "--local_lr", "0.02", "--device", "cpu"]

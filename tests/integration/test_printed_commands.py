@@ -17,8 +17,8 @@ from PIL import Image
 
 import reproduce
 import utils
-from multi_process.control import read_token
-from perfedavg.console import command_line
+from multi_process.transport.control import read_token
+from perfedavg.terminal.console import command_line
 
 LONG = ["--dataset", "folder", "--struct", "mlp", "--client_num_per_round", "2", "--epochs", "6"]
 LONG += ["--inner_loops", "40", "--fine_tune", "false", "--pers_round", "1", "--eval_every", "1"]

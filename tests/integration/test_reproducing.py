@@ -15,7 +15,7 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import reproduce
-from perfedavg.forking import ForkedProcess
+from perfedavg.machine.forking import ForkedProcess
 def fork(command, output=None):
     return ForkedProcess("run", reproduce.ROOT / command[1], command[2:], output)
 if sys.argv[6] == "forks":

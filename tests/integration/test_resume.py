@@ -23,8 +23,8 @@ from helpers import (
 )
 
 import utils
-from perfedavg.experiment import parameters_sha256
-from perfedavg.flat_model import flatten
+from perfedavg.engine.experiment import parameters_sha256
+from perfedavg.training.flat_model import flatten
 
 FLAGS = [*TINY, "--inner_loops", "16", "--fine_tune_inner_loops", "16", "--epochs", "5", "--fine_tune_outer_loops", "7"]
 """A round takes long enough to be stopped in its middle."""

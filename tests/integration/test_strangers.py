@@ -19,7 +19,8 @@ from helpers import TINY, Launched, Process, assert_one_clear_line, finish, read
 from torch import nn
 
 import utils
-from multi_process.control import (
+from multi_process.messages import Message, PartialSum
+from multi_process.transport.control import (
     PROTOCOL_VERSION,
     Admission,
     Application,
@@ -27,12 +28,11 @@ from multi_process.control import (
     Greeting,
     receive_greeting,
 )
-from multi_process.link import DismissedError
-from multi_process.messages import Message, PartialSum
-from multi_process.network import MAX_UNGREETED, WorkerNetwork
+from multi_process.transport.link import DismissedError
+from multi_process.transport.network import MAX_UNGREETED, WorkerNetwork
 from multi_process.worker import WorkerManager
-from perfedavg.client_data import FederatedDataset
-from perfedavg.config import ExperimentConfig
+from perfedavg.contracts import FederatedDataset
+from perfedavg.settings import ExperimentConfig
 
 TOKEN, OTHER_TOKEN = "a secret of 16 or more", "another secret of 16 or more"
 FLAGS = [*TINY, "--epochs", "15"]

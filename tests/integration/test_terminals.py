@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, TINY, Launched, finish, make_config, read_result
 
-from perfedavg.config import Phase
-from perfedavg.display import ProgressDisplay
-from perfedavg.experiment import RoundRecord
-from perfedavg.scores import ClientScore
+from perfedavg.engine.experiment import RoundRecord
+from perfedavg.engine.scores import ClientScore
+from perfedavg.settings import Phase
+from perfedavg.terminal.display import ProgressDisplay
 
 PROGRAM = """
 import os, sys
 sys.path.insert(0, {root!r})
-from perfedavg.console import run_entry_point, say, show
+from perfedavg.terminal.console import run_entry_point, say, show
 def main():
     {body}
 run_entry_point(main)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, TINY, Launched, assert_one_clear_line, finish, read_result, write_plays
 
-from perfedavg.kernels import check_processor
+from perfedavg.machine.kernels import check_processor
 
 PLAIN = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 """Environment of a process that computes as a processor without AVX does."""

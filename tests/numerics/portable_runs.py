@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT)]
 
 import utils  # noqa: E402
-from perfedavg.kernels import pin_kernels  # noqa: E402
+from perfedavg.machine.kernels import pin_kernels  # noqa: E402
 
 SHORT = "--epochs 2 --fine_tune_outer_loops 2 --pers_round 1 --eval_every 1"
 SHORTEST = (
@@ -39,11 +39,11 @@ TEXT = "to be or not to be that is the question whether tis nobler in the mind t
 
 def digest(flags: str) -> str:
     """The model_sha256 that `single_process.py` ends with."""
-    from perfedavg.client_batching import settle_client_batching
-    from perfedavg.compute import ComputeDevice
-    from perfedavg.executor import LocalExecutor
-    from perfedavg.experiment import ExperimentState, run_experiment
-    from perfedavg.flat_model import flatten
+    from perfedavg.engine.executor import LocalExecutor
+    from perfedavg.engine.experiment import ExperimentState, run_experiment
+    from perfedavg.training.client_batching import settle_client_batching
+    from perfedavg.training.compute import ComputeDevice
+    from perfedavg.training.flat_model import flatten
 
     args = utils.get_args("single", [*flags.split(), "--portable_kernels", sys.argv[1]])
     config = utils.config_from_args(args)
@@ -60,10 +60,10 @@ def lstm_digest() -> str:
     import torch
 
     from models import build_model
-    from perfedavg.config import OptimizerConfig
-    from perfedavg.experiment import parameters_sha256
-    from perfedavg.flat_model import FlatModel
-    from perfedavg.local_training import LocalTraining, train_locally
+    from perfedavg.engine.experiment import parameters_sha256
+    from perfedavg.settings import OptimizerConfig
+    from perfedavg.training.flat_model import FlatModel
+    from perfedavg.training.local_training import LocalTraining, train_locally
 
     torch.manual_seed(0)
     lane = FlatModel(build_model("lstm", 128))
@@ -76,7 +76,7 @@ def lstm_digest() -> str:
 def main() -> None:
     pin_kernels(sys.argv[1])
 
-    from perfedavg.compute import use_reproducible_kernels
+    from perfedavg.training.compute import use_reproducible_kernels
 
     use_reproducible_kernels()
     runs = {name: flags for name, flags in RUNS.items() if ONLY_FOR.get(name, sys.argv[1]) == sys.argv[1]}

@@ -12,10 +12,10 @@ import torch
 from helpers import Difference, QuadraticClients, half_squared_norm, make_config
 from torch import Tensor
 
-from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
-from perfedavg.executor import LocalExecutor
-from perfedavg.experiment import ExperimentOutcome, ExperimentState, run_experiment
-from perfedavg.flat_model import flatten
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
+from perfedavg.training.flat_model import flatten
 
 START = [2.0, -1.0]
 CENTRES = [[1.0, 0.0], [3.0, 5.0], [-2.0, 0.5], [4.0, -3.0], [0.25, 1.5]]

@@ -13,13 +13,13 @@ import torch
 from helpers import Difference, Examples, QuadraticClients, half_squared_norm, make_config
 from torch import Tensor, nn
 
-from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
-from perfedavg.executor import LocalExecutor, ScoringTask
-from perfedavg.experiment import ExperimentState, run_experiment
-from perfedavg.flat_model import FlatModel, flatten
-from perfedavg.group_training import GroupMember, StackedModel, train_together
-from perfedavg.local_training import LocalTraining, train_locally
-from perfedavg.scores import ClientScore
+from perfedavg.engine.executor import LocalExecutor, ScoringTask
+from perfedavg.engine.experiment import ExperimentState, run_experiment
+from perfedavg.engine.scores import ClientScore
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
+from perfedavg.training.flat_model import FlatModel, flatten
+from perfedavg.training.group_training import GroupMember, StackedModel, train_together
+from perfedavg.training.local_training import LocalTraining, train_locally
 
 BATCH_SIZE = 4
 SIZES = (10, 9, 4, 3, 1)

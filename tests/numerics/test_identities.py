@@ -16,15 +16,15 @@ from helpers import Examples, make_config
 from torch import Tensor, nn
 from torch.func import functional_call, grad
 
-from datasets.views import JointView
-from perfedavg.client_data import FederatedDataset
-from perfedavg.config import OptimizerConfig, PhaseConfig
-from perfedavg.executor import LocalExecutor
-from perfedavg.experiment import ExperimentState, run_experiment
-from perfedavg.flat_model import FlatModel, flatten
-from perfedavg.group_training import GroupMember, StackedModel
-from perfedavg.local_training import LocalTraining, train_locally
-from perfedavg.meta_learning import MetaTask, cut_task, fomaml_gradient, maml_gradients
+from datasets.clients.views import JointView
+from perfedavg.contracts import FederatedDataset
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.experiment import ExperimentState, run_experiment
+from perfedavg.settings import OptimizerConfig, PhaseConfig
+from perfedavg.training.flat_model import FlatModel, flatten
+from perfedavg.training.group_training import GroupMember, StackedModel
+from perfedavg.training.local_training import LocalTraining, train_locally
+from perfedavg.training.meta_learning import MetaTask, cut_task, fomaml_gradient, maml_gradients
 
 RATE = 0.3
 NUM_TRAIN, NUM_EXAMPLES, NUM_FEATURES, NUM_CLASSES = 4, 6, 4, 3

@@ -15,13 +15,13 @@ import torch
 from helpers import Difference, QuadraticClients, half_squared_norm, make_config
 from torch import Tensor
 
-from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
-from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
-from perfedavg.experiment import ExperimentState, parameters_sha256, run_experiment
-from perfedavg.flat_model import flatten
+from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
+from perfedavg.engine.experiment import ExperimentState, parameters_sha256, run_experiment
+from perfedavg.engine.scores import ClientScore
+from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record
-from perfedavg.run_folder import RunFolder
-from perfedavg.scores import ClientScore
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
+from perfedavg.training.flat_model import flatten
 
 START = [2.0, -1.0]
 CENTRES = [[1.0, 0.0], [3.0, 5.0], [-2.0, 0.5], [4.0, -3.0], [0.25, 1.5], [0.5, -0.75]]

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from models.emnist_cnn import EmnistCNN
 from models.lstm import CharLSTM
 from models.mnist_cnn import MnistCNN
-from perfedavg.config import OptimizerConfig
-from perfedavg.flat_model import FlatModel, flatten
-from perfedavg.local_training import LocalTraining, train_locally
+from perfedavg.settings import OptimizerConfig
+from perfedavg.training.flat_model import FlatModel, flatten
+from perfedavg.training.local_training import LocalTraining, train_locally
 
 RATE = 0.05
 

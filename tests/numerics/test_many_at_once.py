@@ -14,17 +14,17 @@ from torch.func import functional_call, grad, vmap
 
 from models import build_model
 from models.lstm import CharLSTM
-from perfedavg.config import OptimizerConfig
-from perfedavg.flat_model import FlatModel, flatten
-from perfedavg.group_training import (
+from perfedavg.settings import OptimizerConfig
+from perfedavg.training.flat_model import FlatModel, flatten
+from perfedavg.training.group_training import (
     GroupMember,
     StackedModel,
     group_memory_bytes,
     score_together,
     train_together,
 )
-from perfedavg.layers import GroupBatches, GroupDropout, SeededDropout
-from perfedavg.local_training import SCORING_BATCH_SIZE, LocalTraining, Loss, score, train_locally
+from perfedavg.training.layers import GroupBatches, GroupDropout, SeededDropout
+from perfedavg.training.local_training import SCORING_BATCH_SIZE, LocalTraining, Loss, score, train_locally
 
 BATCH_SIZE = 5
 SIZES = (3, 10, 1, 7, 5)

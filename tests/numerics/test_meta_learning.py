@@ -13,14 +13,14 @@ from helpers import Difference, QuadraticClients, digits_dataset, half_squared_n
 from torch import Tensor, nn
 
 from datasets import FederatedDataset
-from perfedavg import meta_learning
-from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
-from perfedavg.executor import LocalExecutor
-from perfedavg.experiment import ExperimentOutcome, ExperimentState, run_experiment
-from perfedavg.flat_model import FlatModel, flatten
-from perfedavg.group_training import StackedModel
-from perfedavg.local_training import LocalTraining
-from perfedavg.meta_learning import MetaTask, cut_task, fomaml_gradient, fomaml_gradients, maml_gradients
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
+from perfedavg.training import meta_learning
+from perfedavg.training.flat_model import FlatModel, flatten
+from perfedavg.training.group_training import StackedModel
+from perfedavg.training.local_training import LocalTraining
+from perfedavg.training.meta_learning import MetaTask, cut_task, fomaml_gradient, fomaml_gradients, maml_gradients
 
 SGD = OptimizerConfig("sgd", 0.1)
 ADAM = OptimizerConfig("adam", 0.01)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from perfedavg.kernels import check_processor, processor_vendor
+from perfedavg.machine.kernels import check_processor, processor_vendor
 
 HERE = Path(__file__).resolve().parent
 DIGESTS = json.loads((HERE / "portable_digests.json").read_text())

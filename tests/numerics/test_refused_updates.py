@@ -12,12 +12,12 @@ import torch
 from helpers import Difference, QuadraticClients, half_squared_norm, make_config
 from torch import Tensor
 
-from perfedavg.config import ExperimentConfig, OptimizerConfig, PhaseConfig
-from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
-from perfedavg.experiment import ExperimentOutcome, ExperimentState, RoundRecord, run_experiment
-from perfedavg.flat_model import flatten
-from perfedavg.run_folder import RunFolder
-from perfedavg.scores import ClientScore
+from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
+from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, RoundRecord, run_experiment
+from perfedavg.engine.scores import ClientScore
+from perfedavg.recording.run_folder import RunFolder
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, PhaseConfig
+from perfedavg.training.flat_model import flatten
 
 START = [2.0, -1.0]
 CENTRES = [[1.0, 0.0], [3.0, 5.0], [-2.0, 0.5], [4.0, -3.0], [0.25, 1.5]]

@@ -11,10 +11,10 @@ from helpers import digits_dataset, make_config
 from torch import Tensor, nn
 
 from datasets import FederatedDataset
-from perfedavg.config import ExperimentConfig, Phase
-from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask, cut_into_groups
-from perfedavg.experiment import ExperimentState, parameters_sha256, run_experiment
-from perfedavg.flat_model import flatten
+from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask, cut_into_groups
+from perfedavg.engine.experiment import ExperimentState, parameters_sha256, run_experiment
+from perfedavg.settings import ExperimentConfig, Phase
+from perfedavg.training.flat_model import flatten
 
 CONFIG = make_config(cohort_size=6)
 IN_GROUPS = dataclasses.replace(CONFIG, client_batching=4)  # four clients, then two

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from perfedavg.config import OptimizerConfig
-from perfedavg.optimizers import ServerOptimizer
+from perfedavg.settings import OptimizerConfig
+from perfedavg.training.optimizers import ServerOptimizer
 
 YOGI = OptimizerConfig("yogi", 0.03, betas=(0.8, 0.9), epsilon=1e-3)
 STATEFUL = [

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from perfedavg.config import OptimizerConfig
-from perfedavg.optimizers import Optimizer, ServerOptimizer
+from perfedavg.settings import OptimizerConfig
+from perfedavg.training.optimizers import Optimizer, ServerOptimizer
 
 CLASSES: dict[str, tuple[OptimizerConfig, Callable[[list[Tensor]], torch.optim.Optimizer]]] = {
     "sgd": (OptimizerConfig("sgd", 0.3), lambda tensors: torch.optim.SGD(tensors, lr=0.3)),

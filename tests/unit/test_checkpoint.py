@@ -18,16 +18,16 @@ import torch
 from helpers import Difference, QuadraticClients, half_squared_norm, make_config
 from torch import Tensor
 
-from perfedavg import checkpoint
-from perfedavg.checkpoint import Checkpoints, RunIdentity
-from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
-from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
-from perfedavg.experiment import ExperimentOutcome, ExperimentState, run_experiment
-from perfedavg.flat_model import flatten
-from perfedavg.optimizers import ServerOptimizer
+from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
+from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
+from perfedavg.engine.scores import ClientScore
+from perfedavg.recording import checkpoint
+from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
+from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record
-from perfedavg.run_folder import RunFolder
-from perfedavg.scores import ClientScore
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
+from perfedavg.training.flat_model import flatten
+from perfedavg.training.optimizers import ServerOptimizer
 
 START = [2.0, -1.0]
 CENTRES = [[1.0, 0.0], [3.0, 5.0], [-2.0, 0.5], [4.0, -3.0], [0.25, 1.5], [0.5, -0.75]]

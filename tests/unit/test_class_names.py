@@ -7,9 +7,9 @@ from helpers import ROOT
 
 from compat import import_torchvision
 from datasets import DatasetRequest, load_federated_dataset
-from datasets.class_names import BALANCED, BYCLASS, FASHION, LETTERS
-from datasets.person import label_of
-from datasets.torchvision_images import SOURCES
+from datasets.clients.person import label_of
+from datasets.sources.class_names import BALANCED, BYCLASS, FASHION, LETTERS
+from datasets.sources.torchvision_images import SOURCES
 
 
 def test_names_are_those_of_the_libraries_that_know_the_data() -> None:

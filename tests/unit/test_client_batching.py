@@ -9,16 +9,16 @@ from helpers import digits_dataset, make_config
 from torch import nn
 
 from models import build_model
-from perfedavg.client_batching import (
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.settings import OptimizerConfig, PhaseConfig
+from perfedavg.training.client_batching import (
     TINY_MODEL_CLIENTS,
     default_num_lanes,
     num_groups,
     say_idle_slots,
     settle_client_batching,
 )
-from perfedavg.compute import ComputeDevice
-from perfedavg.config import OptimizerConfig, PhaseConfig
-from perfedavg.executor import LocalExecutor
+from perfedavg.training.compute import ComputeDevice
 from utils import check_num_workers
 
 CPU = ComputeDevice("cpu", 0)

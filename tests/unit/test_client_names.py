@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from datasets import DatasetRequest, FederatedDataset, load_federated_dataset
+from datasets.clients.views import JointView, ValidationView
 from datasets.describe import describe, plot
-from datasets.views import JointView, ValidationView
-from perfedavg.client_data import client_label, client_name
-from perfedavg.config import OptimizerConfig, PhaseConfig
-from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor
+from perfedavg.contracts import client_label, client_name
+from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor
+from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record
-from perfedavg.run_folder import RunFolder
+from perfedavg.settings import OptimizerConfig, PhaseConfig
 from reporting.finished_runs import read_finished_run
 
 NAMES = ["anna", 'ben, "the" <b>', "cleo\nx", "d$o$e", "émile", "fay"]

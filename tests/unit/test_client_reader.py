@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers import Difference, QuadraticClients, half_squared_norm, make_config
 
-from perfedavg.client_data import ClientData
-from perfedavg.client_reader import ClientReader
-from perfedavg.cohorts import draw_cohort, draw_next_cohort
-from perfedavg.config import OptimizerConfig, Phase, PhaseConfig
-from perfedavg.executor import CohortTask, LocalExecutor
+from perfedavg.contracts import ClientData
+from perfedavg.engine.client_reader import ClientReader
+from perfedavg.engine.cohorts import draw_cohort, draw_next_cohort
+from perfedavg.engine.executor import CohortTask, LocalExecutor
+from perfedavg.settings import OptimizerConfig, Phase, PhaseConfig
 
 SGD = OptimizerConfig("sgd", 0.1)
 

@@ -63,11 +63,11 @@ def test_a_process_loads_only_what_it_needs() -> None:
 import sys, multi_process.server, multi_process.worker, datasets, perfedavg.run
 print({"torchvision", "sklearn", "pandas", "scipy", "pyarrow", "torch._dynamo", "matplotlib"} & set(sys.modules))
 import utils
-from perfedavg.compute import use_reproducible_kernels
-from perfedavg.config import OptimizerConfig
-from perfedavg.executor import LocalExecutor
-from perfedavg.experiment import ExperimentState, run_experiment
-from perfedavg.flat_model import flatten
+from perfedavg.training.compute import use_reproducible_kernels
+from perfedavg.settings import OptimizerConfig
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.experiment import ExperimentState, run_experiment
+from perfedavg.training.flat_model import flatten
 from pathlib import Path
 use_reproducible_kernels()
 flags = "--dataset digits --struct mlp --client_num_in_total 10 --client_num_per_round 1 --epochs 1 --inner_loops 1"

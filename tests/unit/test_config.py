@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from helpers import make_config
 
-from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig, num_unseen_clients
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig, num_unseen_clients
 
 SGD = OptimizerConfig("sgd", 0.1)
 

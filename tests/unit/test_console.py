@@ -8,12 +8,12 @@ import sys
 import pytest
 from helpers import ROOT, Launched, Process, finish, wait_for_line
 
-from perfedavg import console
+from perfedavg.terminal import console
 
 PROGRAM = """
 import sys, time, threading
 sys.path.insert(0, {root!r})
-from perfedavg.console import at_early_end, run_entry_point, say
+from perfedavg.terminal.console import at_early_end, run_entry_point, say
 def main():
     {body}
 run_entry_point(main)

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from multi_process import control
-from multi_process.control import (
+from multi_process.transport import control
+from multi_process.transport.control import (
     PROTOCOL_VERSION,
     Admission,
     Application,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from perfedavg.cores import usable_cores
+from perfedavg.machine.cores import usable_cores
 
 NUM_BOUND = 8
 

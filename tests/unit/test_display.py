@@ -8,10 +8,10 @@ import re
 import pytest
 from helpers import make_config
 
-from perfedavg import display
-from perfedavg.config import Phase, PhaseConfig
-from perfedavg.display import ProgressDisplay
-from perfedavg.experiment import RoundRecord
+from perfedavg.engine.experiment import RoundRecord
+from perfedavg.settings import Phase, PhaseConfig
+from perfedavg.terminal import display
+from perfedavg.terminal.display import ProgressDisplay
 
 CONFIG = make_config(
     fedavg=PhaseConfig(10, 1, make_config().fedavg.client_optimizer, make_config().fedavg.server_optimizer),

@@ -21,8 +21,8 @@ import pytest
 from helpers import MNIST_PREFIXES, write_image_files
 
 from compat import import_torchvision
-from datasets import torchvision_images
-from datasets.torchvision_images import SOURCES, load_images
+from datasets.sources import torchvision_images
+from datasets.sources.torchvision_images import SOURCES, load_images
 
 MNIST_FILES = [f"{prefix}-{kind}-ubyte.gz" for prefix in MNIST_PREFIXES for kind in ("images-idx3", "labels-idx1")]
 

@@ -8,9 +8,9 @@ from helpers import digits_dataset, make_config
 
 import personalize
 import utils
-from perfedavg.config import HIGHEST_RATE, OPTIMIZERS, OptimizerConfig, Phase, PhaseConfig
-from perfedavg.executor import CohortTask, LocalExecutor, ScoringTask
-from perfedavg.flat_model import flatten
+from perfedavg.engine.executor import CohortTask, LocalExecutor, ScoringTask
+from perfedavg.settings import HIGHEST_RATE, OPTIMIZERS, OptimizerConfig, Phase, PhaseConfig
+from perfedavg.training.flat_model import flatten
 
 HUGE = str(10**30)
 

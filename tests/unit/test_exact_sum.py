@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perfedavg.exact_sum import MAX_ENTRY, ExactSum
+from perfedavg.aggregation.exact_sum import MAX_ENTRY, ExactSum
 
 Update = tuple[list[float], int]
 entries = st.floats(-MAX_ENTRY, MAX_ENTRY, width=32)

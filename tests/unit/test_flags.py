@@ -16,7 +16,7 @@ import pytest
 from helpers import ROOT
 
 import utils
-from perfedavg.config import ExperimentConfig, num_unseen_clients
+from perfedavg.settings import ExperimentConfig, num_unseen_clients
 
 EXPERIMENT_FLAGS = [
     (["--dataset", "mnist"], lambda c: c.dataset),

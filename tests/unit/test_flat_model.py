@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from perfedavg.flat_model import FlatModel, SeededDropout, flatten
+from perfedavg.training.flat_model import FlatModel, SeededDropout, flatten
 
 
 def test_writing_to_the_vector_changes_the_model() -> None:

@@ -16,7 +16,7 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 import logging, socket, tempfile
 from pathlib import Path
-from perfedavg.forking import ForkedProcess
+from perfedavg.machine.forking import ForkedProcess
 from quick_start import SignalWatch
 watch = SignalWatch()
 logging.getLogger().addHandler(logging.NullHandler())
@@ -108,7 +108,7 @@ def test_waiting_for_a_fork_may_end_before_it_does(launched: Launched, tmp_path:
 import subprocess, sys
 sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from perfedavg.forking import ForkedProcess
+from perfedavg.machine.forking import ForkedProcess
 child = ForkedProcess("child", Path(sys.argv[1]), [])
 try: child.wait(0.05)
 except subprocess.TimeoutExpired: print(child.poll())
@@ -131,7 +131,7 @@ def refuse(*words, **more): raise AssertionError("the GPU was asked for")
 for name in ("is_available", "device_count", "init", "_lazy_init", "current_device", "get_device_properties"):
     setattr(torch.cuda, name, refuse)
 import quick_start
-from perfedavg.forking import load
+from perfedavg.machine.forking import load
 load(quick_start.load_everything)
 print(threading.active_count(), "multi_process.worker" in sys.modules, "perfedavg.run" in sys.modules, flush=True)
 if os.fork() == 0:

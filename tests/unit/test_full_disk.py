@@ -13,12 +13,12 @@ import torch
 from helpers import digits_dataset, make_config, read_result
 from torch import Tensor, nn
 
-from perfedavg.config import ExperimentConfig
-from perfedavg.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
-from perfedavg.files import LineFile, replace_file
+from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
+from perfedavg.engine.scores import ClientScore
+from perfedavg.recording.files import LineFile, replace_file
+from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record
-from perfedavg.run_folder import RunFolder
-from perfedavg.scores import ClientScore
+from perfedavg.settings import ExperimentConfig
 
 
 class SmallDisk:

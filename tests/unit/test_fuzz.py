@@ -18,9 +18,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from members import COHORT, UNSEEN, Faulty, Member, Pool, Values, assert_whole
 
-from multi_process import control
-from multi_process.control import PROTOCOL_VERSION, Application, ControlConnection, NotOursError, RefusedError, greet
 from multi_process.messages import Message, from_line, from_package
+from multi_process.transport import control
+from multi_process.transport.control import (
+    PROTOCOL_VERSION,
+    Application,
+    ControlConnection,
+    NotOursError,
+    RefusedError,
+    greet,
+)
 
 KINDS = ("Join", "Ready", "GroupTrained", "GroupScored", "PartialSum", "Failed", "Configure", "WorkOn", "SendSum")
 """What the fuzzed member may say; the last ones are the server's own words."""

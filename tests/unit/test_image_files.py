@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from helpers import EMNIST_PREFIXES, MNIST_PREFIXES, write_idx, write_image_files
 
-from datasets import DatasetRequest, load_federated_dataset, torchvision_images
-from datasets.digits import load_digits_images
-from datasets.torchvision_images import IMAGE_NAMES, SOURCES, load_images
+from datasets import DatasetRequest, load_federated_dataset
+from datasets.sources import torchvision_images
+from datasets.sources.digits import load_digits_images
+from datasets.sources.torchvision_images import IMAGE_NAMES, SOURCES, load_images
 
 
 @pytest.fixture(autouse=True)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from helpers import make_config
 
-from perfedavg import kernels
-from perfedavg.compute import check_portable, describe_kernels
-from perfedavg.kernels import MAX_NOTED, KernelLog, UnpinnedKernelsError, pin_kernels
+from perfedavg.machine import kernels
+from perfedavg.machine.kernels import MAX_NOTED, KernelLog, UnpinnedKernelsError, pin_kernels
+from perfedavg.training.compute import check_portable, describe_kernels
 
 AVX512 = {"torch": "2", "torch's kernels": "AVX512", "MKL": "AuthenticAMD AVX512_CORE"}
 AVX2 = {"torch": "2", "torch's kernels": "AVX2", "MKL": "AuthenticAMD AVX2"}

@@ -21,9 +21,9 @@ import pytest
 import torch
 from PIL import Image
 
-import datasets.leaf
+import datasets.sources.leaf
 from datasets import DatasetRequest, FederatedDataset, load_federated_dataset
-from datasets.leaf import VOCABULARY, load_femnist, load_shakespeare
+from datasets.sources.leaf import VOCABULARY, load_femnist, load_shakespeare
 
 Document = dict[str, Any]
 WHITE_IMAGE = [1.0] * 784
@@ -369,7 +369,7 @@ def test_only_parquet_files_need_pyarrow(tmp_path: Path, monkeypatch: pytest.Mon
     """Its import takes time and memory in every process, of which at most one builds the cache."""
     write_json(tmp_path / "femnist" / "all_data_0.json", femnist_document())
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert importlib.reload(datasets.leaf).load_femnist(tmp_path).num_clients == 2
+    assert importlib.reload(datasets.sources.leaf).load_femnist(tmp_path).num_clients == 2
 
 
 # Refusals

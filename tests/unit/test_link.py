@@ -11,10 +11,6 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from multi_process import link as link_module
-from multi_process import pair as pair_module
-from multi_process.control import ControlConnection, FinishedError
-from multi_process.link import SERVER, WORKER, DismissedError, GoneError, Link
 from multi_process.messages import (
     Finish,
     GroupScored,
@@ -25,8 +21,12 @@ from multi_process.messages import (
     StartTraining,
     WorkOn,
 )
-from perfedavg.executor import ClientReport
-from perfedavg.scores import ClientScore
+from multi_process.transport import link as link_module
+from multi_process.transport import pair as pair_module
+from multi_process.transport.control import ControlConnection, FinishedError
+from multi_process.transport.link import SERVER, WORKER, DismissedError, GoneError, Link
+from perfedavg.engine.executor import ClientReport
+from perfedavg.engine.scores import ClientScore
 
 REPORT = ClientReport(5, 16, 0.25, 1.5)
 NEVER = 1000.0

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.lstm import CharLSTM
-from perfedavg.config import OptimizerConfig
-from perfedavg.flat_model import FlatModel, flatten
-from perfedavg.local_training import LocalTraining, score, train_locally
+from perfedavg.settings import OptimizerConfig
+from perfedavg.training.flat_model import FlatModel, flatten
+from perfedavg.training.local_training import LocalTraining, score, train_locally
 
 TRAINING = LocalTraining(OptimizerConfig("sgd", 0.5), num_epochs=1, batch_size=3)
 

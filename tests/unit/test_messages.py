@@ -36,9 +36,9 @@ from multi_process.messages import (
     to_line,
     to_package,
 )
-from perfedavg.config import ExperimentConfig
-from perfedavg.executor import ClientReport
-from perfedavg.scores import ClientScore
+from perfedavg.engine.executor import ClientReport
+from perfedavg.engine.scores import ClientScore
+from perfedavg.settings import ExperimentConfig
 
 IDS = st.integers(0, 2**62)
 COUNTS = st.integers(1, 7)

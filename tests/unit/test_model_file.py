@@ -15,11 +15,11 @@ from helpers import make_config
 from torch import Tensor, nn
 
 import utils
-from perfedavg.config import UNREAD
-from perfedavg.experiment import parameters_sha256
-from perfedavg.flat_model import flatten
-from perfedavg.model_file import ModelFacts, check_can_be_saved, model_file, read_model_file
+from perfedavg.engine.experiment import parameters_sha256
 from perfedavg.personalizing import export
+from perfedavg.recording.model_file import ModelFacts, check_can_be_saved, model_file, read_model_file
+from perfedavg.settings import UNREAD
+from perfedavg.training.flat_model import flatten
 
 FACTS = ModelFacts("my:Data", "mlp", 4, ("a", "b", "c", "d"), ("build_model",))
 

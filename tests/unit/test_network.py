@@ -21,8 +21,9 @@ import torch
 from helpers import free_port
 from torch import device
 
-from multi_process import network
-from multi_process.control import (
+from multi_process.messages import Finish, Join, Message
+from multi_process.transport import network
+from multi_process.transport.control import (
     PROTOCOL_VERSION,
     Application,
     ControlConnection,
@@ -30,9 +31,15 @@ from multi_process.control import (
     Greeting,
     receive_greeting,
 )
-from multi_process.link import DismissedError, GoneError
-from multi_process.messages import Finish, Join, Message
-from multi_process.network import BEATS, LINK_DESCRIPTORS, MAX_BEAT_SECONDS, Connected, ServerNetwork, WorkerNetwork
+from multi_process.transport.link import DismissedError, GoneError
+from multi_process.transport.network import (
+    BEATS,
+    LINK_DESCRIPTORS,
+    MAX_BEAT_SECONDS,
+    Connected,
+    ServerNetwork,
+    WorkerNetwork,
+)
 
 CPU = device("cpu")
 TOKEN = "a secret of 16 or more"

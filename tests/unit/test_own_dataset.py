@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import utils
 from datasets import DatasetRequest, FederatedDataset, load_federated_dataset
 from datasets.describe import describe
-from perfedavg.executor import LocalExecutor, ScoringTask
-from perfedavg.flat_model import flatten
+from perfedavg.engine.executor import LocalExecutor, ScoringTask
+from perfedavg.training.flat_model import flatten
 
 CLIENT = 2
 """Of those that train; neither the first nor the last."""
@@ -295,7 +295,7 @@ def test_an_error_in_the_users_code_is_one_line_with_client_file_and_line(monkey
 
 def test_a_client_is_checked_where_it_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a worker, which reads clients that the server never reads."""
-    from perfedavg.config import Phase
+    from perfedavg.settings import Phase
 
     dataset = load(with_client(6, train_labels=lambda x: x + 1), monkeypatch)
     config = make_config(dataset="my:Given", client_batching=1)
@@ -322,7 +322,7 @@ def test_a_model_that_fails_for_a_later_client_is_one_line_with_client_file_and_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The points of client 2 end at 10, those of the first one at 8."""
-    from perfedavg.config import Phase
+    from perfedavg.settings import Phase
 
     dataset = load(with_model(Picky), monkeypatch)
     config = make_config(dataset="my:Given", client_batching=1)

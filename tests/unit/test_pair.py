@@ -19,13 +19,13 @@ from typing import Any, cast
 import pytest
 import torch
 
-from multi_process import link as link_module
-from multi_process import pair as pair_module
-from multi_process.control import ControlConnection, NotOursError
-from multi_process.link import SERVER, WORKER, GoneError, Link
 from multi_process.messages import Finish, Message, PartialSum, StartTraining, WorkOn, to_package
-from multi_process.pair import sizes_of
-from perfedavg.executor import ClientReport
+from multi_process.transport import link as link_module
+from multi_process.transport import pair as pair_module
+from multi_process.transport.control import ControlConnection, NotOursError
+from multi_process.transport.link import SERVER, WORKER, GoneError, Link
+from multi_process.transport.pair import sizes_of
+from perfedavg.engine.executor import ClientReport
 
 NUM_STRANGERS = 1500
 NUM_PARAMETERS = 1000

@@ -19,17 +19,17 @@ from torch import Tensor, nn
 
 import personalize
 from datasets import FederatedDataset
-from datasets.digits import load_digits_images
-from datasets.image_folder import load_image_folder
-from datasets.person import has_bright_ground, load_person
+from datasets.clients.person import has_bright_ground, load_person
+from datasets.sources.digits import load_digits_images
+from datasets.sources.image_folder import load_image_folder
 from models import build_model
 from perfedavg import personalizing
-from perfedavg.config import OptimizerConfig, PhaseConfig
-from perfedavg.executor import LocalExecutor
-from perfedavg.experiment import parameters_sha256
-from perfedavg.flat_model import flatten
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.experiment import parameters_sha256
+from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record
-from perfedavg.run_folder import RunFolder
+from perfedavg.settings import OptimizerConfig, PhaseConfig
+from perfedavg.training.flat_model import flatten
 
 DIGITS = tuple("0123456789")
 FIFTH = Fraction(1, 5)

@@ -11,13 +11,13 @@ from helpers import make_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from perfedavg.config import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
-from perfedavg.experiment import RoundRecord
-from perfedavg.model_file import ModelFacts
+from perfedavg.engine.experiment import RoundRecord
+from perfedavg.engine.scores import ClientScore
 from perfedavg.personalizing import RunModel
 from perfedavg.plain_values import check_known_fields, from_plain, parse_json
-from perfedavg.runs import RecordedRun, read_unfinished_run
-from perfedavg.scores import ClientScore
+from perfedavg.recording.model_file import ModelFacts
+from perfedavg.recording.runs import RecordedRun, read_unfinished_run
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from reporting.contents import build_report, read_runs
 from reporting.files import to_markdown
 

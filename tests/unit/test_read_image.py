@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from datasets.image_folder import load_image_folder
-from datasets.leaf import load_femnist
-from datasets.person import load_person
+from datasets.clients.person import load_person
+from datasets.sources.image_folder import load_image_folder
+from datasets.sources.leaf import load_femnist
 
 Greys = NDArray[np.uint8]
 

@@ -20,10 +20,10 @@ from helpers import ROOT, digits_dataset, make_config
 from torch import nn
 
 import report
-from perfedavg.config import ExperimentConfig, OptimizerConfig, PhaseConfig
-from perfedavg.executor import LocalExecutor
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.recording.run_folder import RESULT_KEYS, RunFolder
 from perfedavg.run import run_and_record
-from perfedavg.run_folder import RESULT_KEYS, RunFolder
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, PhaseConfig
 from reporting import published
 from reporting.contents import Plot, Report, build_report, read_runs
 from reporting.files import to_html, to_markdown, write_report

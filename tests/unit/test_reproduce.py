@@ -17,7 +17,7 @@ from helpers import ROOT, TINY
 
 import reproduce
 import utils
-from perfedavg.config import ExperimentConfig
+from perfedavg.settings import ExperimentConfig
 from quick_start import SignalWatch, exit_status
 from reproduce import (
     Job,

@@ -14,13 +14,13 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from perfedavg.events import FILE_NAME
-from perfedavg.executor import LocalExecutor
-from perfedavg.experiment import parameters_sha256
-from perfedavg.flat_model import flatten
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.experiment import parameters_sha256
+from perfedavg.recording.events import FILE_NAME
+from perfedavg.recording.run_folder import RunFolder
+from perfedavg.recording.runs import make_default_folder
 from perfedavg.run import run_and_record
-from perfedavg.run_folder import RunFolder
-from perfedavg.runs import make_default_folder
+from perfedavg.training.flat_model import flatten
 
 CONFIG = make_config(fedavg=make_config().fedavg, eval_every=1)
 

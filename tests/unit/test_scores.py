@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from perfedavg.scores import ClientScore, mean, summarize
+from perfedavg.engine.scores import ClientScore, mean, summarize
 
 
 def test_every_client_counts_once_whatever_its_size() -> None:

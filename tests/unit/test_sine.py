@@ -19,9 +19,9 @@ from helpers import make_config
 
 import sine
 from datasets import DatasetRequest, load_federated_dataset
+from datasets.clients.federated import ClientData
 from datasets.describe import describe
-from datasets.federated import ClientData
-from datasets.sine import NUM_GIVEN, NUM_POINTS, POINTS, SineTasks
+from datasets.sources.sine import NUM_GIVEN, NUM_POINTS, POINTS, SineTasks
 from models import build_model
 
 PARTS = ("train_inputs", "train_labels", "test_inputs", "test_labels")

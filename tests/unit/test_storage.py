@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets.clients import NamedClient, StoredClients, cached_clients
+from datasets.clients.stored import NamedClient, StoredClients, cached_clients
 from datasets.storage import user_cache_folder
 
 ReadOnly = Callable[[Path], None]

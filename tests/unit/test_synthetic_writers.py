@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from datasets.synthetic_writers import (
+from datasets.sources.synthetic_writers import (
     CHARACTERS,
     FONTS,
     GLYPH_SIDE,
@@ -56,7 +56,7 @@ def test_another_process_makes_the_same_writer() -> None:
         "import hashlib, sys, types\n"
         "sys.modules['datasets'] = types.ModuleType('datasets')\n"  # spares this process the import of torch
         "sys.modules['datasets'].__path__ = ['datasets']\n"
-        "from datasets.synthetic_writers import SyntheticWriters\n"
+        "from datasets.sources.synthetic_writers import SyntheticWriters\n"
         "writers = SyntheticWriters(9, seed=1)\n"
         "content = b''.join(array.tobytes() for array in writers.examples(4))\n"
         "print(writers.fingerprint, hashlib.sha256(content).hexdigest())"

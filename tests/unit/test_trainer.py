@@ -11,7 +11,7 @@ from helpers import Difference, QuadraticClients, make_config
 
 from multi_process.messages import GroupTrained, StartTraining
 from multi_process.worker import PersonalizationTrainer
-from perfedavg.executor import ClientReport, CohortTraining
+from perfedavg.engine.executor import ClientReport, CohortTraining
 
 
 def test_a_sum_that_leaves_while_a_client_trains_takes_no_report_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 import utils
 from datasets import FederatedDataset
-from datasets.views import JointView, ValidationView
-from perfedavg.local_training import loss_of
+from datasets.clients.views import JointView, ValidationView
+from perfedavg.training.local_training import loss_of
 
 PARTS = ("train_inputs", "train_labels", "test_inputs", "test_labels")
 

@@ -1,0 +1,105 @@
+"""A data set without natural owners, dealt out to clients."""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datasets.clients.partition import Partition
+from datasets.streams import NOISE_STREAM, PARTITION_STREAM, stream
+
+FINGERPRINT_CHUNK = 10_000
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """A data set's splits. Images (num_examples, 28, 28) uint8; labels (num_examples,) int64, below num_classes.
+
+    class_names: label i stands for the i-th, or None where that is not known.
+    """
+
+    train_images: NDArray[np.uint8]
+    train_labels: NDArray[np.int64]
+    test_images: NDArray[np.uint8]
+    test_labels: NDArray[np.int64]
+    num_classes: int
+    class_names: tuple[str, ...] | None = None
+
+
+class PartitionedClients:
+    """Clients of which the first `num_train` share the train split, and the others the test split.
+
+    With the partition `noise:SIGMA`, client i of N adds Gaussian noise of standard deviation SIGMA * (i + 1) / N
+    (in units of the full brightness) to each of its images (Li et al. 2022), always the same noise; i counts within
+    the clients of its split.
+    """
+
+    overlap = 0
+    train_counts = None
+    names = None
+
+    def __init__(self, splits: ImageSplits, partition: Partition, num_train: int, num_unseen: int, seed: int) -> None:
+        self._splits = splits
+        self._seed = seed
+        self._num_train, self._num_unseen = num_train, num_unseen
+        self._noise = partition.value if partition.name == "noise" else 0.0
+        self.num_clients = num_train + num_unseen
+        self.num_classes = splits.num_classes
+        self.class_names = splits.class_names
+        dealt: list[NDArray[np.int64]] = []
+        for first, labels, count in ((0, splits.train_labels, num_train), (num_train, splits.test_labels, num_unseen)):
+            dealt += partition.deal(labels, count, splits.num_classes, stream(seed, PARTITION_STREAM, first))
+        self._offsets = np.concatenate([[0], np.cumsum([len(indices) for indices in dealt])])
+        self._indices = np.concatenate(dealt)
+
+    def num_examples(self, client: int) -> int:
+        return int(self._offsets[client + 1] - self._offsets[client])
+
+    def smaller_than(self, minimum: int) -> Sequence[int]:
+        return [int(client) for client in np.flatnonzero(np.diff(self._offsets) < minimum)]
+
+    def examples(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        trains, splits = client < self._num_train, self._splits
+        images, labels = (
+            (splits.train_images, splits.train_labels) if trains else (splits.test_images, splits.test_labels)
+        )
+        own = self._indices[self._offsets[client] : self._offsets[client + 1]]
+        inputs = images[own]
+        if self._noise:
+            position, count = (client, self._num_train) if trains else (client - self._num_train, self._num_unseen)
+            inputs = self._with_noise(inputs, client, self._noise * (position + 1) / count)
+        return inputs, labels[own]
+
+    def _with_noise(self, images: NDArray[np.uint8], client: int, deviation: float) -> NDArray[np.uint8]:
+        generator = np.random.default_rng(stream(self._seed, NOISE_STREAM, client))
+        noisy = images + generator.normal(0.0, 255 * deviation, images.shape)
+        return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()  # processors have instructions for it
+        splits = self._splits
+        for array in (splits.train_images, splits.train_labels, splits.test_images, splits.test_labels):
+            digest.update(str((array.shape, array.strides, array.dtype.str)).encode())
+            for start in range(0, len(array), FINGERPRINT_CHUNK):
+                chunk = array[start : start + FINGERPRINT_CHUNK]
+                digest.update(chunk.ravel(order="K").data)  # as it lies in memory, also where it is transposed
+                _forget_pages(array)
+        digest.update(self._indices.tobytes())
+        digest.update(self._offsets.tobytes())
+        digest.update(str((self._num_train, self._noise, self._seed)).encode())
+        return digest.hexdigest()
+
+
+def _forget_pages(array: NDArray[Any]) -> None:
+    """Take the pages of a mapped file out of this process's memory; they come back when they are used."""
+    mapped = getattr(array, "_mmap", None)  # of a numpy.memmap and its views
+    if mapped is not None:
+        mapped.madvise(mmap.MADV_DONTNEED)

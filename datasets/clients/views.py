@@ -1,0 +1,116 @@
+"""Other ways to take part in the same data: some training clients are scored instead, or all of them are one."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from datasets.clients.federated import ClientData
+
+
+class Dataset(Protocol):
+    """What a view needs of a data set, which is what `perfedavg.contracts.FederatedDataset` says."""
+
+    @property
+    def train_client_ids(self) -> Sequence[int]: ...
+    @property
+    def unseen_client_ids(self) -> Sequence[int]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def num_train_examples(self, client_id: int) -> int: ...
+    def client_data(self, client_id: int) -> ClientData: ...
+
+
+class _View:
+    """A data set of which some things are seen otherwise; what else it has (classes, a loss, a model) is its own."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __getattr__(self, name: str) -> object:
+        if name == "_dataset":  # asked for before there is one, by whoever copies a view
+            raise AttributeError(name)
+        return getattr(self._dataset, name)
+
+    @property
+    def fingerprint(self) -> str:
+        text = f"{type(self).__name__} {self._dataset.fingerprint}"
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+class ValidationView(_View):
+    """The last training clients are scored and do not train; the unseen clients are left alone.
+
+    For choosing settings: what is chosen by its score on clients is no longer unseen there.
+    """
+
+    def __init__(self, dataset: Dataset, num_scored: int) -> None:
+        """Raises ValueError where no client would be left to train."""
+        super().__init__(dataset)
+        num_train = len(dataset.train_client_ids) - num_scored
+        if num_train < 1:
+            raise ValueError(
+                f"--validation true holds {num_scored} of {len(dataset.train_client_ids)} training clients out, which "
+                "leaves none to train; use more clients (--client_num_in_total)"
+            )
+        self.train_client_ids = dataset.train_client_ids[:num_train]
+        self.unseen_client_ids = dataset.train_client_ids[num_train:]
+
+    def client_data(self, client_id: int) -> ClientData:
+        """Raises ValueError where the client is to be scored, and has nothing to be scored on."""
+        data = self._dataset.client_data(client_id)
+        if not len(data.test_labels) and client_id in self.unseen_client_ids:
+            raise ValueError(f"--validation true scores training clients, and client {client_id} has no test part")
+        return data
+
+
+class JointView(_View):
+    """One training client that has the training parts of all of them: centralized training, as a federation of one."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        super().__init__(dataset)
+        self.unseen_client_ids = dataset.unseen_client_ids
+        self.train_client_ids = (dataset.train_client_ids[0],)
+        self._lock = threading.Lock()
+        self._pooled: ClientData | None = None
+
+    def num_train_examples(self, client_id: int) -> int:
+        if client_id != self.train_client_ids[0]:
+            return self._dataset.num_train_examples(client_id)
+        return self._num_pooled
+
+    @cached_property
+    def _num_pooled(self) -> int:
+        return sum(map(self._dataset.num_train_examples, self._dataset.train_client_ids))
+
+    def client_name(self, client_id: int) -> str | None:
+        """The one training client has no name of its own."""
+        name_of = getattr(self._dataset, "client_name", None)
+        if name_of is None or client_id == self.train_client_ids[0]:
+            return None
+        name: str | None = name_of(client_id)
+        return name
+
+    def client_data(self, client_id: int) -> ClientData:
+        """Of the one training client, which has no test part, the examples are kept from the first call on."""
+        if client_id != self.train_client_ids[0]:
+            return self._dataset.client_data(client_id)
+        with self._lock:
+            if self._pooled is None:
+                self._pooled = self._pool()
+            return self._pooled
+
+    def _pool(self) -> ClientData:
+        inputs: list[Tensor] = []
+        labels: list[Tensor] = []
+        for client_id in self._dataset.train_client_ids:
+            data = self._dataset.client_data(client_id)
+            inputs.append(data.train_inputs)
+            labels.append(data.train_labels)
+        return ClientData(torch.cat(inputs), torch.cat(labels), inputs[0][:0], labels[0][:0])

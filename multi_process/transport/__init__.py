@@ -1,0 +1,1 @@
+"""How a server and its workers find each other and talk."""

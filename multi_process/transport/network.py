@@ -1,0 +1,511 @@
+"""How server and workers find each other: FedLab's networks, each with the links that it has.
+
+The server listens on --ip's address only. Whoever connects is greeted in a thread of its own, and becomes a link or is
+dropped; neither disturbs the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import queue
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from fedlab.core.network import DistNetwork
+
+from multi_process.boundary import clean_text
+from multi_process.messages import Message
+from multi_process.transport.control import (
+    MAX_RANK,
+    MAX_SILENCE_SECONDS,
+    Application,
+    ControlConnection,
+    Greeting,
+    NotOursError,
+    RefusedError,
+    admit,
+    apply,
+    finish,
+    greet,
+    read_token,
+    receive_greeting,
+    refuse,
+)
+from multi_process.transport.link import SERVER, WORKER, DismissedError, Link
+from perfedavg.machine.descriptors import num_spare
+from perfedavg.machine.kernels import PORTABLE_KERNELS, UnpinnedKernelsError, kernels_are_pinned
+from perfedavg.terminal.console import LOGGER, say
+
+POLL_SECONDS = 0.05
+REMINDER_SECONDS = 10.0
+CONNECT_SECONDS = 5.0
+"""For one attempt to connect, at most."""
+MAX_UNGREETED = 64
+"""Connections that may be in their greeting at the same time; for a further one, the oldest has to go."""
+MAX_COUNTED_HOSTS = 1000
+"""Hosts whose dropped connections are counted and logged one by one; those of all others are counted together."""
+MAX_EVENTS = 10_000
+"""That wait for the experiment's thread, before the workers that say more have to wait."""
+LINK_DESCRIPTORS = 8
+"""Of a link: its control connection, gloo's connection (and ours to it), port, poll and pipe, and one to spare."""
+CLOSING_SECONDS = 1.0
+"""For those in their greeting to hear that the run is over."""
+BEATS = 4
+"""Signs of life within the silence that counts as death, so that a lost one does not matter."""
+MAX_BEAT_SECONDS = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Connected:
+    """A worker as the server's network knows it. generation: no two of a server's have the same."""
+
+    link: Link
+    rank: int
+    generation: int
+    ticket: str
+    gpu: str
+
+
+class ServerNetwork(DistNetwork):
+    """The server's FedLab network: listens, greets, and puts what its workers say into one queue.
+
+    address: (host, port) to listen on.  world_size: the server and the workers to start with.
+    ethernet: interface for tensors, or None for the one by which a worker is reached.  backend: `gloo` or `nccl`.
+    device: with nccl, whose memory tensors are sent from.  token_file: see `control.read_token`.
+    silence_seconds: after which a worker without a sign of life counts as dead.
+    portable_kernels: see `config.ExperimentConfig`; workers must do the same.
+
+    events: what the workers say, as it comes. Of each worker the first is a `Join`; an exception is the last.
+    Raises ValueError where these cannot be.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        world_size: int,
+        ethernet: str | None,
+        backend: str,
+        device: torch.device,
+        token_file: Path | None,
+        silence_seconds: float,
+        portable_kernels: str = "false",
+    ) -> None:
+        super().__init__(address, world_size, 0, ethernet, backend)
+        if world_size < 2:
+            raise ValueError(f"--world_size {world_size} leaves no worker; it counts the server too, so use 2 or more")
+        if not 0 < silence_seconds <= MAX_SILENCE_SECONDS:
+            raise ValueError(
+                f"--worker_timeout_seconds {silence_seconds:g} must be above 0, and {MAX_SILENCE_SECONDS:g} at most"
+            )
+        _check_interface(ethernet)
+        self._nccl_device = _nccl_device(backend, device)
+        self._token = read_token(token_file)
+        self._silence_seconds = silence_seconds
+        self._portable_kernels = portable_kernels
+        self._beat_seconds = min(MAX_BEAT_SECONDS, silence_seconds / BEATS)
+        self.events: queue.SimpleQueue[tuple[Connected, Message | Exception]] = queue.SimpleQueue()
+        self.num_refused_for_room = 0
+        self._listener: socket.socket | None = None
+        self._greeting: dict[
+            ControlConnection, str
+        ] = {}  # those that have not proven yet who they are, and their hosts
+        self._claiming = threading.Lock()
+        self._connected: dict[int, Connected] = {}  # by rank; those that are not gone
+        self._over: tuple[str, str] | None = None  # how and why, as `Link.close` takes it
+        self._num_admitted = 0
+        self._counting = threading.Lock()
+        self._num_dropped: Counter[str] = Counter()
+
+    def listen(self) -> None:
+        """Open the port and let workers in. Raises ValueError where the address is not this machine's or is in use."""
+        self._listener = _listen(self.address)
+        threading.Thread(target=self._accept, args=(self._listener,), name="front door", daemon=True).start()
+        say(f"server: listening on {self.address[0]}:{self.address[1]} for {self.world_size - 1} worker(s)")
+
+    def init_network_connection(self) -> None:
+        """Nothing: each worker's connections are made when it comes."""
+
+    def close_network_connection(self) -> None:
+        """Tell whoever is there, or is about to come, that the run is over."""
+        self._end("finished", "the run is over")
+        deadline = time.monotonic() + CLOSING_SECONDS
+        while self._greeting and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            with contextlib.suppress(OSError):
+                listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake the thread that accepts
+            listener.close()
+        for control in list(self._greeting):
+            control.end()
+        LOGGER.info("sent %d bytes, received %d bytes", self.send_volume_intotal, self.recv_volume_intotal)
+
+    def dismiss(self, reason: str) -> None:
+        """Send every worker away for good, with the reason; also those that come from now on."""
+        self._end("ended", reason)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the workers have been sent away."""
+        return self._over is not None
+
+    @property
+    def num_connected(self) -> int:
+        """Workers that were admitted and are not gone."""
+        return sum(connected.link.end is None for connected in list(self._connected.values()))
+
+    def _end(self, tell: str, reason: str) -> None:
+        with self._claiming:
+            self._over = self._over or (tell, reason)
+            connected = list(self._connected.values())
+        for each in connected:
+            each.link.close(reason, tell=tell)
+        self._connected_gone(connected)
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                accepted, (host, _) = listener.accept()
+            except OSError as error:
+                if self._listener is not listener:
+                    return  # closed
+                self._log_dropped("an unknown host", f"not accepted ({error.strerror})")  # it left, or files are scarce
+                time.sleep(POLL_SECONDS)
+                continue
+            self._make_room()
+            control = ControlConnection(accepted)
+            self._greeting[control] = host
+            try:
+                threading.Thread(target=self._greet, args=(control, host), name=f"greet {host}", daemon=True).start()
+            except RuntimeError as error:  # there are no threads left
+                self._drop(control, host, str(error))
+
+    def _make_room(self) -> None:
+        """Where too many are in their greeting, let the first of them go: a worker's takes next to no time."""
+        most = max(1, min(MAX_UNGREETED, num_spare() + len(self._greeting)))
+        while len(greeting := list(self._greeting.items())) >= most:
+            control, host = greeting[0]
+            if self._greeting.pop(control, None) is not None:  # or its own thread has just seen to it
+                self._log_dropped(host, f"{most} others came while it was greeted")
+                control.end()
+
+    def _drop(self, control: ControlConnection, host: str, reason: str) -> None:
+        if self._greeting.pop(control, None) is not None:
+            self._log_dropped(host, reason)
+        control.close()
+
+    def _greet(self, control: ControlConnection, host: str) -> None:
+        """Make a link of a connection, or drop it; then pass on what comes over the link."""
+        try:
+            connected = self._admit(control)
+        except Exception as error:  # whatever it is: a stranger ends nothing
+            self._drop(control, host, str(error))
+            return
+        try:
+            connected.link.form(self.ethernet, self._nccl_device)
+            while True:
+                event = connected.link.receive()
+                while self.events.qsize() >= MAX_EVENTS and connected.link.end is None:
+                    time.sleep(POLL_SECONDS)
+                self.events.put((connected, event))
+        except Exception as error:  # whatever it is, the experiment's thread must hear of it
+            self.events.put((connected, error))
+        finally:
+            self._connected_gone([connected])
+
+    def _admit(self, control: ControlConnection) -> Connected:
+        """Raises RefusedError, NotOursError or ConnectionError where it is not let in."""
+        greeting, application = greet(
+            control,
+            self._token,
+            self.world_size,
+            self.dist_backend,
+            self._beat_seconds,
+            self._silence_seconds,
+            self._portable_kernels,
+        )
+        if not 1 <= application.rank <= MAX_RANK:
+            refuse(control, f"--rank {application.rank} is not a worker's; use 1 or more")
+        host = self._greeting.pop(control, "")
+        try:
+            while True:
+                self._wait_for_rank(control, application.rank)
+                with self._claiming:
+                    if application.rank not in self._connected:
+                        return self._claim(control, greeting, application)
+        except Exception:
+            self._greeting[control] = host
+            raise
+
+    def _claim(self, control: ControlConnection, greeting: Greeting, application: Application) -> Connected:
+        """Take the worker in, whose rank is free."""
+        if self._over is not None:
+            (finish if self._over[0] == "finished" else refuse)(control, f"{self._over[1]}")
+        self._check_room(control)
+        self._check_gpu(control, application)
+        self._num_admitted += 1
+        admission = admit(control, self._token, greeting, application, self._num_admitted)
+        link = Link(control, SERVER, f"worker {application.rank}", self._beat_seconds, self._silence_seconds)
+        connected = Connected(link, application.rank, admission.generation, admission.ticket, application.gpu)
+        self._connected[application.rank] = connected
+        return connected
+
+    def _connected_gone(self, gone: Sequence[Connected]) -> None:
+        """Forget these workers, but what went over their links."""
+        with self._claiming:
+            for connected in gone:
+                if self._connected.get(connected.rank) is connected:
+                    del self._connected[connected.rank]
+                    self.send_volume_intotal += connected.link.bytes_sent
+                    self.recv_volume_intotal += connected.link.bytes_received
+
+    def _wait_for_rank(self, control: ControlConnection, rank: int) -> None:
+        """Refuse a rank that is in use. Where its worker gives no sign of life, wait until one comes, or it is lost.
+
+        What comes within a beat counts for nothing: the worker may have sent it before it left and asked anew.
+        """
+        asked = time.monotonic()
+        while (present := self._connected.get(rank)) is not None:
+            if present.link.end is not None:
+                self._connected_gone([present])
+            elif present.link.last_heard > asked + self._beat_seconds:
+                refuse(control, f"--rank {rank} is taken by another worker; give each worker a rank of its own")
+            else:
+                time.sleep(POLL_SECONDS)
+
+    def _check_room(self, control: ControlConnection) -> None:
+        """Refuse a worker for which there are too few file descriptors: gloo ends a process that runs out of them."""
+        num_forming = sum(not other.link.is_formed for other in self._connected.values() if other.link.end is None)
+        if num_spare() < LINK_DESCRIPTORS * (num_forming + 1):
+            self.num_refused_for_room += 1
+            say(f"server: no room for more than {self.num_connected} worker(s): file descriptors run short (ulimit -n)")
+            refuse(
+                control, "the server has no file descriptors left for another worker; raise its limit with ulimit -n"
+            )
+
+    def _check_gpu(self, control: ControlConnection, application: Application) -> None:
+        """Refuse a GPU that another process of the run sends from; nccl cannot share one."""
+        if self._nccl_device is None:
+            return
+        users = {_gpu_identity(self._nccl_device): "the server"}
+        users |= {other.gpu: other.link.name for other in self._connected.values() if other.link.end is None}
+        if application.gpu in users:
+            refuse(
+                control,
+                f"it computes on the GPU of {users[application.gpu]} ({application.gpu}), and nccl needs a GPU for "
+                "each process; give it another with --device cuda:i, or use --backend gloo on all",
+            )
+
+    def _log_dropped(self, host: str, reason: str) -> None:
+        """Say that a connection was dropped: the 1st, 2nd, 4th, 8th ... of a host, so that nobody can fill the log."""
+        with self._counting:
+            if host not in self._num_dropped and len(self._num_dropped) >= MAX_COUNTED_HOSTS:
+                host = "further hosts"
+            self._num_dropped[host] += 1
+            times = self._num_dropped[host]
+        if times & (times - 1) == 0:
+            say(f"server: dropped a connection from {host} (number {times}): {clean_text(reason)}")
+
+
+class WorkerNetwork(DistNetwork):
+    """A worker's FedLab network: finds the server, and finds it again.
+
+    address: (host, port) of the server.  world_size: that of the server, or None to take whatever it is.
+    rank: 1 or more, this worker's own.  ethernet, backend, device, token_file: see `ServerNetwork`.
+    join_seconds: how long the server is tried for at first.  server_wait_seconds: how long after it was lost.
+
+    Raises ValueError where these cannot be.
+    """
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        world_size: int | None,
+        rank: int,
+        ethernet: str | None,
+        backend: str,
+        device: torch.device,
+        token_file: Path | None,
+        join_seconds: float,
+        server_wait_seconds: float,
+    ) -> None:
+        super().__init__(address, world_size, rank, ethernet, backend)
+        if rank < 1:
+            raise ValueError(f"--rank {rank} is not a worker's; use 1 or more (0 is the server)")
+        if world_size is not None and world_size < 2:
+            raise ValueError(f"--world_size {world_size} leaves no worker; it counts the server too, so use 2 or more")
+        _check_interface(ethernet)
+        self._nccl_device = _nccl_device(backend, device)
+        self._token = read_token(token_file)
+        self._join_seconds = join_seconds
+        self._server_wait_seconds = server_wait_seconds
+        self._link: Link | None = None
+        self.ticket = ""
+
+    @property
+    def link(self) -> Link:
+        """The present link to the server."""
+        assert self._link is not None, "the network is connected before it is used"
+        return self._link
+
+    def init_network_connection(self) -> None:
+        """Join the server, trying for as long as is due.
+
+        Raises ValueError where it does not want this worker, FinishedError where the run is over, ConnectionError
+        where it cannot be reached, UnpinnedKernelsError where this process must start again with portable kernels.
+        """
+        seconds, flag = (
+            (self._join_seconds, "--join_timeout_seconds")
+            if self._link is None
+            else (self._server_wait_seconds, "--server_wait_seconds")
+        )
+        if self._link is not None:
+            self._link.close("this worker joins anew")
+        where = f"{self.address[0]}:{self.address[1]}"
+        deadline = time.monotonic() + seconds
+        next_word = time.monotonic()
+        while True:
+            try:
+                self._link = self._join(min(CONNECT_SECONDS, max(POLL_SECONDS, deadline - time.monotonic())))
+                return
+            except RefusedError as error:
+                raise ValueError(f"the server at {where} refuses worker {self.rank}: {error}") from error
+            except (ConnectionError, NotOursError) as error:
+                reason = str(error)
+            now = time.monotonic()
+            if now >= deadline:
+                raise ConnectionError(
+                    f"no server at {where} within {seconds:g} s ({reason}); start server.py there first, or check "
+                    f"--ip, --port, {flag} and the firewall"
+                )
+            if now >= next_word:
+                say(f"worker {self.rank}: no server at {where} yet ({reason}); trying for {deadline - now:.0f} s more")
+                next_word = now + REMINDER_SECONDS
+            time.sleep(POLL_SECONDS)
+
+    def close_network_connection(self) -> None:
+        if self._link is not None:
+            self.send_volume_intotal, self.recv_volume_intotal = self._link.bytes_sent, self._link.bytes_received
+            self._link.close("the run is over")
+
+    def _join(self, connect_seconds: float) -> Link:
+        """One attempt.
+
+        Raises FinishedError, RefusedError, NotOursError or ConnectionError, and ValueError as `_resolve` does or where
+        there are not enough file descriptors.
+        """
+        if num_spare() < LINK_DESCRIPTORS:
+            raise ValueError(f"worker {self.rank} has too few file descriptors left; raise its limit with ulimit -n")
+        try:
+            address = _resolve(self.address)
+        except ValueError as error:
+            if self._link is None:
+                raise
+            raise ConnectionError(str(error)) from error  # it was known before, so names are out of order for a while
+        try:
+            connected = socket.create_connection(address, timeout=connect_seconds)
+        except OSError as error:
+            raise ConnectionError(error.strerror or "no answer") from error
+        control = ControlConnection(connected)
+        try:
+            try:
+                greeting = receive_greeting(control)
+            except (ConnectionError, NotOursError) as error:
+                raise NotOursError(f"what answers there is not a server of this project: {error}") from error
+            for name, own, other in (
+                ("--world_size", self.world_size, greeting.world_size),
+                ("--backend", self.dist_backend, greeting.backend),
+            ):
+                if own is not None and own != other:
+                    raise RefusedError(f"its {name} is {clean_text(other)}, this worker's {own}; make them equal")
+            if greeting.portable_kernels not in PORTABLE_KERNELS:
+                raise NotOursError("what answers there asks for kernels that there are not")
+            if not kernels_are_pinned(greeting.portable_kernels):
+                raise UnpinnedKernelsError(greeting.portable_kernels)
+            gpu = "" if self._nccl_device is None else _gpu_identity(self._nccl_device)
+            admission = apply(control, self._token, greeting, self.rank, gpu)
+            link = Link(control, WORKER, "the server", greeting.beat_seconds, greeting.silence_seconds)
+        except Exception:
+            control.close()
+            raise
+        try:
+            link.form(self.ethernet, self._nccl_device)
+        except DismissedError as error:
+            raise RefusedError(str(error)) from error
+        except ConnectionError as error:
+            link.close(str(error))
+            raise
+        self.ticket = admission.ticket
+        return link
+
+
+def _check_interface(ethernet: str | None) -> None:
+    if ethernet is not None and ethernet not in psutil.net_if_addrs():
+        raise ValueError(f"--ethernet {ethernet} is not here; use one of {', '.join(psutil.net_if_addrs())}")
+
+
+def _nccl_device(backend: str, device: torch.device) -> torch.device | None:
+    """The GPU that nccl sends from, None with gloo. Raises ValueError where there is no GPU to send from."""
+    if backend != "nccl":
+        return None
+    if device.type != "cuda":
+        raise ValueError(
+            f"--backend nccl needs a GPU for each process, this one computes on {device} "
+            f"(GPUs found: {torch.cuda.device_count()}); use --backend gloo"
+        )
+    return device
+
+
+def _gpu_identity(device: torch.device) -> str:
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def _listen(address: tuple[str, int]) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(_resolve(address))
+        listener.listen(1024)
+    except OSError as error:
+        listener.close()
+        raise ValueError(
+            f"cannot listen on --ip {address[0]} --port {address[1]} ({error.strerror}); "
+            "use an address of this machine and a port that is free"
+        ) from error
+    return listener
+
+
+def _resolve(address: tuple[str, int]) -> tuple[str, int]:
+    """The IPv4 address and port. Raises ValueError for what other machines could not reach, or nobody knows.
+
+    Many systems give their own host name an address of the loopback network (127.0.1.1); what listens or connects
+    there finds no other machine, so only `localhost` and plain addresses may mean this machine alone.
+    """
+    name, port = address
+    try:
+        host = socket.gethostbyname(name)
+    except OSError as error:
+        raise ValueError(f"--ip {name} is neither an IPv4 address nor a known host name") from error
+    if host == "0.0.0.0":
+        raise ValueError(f"--ip {name} is not an address that workers can reach; name the server's own")
+    if ipaddress.ip_address(host).is_loopback and name not in (host, "localhost"):
+        raise ValueError(
+            f"--ip {name} means {host} on this machine, which other machines cannot reach; give the server's address "
+            f"as a number (this machine has {', '.join(_own_addresses()) or 'none'}), or 127.0.0.1 for it alone"
+        )
+    return host, port
+
+
+def _own_addresses() -> list[str]:
+    """This machine's IPv4 addresses that are not for itself alone."""
+    entries = (entry for entries in psutil.net_if_addrs().values() for entry in entries)
+    hosts = [entry.address for entry in entries if entry.family == socket.AF_INET]
+    return [host for host in hosts if not ipaddress.ip_address(host).is_loopback]

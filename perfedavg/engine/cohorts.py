@@ -1,0 +1,39 @@
+"""Who takes part: the training clients of each round, and the unseen clients behind the accuracy curve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from perfedavg.seeding import Purpose, seed_sequence
+from perfedavg.settings import ExperimentConfig, Phase
+
+
+def draw_cohort(
+    config: ExperimentConfig, train_client_ids: Sequence[int], phase: Phase, round_number: int
+) -> tuple[int, ...]:
+    """The clients of a round: uniform, without repeats, ascending. Follows from (seed, phase, round)."""
+    sequence = seed_sequence(config.seed, Purpose.COHORT, phase=phase, round_number=round_number)
+    return _draw(sequence, train_client_ids, config.cohort_size)
+
+
+def draw_next_cohort(
+    config: ExperimentConfig, train_client_ids: Sequence[int], phase: Phase, round_number: int
+) -> tuple[int, ...]:
+    """The clients of the round that follows, in this phase or the next one; none after the last round."""
+    if round_number < config.phases[phase].num_rounds:
+        return draw_cohort(config, train_client_ids, phase, round_number + 1)
+    following = [later for later in config.phases if later > phase]
+    return draw_cohort(config, train_client_ids, following[0], 1) if following else ()
+
+
+def draw_eval_clients(config: ExperimentConfig, unseen_client_ids: Sequence[int]) -> tuple[int, ...]:
+    """The unseen clients behind the accuracy curve: the same ones in every round. Follows from the seed."""
+    sequence = seed_sequence(config.seed, Purpose.EVAL_CLIENTS)
+    return _draw(sequence, unseen_client_ids, min(config.eval_clients, len(unseen_client_ids)))
+
+
+def _draw(sequence: np.random.SeedSequence, client_ids: Sequence[int], count: int) -> tuple[int, ...]:
+    positions = np.random.default_rng(sequence).choice(len(client_ids), size=count, replace=False)
+    return tuple(sorted(client_ids[position] for position in positions.tolist()))

@@ -1,0 +1,332 @@
+"""The experiment: FedAvg, fine-tuning, personalization of clients never seen in training.
+
+Jiang, Konecny, Rush, Kannan 2019, "Improving Federated Learning Personalization via Model Agnostic Meta Learning",
+arXiv 1909.12488. This is the only place where rounds are counted, whoever does the clients' work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from perfedavg.contracts import ClientDirectory
+from perfedavg.engine.cohorts import draw_cohort, draw_eval_clients
+from perfedavg.engine.executor import CohortTask, CohortUpdate, Executor, ScoringTask, client_weight
+from perfedavg.engine.scores import ClientScore, check_summary, mean, summarize
+from perfedavg.plain_values import from_plain, shown
+from perfedavg.settings import ExperimentConfig, Phase, PhaseConfig
+from perfedavg.training.optimizers import ServerOptimizer
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """What is known of a round when it ends.
+
+    round_number: counted from 1 within its phase.
+    num_examples: of the whole cohort.
+    refused: why a client's update is not in the mean, by its id. Where all were refused, the model is as it was.
+    train_loss: uniform mean of the clients' training losses (see `executor.ClientReport.loss`), over those whose update
+        was not refused; None where there is none.
+    update_norm: Euclidean norm of the mean update, before the server optimizer; 0 where all were refused.
+    seconds: wall time of training and aggregation, without evaluation.
+    idle_share: share of that time in which those who train had no client, 0 .. 1.
+    lost_workers: why each worker that was lost in the round is gone, by its rank.
+    evaluation: `scores.summarize` over the clients of the curve, or None in a round without a point of the curve.
+    """
+
+    phase: Phase
+    round_number: int
+    client_ids: tuple[int, ...]
+    num_examples: int
+    refused: dict[int, str]
+    train_loss: float | None
+    update_norm: float
+    seconds: float
+    idle_share: float
+    lost_workers: dict[int, str]
+    evaluation: dict[str, Any] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fit for JSON, which turns the keys of `refused` and `lost_workers` into strings; `from_dict` undoes that."""
+        return {**dataclasses.asdict(self), "phase": self.phase.field}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> RoundRecord:
+        """Raises ValueError where the values are not those of a record."""
+        fields = from_plain(dict[str, Any], values)
+        names = {phase.field: phase for phase in Phase}
+        if fields.get("phase") not in list(names):
+            raise ValueError(f"phase is {shown(fields.get('phase'))}, must be {' or '.join(names)}")
+        record = from_plain(cls, {**fields, "phase": names[fields["phase"]]})
+        if record.evaluation is not None:
+            check_summary(record.evaluation, "evaluation")
+        return record
+
+
+@dataclass(eq=False)
+class ExperimentState:
+    """Where a run stands: all that decides how it goes on. `run_experiment` changes it, and nobody else.
+
+    It changes in short steps under `lock`, between which it is consistent; another thread that holds the lock may
+    save it as it is, so nobody needs copies of it. A state that was saved and loaded goes on to the same result.
+
+    phase: the one that runs.  num_rounds: of it, whose step the server has taken.
+    server: the global model and the state of the server's optimizer.
+    trained: the last of these rounds, until it has been evaluated and the observers have been told of it.
+    scores: of all unseen clients after each phase whose last round they are scored after.
+    phase_seconds: wall time of each phase so far, over all processes that took part in the run.
+    torn: whether a step has failed in its middle (out of memory), so that the state must not be saved.
+    """
+
+    phase: Phase
+    num_rounds: int
+    server: ServerOptimizer
+    trained: RoundRecord | None = None
+    scores: dict[Phase, list[ClientScore]] = field(default_factory=dict)
+    phase_seconds: dict[Phase, float] = field(default_factory=dict)
+    torn: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _clock: float | None = field(default=None, repr=False)
+
+    @classmethod
+    def fresh(cls, config: ExperimentConfig, initial_parameters: Tensor) -> ExperimentState:
+        """Before the first round. initial_parameters: (num_parameters,), the global model to start from; copied."""
+        phase, settings = next(iter(config.phases.items()))
+        return cls(phase, 0, ServerOptimizer(settings.server_optimizer, initial_parameters))
+
+    @property
+    def num_recorded(self) -> int:
+        """Rounds of the present phase that the observers have been told of."""
+        return self.num_rounds - (self.trained is not None)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything in it that a fresh state has not."""
+        return self.num_rounds > 0 or bool(self.scores)
+
+    @property
+    def progress(self) -> tuple[Phase, int, bool, int]:
+        """Equal for two states of one run where neither is ahead of the other."""
+        return self.phase, self.num_rounds, self.trained is None, len(self.scores)
+
+    @property
+    def label(self) -> str:
+        """What to call it: `FedAvg round 37`."""
+        return f"{self.phase.label} round {self.num_rounds}" if self.num_rounds else f"the start of {self.phase.label}"
+
+    def start_clock(self) -> None:
+        """From now on, time is the present phase's."""
+        self._clock = time.monotonic()
+
+    def read_clock(self) -> None:
+        """Add the time since the last reading to the present phase's. The caller holds the lock."""
+        if self._clock is not None:
+            now = time.monotonic()
+            self.phase_seconds[self.phase] = self.phase_seconds.get(self.phase, 0.0) + now - self._clock
+            self._clock = now
+
+    def end_round(self, mean_update: Tensor | None, rate_factor: float, record: RoundRecord) -> None:
+        """Take the server's step, or none where every update was refused; the round then waits to be recorded.
+
+        rate_factor: see `PhaseConfig.server_rate_factor`.
+        """
+        with self.lock:
+            self.torn = True
+            if mean_update is not None:
+                self.server.step(mean_update, rate_factor)
+            self.num_rounds += 1
+            self.trained = record
+            self.torn = False
+            self.read_clock()
+
+    def add_scores(self, scores: list[ClientScore]) -> None:
+        """Those of all unseen clients, after the last round of the present phase."""
+        with self.lock:
+            self.scores[self.phase] = scores
+            self.read_clock()
+
+    def mark_recorded(self) -> None:
+        """The observers have been told of the last round."""
+        with self.lock:
+            self.trained = None
+            self.read_clock()
+
+    def begin_phase(self, phase: Phase, settings: PhaseConfig) -> None:
+        """Go on to the next phase, with the same model and a fresh server optimizer."""
+        with self.lock:
+            self.read_clock()
+            self.server = ServerOptimizer(settings.server_optimizer, self.server.parameters)
+            self.phase, self.num_rounds = phase, 0
+
+
+class Observer(Protocol):
+    """Is told of progress as it happens: writes files, shows a display. Must not change the result.
+
+    In a run that goes on from a saved state, it hears again of what was not recorded there, and of the present phase.
+    """
+
+    def phase_started(self, phase: Phase, num_rounds: int, num_recorded: int) -> None:
+        """num_recorded: rounds of the phase that ended before, in a run that goes on from a saved state."""
+
+    def round_ended(self, record: RoundRecord) -> None: ...
+
+    def settled(self, state: ExperimentState) -> None:
+        """A round has been recorded, and nothing is under way: the time to save the state."""
+
+    def scoring_started(self, phase: Phase, num_clients: int) -> None: ...
+
+    def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
+        """scores: after this phase and those before it."""
+
+
+@dataclass(frozen=True)
+class ExperimentOutcome:
+    """The final global model, (num_parameters,), the scores of all unseen clients after each phase, and its cost."""
+
+    parameters: Tensor
+    scores: dict[Phase, list[ClientScore]]
+    phase_seconds: dict[Phase, float]
+
+    @property
+    def seconds(self) -> float:
+        return math.fsum(self.phase_seconds.values())
+
+    @property
+    def model_sha256(self) -> str:
+        return parameters_sha256(self.parameters)
+
+
+def run_experiment(
+    config: ExperimentConfig,
+    executor: Executor,
+    clients: ClientDirectory,
+    state: ExperimentState,
+    observers: Sequence[Observer] = (),
+) -> ExperimentOutcome:
+    """Train through every phase from where `state` stands, and score all unseen clients after each.
+
+    The outcome follows from configuration, clients and initial parameters alone, to the bit, and not from which
+    executor did the work, nor from how often the run was stopped and went on from its state.
+    Raises ValueError where a round asks for more clients than there are to train.
+    """
+    config.check_cohort_size(len(clients.train_client_ids))
+    state.start_clock()
+    for phase, settings in config.phases.items():
+        if phase < state.phase:
+            continue
+        if phase is not state.phase:
+            state.begin_phase(phase, settings)
+        for observer in observers:
+            observer.phase_started(phase, settings.num_rounds, state.num_recorded)
+        while state.num_recorded < settings.num_rounds:
+            if state.trained is None:
+                _train_round(config, executor, clients, state)
+            _record_round(config, executor, clients, state, observers)
+        if phase not in state.scores:
+            _score_unseen(config, executor, clients, state, observers)
+        for observer in observers:
+            observer.phase_ended(phase, state.scores)
+    return ExperimentOutcome(state.server.parameters, state.scores, state.phase_seconds)
+
+
+def _train_round(
+    config: ExperimentConfig, executor: Executor, clients: ClientDirectory, state: ExperimentState
+) -> None:
+    """Draw a cohort, let it train, and apply the mean of its updates to the global model."""
+    started = time.monotonic()
+    phase, round_number = state.phase, state.num_rounds + 1
+    cohort = draw_cohort(config, clients.train_client_ids, phase, round_number)
+    capacity = sum(client_weight(phase, clients.num_train_examples(client_id)) for client_id in cohort)
+    update = executor.train(CohortTask(phase, round_number, cohort, capacity), state.server.parameters)
+    update.reports.sort(key=lambda report: report.client_id)
+    assert tuple(report.client_id for report in update.reports) == cohort, "every client of the cohort trains once"
+    accepted = [report for report in update.reports if report.refused is None]
+    weight = sum(client_weight(phase, report.num_examples) for report in accepted)
+    assert update.sum.weight == weight, "the sum holds every update that was not refused"
+    mean_update = update.sum.mean(state.server.dtype) if accepted else None
+    record = _record(phase, round_number, update, mean_update, time.monotonic() - started)
+    state.end_round(mean_update, config.phases[phase].server_rate_factor(round_number), record)
+
+
+def _record(
+    phase: Phase, round_number: int, update: CohortUpdate, mean_update: Tensor | None, seconds: float
+) -> RoundRecord:
+    losses = [report.loss for report in update.reports if report.refused is None]
+    norm = 0.0 if mean_update is None else float(torch.linalg.vector_norm(mean_update, dtype=torch.float64))
+    return RoundRecord(
+        phase=phase,
+        round_number=round_number,
+        client_ids=tuple(report.client_id for report in update.reports),
+        num_examples=sum(report.num_examples for report in update.reports),
+        refused={report.client_id: report.refused for report in update.reports if report.refused is not None},
+        train_loss=mean(losses) if losses else None,
+        update_norm=norm,
+        seconds=seconds,
+        idle_share=update.idle_share,
+        lost_workers=dict(update.lost_workers),
+        evaluation=None,
+    )
+
+
+def _record_round(
+    config: ExperimentConfig,
+    executor: Executor,
+    clients: ClientDirectory,
+    state: ExperimentState,
+    observers: Sequence[Observer],
+) -> None:
+    """Score the unseen clients for which the round that has been trained is a time to, and tell of the round."""
+    record, unseen = state.trained, clients.unseen_client_ids
+    assert record is not None, "a round has been trained"
+    if state.num_rounds == config.phases[state.phase].num_rounds:
+        if state.phase not in state.scores:
+            _score_unseen(config, executor, clients, state, observers)
+        curve_clients = draw_eval_clients(config, unseen)
+        point = [score for score in state.scores[state.phase] if score.client_id in curve_clients]
+        record = replace(record, evaluation=summarize(point))
+    elif state.num_rounds % config.eval_every == 0:
+        point = _score(executor, state, draw_eval_clients(config, unseen))
+        record = replace(record, evaluation=summarize(point))
+    for observer in observers:
+        observer.round_ended(record)
+    state.mark_recorded()
+    for observer in observers:
+        observer.settled(state)
+
+
+def _score_unseen(
+    config: ExperimentConfig,
+    executor: Executor,
+    clients: ClientDirectory,
+    state: ExperimentState,
+    observers: Sequence[Observer],
+) -> None:
+    """The results after the present phase: all unseen clients, epoch by epoch where that is asked for."""
+    for observer in observers:
+        observer.scoring_started(state.phase, len(clients.unseen_client_ids))
+    state.add_scores(_score(executor, state, tuple(clients.unseen_client_ids), config.num_curve_epochs))
+
+
+def _score(
+    executor: Executor, state: ExperimentState, client_ids: tuple[int, ...], num_curve_epochs: int = 0
+) -> list[ClientScore]:
+    task = ScoringTask(state.phase, state.num_rounds, client_ids, num_curve_epochs)
+    scores = executor.score(task, state.server.parameters)
+    scores.sort(key=lambda score: score.client_id)
+    assert [score.client_id for score in scores] == sorted(client_ids), "every client is scored exactly once"
+    return scores
+
+
+def parameters_sha256(parameters: Tensor) -> str:
+    """SHA-256 of the parameters as little-endian numbers of their own type, in the order of the flat vector."""
+    values = parameters.detach().cpu().contiguous().numpy()
+    return hashlib.sha256(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()).hexdigest()

@@ -1,0 +1,161 @@
+"""model.safetensors: a model's parameters, and what a reader needs to build the model and to name its classes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from perfedavg.plain_values import from_plain, parse_json
+from perfedavg.recording.files import open_tensors
+from perfedavg.settings import ExperimentConfig
+
+OWN_PARTS = ("build_model", "loss_function")
+"""What a data set may bring itself, in place of this project's models and of the cross entropy."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What is said of a model in its file.
+
+    dataset, architecture: as in ExperimentConfig.
+    num_classes: of its outputs, or None where the data set does not say.
+    class_names: label i stands for the i-th, or None where the data set does not say.
+    own_parts: those of OWN_PARTS that the data set brought; with `build_model`, `architecture` means nothing.
+    """
+
+    dataset: str
+    architecture: str
+    num_classes: int | None
+    class_names: tuple[str, ...] | None
+    own_parts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: ExperimentConfig, dataset: object) -> ModelFacts:
+        """Of a model that was trained on the data set, which need not have any of what is looked for."""
+        names = getattr(dataset, "class_names", None)
+        return cls(
+            config.dataset,
+            config.architecture,
+            getattr(dataset, "num_classes", None),
+            None if names is None else tuple(names),
+            tuple(part for part in OWN_PARTS if hasattr(dataset, part)),
+        )
+
+    def to_metadata(self) -> dict[str, str]:
+        """As safetensors keeps it: texts only. What is not known is left out."""
+        metadata = {"format": "pt", "dataset": self.dataset, "architecture": self.architecture}
+        metadata["own_parts"] = json.dumps(self.own_parts)
+        if self.num_classes is not None:
+            metadata["num_classes"] = str(self.num_classes)
+        if self.class_names is not None:
+            metadata["class_names"] = json.dumps(self.class_names)
+        return metadata
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> ModelFacts:
+        """The inverse of `to_metadata`. Raises ValueError or KeyError where it is none."""
+        names = parse_json(metadata.get("class_names", "null"))
+        num_classes = int(metadata["num_classes"]) if "num_classes" in metadata else None
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}, must be 1 or more")
+        return cls(
+            metadata["dataset"],
+            metadata["architecture"],
+            num_classes,
+            None if names is None else from_plain(tuple[str, ...], names, "class_names"),
+            from_plain(tuple[str, ...], parse_json(metadata["own_parts"]), "own_parts"),
+        )
+
+
+def model_file(model: nn.Module, metadata: Mapping[str, str]) -> bytes:
+    """The content of a file that holds the model's parameters; one that has several names (tied weights) once.
+
+    `tied` in the metadata then says which names it also has.
+    """
+    state, tied = _untied(model)
+    ties = {"tied": json.dumps(tied)} if tied else {}
+    return safetensors.torch.save(state, {**metadata, **ties})
+
+
+def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
+    """The parameters by name, and what is said of the model. Raises ValueError where the file cannot be had."""
+    try:
+        with open_tensors(path) as file:
+            metadata: dict[str, Any] = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    try:
+        _tie(state, from_plain(dict[str, str], parse_json(metadata.get("tied", "{}")), "tied"))
+        facts = ModelFacts.from_metadata(metadata)
+        if facts.num_classes is not None and facts.num_classes > sum(tensor.numel() for tensor in state.values()):
+            raise ValueError(f"num_classes is {facts.num_classes}, more than there are parameters")
+        return state, facts
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} does not say what its model is, as an earlier version of this project left it ({error}); repeat "
+            "the run"
+        ) from error
+
+
+def check_can_be_saved(model: nn.Module) -> None:
+    """Write the model to memory and read it back. Raises ValueError where that does not give the same parameters.
+
+    For before the first round: what a user's own model makes of `state_dict` is found nowhere else until the run ends.
+    """
+    fix = "let its parameters be dense tensors on the CPU, and leave state_dict and load_state_dict as torch has them"
+    parts: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        other = parts.setdefault(parameter.data_ptr(), name) if parameter.data_ptr() else name
+        if other != name:
+            raise ValueError(
+                f"the model's parameters {other} and {name} share memory, and would part when they are trained; to tie "
+                "them, let both names be one nn.Parameter"
+            )
+    try:
+        copied = copy.deepcopy(model)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+        state = safetensors.torch.load(model_file(model, {}))
+        _tie(state, _untied(model)[1])
+        copied.load_state_dict(state)
+    except Exception as error:  # whatever a user's model raises
+        raise ValueError(f"the model cannot be saved and read back ({_one_line(error)}); {fix}") from error
+    for (name, saved), parameter in zip(model.named_parameters(), copied.parameters(), strict=True):
+        if not torch.equal(saved, parameter):
+            raise ValueError(f"the model's parameter {name} does not come back from its state_dict; {fix}")
+
+
+def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The model's state with each tensor once, and for each further name of one the name under which it stands."""
+    state: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first_names: dict[tuple[object, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        memory = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.data_ptr() else (name,)
+        first = first_names.setdefault(memory, name)
+        if first == name:
+            state[name] = tensor.contiguous()
+        else:
+            tied[name] = first
+    return state, tied
+
+
+def _tie(state: dict[str, Tensor], tied: Mapping[str, str]) -> None:
+    """The inverse of `_untied`: give tensors their further names."""
+    for name, first in tied.items():
+        state[name] = state[first]
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,1 @@
+"""What a person reads while a run goes on and when it ends."""

@@ -1,0 +1,116 @@
+"""How many clients are trained at once: settled once, before any work, because it changes how sums are rounded.
+
+A round's clients are cut into groups of that size, the largest clients first, and groups are what is handed out. So
+the number decides who has work: with `--client_batching auto`
+
+- on GPUs, a group is as large as the round's clients make it when they are shared out evenly among all training slots,
+  or as memory allows. The model so depends, by rounding, on the number of GPUs and their memory at the run's start;
+- where a process trains on a CPU, a group is one client, but for tiny models a few. The model does not depend on the
+  number of processes, workers, machines or threads;
+- models that cannot be trained together, recurrent ones, are trained one client at a time.
+
+What was settled is part of the experiment and recorded in config.json: a run that is resumed keeps it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from perfedavg.contracts import FederatedDataset
+from perfedavg.settings import ExperimentConfig, Phase
+from perfedavg.terminal.console import say
+from perfedavg.training.compute import ComputeDevice
+from perfedavg.training.group_training import StackedModel, group_memory_bytes
+from perfedavg.training.local_training import local_training_of, loss_of
+from perfedavg.training.meta_learning import QUERY_BATCH_SIZE
+
+TINY_MODEL = 10_000
+"""Parameters up to which a CPU trains clients together: there, what a step computes costs less than to start it."""
+TINY_MODEL_CLIENTS = 5
+"""The most of them in a group. Larger groups take less time each, but leave workers and threads without any."""
+MEMORY_SHARE = 0.5
+"""Of a GPU's memory for a group. The rest is for libraries' workspaces, the sum, and other processes."""
+SIZED_CLIENTS = 1000
+"""Clients among which the largest is looked for. A data set may have a million."""
+
+
+def settle_client_batching(
+    config: ExperimentConfig, model: nn.Module, dataset: FederatedDataset, devices: Sequence[ComputeDevice]
+) -> ExperimentConfig:
+    """The configuration with `client_batching` as a number: as it is, or else by the rule above.
+
+    devices: one for each process that trains.
+    """
+    if config.client_batching is not None:
+        return config
+    is_gpu = all(device.kind == "cuda" for device in devices)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    if (not is_gpu and num_parameters > TINY_MODEL) or not _can_be_stacked(model):
+        return replace(config, client_batching=1)
+    if not is_gpu:
+        return replace(config, client_batching=min(TINY_MODEL_CLIENTS, num_groups(config.cohort_size, 2)))
+    share = num_groups(config.cohort_size, sum(device.num_slots for device in devices))
+    bytes_a_client = _bytes_a_client(config, model, dataset)
+    fitting = min(device.memory_bytes * MEMORY_SHARE / device.num_slots // bytes_a_client for device in devices)
+    return replace(config, client_batching=max(1, min(share, int(fitting))))
+
+
+def num_groups(num_clients: int, group_size: int) -> int:
+    """Into how many groups so many clients are cut."""
+    return math.ceil(num_clients / group_size)
+
+
+def say_idle_slots(config: ExperimentConfig, num_slots: int) -> None:
+    """Say it where a round has fewer groups than there are training slots, so that some have no work."""
+    assert config.client_batching is not None, "it is settled"
+    groups = num_groups(config.cohort_size, config.client_batching)
+    if groups >= num_slots:
+        return
+    size = "1 client" if config.client_batching == 1 else f"up to {config.client_batching} clients"
+    advice = "" if config.joint else "; a higher --client_num_per_round gives more of them work"
+    say(
+        f"a round's {config.cohort_size} client(s) are trained in {groups} group(s) of {size}, so that "
+        f"{num_slots - groups} of {num_slots} training slots have no work{advice}"
+    )
+
+
+def default_num_lanes(config: ExperimentConfig, device_kind: str, num_cores: int) -> int:
+    """Lanes of a process (see `LocalExecutor`) that has so many cores for itself: one each.
+
+    A GPU that trains groups gets one: they fill it, and each further lane would take a group's memory.
+    """
+    if device_kind == "cuda" and config.client_batching != 1:
+        return 1
+    return max(1, num_cores)
+
+
+def _can_be_stacked(model: nn.Module) -> bool:
+    """Whether clients can be trained together at all, which recurrent models cannot."""
+    try:
+        StackedModel(model, 1, "meta")
+    except ValueError:
+        return False
+    return True
+
+
+def _bytes_a_client(config: ExperimentConfig, model: nn.Module, dataset: FederatedDataset) -> int:
+    """The most that a client of a group takes in any phase."""
+    sized = dataset.train_client_ids[:SIZED_CLIENTS]
+    largest = dataset.client_data(max(sized, key=dataset.num_train_examples))
+    inputs, labels, loss_function = largest.train_inputs, largest.train_labels, loss_of(dataset)
+
+    def bytes_in(phase: Phase) -> int:
+        training, method = local_training_of(config, phase), config.phases[phase].method
+        num_bytes = group_memory_bytes(model, inputs, labels, training, loss_function)
+        if method == "reptile":
+            return num_bytes
+        query = replace(training, batch_size=max(training.batch_size, QUERY_BATCH_SIZE))
+        query_bytes = group_memory_bytes(model, inputs, labels, query, loss_function)
+        # What MAML differentiates through, it keeps.
+        return query_bytes + num_bytes * training.count_steps(len(labels)) if method == "maml" else query_bytes
+
+    return max(map(bytes_in, config.phases))

@@ -1,0 +1,124 @@
+"""Settings of torch in a process that trains: which device, and kernels that give the same bits every time."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+
+from perfedavg.machine.kernels import kernels_are_pinned, mkl_branch, onednn_instruction_set
+from perfedavg.settings import ExperimentConfig
+
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt(3)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` (the first GPU, or else the CPU), `cpu`, `cuda` or `cuda:i`.
+
+    Raises ValueError where the name is none of these or the GPU is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
+        raise ValueError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:i with i from 0")
+    if kind == "cpu":
+        return torch.device("cpu")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= found:
+        raise ValueError(
+            f"--device {name} is not there: torch {torch.__version__} finds {found} GPU(s) on this machine; "
+            "use --device cpu or --device auto"
+        )
+    return torch.device("cuda", int(index or 0))
+
+
+@dataclass(frozen=True)
+class ComputeDevice:
+    """What a process trains clients on.
+
+    kind: `cpu` or `cuda`.
+    memory_bytes: that can be had of it; 0 for a CPU.
+    num_slots: groups of clients that the process trains on it side by side, 1 or more, where it trains groups.
+    """
+
+    kind: str
+    memory_bytes: int
+    num_slots: int = 1
+
+
+def describe_device(device: torch.device, threads: int | None = None) -> ComputeDevice:
+    """The memory of a GPU is all that it has, so that it is the same in every run on it.
+
+    threads: what the user asked for with --threads; without, groups are trained one at a time.
+    """
+    memory_bytes = 0 if device.type != "cuda" else torch.cuda.get_device_properties(device).total_memory
+    return ComputeDevice(device.type, memory_bytes, threads or 1)
+
+
+def use_reproducible_kernels() -> None:
+    """One intra-op thread, deterministic algorithms, no TF32: the same input gives the same bits.
+
+    Parallelism comes from clients trained side by side (`LocalExecutor`), because the number of intra-op threads
+    changes the order of additions inside a kernel. Call it before the first kernel runs.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(1)
+    torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler
+    # Costs time, and serves only to find bugs. torch's types do not list it.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def describe_kernels(device: torch.device | None) -> dict[str, str]:
+    """What decides the bits of what this process computes, by library or device. Equal ones give equal bits.
+
+    device: on which it trains, or None for a process that only steps and adds, as a server does.
+    """
+    described = {
+        "torch": str(torch.__version__),
+        "numpy": version("numpy"),
+        "torch's kernels": torch.backends.cpu.get_cpu_capability(),
+    }
+    if device is None:
+        return described
+    described |= {"oneDNN": onednn_instruction_set(), "MKL": mkl_branch()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        described["GPU"] = f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+    else:
+        described["GPU"] = "none"
+    return described
+
+
+def check_portable(config: ExperimentConfig, device: torch.device) -> None:
+    """Raises ValueError where the experiment asks for portable kernels and this process does not train with them."""
+    if config.portable_kernels == "false":
+        return
+    if device.type != "cpu":
+        raise ValueError(
+            f"--portable_kernels {config.portable_kernels} holds for processors, and this process trains on {device}; "
+            "use --device cpu, or leave it out"
+        )
+    if not kernels_are_pinned(config.portable_kernels) or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        raise ValueError(
+            f"--portable_kernels {config.portable_kernels} was not known before torch was loaded; call "
+            "perfedavg.machine.kernels.pin_kernels first"
+        )
+
+
+def return_freed_memory() -> None:
+    """Let the blocks of a model's size go back to the system when they are freed, for a process that lives long.
+
+    glibc keeps them, in every thread, once a few have been freed, and so a server comes to hold several times what
+    it uses. Fixing the size from which a block is mapped on its own (1 MiB) ends that, at the price of mapping such a
+    block anew each time; so it is not for a process that trains. Without effect where the C library has no mallopt.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**20)

@@ -1,0 +1,157 @@
+"""Optimizers of clients and of the server: torch.optim's, and Yogi. None outlives the work it was built for.
+
+They call the functions behind torch.optim's classes. The classes import torch's compiler when one is built, to tell it
+not to compile them, which makes each process start later; nothing is compiled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.optim.adagrad import adagrad
+from torch.optim.adam import adam
+from torch.optim.sgd import sgd
+
+from perfedavg.settings import OptimizerConfig
+
+
+class Optimizer:
+    """A fresh optimizer over one tensor, which its steps change.
+
+    state: all that the next step depends on besides, by name; empty before the first step, and without momentum.
+    Raises ValueError where the configuration names no optimizer.
+    """
+
+    def __init__(self, config: OptimizerConfig, parameters: Tensor) -> None:
+        steps = {"sgd": self._sgd, "adam": self._adam, "yogi": self._yogi, "adagrad": self._adagrad}
+        if config.name not in steps:
+            raise ValueError(f"unknown optimizer {config.name!r}")
+        self.state: dict[str, Tensor] = {}
+        self._config = config
+        self._parameters = parameters
+        self._step = steps[config.name]
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, rate_factor: float = 1.0) -> None:
+        """One step along a gradient of the tensor's shape, at so much of the learning rate."""
+        self._step(gradient, rate_factor * self._config.learning_rate)
+
+    def _sgd(self, gradient: Tensor, rate: float) -> None:
+        momentum = self._config.momentum
+        buffers = [self.state.get("momentum_buffer")]
+        sgd(
+            [self._parameters],
+            [gradient],
+            buffers,
+            lr=rate,
+            momentum=momentum,
+            dampening=0.0,
+            nesterov=False,
+            weight_decay=0.0,
+            maximize=False,
+        )
+        if momentum and buffers[0] is not None:
+            self.state["momentum_buffer"] = buffers[0]
+
+    def _adam(self, gradient: Tensor, rate: float) -> None:
+        if not self.state:
+            self._begin_counting()
+            self.state["exp_avg"] = torch.zeros_like(self._parameters)
+            self.state["exp_avg_sq"] = torch.zeros_like(self._parameters)
+        first_decay, second_decay = self._config.betas
+        adam(
+            [self._parameters],
+            [gradient],
+            [self.state["exp_avg"]],
+            [self.state["exp_avg_sq"]],
+            [],
+            [self.state["step"]],
+            lr=rate,
+            beta1=first_decay,
+            beta2=second_decay,
+            eps=self._config.epsilon,
+            amsgrad=False,
+            weight_decay=0.0,
+            maximize=False,
+        )
+
+    def _adagrad(self, gradient: Tensor, rate: float) -> None:
+        if not self.state:
+            self._begin_counting()
+            self.state["sum"] = torch.zeros_like(self._parameters)
+        adagrad(
+            [self._parameters],
+            [gradient],
+            [self.state["sum"]],
+            [self.state["step"]],
+            lr=rate,
+            eps=self._config.epsilon,
+            lr_decay=0.0,
+            weight_decay=0.0,
+            maximize=False,
+        )
+
+    def _yogi(self, gradient: Tensor, rate: float) -> None:
+        """Yogi (Zaheer et al. 2018) as Reddi et al. 2020 (arXiv 2003.00295, algorithm 2) use it for servers.
+
+        With gradient g: m = b1 m + (1 - b1) g; v = v - (1 - b2) g^2 sign(v - g^2);
+        theta = theta - rate m / (sqrt(v) + e), where m begins at 0 and v at e^2, without a correction for that.
+        Unlike Adam's, a v that is too large falls slowly.
+        """
+        (first_decay, second_decay), epsilon = self._config.betas, self._config.epsilon
+        if not self.state:
+            self.state["first"] = torch.zeros_like(self._parameters)
+            self.state["second"] = torch.full_like(self._parameters, epsilon**2)
+        first, second = self.state["first"], self.state["second"]
+        square = gradient * gradient
+        first.lerp_(gradient, 1 - first_decay)
+        second.sub_(square * torch.sign(second - square), alpha=1 - second_decay)
+        self._parameters.addcdiv_(first, second.sqrt().add_(epsilon), value=-rate)
+
+    def _begin_counting(self) -> None:
+        self.state["step"] = torch.tensor(0.0)  # of the steps taken, on the CPU, as torch.optim keeps it
+
+
+class ServerOptimizer:
+    """Applies the mean update of a round to the global model, as if it were a gradient (Reddi et al. 2020).
+
+    The pseudo-gradient is minus the mean update, so that with sgd, learning rate 1 and no momentum the step is
+    `theta + mean update`: FedAvg's average, and Reptile's `theta + step * mean_i(theta_i(K) - theta)` at step 1.
+    """
+
+    def __init__(self, config: OptimizerConfig, parameters: Tensor) -> None:
+        self._parameters = parameters.detach().clone()
+        self._optimizer = Optimizer(config, self._parameters)
+
+    @property
+    def parameters(self) -> Tensor:
+        """The global model after the steps so far, (num_parameters,). A copy."""
+        return self._parameters.clone()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._parameters.dtype
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the next step depends on, by name. Not copies: the next step changes them."""
+        return {"parameters": self._parameters, **self._optimizer.state}
+
+    @classmethod
+    def from_tensors(cls, config: OptimizerConfig, tensors: Mapping[str, Tensor]) -> ServerOptimizer:
+        """The inverse of `tensors`; the new one owns copies. Raises ValueError where they are no optimizer's."""
+        if "parameters" not in tensors:
+            raise ValueError("there are no parameters")
+        shape = tensors["parameters"].shape
+        if len(shape) != 1 or any(tensor.ndim and tensor.shape != shape for tensor in tensors.values()):
+            raise ValueError("the optimizer's state is not that of its parameters")
+        server = cls(config, tensors["parameters"])
+        server._optimizer.state.update(
+            {name: tensor.clone() for name, tensor in tensors.items() if name != "parameters"}
+        )
+        return server
+
+    def step(self, mean_update: Tensor, rate_factor: float = 1.0) -> None:
+        """One server step along the mean update, (num_parameters,), at so much of the learning rate."""
+        self._optimizer.step(-mean_update, rate_factor)
