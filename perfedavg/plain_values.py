@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -33,6 +34,19 @@ def parse_json(text: str | bytes) -> Any:
     """What the text says. Raises ValueError, also where it is nested more deeply than can be read."""
     try:
         return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """What the text says. Raises ValueError."""
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        content: dict[str, Any] = tomllib.loads(text)
+        return content
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from perfedavg.engine.experiment import RoundRecord
 from perfedavg.engine.scores import ClientScore
 from perfedavg.personalizing import RunModel
-from perfedavg.plain_values import check_known_fields, from_plain, parse_json
+from perfedavg.plain_values import check_known_fields, from_plain, parse_json, parse_toml
 from perfedavg.recording.model_file import ModelFacts
 from perfedavg.recording.runs import RecordedRun, read_unfinished_run
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
@@ -149,6 +149,13 @@ def test_text_that_is_no_json_is_one_line(text: str | bytes) -> None:
     """100,000 brackets are a RecursionError to the library, which is no message for a user."""
     with pytest.raises(ValueError):  # noqa: PT011, the library's words
         parse_json(text)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = ", "a = 1\na = 2", "[a"])
+def test_text_that_is_no_toml_is_one_line(text: str) -> None:
+    assert parse_toml("[rows.a]\nepochs = 3\nserver_lr = 1.0\n") == {"rows": {"a": {"epochs": 3, "server_lr": 1.0}}}
+    with pytest.raises(ValueError):  # noqa: PT011, the library's words
+        parse_toml(text)
 
 
 @pytest.fixture(scope="module")
