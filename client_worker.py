@@ -25,7 +25,7 @@ def main() -> None:
     device = resolve_device(args.device)
     use_reproducible_kernels()
 
-    def set_up(config: ExperimentConfig) -> tuple[nn.Module, FederatedDataset]:
+    def build_workload(config: ExperimentConfig) -> tuple[nn.Module, FederatedDataset]:
         dataset = utils.get_datasets(config, args.data_root)
         return utils.get_model(config, dataset), dataset
 
@@ -41,7 +41,7 @@ def main() -> None:
         args.server_wait_seconds,
     )
     try:
-        WorkerManager(network, set_up, device, args.threads).run()
+        WorkerManager(network, build_workload, device, args.threads).run()
     except UnpinnedKernelsError as error:
         say(f"worker {args.rank}: starts again with --portable_kernels {error.portable}")
         restart_pinned(error.portable, utils.ROOT / "client_worker.py", utils.to_argv(args, "worker"))

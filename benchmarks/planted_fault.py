@@ -83,9 +83,9 @@ def follow_server(fault: Fault) -> None:
 
 def worker_joining(fault: Fault) -> None:
     """Admitted, but its process group is not formed yet."""
-    from multi_process.transport.link import Link
+    from multi_process.transport.peer import Peer
 
-    before(Link, "form", lambda *args: fault.strike())
+    before(Peer, "connect", lambda *args: fault.strike())
 
 
 def worker_loading(fault: Fault) -> None:
@@ -120,7 +120,7 @@ def worker_sending(fault: Fault) -> None:
     """In the middle of sending the round's sum: announced, header sent, content not."""
     from fedlab.utils import MessageCode
 
-    from multi_process.transport.pair import SERVER, Pair
+    from multi_process.transport.tensors import SERVER, TensorConnection
 
     follow_worker(fault)
 
@@ -129,7 +129,7 @@ def worker_sending(fault: Fault) -> None:
             pair._gloo.send([package.header], SERVER, 0).wait()
             fault.strike()
 
-    before(Pair, "send", strike)
+    before(TensorConnection, "send", strike)
 
 
 def worker_scoring(fault: Fault) -> None:
@@ -154,7 +154,7 @@ def server_waiting(fault: Fault) -> None:
 
     follow_server(fault)
 
-    def strike(manager: object, worker: object, message: object, piece: object) -> None:
+    def strike(manager: object, worker: object, message: object, item: object) -> None:
         if isinstance(message, GroupTrained):
             fault.strike_if_due()
 
@@ -176,7 +176,7 @@ def server_scoring(fault: Fault) -> None:
 
     follow_server(fault)
 
-    def strike(manager: object, worker: object, message: object, piece: object) -> None:
+    def strike(manager: object, worker: object, message: object, item: object) -> None:
         if isinstance(message, GroupScored):
             fault.strike_if_due()
 

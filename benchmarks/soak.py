@@ -44,10 +44,10 @@ from faults import (  # noqa: E402
 
 from multi_process.transport.control import (  # noqa: E402
     PROTOCOL_VERSION,
-    Application,
     ControlConnection,
-    NotOursError,
-    receive_greeting,
+    JoinRequest,
+    ProtocolError,
+    receive_hello,
 )
 from perfedavg.machine.forking import ForkedProcess, load  # noqa: E402
 from quick_start import load_everything  # noqa: E402
@@ -133,7 +133,7 @@ def _pause(processes: Processes, seconds: float) -> None:
 def _strike(processes: Processes, event: Event) -> bool:
     """Let it happen. False where its target has ended already."""
     if event.target == STRANGER:
-        with contextlib.suppress(OSError, NotOursError):
+        with contextlib.suppress(OSError, ProtocolError):
             _knock(processes.port, event.action)
         return True
     if processes.status(event.target) is not None:
@@ -161,8 +161,8 @@ def _knock(port: int, action: str) -> None:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0, 0, 0, 0, 0]))
         else:
             control = ControlConnection(connection)
-            receive_greeting(control)
-            control.send(**asdict(Application(PROTOCOL_VERSION, "0" * 64, MEMBERS_RANK, "", "")))
+            receive_hello(control)
+            control.send(**asdict(JoinRequest(PROTOCOL_VERSION, "0" * 64, MEMBERS_RANK, "", "")))
             control.receive(5)
             control.send(word="GroupTrained", values={"first": -1})
 

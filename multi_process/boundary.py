@@ -204,7 +204,7 @@ RULES: dict[str, dict[str, Rule]] = {
     },
     "Failed": {"reason": _line, "client_id": optional(_CLIENT)},
     # server to worker
-    "Configure": {"ticket": _TICKET, "experiment": _mapping, "num_lanes": _LANES},
+    "Configure": {"ticket": _TICKET, "experiment": _mapping, "num_slots": _LANES},
     "StartTraining": {
         "phase": _PHASE,
         "round_number": whole(1, 2**40),
@@ -217,8 +217,8 @@ RULES: dict[str, dict[str, Rule]] = {
         "num_curve_epochs": whole(0, 2**40),
         "parameters": _PARAMETERS,
     },
-    "WorkOn": {"groups": list_of(list_of(_CLIENT))},
-    "SendSum": {},
+    "AssignGroups": {"groups": list_of(list_of(_CLIENT))},
+    "RequestPartialSum": {},
     "Finish": {},
 }
 """By the message's kind, what each of its fields must be."""

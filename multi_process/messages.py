@@ -39,7 +39,7 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Word(Message):
+class ControlMessage(Message):
     """A message without tensors that is short enough for a line of the control connection."""
 
 
@@ -47,7 +47,7 @@ class Word(Message):
 class Join(Message):
     """Worker to server, first of all.
 
-    ticket: of its admission (`control.Admission`).  machine: the same for all processes of one machine.
+    ticket: of its admission (`control.JoinAccepted`).  machine: the same for all processes of one machine.
     num_cores: cores that the worker may use.  threads: what its user asked for with --threads, or None.
     device_kind, device_memory_bytes: see `compute.ComputeDevice`.  kernels: see `compute.describe_kernels`.
     """
@@ -72,7 +72,7 @@ class Configure(Message):
     code = MessageCode.SetUp
     ticket: str
     experiment: dict[str, Any]
-    num_lanes: int
+    num_slots: int
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ class StartScoring(Message):
 
 
 @dataclass(frozen=True)
-class WorkOn(Word):
+class AssignGroups(ControlMessage):
     """Server to worker: train or score these groups of clients too, whichever was started last."""
 
     groups: list[list[int]]
 
 
 @dataclass(frozen=True)
-class GroupTrained(Word):
+class GroupTrained(ControlMessage):
     """Worker to server: the updates of a group are in its running sum, or were refused; it has room for another.
 
     first: the first client of the group, by which it is known.
@@ -131,14 +131,14 @@ class GroupTrained(Word):
 
 
 @dataclass(frozen=True)
-class GroupScored(Word):
+class GroupScored(ControlMessage):
     """Worker to server: the scores of each client of a group."""
 
     scores: list[ClientScore]
 
 
 @dataclass(frozen=True)
-class SendSum(Word):
+class RequestPartialSum(ControlMessage):
     """Server to worker: send the running sum up, and begin a new one."""
 
 
@@ -179,7 +179,9 @@ class Finish(Message):
 _PACKAGED: dict[str, type[Message]] = {
     kind.__name__: kind for kind in (Join, Configure, Ready, StartTraining, StartScoring, PartialSum, Failed, Finish)
 }
-_WORDS: dict[str, type[Word]] = {kind.__name__: kind for kind in (WorkOn, GroupTrained, GroupScored, SendSum)}
+_CONTROL_MESSAGES: dict[str, type[ControlMessage]] = {
+    kind.__name__: kind for kind in (AssignGroups, GroupTrained, GroupScored, RequestPartialSum)
+}
 
 
 def to_package(message: Message) -> Package:
@@ -221,15 +223,15 @@ def from_package(code: MessageCode, content: list[Tensor] | None) -> Message:
     return message
 
 
-def to_line(word: Word) -> dict[str, Any]:
+def to_line(word: ControlMessage) -> dict[str, Any]:
     """The fields of the line that carries a word. `from_line` is its inverse."""
     return {"word": type(word).__name__, "values": dataclasses.asdict(word)}
 
 
-def from_line(fields: dict[str, Any]) -> Word:
+def from_line(fields: dict[str, Any]) -> ControlMessage:
     """The word that a line carries. Raises ValueError where it is not one of this protocol's."""
     try:
-        kind = _WORDS[fields["word"]]
+        kind = _CONTROL_MESSAGES[fields["word"]]
         if set(fields) != {"word", "values"}:
             raise ValueError("it has other fields than word, values")
         return kind(**fields_of(kind.__name__, fields["values"]))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from multi_process.boundary import ExpectedScoring, ExpectedTraining, clean_text
 from multi_process.messages import (
+    AssignGroups,
     Configure,
     Failed,
     Finish,
@@ -26,16 +27,15 @@ from multi_process.messages import (
     Message,
     PartialSum,
     Ready,
-    SendSum,
+    RequestPartialSum,
     StartScoring,
     StartTraining,
-    WorkOn,
 )
 from multi_process.pace import LEAST_SECONDS, Pace
 from multi_process.schedule import Schedule
 from multi_process.transport.control import FinishedError
-from multi_process.transport.link import GoneError
-from multi_process.transport.network import REMINDER_SECONDS, Connected, ServerNetwork
+from multi_process.transport.network import REMINDER_SECONDS, ConnectedWorker, ServerNetwork
+from multi_process.transport.peer import PeerLostError
 from perfedavg.aggregation.exact_sum import ExactSum
 from perfedavg.contracts import FederatedDataset
 from perfedavg.engine.executor import CohortTask, CohortUpdate, Executor, ScoringTask, cut_into_groups
@@ -106,7 +106,7 @@ class CohortHandler(ServerHandler):
         raise NotImplementedError("unseen clients are scored by the workers; see perfedavg.engine.executor")
 
 
-class _MisbehavedError(Exception):
+class _ProtocolViolationError(Exception):
     """A worker does not do as this protocol says, so the run goes on without it."""
 
 
@@ -114,19 +114,20 @@ class _MisbehavedError(Exception):
 class _Worker:
     """A worker as the pool knows it, from its Join until it is gone.
 
-    num_lanes: clients that it works on side by side; 0 until it is configured.  is_ready: it may be given work.
-    has_begun: it was told of the present piece of work.  is_asked: for the sum over the clients that it has trained.
+    num_slots: clients that it works on side by side; 0 until it is configured.  is_ready: it may be given work.
+    has_begun: it was told of the present work item.
+    is_sum_requested: it was asked for the sum over the clients that it has trained.
     since: when it could begin on the present piece of work, on the clock of `time.monotonic`, as the next one.
     progress_at: when it last delivered anything of what it has in hand, or was given it.
     is_called_slow: the user has been told that nothing has come since.
     """
 
-    connected: Connected
+    connected: ConnectedWorker
     join: Join
-    num_lanes: int = 0
+    num_slots: int = 0
     is_ready: bool = False
     has_begun: bool = False
-    is_asked: bool = False
+    is_sum_requested: bool = False
     since: float = 0.0
     progress_at: float = 0.0
     is_called_slow: bool = False
@@ -145,11 +146,11 @@ class _Worker:
 
 
 @dataclass(eq=False)
-class _Piece:
+class _WorkItem:
     """A piece of work that the pool does together: a round's training, or a scoring.
 
     groups: of clients that are worked on at once, by the first client of each; the schedule hands these out.
-    start: tells a worker of it.  deliver: takes the results that an answer has, or raises and takes none.
+    start: tells a worker of it.  accept_result: takes the results that an answer has, or raises and takes none.
     pace: of the groups.  handed_out_at: when each group was given to who has it.
     lane_seconds, lost: see `executor.CohortUpdate`.  num_given_up: times that a rank was given up in it.
     """
@@ -157,7 +158,7 @@ class _Piece:
     groups: dict[int, tuple[int, ...]]
     schedule: Schedule
     start: StartTraining | StartScoring
-    deliver: Callable[[Message], None]
+    accept_result: Callable[[Message], None]
     pace: Pace
     lost: dict[int, str]
     lane_seconds: float = 0.0
@@ -169,7 +170,7 @@ class _Piece:
         """What it can be answered with."""
         return (GroupTrained, PartialSum) if isinstance(self.start, StartTraining) else (GroupScored,)
 
-    def first_of_each(self, client_ids: Sequence[int]) -> list[int]:
+    def group_keys(self, client_ids: Sequence[int]) -> list[int]:
         """The first clients of the groups that these clients are. Raises ValueError where a group is not whole."""
         firsts = [client_id for client_id in client_ids if client_id in self.groups]
         whole = [client_id for first in firsts for client_id in self.groups[first]]
@@ -213,7 +214,7 @@ class WorkerPoolManager(ServerManager):
         self._worker_command = worker_command
         self._workers: dict[int, _Worker] = {}  # by generation; those that are not gone
         self._is_started = False
-        self._piece: _Piece | None = None
+        self._item: _WorkItem | None = None
         self._lost_between: dict[int, str] = {}
         self._gone: set[int] = set()  # generations of workers that were lost or sent away
         self._failed_ranks: defaultdict[int, set[int]] = defaultdict(set)  # by the client at which they failed
@@ -252,7 +253,7 @@ class WorkerPoolManager(ServerManager):
                 for worker in self._workers.values():
                     self._configure(worker)
             self._is_started = sum(worker.is_ready for worker in self._workers.values()) >= num_first
-        say_idle_slots(self._experiment_config, sum(worker.num_lanes for worker in self._workers.values()))
+        say_idle_slots(self._experiment_config, sum(worker.num_slots for worker in self._workers.values()))
 
     @property
     def _num_first(self) -> int:
@@ -270,13 +271,13 @@ class WorkerPoolManager(ServerManager):
 
     def shutdown(self) -> None:
         """Let the workers end, and close the network."""
-        links = [worker.connected.link for worker in self._workers.values()]
-        for link in links:
-            if link.end is None:
-                link.send(Finish())
+        peers = [worker.connected.peer for worker in self._workers.values()]
+        for peer in peers:
+            if peer.lost_reason is None:
+                peer.send(Finish())
         deadline = time.monotonic() + FINISH_SECONDS
-        for link in links:
-            link.drain(max(0.0, deadline - time.monotonic()))
+        for peer in peers:
+            peer.drain(max(0.0, deadline - time.monotonic()))
         super().shutdown()
 
     def train(self, task: CohortTask, parameters: Tensor) -> CohortUpdate:
@@ -286,17 +287,17 @@ class WorkerPoolManager(ServerManager):
         sizes = self._clients.num_train_examples
         expected = ExpectedTraining(task.phase, task.capacity, parameters.numel(), sizes)
 
-        def deliver(answer: Message) -> None:
+        def accept_result(answer: Message) -> None:
             assert isinstance(answer, PartialSum), "a trained client's result comes in a sum"
             # A copy, because the worker's next message would overwrite what has been checked.
             answer = replace(answer, total=answer.total.clone())
             expected.check(answer.part, answer.reports)
             self._handler.load(answer)
 
-        piece = self._perform(start, task.client_ids, deliver, self._paces[StartTraining, task.phase])
+        item = self._perform(start, task.client_ids, accept_result, self._paces[StartTraining, task.phase])
         assert self._handler.if_stop, "every client was handed out and reported"
         update = self._handler.cohort_update
-        update.lane_seconds, update.lost_workers = piece.lane_seconds, piece.lost
+        update.lane_seconds, update.lost_workers = item.lane_seconds, item.lost
         return update
 
     def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
@@ -304,13 +305,13 @@ class WorkerPoolManager(ServerManager):
         sizes = self._clients.num_train_examples
         expected = ExpectedScoring(task.num_curve_epochs, self._has_no_accuracies(), sizes)
 
-        def deliver(answer: Message) -> None:
+        def accept_result(answer: Message) -> None:
             assert isinstance(answer, GroupScored), "a scored group's result comes by itself"
             expected.check(answer.scores)
             scores.extend(answer.scores)
 
         start = StartScoring(int(task.phase), task.round_number, task.num_curve_epochs, parameters)
-        self._perform(start, task.client_ids, deliver, self._paces[StartScoring, task.num_curve_epochs])
+        self._perform(start, task.client_ids, accept_result, self._paces[StartScoring, task.num_curve_epochs])
         return scores
 
     def _has_no_accuracies(self) -> bool:
@@ -324,28 +325,28 @@ class WorkerPoolManager(ServerManager):
         self,
         start: StartTraining | StartScoring,
         client_ids: Sequence[int],
-        deliver: Callable[[Message], None],
+        accept_result: Callable[[Message], None],
         pace: Pace,
-    ) -> _Piece:
+    ) -> _WorkItem:
         """Hand out the clients, group by group, the largest first, until each one's result has been delivered."""
         group_size = self._experiment_config.client_batching
         assert group_size is not None, "the configuration is settled"
         cut = cut_into_groups(client_ids, self._clients.num_train_examples, group_size)
         groups = {group[0]: group for group in cut}
-        piece = self._piece = _Piece(groups, Schedule(list(groups)), start, deliver, pace, self._lost_between)
+        item = self._item = _WorkItem(groups, Schedule(list(groups)), start, accept_result, pace, self._lost_between)
         self._lost_between = {}
         self._checked_at = time.monotonic()
         for worker in self._workers.values():
-            worker.has_begun = worker.is_asked = False
+            worker.has_begun = worker.is_sum_requested = False
             worker.since = time.monotonic()
-        while not piece.schedule.is_complete:
-            self._feed(piece)
+        while not item.schedule.is_complete:
+            self._feed(item)
             self._take_event(min(CHECK_SECONDS, self._seconds_left()))
-            self._check_progress(piece)
+            self._check_progress(item)
         for worker in self._workers.values():
-            self._account(worker, piece)
-        self._piece = None
-        return piece
+            self._account(worker, item)
+        self._item = None
+        return item
 
     def _seconds_left(self) -> float:
         """How long to wait for a worker, where there is none. Raises ConnectionError where none came in time."""
@@ -358,7 +359,7 @@ class WorkerPoolManager(ServerManager):
             )
         return remaining
 
-    def _check_progress(self, piece: _Piece) -> None:
+    def _check_progress(self, item: _WorkItem) -> None:
         """Give up a worker that has delivered nothing for far longer than others took, so that others get its work.
 
         Time in which this process itself did not run (it was stopped, its machine was overloaded) does not count.
@@ -370,23 +371,23 @@ class WorkerPoolManager(ServerManager):
             if has_slept:
                 worker.note_progress(now)
             quiet_seconds = now - worker.progress_at
-            if quiet_seconds > LEAST_SECONDS and quiet_seconds > self._limit_seconds(worker, piece):
-                self._give_up(worker, quiet_seconds, piece)
+            if quiet_seconds > LEAST_SECONDS and quiet_seconds > self._limit_seconds(worker, item):
+                self._give_up(worker, quiet_seconds, item)
 
-    def _limit_seconds(self, worker: _Worker, piece: _Piece) -> float:
+    def _limit_seconds(self, worker: _Worker, item: _WorkItem) -> float:
         """How long the worker may take to deliver anything. Infinite where it owes nothing."""
-        in_work = piece.schedule.in_work(worker.number)
+        in_work = item.schedule.in_work(worker.number)
         if in_work:
-            return piece.pace.limit_seconds(max(self._size(piece.groups[first]) for first in in_work))
-        return self._sum_pace.limit_seconds() if worker.is_asked else math.inf
+            return item.pace.limit_seconds(max(self._size(item.groups[first]) for first in in_work))
+        return self._sum_pace.limit_seconds() if worker.is_sum_requested else math.inf
 
-    def _give_up(self, worker: _Worker, quiet_seconds: float, piece: _Piece) -> None:
+    def _give_up(self, worker: _Worker, quiet_seconds: float, item: _WorkItem) -> None:
         """Drop a slow worker, unless the others were dropped from this piece more often: somebody must do the work."""
-        num_given_up = piece.num_given_up[worker.rank]
+        num_given_up = item.num_given_up[worker.rank]
         others = [other for other in self._workers.values() if other.is_ready and other is not worker]
         reason = f"it has finished nothing for {quiet_seconds:.0f} s, far longer than others took"
-        if any(piece.num_given_up[other.rank] <= num_given_up for other in others):
-            piece.num_given_up[worker.rank] += 1
+        if any(item.num_given_up[other.rank] <= num_given_up for other in others):
+            item.num_given_up[worker.rank] += 1
             self._num_given_up[worker.rank] += 1
             self._lose(worker.connected, reason)
         elif not worker.is_called_slow:
@@ -397,41 +398,41 @@ class WorkerPoolManager(ServerManager):
         """The training examples of a group of clients."""
         return sum(map(self._clients.num_train_examples, group))
 
-    def _feed(self, piece: _Piece) -> None:
+    def _feed(self, item: _WorkItem) -> None:
         """Give each worker as many groups as it has lanes, and one to go on with while there are plenty.
 
         Where there are fewer groups than lanes, each worker gets its share, and one at least while there are any.
         Where none is left for it, ask for the sum over those that it has trained.
         """
-        schedule, now = piece.schedule, time.monotonic()
+        schedule, now = item.schedule, time.monotonic()
         ready = [worker for worker in self._workers.values() if worker.is_ready]
-        num_lanes = sum(worker.num_lanes for worker in ready)
+        num_slots = sum(worker.num_slots for worker in ready)
         num_unfinished = schedule.num_unfinished  # which handing out leaves as it is
         num_idle = sum(not schedule.num_in_work(worker.number) for worker in ready)
         for worker in ready:
-            share = -(-num_unfinished * worker.num_lanes // num_lanes)
-            in_hand = min(worker.num_lanes, share) + (1 if schedule.num_waiting > 2 * num_lanes else 0)
+            share = -(-num_unfinished * worker.num_slots // num_slots)
+            in_hand = min(worker.num_slots, share) + (1 if schedule.num_waiting > 2 * num_slots else 0)
             num_in_work = schedule.num_in_work(worker.number)
             num_others_idle = num_idle if num_in_work else num_idle - 1
             to_spare = max(schedule.num_waiting - num_others_idle, 0 if num_in_work else 1)
             firsts = schedule.take(worker.number, min(in_hand - num_in_work, to_spare))
             if firsts:
-                piece.handed_out_at.update(dict.fromkeys(firsts, now))
+                item.handed_out_at.update(dict.fromkeys(firsts, now))
                 if not num_in_work:
                     num_idle -= 1
                     worker.note_progress(now)
                 if not worker.has_begun:
-                    self._send(worker, piece.start)
+                    self._send(worker, item.start)
                     worker.has_begun = True
-                self._send(worker, WorkOn([list(piece.groups[first]) for first in firsts]))
-            elif not num_in_work and schedule.num_done(worker.number) and not worker.is_asked:
-                self._send(worker, SendSum())
-                worker.is_asked = True
+                self._send(worker, AssignGroups([list(item.groups[first]) for first in firsts]))
+            elif not num_in_work and schedule.num_done(worker.number) and not worker.is_sum_requested:
+                self._send(worker, RequestPartialSum())
+                worker.is_sum_requested = True
                 worker.note_progress(now)
 
     def _send(self, worker: _Worker, message: Message) -> None:
         try:
-            worker.connected.link.send(message)
+            worker.connected.peer.send(message)
         except (ConnectionError, ValueError, FinishedError):
             LOGGER.info("worker %d cannot be sent %s", worker.rank, type(message).__name__)  # its end is on its way
 
@@ -444,10 +445,10 @@ class WorkerPoolManager(ServerManager):
         if connected.generation in self._gone:
             return True  # said before it was lost
         try:
-            if isinstance(event, GoneError):
+            if isinstance(event, PeerLostError):
                 self._lose(connected, event.reason)
             elif isinstance(event, ValueError):
-                raise _MisbehavedError(str(event)) from event
+                raise _ProtocolViolationError(str(event)) from event
             elif isinstance(event, Exception):
                 self._lose(connected, str(event))
             elif isinstance(event, Failed):
@@ -457,19 +458,19 @@ class WorkerPoolManager(ServerManager):
             elif isinstance(event, Join):
                 self._take_join(connected, event)
             else:
-                raise _MisbehavedError(_unexpected(event))
-        except _MisbehavedError as error:
-            connected.link.close(str(error), tell="dismissed")
+                raise _ProtocolViolationError(_unexpected(event))
+        except _ProtocolViolationError as error:
+            connected.peer.close(str(error), farewell="dismissed")
             self._lose(connected, str(error))
         return True
 
-    def _take_join(self, connected: Connected, join: Join) -> None:
+    def _take_join(self, connected: ConnectedWorker, join: Join) -> None:
         if join.ticket != connected.ticket:
-            raise _MisbehavedError("it is not the worker that was admitted")
+            raise _ProtocolViolationError("it is not the worker that was admitted")
         if self._num_given_up[connected.rank] >= MAX_GIVEN_UP and any(
             other.is_ready for other in self._workers.values()
         ):
-            raise _MisbehavedError(f"it was given up {MAX_GIVEN_UP} times, because it finished nothing")
+            raise _ProtocolViolationError(f"it was given up {MAX_GIVEN_UP} times, because it finished nothing")
         worker = self._workers[connected.generation] = _Worker(connected, join)
         say(f"server: worker {worker.rank} joined")
         if self._is_started:
@@ -477,56 +478,56 @@ class WorkerPoolManager(ServerManager):
 
     def _configure(self, worker: _Worker) -> None:
         """Send the configuration, once, with the worker's share of its machine's cores."""
-        if worker.num_lanes:
+        if worker.num_slots:
             return
-        worker.connected.link.num_parameters = self._handler.model_parameters.numel()
-        worker.connected.link.num_clients = self._handler.num_clients
+        worker.connected.peer.num_parameters = self._handler.model_parameters.numel()
+        worker.connected.peer.num_clients = self._handler.num_clients
         on_same_machine = sum(other.join.machine == worker.join.machine for other in self._workers.values())
         num_cores = worker.join.num_cores // on_same_machine
-        worker.num_lanes = worker.join.threads or default_num_lanes(
+        worker.num_slots = worker.join.threads or default_num_lanes(
             self._experiment_config, worker.join.device_kind, num_cores
         )
-        self._send(worker, Configure(worker.connected.ticket, self._experiment_config.to_dict(), worker.num_lanes))
+        self._send(worker, Configure(worker.connected.ticket, self._experiment_config.to_dict(), worker.num_slots))
 
     def _take_message(self, worker: _Worker, message: Message) -> None:
-        """Act on what a worker says. Raises _MisbehavedError where it does not fit."""
-        if isinstance(message, Ready) and worker.num_lanes and not worker.is_ready:
+        """Act on what a worker says. Raises _ProtocolViolationError where it does not fit."""
+        if isinstance(message, Ready) and worker.num_slots and not worker.is_ready:
             self._take_ready(worker, message)
             return
-        if self._piece is None or not isinstance(message, self._piece.answers):
-            raise _MisbehavedError(_unexpected(message))
+        if self._item is None or not isinstance(message, self._item.answers):
+            raise _ProtocolViolationError(_unexpected(message))
         try:
-            self._take_answer(worker, message, self._piece)
+            self._take_answer(worker, message, self._item)
         except ValueError as error:
-            raise _MisbehavedError(str(error)) from error
+            raise _ProtocolViolationError(str(error)) from error
 
-    def _take_answer(self, worker: _Worker, message: Message, piece: _Piece) -> None:
+    def _take_answer(self, worker: _Worker, message: Message, item: _WorkItem) -> None:
         """Raises ValueError, and takes nothing of the answer, where it does not fit what was handed out."""
-        schedule, now = piece.schedule, time.monotonic()
+        schedule, now = item.schedule, time.monotonic()
         if isinstance(message, GroupTrained):
-            self._finish(worker, message.first, piece)
+            self._finish(worker, message.first, item)
         elif isinstance(message, PartialSum):
-            firsts = piece.first_of_each([report.client_id for report in message.reports])
-            if not worker.is_asked or len(firsts) != schedule.num_done(worker.number):
+            firsts = item.group_keys([report.client_id for report in message.reports])
+            if not worker.is_sum_requested or len(firsts) != schedule.num_done(worker.number):
                 raise ValueError("its sum is not the one that it was asked for")
-            self._deliver(worker, firsts, message, piece)
+            self._accept_result(worker, firsts, message, item)
             self._sum_pace.learn(now - worker.progress_at)
-            worker.is_asked = False
+            worker.is_sum_requested = False
         elif isinstance(message, GroupScored):
-            firsts = piece.first_of_each([score.client_id for score in message.scores])
+            firsts = item.group_keys([score.client_id for score in message.scores])
             for first in firsts:
-                self._finish(worker, first, piece)
-            self._deliver(worker, firsts, message, piece)
+                self._finish(worker, first, item)
+            self._accept_result(worker, firsts, message, item)
         worker.note_progress(now)
 
-    def _finish(self, worker: _Worker, first: int, piece: _Piece) -> None:
-        piece.schedule.finish(worker.number, first)
-        piece.pace.learn(time.monotonic() - piece.handed_out_at[first], self._size(piece.groups[first]))
+    def _finish(self, worker: _Worker, first: int, item: _WorkItem) -> None:
+        item.schedule.finish(worker.number, first)
+        item.pace.learn(time.monotonic() - item.handed_out_at[first], self._size(item.groups[first]))
 
-    def _deliver(self, worker: _Worker, firsts: Sequence[int], message: Message, piece: _Piece) -> None:
-        piece.schedule.check_done(worker.number, firsts)
-        piece.deliver(message)
-        piece.schedule.deliver(worker.number, firsts)
+    def _accept_result(self, worker: _Worker, firsts: Sequence[int], message: Message, item: _WorkItem) -> None:
+        item.schedule.check_done(worker.number, firsts)
+        item.accept_result(message)
+        item.schedule.deliver(worker.number, firsts)
 
     def _take_ready(self, worker: _Worker, ready: Ready) -> None:
         differences = clean_text("; ".join(self.kernels.differences(worker.join.kernels)))
@@ -536,10 +537,10 @@ class WorkerPoolManager(ServerManager):
                 f"worker {worker.rank} reads other data than the server (fingerprint {clean_text(ready.fingerprint)}, "
                 f"not {self._clients.fingerprint}); give both the same files with --data_root{cause}"
             )
-            raise _MisbehavedError(reason) if self._is_started else ValueError(reason)
+            raise _ProtocolViolationError(reason) if self._is_started else ValueError(reason)
         worker.is_ready = True
         worker.since = time.monotonic()
-        say(f"server: worker {worker.rank} is ready, {worker.num_lanes} client(s) side by side on {ready.device}")
+        say(f"server: worker {worker.rank} is ready, {worker.num_slots} client(s) side by side on {ready.device}")
         where = worker.join.machine, ready.device  # other workers there have the same to say
         if ready.warnings and where not in self._warned and len(self._warned) < MAX_WARNED:
             self._warned.add(where)
@@ -552,25 +553,25 @@ class WorkerPoolManager(ServerManager):
                 "the model depend on who trains which client"
             )
 
-    def _take_failure(self, connected: Connected, failure: Failed) -> None:
+    def _take_failure(self, connected: ConnectedWorker, failure: Failed) -> None:
         """A worker cannot go on, and says why: before the start, and wherever others would fail too, the run ends."""
         client_id, worker = failure.client_id, self._workers.get(connected.generation)
         others = any(other.is_ready for other in self._workers.values() if other is not worker)
         if client_id is None:
             is_everybodys = not self._is_started
         else:
-            if worker is None or self._piece is None or client_id not in self._piece.schedule.in_work(worker.number):
-                raise _MisbehavedError(f"it failed at client {client_id}, which was not handed out to it")
+            if worker is None or self._item is None or client_id not in self._item.schedule.in_work(worker.number):
+                raise _ProtocolViolationError(f"it failed at client {client_id}, which was not handed out to it")
             self._failed_ranks[client_id].add(worker.rank)
             is_everybodys = not others or len(self._failed_ranks[client_id]) > 1
         if is_everybodys:
             raise ValueError(f"worker {connected.rank}: {failure.reason}")
         self._lose(connected, failure.reason)
 
-    def _lose(self, connected: Connected, reason: str) -> None:
+    def _lose(self, connected: ConnectedWorker, reason: str) -> None:
         """A worker is gone: its clients go to the others."""
         reason = clean_text(reason)
-        connected.link.close(reason, tell="dropped")
+        connected.peer.close(reason, farewell="dropped")
         self._gone.add(connected.generation)
         worker = self._workers.pop(connected.generation, None)
         if worker is None:
@@ -578,12 +579,12 @@ class WorkerPoolManager(ServerManager):
             return
         if not self._workers:
             self._none_since = time.monotonic()
-        lost = self._lost_between if self._piece is None else self._piece.lost
+        lost = self._lost_between if self._item is None else self._item.lost
         lost[worker.rank] = reason
         num_clients = 0
-        if self._piece is not None:
-            self._account(worker, self._piece)
-            num_clients = sum(len(self._piece.groups[first]) for first in self._piece.schedule.lose(worker.number))
+        if self._item is not None:
+            self._account(worker, self._item)
+            num_clients = sum(len(self._item.groups[first]) for first in self._item.schedule.lose(worker.number))
         if self._network.is_over:
             return  # it was sent away, and there is nobody else
         if num_clients and self._workers:
@@ -592,9 +593,9 @@ class WorkerPoolManager(ServerManager):
             what_next = f"; {num_clients} client(s) wait for another worker" if num_clients else ""
         say(f"server: lost worker {worker.rank} ({reason}){what_next}; {len(self._workers)} left")
 
-    def _account(self, worker: _Worker, piece: _Piece) -> None:
+    def _account(self, worker: _Worker, item: _WorkItem) -> None:
         if worker.is_ready:
-            piece.lane_seconds += worker.num_lanes * (time.monotonic() - worker.since)
+            item.lane_seconds += worker.num_slots * (time.monotonic() - worker.since)
 
     def _missing_ranks(self) -> list[int]:
         """Of the workers that are to come before the start."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from multi_process.boundary import check_start, clean_text
 from multi_process.messages import (
+    AssignGroups,
     Configure,
     Failed,
     Finish,
@@ -25,14 +26,13 @@ from multi_process.messages import (
     Message,
     PartialSum,
     Ready,
-    SendSum,
+    RequestPartialSum,
     StartScoring,
     StartTraining,
-    WorkOn,
 )
 from multi_process.transport.control import FinishedError
-from multi_process.transport.link import DismissedError, GoneError
 from multi_process.transport.network import WorkerNetwork
+from multi_process.transport.peer import PeerLostError, RunEndedError
 from perfedavg.contracts import FederatedDataset
 from perfedavg.engine.executor import ClientReport, CohortTask, CohortTraining, LocalExecutor, ScoringTask
 from perfedavg.machine.cores import usable_cores
@@ -43,15 +43,15 @@ from perfedavg.training.compute import describe_device, describe_kernels
 FAREWELL_SECONDS = 5.0
 """For the server to hear why a worker leaves."""
 
-SetUp = Callable[[ExperimentConfig], tuple[nn.Module, FederatedDataset]]
+BuildWorkload = Callable[[ExperimentConfig], tuple[nn.Module, FederatedDataset]]
 """Builds the model and reads the data set that a configuration names."""
 
 
 class PersonalizationTrainer(SerialClientTrainer):
     """FedLab's serial trainer: simulates many clients in one process, by means of a `LocalExecutor`.
 
-    tell: is given each answer as soon as there is one, in the thread of a lane.
-    fail: is given what went wrong with a group of clients, and the first one's id.
+    send: is given each answer as soon as there is one, in the thread of a lane.
+    report_failure: is given what went wrong with a group of clients, and the first one's id.
     """
 
     def __init__(
@@ -60,24 +60,24 @@ class PersonalizationTrainer(SerialClientTrainer):
         model: nn.Module,
         dataset: FederatedDataset,
         device: torch.device,
-        num_lanes: int,
-        tell: Callable[[Message], None],
-        fail: Callable[[Exception, int], None],
+        num_slots: int,
+        send: Callable[[Message], None],
+        report_failure: Callable[[Exception, int], None],
     ) -> None:
         num_clients = len(dataset.train_client_ids) + len(dataset.unseen_client_ids)
         super().__init__(model, num_clients, cuda=False)
         self.dataset = dataset
         self._phases = config.phases
-        self._executor = LocalExecutor(config, self._model, dataset, device, num_lanes)
-        self._tell = tell
-        self._fail = fail
+        self._executor = LocalExecutor(config, self._model, dataset, device, num_slots)
+        self._send = send
+        self._report_failure = report_failure
         self._work: Callable[[Sequence[int]], Message] | None = None
         self._training: CohortTraining | None = None
         self._reports: list[ClientReport] = []
         self._futures: list[Future[None]] = []
 
     @property
-    def num_lanes(self) -> int:
+    def num_slots(self) -> int:
         return self._executor.num_lanes
 
     @property
@@ -111,7 +111,7 @@ class PersonalizationTrainer(SerialClientTrainer):
             score = self._executor.begin_scoring(scoring, payload.parameters.clone())
             self._work = lambda group: GroupScored(score(group))
 
-    def local_process(self, payload: WorkOn, id_list: list[list[int]]) -> None:
+    def local_process(self, payload: AssignGroups, id_list: list[list[int]]) -> None:
         """Let the groups of the list train or be scored, each on the next free lane. Does not wait for them."""
         for group in id_list:
             if self._training is not None:
@@ -140,9 +140,9 @@ class PersonalizationTrainer(SerialClientTrainer):
         try:
             answer = self._work(group)
         except Exception as error:  # whatever it is, the worker's main thread must hear of it
-            self._fail(error, group[0])
+            self._report_failure(error, group[0])
         else:
-            self._tell(answer)
+            self._send(answer)
 
     def _train(self, group: Sequence[int]) -> Message:
         assert self._training is not None, "a round was begun"
@@ -165,14 +165,16 @@ class WorkerManager(PassiveClientManager):
 
     A server that is lost is waited for, and joined again.
 
-    set_up: turns the configuration into model and data, once it is known.
+    build_workload: turns the configuration into model and data, once it is known.
     threads: clients side by side that the user asked for, or None for this worker's share of the machine.
     """
 
-    def __init__(self, network: WorkerNetwork, set_up: SetUp, device: torch.device, threads: int | None) -> None:
+    def __init__(
+        self, network: WorkerNetwork, build_workload: BuildWorkload, device: torch.device, threads: int | None
+    ) -> None:
         super().__init__(network, trainer=None)
         self._network: WorkerNetwork = network
-        self._set_up = set_up
+        self._build_workload = build_workload
         self._device = device
         self._threads = threads
         self._configured: Configure | None = None
@@ -194,29 +196,29 @@ class WorkerManager(PassiveClientManager):
                 self._configure()
                 self.main_loop()
                 break
-            except GoneError as error:
+            except PeerLostError as error:
                 say(f"worker {self._network.rank}: {error}; joining anew")
                 if self._trainer is not None:
                     self._trainer.abandon()
-            except (DismissedError, FinishedError):
+            except (RunEndedError, FinishedError):
                 raise  # the server knows
             except _ClientError as failed:
-                self._tell_failure(failed.error, failed.client_id)
+                self._send_failure(failed.error, failed.client_id)
                 raise failed.error from None
             except Exception as error:
-                self._tell_failure(error, None)
+                self._send_failure(error, None)
                 raise
 
     def main_loop(self) -> None:
         trainer = self._trainer
         assert trainer is not None, "the worker is configured before it works"
-        while not isinstance(request := self._network.link.receive(), Finish):
+        while not isinstance(request := self._network.peer.receive(), Finish):
             match request:
                 case StartTraining() | StartScoring():
                     trainer.begin(request)
-                case WorkOn() if trainer.has_begun:
+                case AssignGroups() if trainer.has_begun:
                     trainer.local_process(request, request.groups)
-                case SendSum() if trainer.is_training:
+                case RequestPartialSum() if trainer.is_training:
                     self.synchronize()
                 case _:
                     raise ValueError(f"the server sent {type(request).__name__} where work was expected")
@@ -224,12 +226,12 @@ class WorkerManager(PassiveClientManager):
     def synchronize(self) -> None:
         """Send the sum up."""
         assert self._trainer is not None, "the worker is configured before it works"
-        self._tell(self._trainer.uplink_package)
+        self._send(self._trainer.uplink_package)
 
     def _configure(self) -> None:
         device = describe_device(self._device, self._threads)
         num_cores = usable_cores()
-        self._tell(
+        self._send(
             Join(
                 self._network.ticket,
                 machine_identity(),
@@ -240,39 +242,39 @@ class WorkerManager(PassiveClientManager):
                 describe_kernels(self._device),
             )
         )
-        answer = self._network.link.receive()
+        answer = self._network.peer.receive()
         if not isinstance(answer, Configure) or answer.ticket != self._network.ticket:
             raise ValueError("what speaks on the tensors' connection is not the server")
         if self._trainer is None or self._configured is None or not _same_work(answer, self._configured):
             config = ExperimentConfig.from_dict(answer.experiment)
-            model, dataset = self._set_up(config)
+            model, dataset = self._build_workload(config)
             self._trainer = PersonalizationTrainer(
-                config, model, dataset, self._device, answer.num_lanes, self._tell, self._fail
+                config, model, dataset, self._device, answer.num_slots, self._send, self._report_failure
             )
         self._configured = answer
-        self._network.link.num_parameters = sum(parameter.numel() for parameter in self._trainer.model.parameters())
+        self._network.peer.num_parameters = sum(parameter.numel() for parameter in self._trainer.model.parameters())
         say(
             f"worker {self._network.rank}: joined {self._network.address[0]}:{self._network.address[1]}, "
-            f"{clean_text(answer.experiment['dataset'])} on {self._device}, {answer.num_lanes} client(s) side by side"
+            f"{clean_text(answer.experiment['dataset'])} on {self._device}, {answer.num_slots} client(s) side by side"
         )
-        self._tell(Ready(self._trainer.dataset.fingerprint, str(self._device), self._trainer.warnings))
+        self._send(Ready(self._trainer.dataset.fingerprint, str(self._device), self._trainer.warnings))
 
-    def _tell(self, message: Message) -> None:
+    def _send(self, message: Message) -> None:
         """Send to the server. Where it is gone, the main thread hears of it when it next receives."""
-        with contextlib.suppress(GoneError, DismissedError, FinishedError):
-            self._network.link.send(message)
+        with contextlib.suppress(PeerLostError, RunEndedError, FinishedError):
+            self._network.peer.send(message)
 
-    def _fail(self, error: Exception, client_id: int) -> None:
+    def _report_failure(self, error: Exception, client_id: int) -> None:
         """A client could not be worked on: let the main thread raise the error."""
-        self._network.link.interrupt(_ClientError(error, client_id))
+        self._network.peer.interrupt(_ClientError(error, client_id))
 
-    def _tell_failure(self, error: Exception, client_id: int | None) -> None:
-        self._tell(Failed(" ".join(str(error).split()) or type(error).__name__, client_id))
-        self._network.link.drain(FAREWELL_SECONDS)
+    def _send_failure(self, error: Exception, client_id: int | None) -> None:
+        self._send(Failed(" ".join(str(error).split()) or type(error).__name__, client_id))
+        self._network.peer.drain(FAREWELL_SECONDS)
 
 
 def _same_work(one: Configure, other: Configure) -> bool:
-    return (one.experiment, one.num_lanes) == (other.experiment, other.num_lanes)
+    return (one.experiment, one.num_slots) == (other.experiment, other.num_slots)
 
 
 def machine_identity() -> str:

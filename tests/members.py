@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from multi_process import messages, server
 from multi_process.messages import (
+    AssignGroups,
     Configure,
     Message,
-    SendSum,
+    RequestPartialSum,
     StartScoring,
     StartTraining,
-    WorkOn,
     from_line,
     from_package,
 )
 from multi_process.server import CohortHandler, WorkerPoolManager
-from multi_process.transport.link import GoneError
-from multi_process.transport.network import Connected
+from multi_process.transport.network import ConnectedWorker
+from multi_process.transport.peer import PeerLostError
 from perfedavg.aggregation.exact_sum import ExactSum
 from perfedavg.engine.executor import CohortTask, CohortUpdate, ScoringTask
 from perfedavg.engine.scores import ClientScore
@@ -47,7 +47,7 @@ UNSEEN = tuple(CLIENTS.unseen_client_ids)
 MAX_GETS = 100_000
 """Looks at the queue of events, above what any run here takes."""
 Values = dict[str, Any]
-Event = tuple[Connected, Message | Exception]
+Event = tuple[ConnectedWorker, Message | Exception]
 
 
 def update_of(client_id: int) -> Tensor:
@@ -64,7 +64,7 @@ def sum_over(client_ids: Sequence[int], capacity: int) -> ExactSum:
 def arrive(kind: str, values: Values) -> Message | Exception:
     """What the server has of a message: one of the protocol, or the error that says that it is none."""
     try:
-        if kind in messages._WORDS:
+        if kind in messages._CONTROL_MESSAGES:
             return from_line({"word": kind, "values": json.loads(json.dumps(values))})
         return from_package(getattr(messages, kind).code, package_of(kind, values))
     except ValueError as error:
@@ -96,7 +96,7 @@ class Member:
         self.rank = rank
         self.seconds = seconds
         self.told: tuple[str | None, str] | None = None
-        self.end: Exception | None = None
+        self.lost_reason: Exception | None = None
         self.heard: list[Message] = []
         self._trained: list[int] = []
         self._busy_until = 0.0
@@ -104,7 +104,7 @@ class Member:
 
     def connect(self, run: Pool, generation: int) -> None:
         self._run = run
-        self.connected = Connected(cast(Any, self), self.rank, generation, f"ticket {generation}", "")
+        self.connected = ConnectedWorker(cast(Any, self), self.rank, generation, f"ticket {generation}", "")
         self.say("Join", **self.join_values())
 
     def join_values(self) -> Values:
@@ -116,7 +116,7 @@ class Member:
         self._run.put(self.connected, self._run.clock.now if at is None else at, arrive(kind, values))
 
     def leave(self, at: float, reason: str = "the connection was closed") -> None:
-        self._run.put(self.connected, at, GoneError(f"worker {self.rank}", reason))
+        self._run.put(self.connected, at, PeerLostError(f"worker {self.rank}", reason))
 
     def answer(self, message: Message) -> None:
         match message:
@@ -124,10 +124,10 @@ class Member:
                 self.say("Ready", fingerprint=CLIENTS.fingerprint, device="cpu", warnings=[])
             case StartTraining() | StartScoring():
                 self._start, self._trained = message, []
-            case WorkOn():
+            case AssignGroups():
                 for group in message.groups:
                     self.work_on(group, self._next_end())
-            case SendSum():
+            case RequestPartialSum():
                 self.send_sum()
 
     def work_on(self, group: list[int], end: float) -> None:
@@ -177,9 +177,9 @@ class Member:
         self.heard.append(message)
         self.answer(message)
 
-    def close(self, reason: str, tell: str | None = None) -> None:
+    def close(self, reason: str, farewell: str | None = None) -> None:
         if self.told is None:
-            self.told, self.end = (tell, reason), GoneError(f"worker {self.rank}", reason)
+            self.told, self.lost_reason = (farewell, reason), PeerLostError(f"worker {self.rank}", reason)
 
     def drain(self, timeout_seconds: float) -> None:
         pass
@@ -260,7 +260,7 @@ class Pool:
     def score(self, num_curve_epochs: int = 0) -> list[ClientScore]:
         return self.manager.score(ScoringTask(Phase.FEDAVG, 1, UNSEEN, num_curve_epochs), torch.zeros(NUM_PARAMETERS))
 
-    def put(self, connected: Connected, at: float, event: Message | Exception) -> None:
+    def put(self, connected: ConnectedWorker, at: float, event: Message | Exception) -> None:
         heapq.heappush(self._pending, (at, next(self._order), (connected, event)))
 
     def lines(self, *parts: str) -> Iterator[str]:

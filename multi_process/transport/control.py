@@ -1,12 +1,12 @@
 """The control connection between a worker and the server: who may join, and who is still alive.
 
 It is a TCP connection to the server's port, beside the one that carries tensors, so that a sign of life gets through
-while a client trains and while 13 MB are on their way; so does what is said of single clients (`messages.Word`). It
-carries JSON objects, one a line; an empty line is a sign of life. Before anything else the two sides greet each other:
+while a client trains and while 13 MB are on their way; so does a `messages.ControlMessage`. It carries JSON objects,
+one a line; an empty line is a sign of life. It begins with a handshake:
 
-    server -> worker   Greeting: protocol, nonce, the terms of the run, whether a token is asked for
-    worker -> server   Application: protocol, nonce, rank, GPU, proof that it knows the token
-    server -> worker   Admission: generation, ticket, proof that the server knows the token too; or a refusal
+    server -> worker   Hello: protocol, nonce, the terms of the run, whether a token is asked for
+    worker -> server   JoinRequest: protocol, nonce, rank, GPU, proof that it knows the token
+    server -> worker   JoinAccepted: generation, ticket, proof that the server knows the token too; or a refusal
 
 A proof is an HMAC-SHA256 (RFC 2104) under the token over both nonces and everything else that was said, so it is good
 for this one conversation. What does not speak this protocol is dropped.
@@ -32,26 +32,26 @@ from typing import Any, TypeVar
 from multi_process.boundary import clean_text
 from perfedavg.terminal.console import command_line
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """Raised with every change of a message or of the way workers join."""
 
-GREETING_SECONDS = 10.0
-"""For each line of the greeting. Who takes longer is not one of ours."""
+HANDSHAKE_SECONDS = 10.0
+"""For each line of the hello. Who takes longer is not one of ours."""
 SEND_SECONDS = 10.0
 """For a line to leave this machine. Lines are short enough that it takes longer only where the peer is gone."""
-LAST_WORD_SECONDS = 1.0
+LAST_LINE_SECONDS = 1.0
 """For the line with which the other side is told why the connection ends."""
 MAX_SILENCE_SECONDS = 24 * 3600.0
 MAX_RANK = 2**31 - 1
-MAX_GREETING_BYTES = 64 * 1024
-"""In a line of the greeting, in which anybody may say anything."""
+MAX_HANDSHAKE_BYTES = 64 * 1024
+"""In a line of the hello, in which anybody may say anything."""
 MAX_LINE_BYTES = 16 * 2**20
 """In a line after it. The longest ones hold the scores of a group of clients, 250 bytes each."""
 TOKEN_VARIABLE = "PERFEDAVG_TOKEN"
 _SERVICE = "personalized-fedavg"
 _MIN_TOKEN_CHARACTERS = 16
 
-Spoken = TypeVar("Spoken", "Greeting", "Application", "Admission")
+Handshake = TypeVar("Handshake", "Hello", "JoinRequest", "JoinAccepted")
 
 
 class RefusedError(ValueError):
@@ -62,12 +62,12 @@ class FinishedError(Exception):
     """The run has come to its end, and has no more work for this worker."""
 
 
-class NotOursError(ValueError):
+class ProtocolError(ValueError):
     """What is at the other end does not speak this protocol."""
 
 
 @dataclass(frozen=True)
-class Greeting:
+class Hello:
     """asks_token: whether a worker must prove that it knows the server's token.
 
     beat_seconds: between two signs of life.  silence_seconds: after which a peer without one counts as dead.
@@ -86,7 +86,7 @@ class Greeting:
 
 
 @dataclass(frozen=True)
-class Application:
+class JoinRequest:
     """gpu: identity of the GPU from which the worker sends, with nccl; empty otherwise."""
 
     protocol: int
@@ -97,7 +97,7 @@ class Application:
 
 
 @dataclass(frozen=True)
-class Admission:
+class JoinAccepted:
     """generation: counts admissions.  ticket: what the worker shows on the tensors' connection, to be known there."""
 
     generation: int
@@ -140,23 +140,23 @@ class ControlConnection:
         """A sign of life. Raises ConnectionError where the peer is gone."""
         self._send(b"\n")
 
-    def say_last(self, **fields: Any) -> None:
+    def send_last(self, **fields: Any) -> None:
         """As `send`, where nothing comes after it and nobody may be held up by a peer that does not listen."""
-        self._send(json.dumps(fields).encode() + b"\n", LAST_WORD_SECONDS)
+        self._send(json.dumps(fields).encode() + b"\n", LAST_LINE_SECONDS)
 
     def receive(self, silence_seconds: float) -> dict[str, Any]:
         """The next object. Signs of life are passed over, and start the time anew.
 
-        Raises ConnectionError where the peer ended the connection or was silent for so long, NotOursError where what
+        Raises ConnectionError where the peer ended the connection or was silent for so long, ProtocolError where what
         it says is not a JSON object in a line.
         """
         while not (line := self._receive_line(silence_seconds, MAX_LINE_BYTES).strip()):
             pass
         return _parse_line(line)
 
-    def receive_at_once(self, timeout_seconds: float) -> dict[str, Any]:
-        """The next line, an object: as `receive`, for the greeting, in which nobody may gain time by signs of life."""
-        return _parse_line(self._receive_line(timeout_seconds, MAX_GREETING_BYTES))
+    def receive_handshake(self, timeout_seconds: float) -> dict[str, Any]:
+        """The next line, an object: as `receive`, for the hello, in which nobody may gain time by signs of life."""
+        return _parse_line(self._receive_line(timeout_seconds, MAX_HANDSHAKE_BYTES))
 
     def end(self) -> None:
         """End the connection, for both sides and for whatever thread receives on it. May be called again."""
@@ -183,10 +183,10 @@ class ControlConnection:
         deadline = time.monotonic() + timeout_seconds
         while (end := self._received.find(b"\n")) < 0:
             if len(self._received) > max_bytes:
-                raise NotOursError(f"it sent more than {max_bytes} bytes without the end of a line")
+                raise ProtocolError(f"it sent more than {max_bytes} bytes without the end of a line")
             try:
                 is_ready = self._poll.poll(1000 * max(0.0, deadline - time.monotonic()))
-                received = self._socket.recv(MAX_GREETING_BYTES) if is_ready else None
+                received = self._socket.recv(MAX_HANDSHAKE_BYTES) if is_ready else None
             except OSError as error:
                 raise ConnectionError(error.strerror or "the connection was closed") from error
             if received is None:
@@ -200,7 +200,7 @@ class ControlConnection:
         return line
 
 
-def greet(
+def receive_join_request(
     control: ControlConnection,
     token: bytes | None,
     world_size: int,
@@ -208,14 +208,14 @@ def greet(
     beat_seconds: float,
     silence_seconds: float,
     portable_kernels: str = "false",
-) -> tuple[Greeting, Application]:
+) -> tuple[Hello, JoinRequest]:
     """Server: greet whoever connected, and return what was said once the worker has proven who it is.
 
     token: from `read_token`; None where every worker is welcome.
-    Raises RefusedError, having told the other side, where it is a worker that cannot join, NotOursError or
+    Raises RefusedError, having told the other side, where it is a worker that cannot join, ProtocolError or
     ConnectionError where it is none.
     """
-    greeting = Greeting(
+    hello = Hello(
         _SERVICE,
         PROTOCOL_VERSION,
         secrets.token_hex(32),
@@ -226,15 +226,15 @@ def greet(
         silence_seconds,
         portable_kernels,
     )
-    control.send(**asdict(greeting))
-    fields = control.receive_at_once(GREETING_SECONDS)
+    control.send(**asdict(hello))
+    fields = control.receive_handshake(HANDSHAKE_SECONDS)
     if isinstance(fields.get("protocol"), int) and fields["protocol"] != PROTOCOL_VERSION:
         version = clean_text(fields["protocol"], 20)
         refuse(control, f"its protocol version {version} differs from the server's {PROTOCOL_VERSION}")
-    application = _parse(Application, fields)
-    if token is not None and not _is_proof(application.proof, _worker_proof(token, greeting, application)):
+    request = _parse(JoinRequest, fields)
+    if token is not None and not _is_proof(request.proof, _worker_proof(token, hello, request)):
         refuse(control, "it does not know the server's token; give both the same --token_file or PERFEDAVG_TOKEN")
-    return greeting, application
+    return hello, request
 
 
 def refuse(control: ControlConnection, reason: str) -> None:
@@ -251,63 +251,63 @@ def finish(control: ControlConnection, reason: str) -> None:
     raise RefusedError(reason)
 
 
-def admit(
-    control: ControlConnection, token: bytes | None, greeting: Greeting, application: Application, generation: int
-) -> Admission:
+def accept(
+    control: ControlConnection, token: bytes | None, hello: Hello, request: JoinRequest, generation: int
+) -> JoinAccepted:
     """Server: take the worker in. Raises ConnectionError where it has left."""
     ticket = secrets.token_hex(32)
-    proof = "" if token is None else _server_proof(token, greeting, application, generation, ticket)
-    admission = Admission(generation, ticket, proof)
-    control.send(**asdict(admission))
-    return admission
+    proof = "" if token is None else _server_proof(token, hello, request, generation, ticket)
+    accepted = JoinAccepted(generation, ticket, proof)
+    control.send(**asdict(accepted))
+    return accepted
 
 
-def receive_greeting(control: ControlConnection) -> Greeting:
-    """Worker: what the server says first. Raises NotOursError or ConnectionError where it is no server of ours.
+def receive_hello(control: ControlConnection) -> Hello:
+    """Worker: what the server says first. Raises ProtocolError or ConnectionError where it is no server of ours.
 
     Raises RefusedError where it is one of another version.
     """
-    fields = control.receive_at_once(GREETING_SECONDS)
+    fields = control.receive_handshake(HANDSHAKE_SECONDS)
     if fields.get("service") != _SERVICE:
-        raise NotOursError("what answers there says something else")
+        raise ProtocolError("what answers there says something else")
     if fields.get("protocol") != PROTOCOL_VERSION:
         raise RefusedError(
             f"this worker's protocol version {PROTOCOL_VERSION} differs from the server's "
             f"{clean_text(fields.get('protocol'), 20)}; "
             "use the same version of this project on both"
         )
-    greeting = _parse(Greeting, fields)
-    if not 0 < greeting.beat_seconds <= greeting.silence_seconds <= MAX_SILENCE_SECONDS:
-        raise NotOursError("what it says of its signs of life cannot be")
-    return greeting
+    hello = _parse(Hello, fields)
+    if not 0 < hello.beat_seconds <= hello.silence_seconds <= MAX_SILENCE_SECONDS:
+        raise ProtocolError("what it says of its signs of life cannot be")
+    return hello
 
 
-def apply(control: ControlConnection, token: bytes | None, greeting: Greeting, rank: int, gpu: str) -> Admission:
+def request_to_join(control: ControlConnection, token: bytes | None, hello: Hello, rank: int, gpu: str) -> JoinAccepted:
     """Worker: ask to be taken in. Raises RefusedError where the server will not, or does not know the token either.
 
     Raises FinishedError where the run is over.
     """
-    if greeting.asks_token and token is None:
+    if hello.asks_token and token is None:
         raise RefusedError("the server asks for a token; give the server's with --token_file or PERFEDAVG_TOKEN")
-    application = Application(PROTOCOL_VERSION, secrets.token_hex(32), rank, gpu, "")
-    if greeting.asks_token and token is not None:
-        application = Application(
-            **{**asdict(application), "proof": _worker_proof(token, greeting, application)},
+    request = JoinRequest(PROTOCOL_VERSION, secrets.token_hex(32), rank, gpu, "")
+    if hello.asks_token and token is not None:
+        request = JoinRequest(
+            **{**asdict(request), "proof": _worker_proof(token, hello, request)},
         )
-    control.send(**asdict(application))
-    fields = control.receive_at_once(greeting.silence_seconds + GREETING_SECONDS)
+    control.send(**asdict(request))
+    fields = control.receive_handshake(hello.silence_seconds + HANDSHAKE_SECONDS)
     if "finished" in fields:
         raise FinishedError(clean_text(fields["finished"]))
     if "refused" in fields:
         raise RefusedError(clean_text(fields["refused"]))
-    admission = _parse(Admission, fields)
+    accepted = _parse(JoinAccepted, fields)
     if token is not None:
-        expected = _server_proof(token, greeting, application, admission.generation, admission.ticket)
-        if not _is_proof(admission.proof, expected):
+        expected = _server_proof(token, hello, request, accepted.generation, accepted.ticket)
+        if not _is_proof(accepted.proof, expected):
             raise RefusedError(
                 "the server does not know this worker's token; give both the same --token_file or PERFEDAVG_TOKEN"
             )
-    return admission
+    return accepted
 
 
 def read_token(token_file: Path | None) -> bytes | None:
@@ -333,12 +333,12 @@ def read_token(token_file: Path | None) -> bytes | None:
     return token.encode()
 
 
-def _worker_proof(token: bytes, greeting: Greeting, application: Application) -> str:
-    return _proof(token, "worker", asdict(greeting), {**asdict(application), "proof": ""})
+def _worker_proof(token: bytes, hello: Hello, request: JoinRequest) -> str:
+    return _proof(token, "worker", asdict(hello), {**asdict(request), "proof": ""})
 
 
-def _server_proof(token: bytes, greeting: Greeting, application: Application, generation: int, ticket: str) -> str:
-    return _proof(token, "server", asdict(greeting), {**asdict(application), "proof": ""}, [generation, ticket])
+def _server_proof(token: bytes, hello: Hello, request: JoinRequest, generation: int, ticket: str) -> str:
+    return _proof(token, "server", asdict(hello), {**asdict(request), "proof": ""}, [generation, ticket])
 
 
 def _proof(token: bytes, *said: Any) -> str:
@@ -350,26 +350,24 @@ def _is_proof(said: str, expected: str) -> bool:
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
-    """The object in a line. Raises NotOursError where there is none."""
+    """The object in a line. Raises ProtocolError where there is none."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or thousands of brackets
-        raise NotOursError("what it sent is not a line of JSON") from error
+        raise ProtocolError("what it sent is not a line of JSON") from error
     if not isinstance(fields, dict):
-        raise NotOursError("what it sent is not a JSON object")
+        raise ProtocolError("what it sent is not a JSON object")
     return fields
 
 
-def _parse(kind: type[Spoken], fields: dict[str, Any]) -> Spoken:
-    """The fields as one of the three things that are said. Raises NotOursError where they are not."""
+def _parse(kind: type[Handshake], fields: dict[str, Any]) -> Handshake:
+    """The fields as one of the three things that are said. Raises ProtocolError where they are not."""
     try:
         spoken = kind(**fields)
     except TypeError as error:
-        raise NotOursError(f"what it sent is no {kind.__name__.lower()} of this protocol") from error
+        raise ProtocolError(f"what it sent is no {kind.__name__} of this protocol") from error
     expected = {"str": (str,), "int": (int,), "bool": (bool,), "float": (int, float)}
     for name, type_name in kind.__annotations__.items():
         if type(getattr(spoken, name)) not in expected[type_name]:
-            raise NotOursError(
-                f"what it sent is no {kind.__name__.lower()} of this protocol: {name} is not {type_name}"
-            )
+            raise ProtocolError(f"what it sent is no {kind.__name__} of this protocol: {name} is not {type_name}")
     return spoken

@@ -26,20 +26,20 @@ from multi_process.messages import Message
 from multi_process.transport.control import (
     MAX_RANK,
     MAX_SILENCE_SECONDS,
-    Application,
     ControlConnection,
-    Greeting,
-    NotOursError,
+    Hello,
+    JoinRequest,
+    ProtocolError,
     RefusedError,
-    admit,
-    apply,
+    accept,
     finish,
-    greet,
     read_token,
-    receive_greeting,
+    receive_hello,
+    receive_join_request,
     refuse,
+    request_to_join,
 )
-from multi_process.transport.link import SERVER, WORKER, DismissedError, Link
+from multi_process.transport.peer import SERVER, WORKER, Peer, RunEndedError
 from perfedavg.machine.descriptors import num_spare
 from perfedavg.machine.kernels import PORTABLE_KERNELS, UnpinnedKernelsError, kernels_are_pinned
 from perfedavg.terminal.console import LOGGER, say
@@ -48,13 +48,13 @@ POLL_SECONDS = 0.05
 REMINDER_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 """For one attempt to connect, at most."""
-MAX_UNGREETED = 64
+MAX_PENDING_HANDSHAKES = 64
 """Connections that may be in their greeting at the same time; for a further one, the oldest has to go."""
 MAX_COUNTED_HOSTS = 1000
 """Hosts whose dropped connections are counted and logged one by one; those of all others are counted together."""
 MAX_EVENTS = 10_000
 """That wait for the experiment's thread, before the workers that say more have to wait."""
-LINK_DESCRIPTORS = 8
+PEER_DESCRIPTORS = 8
 """Of a link: its control connection, gloo's connection (and ours to it), port, poll and pipe, and one to spare."""
 CLOSING_SECONDS = 1.0
 """For those in their greeting to hear that the run is over."""
@@ -64,10 +64,10 @@ MAX_BEAT_SECONDS = 1.0
 
 
 @dataclass(frozen=True, eq=False)
-class Connected:
+class ConnectedWorker:
     """A worker as the server's network knows it. generation: no two of a server's have the same."""
 
-    link: Link
+    peer: Peer
     rank: int
     generation: int
     ticket: str
@@ -111,15 +111,15 @@ class ServerNetwork(DistNetwork):
         self._silence_seconds = silence_seconds
         self._portable_kernels = portable_kernels
         self._beat_seconds = min(MAX_BEAT_SECONDS, silence_seconds / BEATS)
-        self.events: queue.SimpleQueue[tuple[Connected, Message | Exception]] = queue.SimpleQueue()
+        self.events: queue.SimpleQueue[tuple[ConnectedWorker, Message | Exception]] = queue.SimpleQueue()
         self.num_refused_for_room = 0
         self._listener: socket.socket | None = None
-        self._greeting: dict[
+        self._handshakes: dict[
             ControlConnection, str
         ] = {}  # those that have not proven yet who they are, and their hosts
-        self._claiming = threading.Lock()
-        self._connected: dict[int, Connected] = {}  # by rank; those that are not gone
-        self._over: tuple[str, str] | None = None  # how and why, as `Link.close` takes it
+        self._admission_lock = threading.Lock()
+        self._connected: dict[int, ConnectedWorker] = {}  # by rank; those that are not gone
+        self._over: tuple[str, str] | None = None  # how and why, as `Peer.close` takes it
         self._num_admitted = 0
         self._counting = threading.Lock()
         self._num_dropped: Counter[str] = Counter()
@@ -127,7 +127,7 @@ class ServerNetwork(DistNetwork):
     def listen(self) -> None:
         """Open the port and let workers in. Raises ValueError where the address is not this machine's or is in use."""
         self._listener = _listen(self.address)
-        threading.Thread(target=self._accept, args=(self._listener,), name="front door", daemon=True).start()
+        threading.Thread(target=self._accept, args=(self._listener,), name="accept", daemon=True).start()
         say(f"server: listening on {self.address[0]}:{self.address[1]} for {self.world_size - 1} worker(s)")
 
     def init_network_connection(self) -> None:
@@ -137,14 +137,14 @@ class ServerNetwork(DistNetwork):
         """Tell whoever is there, or is about to come, that the run is over."""
         self._end("finished", "the run is over")
         deadline = time.monotonic() + CLOSING_SECONDS
-        while self._greeting and time.monotonic() < deadline:
+        while self._handshakes and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         listener, self._listener = self._listener, None
         if listener is not None:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake the thread that accepts
             listener.close()
-        for control in list(self._greeting):
+        for control in list(self._handshakes):
             control.end()
         LOGGER.info("sent %d bytes, received %d bytes", self.send_volume_intotal, self.recv_volume_intotal)
 
@@ -160,15 +160,15 @@ class ServerNetwork(DistNetwork):
     @property
     def num_connected(self) -> int:
         """Workers that were admitted and are not gone."""
-        return sum(connected.link.end is None for connected in list(self._connected.values()))
+        return sum(connected.peer.lost_reason is None for connected in list(self._connected.values()))
 
-    def _end(self, tell: str, reason: str) -> None:
-        with self._claiming:
-            self._over = self._over or (tell, reason)
+    def _end(self, farewell: str, reason: str) -> None:
+        with self._admission_lock:
+            self._over = self._over or (farewell, reason)
             connected = list(self._connected.values())
         for each in connected:
-            each.link.close(reason, tell=tell)
-        self._connected_gone(connected)
+            each.peer.close(reason, farewell=farewell)
+        self._forget(connected)
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -180,50 +180,50 @@ class ServerNetwork(DistNetwork):
                 self._log_dropped("an unknown host", f"not accepted ({error.strerror})")  # it left, or files are scarce
                 time.sleep(POLL_SECONDS)
                 continue
-            self._make_room()
+            self._limit_handshakes()
             control = ControlConnection(accepted)
-            self._greeting[control] = host
+            self._handshakes[control] = host
             try:
-                threading.Thread(target=self._greet, args=(control, host), name=f"greet {host}", daemon=True).start()
+                threading.Thread(target=self._serve, args=(control, host), name=f"serve {host}", daemon=True).start()
             except RuntimeError as error:  # there are no threads left
                 self._drop(control, host, str(error))
 
-    def _make_room(self) -> None:
-        """Where too many are in their greeting, let the first of them go: a worker's takes next to no time."""
-        most = max(1, min(MAX_UNGREETED, num_spare() + len(self._greeting)))
-        while len(greeting := list(self._greeting.items())) >= most:
+    def _limit_handshakes(self) -> None:
+        """Where too many are in their hello, let the first of them go: a worker's takes next to no time."""
+        most = max(1, min(MAX_PENDING_HANDSHAKES, num_spare() + len(self._handshakes)))
+        while len(greeting := list(self._handshakes.items())) >= most:
             control, host = greeting[0]
-            if self._greeting.pop(control, None) is not None:  # or its own thread has just seen to it
+            if self._handshakes.pop(control, None) is not None:  # or its own thread has just seen to it
                 self._log_dropped(host, f"{most} others came while it was greeted")
                 control.end()
 
     def _drop(self, control: ControlConnection, host: str, reason: str) -> None:
-        if self._greeting.pop(control, None) is not None:
+        if self._handshakes.pop(control, None) is not None:
             self._log_dropped(host, reason)
         control.close()
 
-    def _greet(self, control: ControlConnection, host: str) -> None:
+    def _serve(self, control: ControlConnection, host: str) -> None:
         """Make a link of a connection, or drop it; then pass on what comes over the link."""
         try:
-            connected = self._admit(control)
+            connected = self._handshake(control)
         except Exception as error:  # whatever it is: a stranger ends nothing
             self._drop(control, host, str(error))
             return
         try:
-            connected.link.form(self.ethernet, self._nccl_device)
+            connected.peer.connect(self.ethernet, self._nccl_device)
             while True:
-                event = connected.link.receive()
-                while self.events.qsize() >= MAX_EVENTS and connected.link.end is None:
+                event = connected.peer.receive()
+                while self.events.qsize() >= MAX_EVENTS and connected.peer.lost_reason is None:
                     time.sleep(POLL_SECONDS)
                 self.events.put((connected, event))
         except Exception as error:  # whatever it is, the experiment's thread must hear of it
             self.events.put((connected, error))
         finally:
-            self._connected_gone([connected])
+            self._forget([connected])
 
-    def _admit(self, control: ControlConnection) -> Connected:
-        """Raises RefusedError, NotOursError or ConnectionError where it is not let in."""
-        greeting, application = greet(
+    def _handshake(self, control: ControlConnection) -> ConnectedWorker:
+        """Raises RefusedError, ProtocolError or ConnectionError where it is not let in."""
+        hello, request = receive_join_request(
             control,
             self._token,
             self.world_size,
@@ -232,40 +232,40 @@ class ServerNetwork(DistNetwork):
             self._silence_seconds,
             self._portable_kernels,
         )
-        if not 1 <= application.rank <= MAX_RANK:
-            refuse(control, f"--rank {application.rank} is not a worker's; use 1 or more")
-        host = self._greeting.pop(control, "")
+        if not 1 <= request.rank <= MAX_RANK:
+            refuse(control, f"--rank {request.rank} is not a worker's; use 1 or more")
+        host = self._handshakes.pop(control, "")
         try:
             while True:
-                self._wait_for_rank(control, application.rank)
-                with self._claiming:
-                    if application.rank not in self._connected:
-                        return self._claim(control, greeting, application)
+                self._wait_for_rank(control, request.rank)
+                with self._admission_lock:
+                    if request.rank not in self._connected:
+                        return self._admit(control, hello, request)
         except Exception:
-            self._greeting[control] = host
+            self._handshakes[control] = host
             raise
 
-    def _claim(self, control: ControlConnection, greeting: Greeting, application: Application) -> Connected:
+    def _admit(self, control: ControlConnection, hello: Hello, request: JoinRequest) -> ConnectedWorker:
         """Take the worker in, whose rank is free."""
         if self._over is not None:
             (finish if self._over[0] == "finished" else refuse)(control, f"{self._over[1]}")
-        self._check_room(control)
-        self._check_gpu(control, application)
+        self._check_descriptors(control)
+        self._check_gpu(control, request)
         self._num_admitted += 1
-        admission = admit(control, self._token, greeting, application, self._num_admitted)
-        link = Link(control, SERVER, f"worker {application.rank}", self._beat_seconds, self._silence_seconds)
-        connected = Connected(link, application.rank, admission.generation, admission.ticket, application.gpu)
-        self._connected[application.rank] = connected
+        accepted = accept(control, self._token, hello, request, self._num_admitted)
+        peer = Peer(control, SERVER, f"worker {request.rank}", self._beat_seconds, self._silence_seconds)
+        connected = ConnectedWorker(peer, request.rank, accepted.generation, accepted.ticket, request.gpu)
+        self._connected[request.rank] = connected
         return connected
 
-    def _connected_gone(self, gone: Sequence[Connected]) -> None:
+    def _forget(self, gone: Sequence[ConnectedWorker]) -> None:
         """Forget these workers, but what went over their links."""
-        with self._claiming:
+        with self._admission_lock:
             for connected in gone:
                 if self._connected.get(connected.rank) is connected:
                     del self._connected[connected.rank]
-                    self.send_volume_intotal += connected.link.bytes_sent
-                    self.recv_volume_intotal += connected.link.bytes_received
+                    self.send_volume_intotal += connected.peer.bytes_sent
+                    self.recv_volume_intotal += connected.peer.bytes_received
 
     def _wait_for_rank(self, control: ControlConnection, rank: int) -> None:
         """Refuse a rank that is in use. Where its worker gives no sign of life, wait until one comes, or it is lost.
@@ -274,33 +274,35 @@ class ServerNetwork(DistNetwork):
         """
         asked = time.monotonic()
         while (present := self._connected.get(rank)) is not None:
-            if present.link.end is not None:
-                self._connected_gone([present])
-            elif present.link.last_heard > asked + self._beat_seconds:
+            if present.peer.lost_reason is not None:
+                self._forget([present])
+            elif present.peer.last_heard > asked + self._beat_seconds:
                 refuse(control, f"--rank {rank} is taken by another worker; give each worker a rank of its own")
             else:
                 time.sleep(POLL_SECONDS)
 
-    def _check_room(self, control: ControlConnection) -> None:
+    def _check_descriptors(self, control: ControlConnection) -> None:
         """Refuse a worker for which there are too few file descriptors: gloo ends a process that runs out of them."""
-        num_forming = sum(not other.link.is_formed for other in self._connected.values() if other.link.end is None)
-        if num_spare() < LINK_DESCRIPTORS * (num_forming + 1):
+        num_forming = sum(
+            not other.peer.is_connected for other in self._connected.values() if other.peer.lost_reason is None
+        )
+        if num_spare() < PEER_DESCRIPTORS * (num_forming + 1):
             self.num_refused_for_room += 1
             say(f"server: no room for more than {self.num_connected} worker(s): file descriptors run short (ulimit -n)")
             refuse(
                 control, "the server has no file descriptors left for another worker; raise its limit with ulimit -n"
             )
 
-    def _check_gpu(self, control: ControlConnection, application: Application) -> None:
+    def _check_gpu(self, control: ControlConnection, request: JoinRequest) -> None:
         """Refuse a GPU that another process of the run sends from; nccl cannot share one."""
         if self._nccl_device is None:
             return
         users = {_gpu_identity(self._nccl_device): "the server"}
-        users |= {other.gpu: other.link.name for other in self._connected.values() if other.link.end is None}
-        if application.gpu in users:
+        users |= {other.gpu: other.peer.name for other in self._connected.values() if other.peer.lost_reason is None}
+        if request.gpu in users:
             refuse(
                 control,
-                f"it computes on the GPU of {users[application.gpu]} ({application.gpu}), and nccl needs a GPU for "
+                f"it computes on the GPU of {users[request.gpu]} ({request.gpu}), and nccl needs a GPU for "
                 "each process; give it another with --device cuda:i, or use --backend gloo on all",
             )
 
@@ -347,14 +349,14 @@ class WorkerNetwork(DistNetwork):
         self._token = read_token(token_file)
         self._join_seconds = join_seconds
         self._server_wait_seconds = server_wait_seconds
-        self._link: Link | None = None
+        self._peer: Peer | None = None
         self.ticket = ""
 
     @property
-    def link(self) -> Link:
+    def peer(self) -> Peer:
         """The present link to the server."""
-        assert self._link is not None, "the network is connected before it is used"
-        return self._link
+        assert self._peer is not None, "the network is connected before it is used"
+        return self._peer
 
     def init_network_connection(self) -> None:
         """Join the server, trying for as long as is due.
@@ -364,21 +366,21 @@ class WorkerNetwork(DistNetwork):
         """
         seconds, flag = (
             (self._join_seconds, "--join_timeout_seconds")
-            if self._link is None
+            if self._peer is None
             else (self._server_wait_seconds, "--server_wait_seconds")
         )
-        if self._link is not None:
-            self._link.close("this worker joins anew")
+        if self._peer is not None:
+            self._peer.close("this worker joins anew")
         where = f"{self.address[0]}:{self.address[1]}"
         deadline = time.monotonic() + seconds
         next_word = time.monotonic()
         while True:
             try:
-                self._link = self._join(min(CONNECT_SECONDS, max(POLL_SECONDS, deadline - time.monotonic())))
+                self._peer = self._join(min(CONNECT_SECONDS, max(POLL_SECONDS, deadline - time.monotonic())))
                 return
             except RefusedError as error:
                 raise ValueError(f"the server at {where} refuses worker {self.rank}: {error}") from error
-            except (ConnectionError, NotOursError) as error:
+            except (ConnectionError, ProtocolError) as error:
                 reason = str(error)
             now = time.monotonic()
             if now >= deadline:
@@ -392,22 +394,22 @@ class WorkerNetwork(DistNetwork):
             time.sleep(POLL_SECONDS)
 
     def close_network_connection(self) -> None:
-        if self._link is not None:
-            self.send_volume_intotal, self.recv_volume_intotal = self._link.bytes_sent, self._link.bytes_received
-            self._link.close("the run is over")
+        if self._peer is not None:
+            self.send_volume_intotal, self.recv_volume_intotal = self._peer.bytes_sent, self._peer.bytes_received
+            self._peer.close("the run is over")
 
-    def _join(self, connect_seconds: float) -> Link:
+    def _join(self, connect_seconds: float) -> Peer:
         """One attempt.
 
-        Raises FinishedError, RefusedError, NotOursError or ConnectionError, and ValueError as `_resolve` does or where
+        Raises FinishedError, RefusedError, ProtocolError or ConnectionError, and ValueError as `_resolve` does or where
         there are not enough file descriptors.
         """
-        if num_spare() < LINK_DESCRIPTORS:
+        if num_spare() < PEER_DESCRIPTORS:
             raise ValueError(f"worker {self.rank} has too few file descriptors left; raise its limit with ulimit -n")
         try:
             address = _resolve(self.address)
         except ValueError as error:
-            if self._link is None:
+            if self._peer is None:
                 raise
             raise ConnectionError(str(error)) from error  # it was known before, so names are out of order for a while
         try:
@@ -417,34 +419,34 @@ class WorkerNetwork(DistNetwork):
         control = ControlConnection(connected)
         try:
             try:
-                greeting = receive_greeting(control)
-            except (ConnectionError, NotOursError) as error:
-                raise NotOursError(f"what answers there is not a server of this project: {error}") from error
+                hello = receive_hello(control)
+            except (ConnectionError, ProtocolError) as error:
+                raise ProtocolError(f"what answers there is not a server of this project: {error}") from error
             for name, own, other in (
-                ("--world_size", self.world_size, greeting.world_size),
-                ("--backend", self.dist_backend, greeting.backend),
+                ("--world_size", self.world_size, hello.world_size),
+                ("--backend", self.dist_backend, hello.backend),
             ):
                 if own is not None and own != other:
                     raise RefusedError(f"its {name} is {clean_text(other)}, this worker's {own}; make them equal")
-            if greeting.portable_kernels not in PORTABLE_KERNELS:
-                raise NotOursError("what answers there asks for kernels that there are not")
-            if not kernels_are_pinned(greeting.portable_kernels):
-                raise UnpinnedKernelsError(greeting.portable_kernels)
+            if hello.portable_kernels not in PORTABLE_KERNELS:
+                raise ProtocolError("what answers there asks for kernels that there are not")
+            if not kernels_are_pinned(hello.portable_kernels):
+                raise UnpinnedKernelsError(hello.portable_kernels)
             gpu = "" if self._nccl_device is None else _gpu_identity(self._nccl_device)
-            admission = apply(control, self._token, greeting, self.rank, gpu)
-            link = Link(control, WORKER, "the server", greeting.beat_seconds, greeting.silence_seconds)
+            accepted = request_to_join(control, self._token, hello, self.rank, gpu)
+            peer = Peer(control, WORKER, "the server", hello.beat_seconds, hello.silence_seconds)
         except Exception:
             control.close()
             raise
         try:
-            link.form(self.ethernet, self._nccl_device)
-        except DismissedError as error:
+            peer.connect(self.ethernet, self._nccl_device)
+        except RunEndedError as error:
             raise RefusedError(str(error)) from error
         except ConnectionError as error:
-            link.close(str(error))
+            peer.close(str(error))
             raise
-        self.ticket = admission.ticket
-        return link
+        self.ticket = accepted.ticket
+        return peer
 
 
 def _check_interface(ethernet: str | None) -> None:

@@ -22,14 +22,14 @@ import utils
 from multi_process.messages import Message, PartialSum
 from multi_process.transport.control import (
     PROTOCOL_VERSION,
-    Admission,
-    Application,
     ControlConnection,
-    Greeting,
-    receive_greeting,
+    Hello,
+    JoinAccepted,
+    JoinRequest,
+    receive_hello,
 )
-from multi_process.transport.link import DismissedError
-from multi_process.transport.network import MAX_UNGREETED, WorkerNetwork
+from multi_process.transport.network import MAX_PENDING_HANDSHAKES, WorkerNetwork
+from multi_process.transport.peer import RunEndedError
 from multi_process.worker import WorkerManager
 from perfedavg.contracts import FederatedDataset
 from perfedavg.settings import ExperimentConfig
@@ -37,7 +37,7 @@ from perfedavg.settings import ExperimentConfig
 TOKEN, OTHER_TOKEN = "a secret of 16 or more", "another secret of 16 or more"
 FLAGS = [*TINY, "--epochs", "15"]
 NUM_SCANS = 100
-NUM_LEFT_OPEN = MAX_UNGREETED + 16
+NUM_LEFT_OPEN = MAX_PENDING_HANDSHAKES + 16
 
 
 @pytest.fixture
@@ -63,10 +63,10 @@ def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Faulty(WorkerManager):
     """A worker whose sums are impossible, as if a bit had flipped in each."""
 
-    def _tell(self, message: Message) -> None:
+    def _send(self, message: Message) -> None:
         if isinstance(message, PartialSum):
             message = replace(message, total=message.total + 2**62)
-        super()._tell(message)
+        super()._send(message)
 
 
 def test_a_member_with_an_impossible_sum_is_sent_away_and_changes_nothing(
@@ -76,14 +76,14 @@ def test_a_member_with_an_impossible_sum_is_sent_away_and_changes_nothing(
     server, port = launched.start_server(tmp_path / "run", 3, *FLAGS)
     worker = launched.start_worker(port, 3, 1)
 
-    def set_up(config: ExperimentConfig) -> tuple[nn.Module, FederatedDataset]:
+    def build_workload(config: ExperimentConfig) -> tuple[nn.Module, FederatedDataset]:
         dataset = utils.get_datasets(config, tmp_path)
         return utils.get_model(config, dataset), dataset
 
     cpu = torch.device("cpu")
     network = WorkerNetwork(("127.0.0.1", port), 3, 2, None, "gloo", cpu, None, 60.0, 5.0)
-    with pytest.raises(DismissedError, match="an entry of its sum is beyond what weight"):
-        Faulty(network, set_up, cpu, 1).run()
+    with pytest.raises(RunEndedError, match="an entry of its sum is beyond what weight"):
+        Faulty(network, build_workload, cpu, 1).run()
     for process in (server, worker):
         status, _, errors = finish(process)
         assert status == 0, errors
@@ -147,7 +147,7 @@ class Strangers:
 
 def application(**changes: object) -> bytes:
     """The line that a worker without a proof would send."""
-    spoken = asdict(Application(PROTOCOL_VERSION, "0" * 64, 2, "", "0" * 64))
+    spoken = asdict(JoinRequest(PROTOCOL_VERSION, "0" * 64, 2, "", "0" * 64))
     return json.dumps({**spoken, **changes}).encode() + b"\n"
 
 
@@ -155,7 +155,7 @@ STRANGERS = {
     "127.0.0.11": ((random.Random(0).randbytes(2**20),), "is not a line of JSON"),
     "127.0.0.12": ((b"A" * 2**20,), "bytes without the end of a line"),
     "127.0.0.13": ((b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n",), "is not a line of JSON"),
-    "127.0.0.14": ((b'{"hello": "world"}\n',), "is no application of this protocol"),
+    "127.0.0.14": ((b'{"hello": "world"}\n',), "is no JoinRequest of this protocol"),
     "127.0.0.15": ((b"[" * 60_000 + b"\n",), "is not a line of JSON"),
     "127.0.0.16": ((application(),), "does not know the server's token"),
     "127.0.0.17": ((application(proof="\u00e4\ud800"),), "does not know the server's token"),
@@ -197,16 +197,19 @@ def test_strangers_neither_disturb_a_run_nor_learn_of_it(
         (line,) = [line for line in log.splitlines() if f"dropped a connection from {host} " in line]
         assert reason in line
     assert log.count(f"dropped a connection from {SCANNER}") == NUM_SCANS.bit_length(), "the 1st, 2nd, 4th, 8th .."
-    assert f"dropped a connection from {IDLERS} (number 1): {MAX_UNGREETED} others came while it was greeted" in log
+    assert (
+        f"dropped a connection from {IDLERS} (number 1): {MAX_PENDING_HANDSHAKES} others came while it was greeted"
+        in log
+    )
     for host in STRANGERS:
         assert_only_the_greeting(b"".join(strangers.heard.get(host, [])))
 
 
 def assert_only_the_greeting(heard: bytes) -> None:
     """Nothing of the configuration or the model, only what a worker needs to prove itself, and why it was refused."""
-    greeting, *others = heard.splitlines() or [b""]
+    hello, *others = heard.splitlines() or [b""]
     if greeting:  # a connection that is ended while there is more to read may lose it
-        assert set(json.loads(greeting)) == {field.name for field in fields(Greeting)}
+        assert set(json.loads(hello)) == {field.name for field in fields(Hello)}
     assert all(set(json.loads(line)) == {"refused"} for line in others)
 
 
@@ -241,7 +244,7 @@ def other_version(port: int) -> dict[str, object]:
     """What the server answers to a worker of the next version."""
     control = ControlConnection(socket.create_connection(("127.0.0.1", port)))
     try:
-        receive_greeting(control)
+        receive_hello(control)
         control.send(**{**json.loads(application()), "protocol": PROTOCOL_VERSION + 1, "a new field": 1})
         return control.receive(10)
     finally:
@@ -282,14 +285,14 @@ def impostor(answer: Callable[[ControlConnection], None]) -> Iterator[int]:
 
 
 def greeting(**changes: object) -> dict[str, object]:
-    spoken = Greeting("personalized-fedavg", PROTOCOL_VERSION, "0" * 64, True, 2, "gloo", 1.0, 30.0)
+    spoken = Hello("personalized-fedavg", PROTOCOL_VERSION, "0" * 64, True, 2, "gloo", 1.0, 30.0)
     return {**asdict(spoken), **changes}
 
 
 def guess_the_proof(control: ControlConnection) -> None:
     control.send(**greeting())
     proof = control.receive(60)["proof"]
-    control.send(**asdict(Admission(1, "0" * 64, str(proof))))  # the worker's own, which is all that it has seen
+    control.send(**asdict(JoinAccepted(1, "0" * 64, str(proof))))  # the worker's own, which is all that it has seen
 
 
 def speak_another_version(control: ControlConnection) -> None:

@@ -46,6 +46,6 @@ def test_a_long_text_is_cut() -> None:
 
 def test_there_is_a_rule_for_every_field_of_every_message() -> None:
     """A field without one would be used as it comes."""
-    kinds = [*messages._PACKAGED.values(), *messages._WORDS.values()]
+    kinds = [*messages._PACKAGED.values(), *messages._CONTROL_MESSAGES.values()]
     fields = {kind.__name__: {field.name for field in dataclasses.fields(kind)} for kind in kinds}
     assert {kind: set(rules) for kind, rules in RULES.items()} == fields

@@ -17,17 +17,17 @@ import pytest
 from multi_process.transport import control
 from multi_process.transport.control import (
     PROTOCOL_VERSION,
-    Admission,
-    Application,
     ControlConnection,
-    Greeting,
-    NotOursError,
+    Hello,
+    JoinAccepted,
+    JoinRequest,
+    ProtocolError,
     RefusedError,
-    admit,
-    apply,
-    greet,
+    accept,
     read_token,
-    receive_greeting,
+    receive_hello,
+    receive_join_request,
+    request_to_join,
 )
 
 TOKEN, OTHER = b"a secret of 16 or more", b"another secret of 16 or more"
@@ -72,25 +72,25 @@ def beside(body: Callable[[], Any]) -> Iterator[list[Any]]:
     assert not thread.is_alive()
 
 
-def serve(end: ControlConnection, token: bytes | None) -> tuple[Application, Admission]:
-    greeting, application = greet(end, token, 3, "gloo", 1.0, 30.0)
-    return application, admit(end, token, greeting, application, 7)
+def serve(end: ControlConnection, token: bytes | None) -> tuple[JoinRequest, JoinAccepted]:
+    hello, request = receive_join_request(end, token, 3, "gloo", 1.0, 30.0)
+    return request, accept(end, token, hello, request, 7)
 
 
-def join(end: ControlConnection, token: bytes | None) -> tuple[Greeting, Admission]:
-    greeting = receive_greeting(end)
-    return greeting, apply(end, token, greeting, 2, "a GPU")
+def join(end: ControlConnection, token: bytes | None) -> tuple[Hello, JoinAccepted]:
+    hello = receive_hello(end)
+    return hello, request_to_join(end, token, hello, 2, "a GPU")
 
 
 @pytest.mark.parametrize("token", [TOKEN, None])
 def test_a_worker_is_told_the_terms_and_admitted(pair: Pair, token: bytes | None) -> None:
     with beside(lambda: serve(pair.server, token)) as served:
-        greeting, admission = join(pair.worker, token)
-    ((application, admitted),) = served
-    assert (greeting.world_size, greeting.backend, greeting.silence_seconds) == (3, "gloo", 30.0)
-    assert (application.rank, application.gpu) == (2, "a GPU")
-    assert admission == admitted
-    assert admission.generation == 7
+        hello, accepted = join(pair.worker, token)
+    ((request, admitted),) = served
+    assert (hello.world_size, hello.backend, hello.silence_seconds) == (3, "gloo", 30.0)
+    assert (request.rank, request.gpu) == (2, "a GPU")
+    assert accepted == admitted
+    assert accepted.generation == 7
 
 
 @pytest.mark.parametrize("token", [None, OTHER])
@@ -109,17 +109,17 @@ def test_a_server_that_asks_for_no_token_is_refused_by_a_worker_that_has_one(pai
 
 def test_a_proof_is_good_for_one_conversation_and_one_side() -> None:
     """It depends on both nonces, the rank and the terms, so none that was overheard is of use elsewhere."""
-    greeting = Greeting("personalized-fedavg", PROTOCOL_VERSION, "a", True, 3, "gloo", 1.0, 30.0)
-    application = Application(PROTOCOL_VERSION, "b", 1, "", "")
+    hello = Hello("personalized-fedavg", PROTOCOL_VERSION, "a", True, 3, "gloo", 1.0, 30.0)
+    request = JoinRequest(PROTOCOL_VERSION, "b", 1, "", "")
     proofs = {
         control._worker_proof(token, said, answered)
         for token in (TOKEN, OTHER)
-        for said in (greeting, replace(greeting, nonce="c"), replace(greeting, world_size=4))
-        for answered in (application, replace(application, nonce="d"), replace(application, rank=2))
+        for said in (hello, replace(hello, nonce="c"), replace(hello, world_size=4))
+        for answered in (request, replace(request, nonce="d"), replace(request, rank=2))
     }
     assert len(proofs) == 18
     from_server = {
-        control._server_proof(TOKEN, greeting, application, generation, ticket)
+        control._server_proof(TOKEN, hello, request, generation, ticket)
         for generation in (1, 2)
         for ticket in ("e", "f")
     }
@@ -134,17 +134,17 @@ def test_every_greeting_has_a_nonce_and_a_ticket_of_its_own() -> None:
     for _ in range(3):
         ends = Pair()
         with beside(lambda ends=ends: serve(ends.server, TOKEN)) as served:  # type: ignore[misc]
-            greeting, _ = join(ends.worker, TOKEN)
-        ((application, admission),) = served
+            hello, _ = join(ends.worker, TOKEN)
+        ((request, accepted),) = served
         ends.close()
-        nonces |= {greeting.nonce, application.nonce}
-        tickets.add(admission.ticket)
+        nonces |= {hello.nonce, request.nonce}
+        tickets.add(accepted.ticket)
     assert (len(nonces), len(tickets)) == (6, 3)
 
 
 def line(**changes: Any) -> bytes:
-    application = asdict(Application(PROTOCOL_VERSION, "nonce", 1, "", "proof"))
-    return json.dumps({**application, **changes}).encode() + b"\n"
+    request = asdict(JoinRequest(PROTOCOL_VERSION, "nonce", 1, "", "proof"))
+    return json.dumps({**request, **changes}).encode() + b"\n"
 
 
 @pytest.mark.parametrize(
@@ -156,8 +156,8 @@ def line(**changes: Any) -> bytes:
         (b"[" * 60_000 + b"\n", "not a line of JSON"),
         (b"1" * 60_000 + b"\n", "not a line of JSON"),
         (b"[1, 2]\n", "not a JSON object"),
-        (b"{}\n", "no application"),
-        (line(extra=1), "no application"),
+        (b"{}\n", "no JoinRequest"),
+        (line(extra=1), "no JoinRequest"),
         (line(rank="1"), "rank is not int"),
         (line(rank=1.5), "rank is not int"),
         (line(nonce=None), "nonce is not str"),
@@ -171,7 +171,7 @@ def test_what_does_not_speak_the_protocol_is_dropped(pair: Pair, content: bytes,
     with beside(lambda: serve(pair.server, TOKEN)) as served:
         pair.wire.sendall(content)
     (error,) = served
-    assert type(error) is NotOursError
+    assert type(error) is ProtocolError
     assert reason in str(error)
 
 
@@ -187,12 +187,12 @@ def test_another_version_is_named_on_both_sides(pair: Pair) -> None:
     with beside(lambda: serve(pair.server, TOKEN)) as served:
         pair.wire.sendall(b'{"protocol": 99, "new": true}\n')
     assert isinstance(served[0], RefusedError)
-    assert receive_greeting(pair.worker).protocol == PROTOCOL_VERSION
+    assert receive_hello(pair.worker).protocol == PROTOCOL_VERSION
     expected = f"its protocol version 99 differs from the server's {PROTOCOL_VERSION}"
     assert pair.worker.receive(5) == {"refused": expected}
     pair.server.send(service="personalized-fedavg", protocol=99, new=True)
     with pytest.raises(RefusedError, match="server's 99; use the same version"):
-        receive_greeting(pair.worker)
+        receive_hello(pair.worker)
 
 
 @pytest.mark.parametrize(
@@ -200,13 +200,13 @@ def test_another_version_is_named_on_both_sides(pair: Pair) -> None:
 )
 def test_what_is_no_server_of_ours_is_told_from_one(pair: Pair, said: dict[str, Any]) -> None:
     pair.server.send(**said)
-    with pytest.raises(NotOursError):
-        receive_greeting(pair.worker)
+    with pytest.raises(ProtocolError):
+        receive_hello(pair.worker)
 
 
 def test_nobody_stays_in_the_greeting_longer_than_is_due(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte now and then gains no time, or a few such connections would keep the workers out for good."""
-    monkeypatch.setattr(control, "GREETING_SECONDS", 0.5)
+    monkeypatch.setattr(control, "HANDSHAKE_SECONDS", 0.5)
     with beside(lambda: serve(pair.server, TOKEN)) as served:
         deadline = time.monotonic() + 30
         while not served and time.monotonic() < deadline:

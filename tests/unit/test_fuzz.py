@@ -22,14 +22,24 @@ from multi_process.messages import Message, from_line, from_package
 from multi_process.transport import control
 from multi_process.transport.control import (
     PROTOCOL_VERSION,
-    Application,
     ControlConnection,
-    NotOursError,
+    JoinRequest,
+    ProtocolError,
     RefusedError,
-    greet,
+    receive_join_request,
 )
 
-KINDS = ("Join", "Ready", "GroupTrained", "GroupScored", "PartialSum", "Failed", "Configure", "WorkOn", "SendSum")
+KINDS = (
+    "Join",
+    "Ready",
+    "GroupTrained",
+    "GroupScored",
+    "PartialSum",
+    "Failed",
+    "Configure",
+    "AssignGroups",
+    "RequestPartialSum",
+)
 """What the fuzzed member may say; the last ones are the server's own words."""
 DTYPES = (torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, torch.float32, torch.float64, torch.bfloat16)
 
@@ -120,7 +130,7 @@ class Stranger:
     def send(self, **fields: Any) -> None:
         pass
 
-    def receive_at_once(self, timeout_seconds: float) -> dict[str, Any]:
+    def receive_handshake(self, timeout_seconds: float) -> dict[str, Any]:
         return control._parse_line(self._line)
 
 
@@ -136,12 +146,12 @@ def test_anybody_may_say_anything_to_the_port(token: bytes | None, num_examples:
 
     def body(line: bytes) -> None:
         stranger = cast(ControlConnection, Stranger(line))
-        heard = outcome(lambda: greet(stranger, token, 3, "gloo", 1.0, 30.0))
+        heard = outcome(lambda: receive_join_request(stranger, token, 3, "gloo", 1.0, 30.0))
         if isinstance(heard, tuple):
             assert token is None, "nobody is taken in who cannot prove that it knows the token"
-            assert isinstance(heard[1], Application)
+            assert isinstance(heard[1], JoinRequest)
         else:
-            assert type(heard) in (NotOursError, RefusedError)
+            assert type(heard) in (ProtocolError, RefusedError)
 
     fuzz(lines, body, num_examples)
 

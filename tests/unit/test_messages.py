@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from multi_process import messages
 from multi_process.boundary import MAX_LINES, clean_text
 from multi_process.messages import (
+    AssignGroups,
     Configure,
+    ControlMessage,
     Failed,
     Finish,
     GroupScored,
@@ -26,11 +28,9 @@ from multi_process.messages import (
     Message,
     PartialSum,
     Ready,
-    SendSum,
+    RequestPartialSum,
     StartScoring,
     StartTraining,
-    Word,
-    WorkOn,
     from_line,
     from_package,
     to_line,
@@ -80,10 +80,10 @@ KINDS: dict[type[Message], st.SearchStrategy[Any]] = {
     Ready: st.builds(Ready, TEXTS, LINES, st.lists(LINES, max_size=3)),
     StartTraining: st.builds(StartTraining, st.integers(1, 2), ROUNDS, st.integers(1, 2**28), float_tensors()),
     StartScoring: st.builds(StartScoring, st.integers(1, 2), ROUNDS, st.integers(0, 9), float_tensors()),
-    WorkOn: st.builds(WorkOn, GROUPS),
+    AssignGroups: st.builds(AssignGroups, GROUPS),
     GroupTrained: st.builds(GroupTrained, IDS),
     GroupScored: st.builds(GroupScored, st.lists(SCORES, min_size=1, max_size=3)),
-    SendSum: st.builds(SendSum),
+    RequestPartialSum: st.builds(RequestPartialSum),
     PartialSum: st.builds(
         PartialSum,
         st.integers(0, 2**28),
@@ -98,7 +98,7 @@ KINDS: dict[type[Message], st.SearchStrategy[Any]] = {
 
 def travel(message: Message) -> Message:
     """Over the control connection or in a FedLab package, as a link does it."""
-    if isinstance(message, Word):
+    if isinstance(message, ControlMessage):
         return from_line(json.loads(json.dumps(to_line(message))))
     package = to_package(message)
     return from_package(MessageCode(int(package.header[3])), Package.parse_content(package.slices, package.content))
@@ -121,8 +121,8 @@ def assert_equal(sent: Message, received: Message) -> None:
 
 
 def test_every_kind_of_message_is_tried_below() -> None:
-    assert set(KINDS) == {*messages._PACKAGED.values(), *messages._WORDS.values()}
-    assert set(KINDS) == {*Message.__subclasses__(), *Word.__subclasses__()} - {Word}
+    assert set(KINDS) == {*messages._PACKAGED.values(), *messages._CONTROL_MESSAGES.values()}
+    assert set(KINDS) == {*Message.__subclasses__(), *ControlMessage.__subclasses__()} - {ControlMessage}
 
 
 @given(st.one_of(*KINDS.values()))

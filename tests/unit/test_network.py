@@ -25,21 +25,21 @@ from multi_process.messages import Finish, Join, Message
 from multi_process.transport import network
 from multi_process.transport.control import (
     PROTOCOL_VERSION,
-    Application,
     ControlConnection,
     FinishedError,
-    Greeting,
-    receive_greeting,
+    Hello,
+    JoinRequest,
+    receive_hello,
 )
-from multi_process.transport.link import DismissedError, GoneError
 from multi_process.transport.network import (
     BEATS,
-    LINK_DESCRIPTORS,
     MAX_BEAT_SECONDS,
-    Connected,
+    PEER_DESCRIPTORS,
+    ConnectedWorker,
     ServerNetwork,
     WorkerNetwork,
 )
+from multi_process.transport.peer import PeerLostError, RunEndedError
 
 CPU = device("cpu")
 TOKEN = "a secret of 16 or more"
@@ -74,8 +74,8 @@ class Run:
     def silent_worker(self, rank: int) -> ControlConnection:
         """One that is admitted, and gives no sign of life from then on."""
         control = self.stranger()
-        receive_greeting(control)
-        control.send(**asdict(Application(PROTOCOL_VERSION, "nonce", rank, "", "")))
+        receive_hello(control)
+        control.send(**asdict(JoinRequest(PROTOCOL_VERSION, "nonce", rank, "", "")))
         assert "ticket" in control.receive(10)
         return control
 
@@ -88,7 +88,7 @@ class Run:
         for close in reversed(self._opened):
             close()
         for thread in threading.enumerate():
-            if thread.name.startswith("greet "):
+            if thread.name.startswith("serve "):
                 thread.join(20)
                 assert not thread.is_alive(), "a connection that was closed keeps its thread"
 
@@ -120,11 +120,11 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def next_event(server: ServerNetwork) -> tuple[Connected, Message | Exception]:
+def next_event(server: ServerNetwork) -> tuple[ConnectedWorker, Message | Exception]:
     """What a worker says next. One that is gone is let go, as the pool of workers does."""
     connected, event = server.events.get(timeout=20)
     if isinstance(event, Exception):
-        connected.link.close("it is gone")
+        connected.peer.close("it is gone")
     return connected, event
 
 
@@ -135,15 +135,15 @@ def join_message(worker: WorkerNetwork) -> Join:
 def test_what_a_worker_says_comes_as_events_and_its_end_is_the_last(run: Run) -> None:
     server = run.server()
     worker = run.joined(2)
-    worker.link.send(join_message(worker))
+    worker.peer.send(join_message(worker))
     connected, event = next_event(server)
     assert event == join_message(worker)
     assert (connected.rank, connected.ticket) == (2, worker.ticket)
-    connected.link.send(Finish())
-    assert worker.link.receive() == Finish()
+    connected.peer.send(Finish())
+    assert worker.peer.receive() == Finish()
     worker.close_network_connection()
     connected, event = next_event(server)
-    assert isinstance(event, GoneError)
+    assert isinstance(event, PeerLostError)
     assert worker.send_volume_intotal > 0
 
 
@@ -153,12 +153,12 @@ def test_every_admission_has_a_generation_and_a_ticket_of_its_own(run: Run) -> N
     tickets, generations = set(), set()
     for _ in range(3):
         worker = run.joined(1)
-        worker.link.send(join_message(worker))
+        worker.peer.send(join_message(worker))
         connected, _ = next_event(server)
         tickets.add(connected.ticket)
         generations.add(connected.generation)
         worker.close_network_connection()
-        assert isinstance(next_event(server)[1], GoneError)
+        assert isinstance(next_event(server)[1], PeerLostError)
     assert (len(tickets), len(generations)) == (3, 3)
 
 
@@ -230,8 +230,8 @@ def test_what_differs_from_the_servers_is_named(run: Run, rank: int, world_size:
 def test_a_made_up_rank_is_refused_by_the_server_too(run: Run) -> None:
     run.server()
     control = run.stranger()
-    receive_greeting(control)
-    control.send(**asdict(Application(PROTOCOL_VERSION, "nonce", 0, "", "")))
+    receive_hello(control)
+    control.send(**asdict(JoinRequest(PROTOCOL_VERSION, "nonce", 0, "", "")))
     assert control.receive(10) == {"refused": "--rank 0 is not a worker's; use 1 or more"}
 
 
@@ -239,19 +239,19 @@ def test_who_is_dismissed_does_not_come_back(run: Run) -> None:
     server = run.server()
     worker = run.joined(1)
     server.dismiss("it was stopped by SIGINT")
-    with pytest.raises(DismissedError, match="the server ended the run: it was stopped by SIGINT"):
-        worker.link.receive()
+    with pytest.raises(RunEndedError, match="the server ended the run: it was stopped by SIGINT"):
+        worker.peer.receive()
 
 
 def test_signs_of_life_come_several_times_within_the_silence_that_counts_as_death(run: Run) -> None:
     """One that is late or lost on the way must not cost a worker."""
     for silence in (0.4, 2.0, 4.0, 600.0):
         server = run.server(silence=silence)
-        greeting = receive_greeting(run.stranger())
+        hello = receive_hello(run.stranger())
         server.close_network_connection()
-        assert greeting.silence_seconds == silence
-        assert greeting.beat_seconds * BEATS <= silence
-        assert greeting.beat_seconds <= MAX_BEAT_SECONDS
+        assert hello.silence_seconds == silence
+        assert hello.beat_seconds * BEATS <= silence
+        assert hello.beat_seconds <= MAX_BEAT_SECONDS
 
 
 def test_a_host_that_is_dropped_again_and_again_does_not_fill_the_log(run: Run) -> None:
@@ -268,19 +268,19 @@ def test_no_more_than_so_many_are_greeted_at_once_and_the_first_ones_have_to_go(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes a thread. Whoever kept all the places would keep the workers out."""
-    monkeypatch.setattr(network, "MAX_UNGREETED", 2)
+    monkeypatch.setattr(network, "MAX_PENDING_HANDSHAKES", 2)
     server = run.server()
     early = [run.stranger() for _ in range(2)]
     for stranger in early:
-        receive_greeting(stranger)
+        receive_hello(stranger)
     late = run.stranger()
-    receive_greeting(late)
+    receive_hello(late)
     with pytest.raises(ConnectionError):
         early[0].receive(10)
     run.joined(1)
     with pytest.raises(ConnectionError):
         early[1].receive(10)
-    assert list(server._greeting.values()) == ["127.0.0.1"], "the last one is still welcome"
+    assert list(server._handshakes.values()) == ["127.0.0.1"], "the last one is still welcome"
     assert "server: dropped a connection from 127.0.0.1 (number 1): 2 others came while it was greeted" in run.said
 
 
@@ -297,10 +297,10 @@ def test_room_is_made_while_those_in_their_greeting_see_to_themselves(
             self.clear()
             return found
 
-    monkeypatch.setattr(network, "MAX_UNGREETED", 1)
+    monkeypatch.setattr(network, "MAX_PENDING_HANDSHAKES", 1)
     server = run.server()
-    server._greeting = Vanishing({cast(Any, "a connection"): "its host"})
-    server._make_room()
+    server._handshakes = Vanishing({cast(Any, "a connection"): "its host"})
+    server._limit_handshakes()
     assert not any("others came while it was greeted" in line for line in run.said)
 
 
@@ -310,14 +310,14 @@ def test_a_sign_of_life_from_before_a_worker_asked_anew_does_not_keep_it_out(run
     class ClosedLate:
         last_heard = time.monotonic() + 0.5
         bytes_sent = bytes_received = 0
-        ends = iter([None, GoneError("worker 1", "the connection was closed")])
+        ends = iter([None, PeerLostError("worker 1", "the connection was closed")])
 
         @property
-        def end(self) -> Exception | None:
+        def lost_reason(self) -> Exception | None:
             return next(self.ends)
 
     server = run.server()
-    server._connected[1] = Connected(cast(Any, ClosedLate()), 1, 1, "its ticket", "")
+    server._connected[1] = ConnectedWorker(cast(Any, ClosedLate()), 1, 1, "its ticket", "")
     server._wait_for_rank(run.stranger(), 1)
     assert not server._connected, "the rank is free"
 
@@ -347,9 +347,9 @@ def test_strangers_hear_nothing_but_the_greeting(run: Run, tmp_path: Path) -> No
     with socket.create_connection(run.address) as wire:
         wire.sendall(b"GET / HTTP/1.1\r\n")
         with wire.makefile("rb") as heard:
-            greeting = json.loads(heard.readline())
-    assert set(greeting) == set(Greeting.__annotations__)
-    assert TOKEN not in str(greeting)
+            hello = json.loads(heard.readline())
+    assert set(hello) == set(Hello.__annotations__)
+    assert TOKEN not in str(hello)
 
 
 def test_the_server_listens_on_its_address_only(run: Run) -> None:
@@ -439,7 +439,7 @@ def test_a_paused_worker_keeps_its_rank_for_as_long_as_the_timeout_asked_for(run
 
     with beside(join):
         listen_for(paused, seconds=6.0)  # more than four signs of life take, of which it gives one in a second
-        assert connected.link.end is None
+        assert connected.peer.lost_reason is None
         paused.beat()
     assert "--rank 1 is taken by another worker" in errors[0]
 
@@ -462,14 +462,14 @@ def test_who_has_joined_and_got_no_work_is_told_that_the_run_is_over(run: Run) -
     worker = run.joined(1)
     server.close_network_connection()
     with pytest.raises(FinishedError, match="the run is over"):
-        worker.link.receive()
+        worker.peer.receive()
 
 
 def test_a_worker_is_refused_where_file_descriptors_run_short(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """gloo ends the process that runs out of them, and with it the run of all others."""
     server = run.server()
     run.joined(1)
-    spare = [1000, LINK_DESCRIPTORS - 1]  # the worker's own look at it, and the server's
+    spare = [1000, PEER_DESCRIPTORS - 1]  # the worker's own look at it, and the server's
     monkeypatch.setattr(network, "num_spare", lambda: spare.pop(0) if len(spare) > 1 else spare[0])
     with pytest.raises(ValueError, match="refuses worker 2: the server has no file descriptors left"):
         run.worker(2).init_network_connection()
@@ -500,11 +500,11 @@ def test_a_worker_that_loses_its_server_again_and_again_keeps_nothing_of_it(run:
         for number in range(40):
             worker.init_network_connection()
             if number % 2:
-                worker.link.close("it had enough")
+                worker.peer.close("it had enough")
             else:
                 (connected,) = server._connected.values()
-                connected.link.close("other data", tell="dropped")
-            while not isinstance(next_event(server)[1], GoneError):
+                connected.peer.close("other data", farewell="dropped")
+            while not isinstance(next_event(server)[1], PeerLostError):
                 pass
             wait_until(lambda: not server._connected)
             if number == 1:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from members import COHORT, NUM_PARAMETERS, SIZES, UNSEEN, Faulty, Member, Pool, Values, assert_whole
 
-from multi_process.messages import Message, SendSum, StartTraining, WorkOn
+from multi_process.messages import AssignGroups, Message, RequestPartialSum, StartTraining
 from multi_process.pace import LEAST_SECONDS, PATIENCE
 from multi_process.server import MAX_GIVEN_UP
 
@@ -188,11 +188,11 @@ SCORE: Values = {
         ("GroupTrained", "GroupTrained", {}),
         ("GroupTrained", "Ready", {"fingerprint": "quadratic", "device": "cpu", "warnings": []}),
         ("GroupTrained", "Finish", {}),
-        ("GroupTrained", "SendSum", {}),
+        ("GroupTrained", "RequestPartialSum", {}),
         ("GroupTrained", "Failed", {"reason": "it is another's", "client_id": 7}),
         ("GroupTrained", "Failed", {"reason": 3, "client_id": None}),
         ("PartialSum", "GroupTrained", {"first": COHORT[0]}),
-        ("GroupTrained", "Configure", {"ticket": "", "experiment": {}, "num_lanes": 1}),
+        ("GroupTrained", "Configure", {"ticket": "", "experiment": {}, "num_slots": 1}),
     ],
 )
 def test_what_was_not_expected_costs_its_sender_its_place(
@@ -301,7 +301,7 @@ class Swallowing(Member):
     """Lives, and never finishes what it is given."""
 
     def answer(self, message: Message) -> None:
-        if not isinstance(message, (WorkOn, SendSum)):
+        if not isinstance(message, (AssignGroups, RequestPartialSum)):
             super().answer(message)
 
 
@@ -309,7 +309,7 @@ class SwallowingSums(Member):
     """Says that it is done, and never sends the sum."""
 
     def answer(self, message: Message) -> None:
-        if not isinstance(message, SendSum):
+        if not isinstance(message, RequestPartialSum):
             super().answer(message)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import Difference, QuadraticClients, make_config
 
-from multi_process.messages import Configure, Message, SendSum, StartScoring, StartTraining, WorkOn
+from multi_process.messages import AssignGroups, Configure, Message, RequestPartialSum, StartScoring, StartTraining
 from multi_process.worker import WorkerManager
 
 CLIENTS = QuadraticClients([[0.0, 0.0]] * 5, [4, 5, 6, 7, 8], num_unseen=1)
@@ -25,7 +25,7 @@ class Script:
     rank, ticket, address = 1, TICKET, ("127.0.0.1", 3002)
 
     def __init__(self, said: Sequence[Message]) -> None:
-        self.link = self
+        self.peer = self
         self._said = iter(said)
 
     def receive(self) -> Message:
@@ -49,9 +49,9 @@ class Script:
         ([Configure(TICKET, {}, 1)], "dataset"),
         ([Configure(TICKET, {**CONFIGURE.experiment, "fedavg": 3}, 1)], "fedavg"),
         ([Configure(TICKET, {**CONFIGURE.experiment, "seed": "zero"}, 1)], "seed"),
-        ([CONFIGURE, WorkOn([[0]])], "WorkOn where work was expected"),
-        ([CONFIGURE, SendSum()], "SendSum where work was expected"),
-        ([CONFIGURE, SCORE, SendSum()], "SendSum where work was expected"),
+        ([CONFIGURE, AssignGroups([[0]])], "AssignGroups where work was expected"),
+        ([CONFIGURE, RequestPartialSum()], "RequestPartialSum where work was expected"),
+        ([CONFIGURE, SCORE, RequestPartialSum()], "RequestPartialSum where work was expected"),
         ([CONFIGURE, CONFIGURE], "Configure where work was expected"),
         ([CONFIGURE, StartTraining(1, 1, 22, torch.zeros(3))], "phase 1 with 3 parameters"),
         ([CONFIGURE, StartScoring(1, 1, 0, torch.zeros(0))], "phase 1 with 0 parameters"),

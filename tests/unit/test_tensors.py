@@ -19,12 +19,12 @@ from typing import Any, cast
 import pytest
 import torch
 
-from multi_process.messages import Finish, Message, PartialSum, StartTraining, WorkOn, to_package
-from multi_process.transport import link as link_module
-from multi_process.transport import pair as pair_module
-from multi_process.transport.control import ControlConnection, NotOursError
-from multi_process.transport.link import SERVER, WORKER, GoneError, Link
-from multi_process.transport.pair import sizes_of
+from multi_process.messages import AssignGroups, Finish, Message, PartialSum, StartTraining, to_package
+from multi_process.transport import peer as peer_module
+from multi_process.transport import tensors as tensors_module
+from multi_process.transport.control import ControlConnection, ProtocolError
+from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError
+from multi_process.transport.tensors import sizes_of
 from perfedavg.engine.executor import ClientReport
 
 NUM_STRANGERS = 1500
@@ -49,14 +49,14 @@ class Ends:
             self.worker_wire = socket.create_connection(listener.getsockname())
             server_wire, _ = listener.accept()
         self.worker_control = ControlConnection(self.worker_wire)
-        self.server = Link(ControlConnection(server_wire), SERVER, "worker 1", 0.1, silence)
-        self.worker = Link(self.worker_control, WORKER, "the server", 0.1, silence)
+        self.server = Peer(ControlConnection(server_wire), SERVER, "worker 1", 0.1, silence)
+        self.worker = Peer(self.worker_control, WORKER, "the server", 0.1, silence)
         self.server.num_parameters = self.worker.num_parameters = NUM_PARAMETERS
 
     def form(self) -> Ends:
-        thread = threading.Thread(target=lambda: self.server.form(None, None))
+        thread = threading.Thread(target=lambda: self.server.connect(None, None))
         thread.start()
-        self.worker.form(None, None)
+        self.worker.connect(None, None)
         thread.join()
         return self
 
@@ -65,7 +65,7 @@ class Ends:
         for end in (self.server, self.worker):
             end.close("the test is over")
         for end in (self.server, self.worker):
-            end._threads["keep"].join(60)
+            end._threads["beat"].join(60)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ Connect = Callable[..., Ends]
 def listening_ports() -> set[int]:
     """Of this process's TCP sockets."""
     ports = set()
-    for _, one in pair_module._own_sockets():
+    for _, one in tensors_module._own_sockets():
         with one:
             if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 ports.add(one.getsockname()[1])
@@ -125,14 +125,14 @@ def test_gloo_listens_no_longer_than_it_takes_to_form_the_pair(connect: Connect)
     before = listening_ports()
     ends = connect()
     seen: set[int] = set()
-    stop_listening = pair_module.Pair.stop_listening
+    stop_listening = tensors_module.TensorConnection.stop_listening
 
-    def watched(pair: pair_module.Pair) -> None:
+    def watched(connection: tensors_module.TensorConnection) -> None:
         seen.update(listening_ports() - before)
-        stop_listening(pair)
+        stop_listening(connection)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pair_module.Pair, "stop_listening", watched)
+        patch.setattr(tensors_module.TensorConnection, "stop_listening", watched)
         ends.form()
     assert len(seen) == 2, "each side had a port"
     assert listening_ports() == before
@@ -155,7 +155,7 @@ def test_who_floods_gloos_port_while_the_pair_is_formed_ends_the_formation_and_n
 
     def form() -> None:
         try:
-            ends.server.form(None, None)
+            ends.server.connect(None, None)
         except ConnectionError as error:
             errors.append(error)
 
@@ -185,13 +185,13 @@ def test_a_link_that_ends_leaves_no_descriptor_and_no_thread(connect: Connect) -
             if number % 3 == 0:
                 ends.worker_control.end()
             elif number % 3 == 1:
-                ends.server.close("it had enough", tell="dropped")
+                ends.server.close("it had enough", farewell="dropped")
             else:  # in the middle of a message
                 ends.worker_control.send(message="Finish", num_bytes=7)
-                with contextlib.suppress(GoneError):
+                with contextlib.suppress(PeerLostError):
                     ends.worker.close("it had enough")
                     ends.server.receive()
-            wait_until(lambda ends=ends: ends.server.end is not None)  # type: ignore[misc]
+            wait_until(lambda ends=ends: ends.server.lost_reason is not None)  # type: ignore[misc]
         wait_until(lambda: num_descriptors() <= descriptors and num_threads() <= threads)
 
 
@@ -205,7 +205,7 @@ def test_whoever_hangs_up_before_the_pair_is_formed_leaves_nothing_behind(connec
             else:
                 threading.Timer(0.01, ends.worker_control.end).start()
             with pytest.raises(ConnectionError):
-                ends.server.form(None, None)
+                ends.server.connect(None, None)
         wait_until(lambda: num_descriptors() <= descriptors and num_threads() <= threads)
 
 
@@ -213,14 +213,14 @@ def test_a_message_that_was_announced_and_never_comes_is_waited_for_so_long_as_i
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its sender gives signs of life, so the silence that counts as death never comes."""
-    monkeypatch.setattr(link_module, "SLOWEST_BYTES_PER_SECOND", 1000)
+    monkeypatch.setattr(peer_module, "SLOWEST_BYTES_PER_SECOND", 1000)
     ends = connect(silence=0.5).form()
     ends.worker_control.send(message="Finish", num_bytes=500)
     started = time.monotonic()
-    with pytest.raises(GoneError, match=r"a message of 500 bytes was announced and did not arrive within 1 s"):
+    with pytest.raises(PeerLostError, match=r"a message of 500 bytes was announced and did not arrive within 1 s"):
         ends.server.receive()
     assert 0.9 <= time.monotonic() - started < 30
-    with pytest.raises(GoneError, match="it dropped this worker: a message of 500 bytes"):
+    with pytest.raises(PeerLostError, match="it dropped this worker: a message of 500 bytes"):
         ends.worker.receive()
 
 
@@ -244,7 +244,7 @@ def test_a_message_larger_than_any_that_is_expected_is_not_waited_for(
     """Before anything is allocated for it."""
     ends = connect()
     ends.worker_control.send(message=kind, num_bytes=num_bytes)
-    with pytest.raises(GoneError, match="it announces a message"):
+    with pytest.raises(PeerLostError, match="it announces a message"):
         ends.server.receive()
 
 
@@ -252,7 +252,7 @@ def test_no_message_with_parameters_is_taken_before_the_model_is_known(connect: 
     ends = connect()
     ends.server.num_parameters = None
     ends.worker_control.send(message="PartialSum", num_bytes=100)
-    with pytest.raises(GoneError, match="it announces a message PartialSum of 100 bytes"):
+    with pytest.raises(PeerLostError, match="it announces a message PartialSum of 100 bytes"):
         ends.server.receive()
 
 
@@ -287,7 +287,7 @@ def test_a_message_of_another_kind_than_announced_is_refused(connect: Connect) -
         _exchange(ends, package)
 
 
-def send_often(end: Link, message: Message) -> None:
+def send_often(end: Peer, message: Message) -> None:
     for _ in range(100):
         end.send(message)
 
@@ -301,14 +301,14 @@ def _exchange(ends: Ends, package: object) -> None:
 
 def _send(ends: Ends, package: object) -> None:
     with contextlib.suppress(RuntimeError, ConnectionError):
-        ends.worker._pair.send(package)  # type: ignore[arg-type]
+        ends.worker._tensors.send(package)  # type: ignore[arg-type]
 
 
 def test_a_peer_that_takes_nothing_does_not_fill_the_memory(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(link_module, "MAX_UNSENT_BYTES", 100_000)
+    monkeypatch.setattr(peer_module, "MAX_UNSENT_BYTES", 100_000)
     ends = connect().form()
     message = StartTraining(1, 1, 1, torch.zeros(NUM_PARAMETERS))
-    with pytest.raises(GoneError, match="it takes nothing of what it is sent"):
+    with pytest.raises(PeerLostError, match="it takes nothing of what it is sent"):
         send_often(ends.server, message)
 
 
@@ -323,22 +323,22 @@ def test_links_that_are_formed_at_once_share_the_looks_at_the_descriptors(
             waits.append(timeout)
         return wait(futures, timeout, *how)
 
-    monkeypatch.setattr(link_module, "wait", recorded)
-    monkeypatch.setattr(link_module, "_forming", {cast(Any, number) for number in range(100)})
+    monkeypatch.setattr(peer_module, "wait", recorded)
+    monkeypatch.setattr(peer_module, "_forming", {cast(Any, number) for number in range(100)})
     connect().form()
     assert waits
-    assert min(waits) > 100 * link_module.WATCH_SECONDS
-    assert link_module._forming == set(range(100)), "it is formed, and looks no more"
+    assert min(waits) > 100 * peer_module.WATCH_SECONDS
+    assert peer_module._forming == set(range(100)), "it is formed, and looks no more"
 
 
 def test_a_shortage_of_memory_is_not_taken_for_a_lost_peer(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker would join anew for ever, and nobody would hear why."""
     ends = connect().form()
 
-    def refuse(pair: pair_module.Pair, size: int, dtype: torch.dtype) -> torch.Tensor:
+    def refuse(connection: tensors_module.TensorConnection, size: int, dtype: torch.dtype) -> torch.Tensor:
         raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes")
 
-    monkeypatch.setattr(pair_module.Pair, "_room", refuse)
+    monkeypatch.setattr(tensors_module.TensorConnection, "_receive_buffer", refuse)
     ends.server.send(StartTraining(1, 1, 1, torch.zeros(NUM_PARAMETERS)))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         ends.worker.receive()
@@ -346,11 +346,11 @@ def test_a_shortage_of_memory_is_not_taken_for_a_lost_peer(connect: Connect, mon
 
 def test_words_may_follow_however_large_a_model(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work is handed out right after the parameters, which are still on their way then."""
-    monkeypatch.setattr(link_module, "MAX_UNSENT_BYTES", 100)
+    monkeypatch.setattr(peer_module, "MAX_UNSENT_BYTES", 100)
     ends = connect()  # not formed, so nothing leaves
     ends.server.send(StartTraining(1, 1, 1, torch.zeros(NUM_PARAMETERS)))
-    ends.server.send(WorkOn([[1]]))
-    assert ends.server.end is None
+    ends.server.send(AssignGroups([[1]]))
+    assert ends.server.lost_reason is None
 
 
 def test_as_many_reports_as_there_are_clients_find_room(connect: Connect) -> None:
@@ -362,13 +362,13 @@ def test_as_many_reports_as_there_are_clients_find_room(connect: Connect) -> Non
     package = to_package(PartialSum(0, 1, reports, torch.zeros(NUM_PARAMETERS, dtype=torch.int64)))
     assert package.content.nbytes > 2**20 + 8 * NUM_PARAMETERS
     ends.server._announce("PartialSum", package.content.nbytes)
-    with pytest.raises(NotOursError, match="it announces a message"):
+    with pytest.raises(ProtocolError, match="it announces a message"):
         ends.server._announce("PartialSum", 2**20 + 1024 * 10_000 + 8 * NUM_PARAMETERS + 1)
 
 
 def test_a_content_may_be_larger_than_an_int32_can_say(connect: Connect) -> None:
     """A sum over 268 million parameters has 2^31 bytes."""
-    pair = connect().server._pair
+    pair = connect().server._tensors
     sent: list[torch.Tensor] = []
 
     class Recording:
@@ -391,20 +391,20 @@ def test_a_content_may_be_larger_than_an_int32_can_say(connect: Connect) -> None
 def test_a_peer_that_says_more_than_anybody_hears_does_not_fill_the_memory(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "MAX_UNHEARD", 50)
+    monkeypatch.setattr(peer_module, "MAX_UNRECEIVED", 50)
     ends = connect()
     with contextlib.suppress(ConnectionError):
         for _ in range(200):
             ends.worker_control.send(word="GroupTrained", values={"first": 1})
-    wait_until(lambda: ends.server.end is not None)
-    assert str(ends.server.end) == "worker 1 is gone: it sent 50 messages at once"
+    wait_until(lambda: ends.server.lost_reason is not None)
+    assert str(ends.server.lost_reason) == "worker 1 is gone: it sent 50 messages at once"
 
 
 def test_keys_are_taken_in_only_while_a_pair_is_formed(connect: Connect) -> None:
     """They would be kept for as long as the link is."""
     ends = connect().form()
     ends.worker_control.send(key="another", value="AAAA")
-    with pytest.raises(GoneError, match="it sets a key for a process group that is formed"):
+    with pytest.raises(PeerLostError, match="it sets a key for a process group that is formed"):
         ends.server.receive()
 
 
@@ -414,13 +414,13 @@ def test_keys_are_taken_in_only_while_a_pair_is_formed(connect: Connect) -> None
 def test_keys_that_no_group_needs_are_refused(connect: Connect, key: object, value: object, text: str) -> None:
     ends = connect()
     ends.worker_control.send(key=key, value=value)
-    with pytest.raises(GoneError, match=text):
+    with pytest.raises(PeerLostError, match=text):
         ends.server.receive()
 
 
 def test_too_many_keys_are_refused(connect: Connect) -> None:
-    store = connect().server._pair.store
-    for number in range(pair_module.MAX_KEYS):
-        store.take_in(str(number), "AAAA")
-    with pytest.raises(NotOursError, match="more than 16 keys"):
-        store.take_in("one more", "AAAA")
+    store = connect().server._tensors.store
+    for number in range(tensors_module.MAX_KEYS):
+        store.set_by_peer(str(number), "AAAA")
+    with pytest.raises(ProtocolError, match="more than 16 keys"):
+        store.set_by_peer("one more", "AAAA")

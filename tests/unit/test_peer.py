@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from multi_process.messages import (
+    AssignGroups,
     Finish,
     GroupScored,
     GroupTrained,
     Message,
     PartialSum,
-    SendSum,
+    RequestPartialSum,
     StartTraining,
-    WorkOn,
 )
-from multi_process.transport import link as link_module
-from multi_process.transport import pair as pair_module
+from multi_process.transport import peer as peer_module
+from multi_process.transport import tensors as tensors_module
 from multi_process.transport.control import ControlConnection, FinishedError
-from multi_process.transport.link import SERVER, WORKER, DismissedError, GoneError, Link
+from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError, RunEndedError
 from perfedavg.engine.executor import ClientReport
 from perfedavg.engine.scores import ClientScore
 
@@ -36,18 +36,18 @@ NEVER = 1000.0
 class Ends:
     """Both ends of a link, in this process. A gloo group of two takes one thread an end to form."""
 
-    def __init__(self, server_beat: float, worker_beat: float, silence: float, is_formed: bool) -> None:
+    def __init__(self, server_beat: float, worker_beat: float, silence: float, is_connected: bool) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.worker_wire = socket.create_connection(listener.getsockname())
             self.server_wire, _ = listener.accept()
         self.server_control = ControlConnection(self.server_wire)
         self.worker_control = ControlConnection(self.worker_wire)
-        self.server = Link(self.server_control, SERVER, "worker 1", server_beat, silence)
-        self.worker = Link(self.worker_control, WORKER, "the server", worker_beat, silence)
+        self.server = Peer(self.server_control, SERVER, "worker 1", server_beat, silence)
+        self.worker = Peer(self.worker_control, WORKER, "the server", worker_beat, silence)
         self.server.num_parameters = self.worker.num_parameters = 100_000
-        if is_formed:
-            with beside(lambda: self.server.form(None, None)):
-                self.worker.form(None, None)
+        if is_connected:
+            with beside(lambda: self.server.connect(None, None)):
+                self.worker.connect(None, None)
 
     def close(self) -> None:
         for end in (self.server, self.worker):
@@ -62,9 +62,9 @@ def connect() -> Iterator[Connect]:
     opened: list[Ends] = []
 
     def build(
-        server_beat: float = 0.1, worker_beat: float = 0.1, silence: float = 10.0, is_formed: bool = True
+        server_beat: float = 0.1, worker_beat: float = 0.1, silence: float = 10.0, is_connected: bool = True
     ) -> Ends:
-        opened.append(Ends(server_beat, worker_beat, silence, is_formed))
+        opened.append(Ends(server_beat, worker_beat, silence, is_connected))
         return opened[-1]
 
     yield build
@@ -90,12 +90,12 @@ def beside(body: Callable[[], object]) -> Iterator[list[BaseException]]:
     assert not thread.is_alive(), "it waits for ever"
 
 
-def hear_of_the_end(end: Link) -> Exception:
+def hear_of_the_end(end: Peer) -> Exception:
     """Receive until the link is gone. Returns the error that says why."""
     try:
         while True:
             end.receive()
-    except (GoneError, DismissedError, FinishedError) as error:
+    except (PeerLostError, RunEndedError, FinishedError) as error:
         return error
 
 
@@ -104,7 +104,12 @@ def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -
     ends = connect()
     parameters = torch.randn(100_000)
     total = torch.randint(-(2**62), 2**62, (100_000,))
-    down: list[Message] = [StartTraining(1, 2, 3, parameters), WorkOn([[5, 6], [2**40]]), SendSum(), Finish()]
+    down: list[Message] = [
+        StartTraining(1, 2, 3, parameters),
+        AssignGroups([[5, 6], [2**40]]),
+        RequestPartialSum(),
+        Finish(),
+    ]
     up: list[Message] = [GroupTrained(5), GroupTrained(2**40), PartialSum(7, 3, [REPORT], total)]
     for message in down:
         ends.server.send(message)
@@ -169,12 +174,12 @@ def test_an_end_that_is_closed_ends_the_other(connect: Connect) -> None:
     ends = connect()
     with beside(lambda: hear_of_the_end(ends.server)):
         ends.worker.close("it had enough")
-    assert str(ends.worker.end) == "the server is gone: it had enough"
-    assert str(ends.server.end) == "worker 1 is gone: the connection was closed"
+    assert str(ends.worker.lost_reason) == "the server is gone: it had enough"
+    assert str(ends.server.lost_reason) == "worker 1 is gone: the connection was closed"
     for end in (ends.server, ends.worker):
-        with pytest.raises(GoneError):
+        with pytest.raises(PeerLostError):
             end.send(Finish())
-        assert isinstance(hear_of_the_end(end), GoneError)
+        assert isinstance(hear_of_the_end(end), PeerLostError)
 
 
 def test_a_peer_without_signs_of_life_is_gone(connect: Connect) -> None:
@@ -194,16 +199,16 @@ def test_a_peer_that_falls_silent_in_the_middle_of_a_message_is_gone(connect: Co
     receiver, sender = ((ends.server, ends.worker_control), (ends.worker, ends.server_control))[side]
     sender.send(message="Finish", num_bytes=100)  # of which nothing comes
     started = time.monotonic()
-    with pytest.raises(GoneError, match=r"no sign of life for 0\.5 s"):
+    with pytest.raises(PeerLostError, match=r"no sign of life for 0\.5 s"):
         receiver.receive()
-    assert time.monotonic() - started < link_module.ARRIVAL_SECONDS + 5
+    assert time.monotonic() - started < peer_module.ARRIVAL_SECONDS + 5
 
 
 def test_a_peer_that_leaves_in_the_middle_of_a_message_is_gone(connect: Connect) -> None:
     ends = connect()
     ends.worker_control.send(message="Finish", num_bytes=100)
     ends.worker_wire.shutdown(socket.SHUT_RDWR)
-    with pytest.raises(GoneError, match="the connection was closed"):
+    with pytest.raises(PeerLostError, match="the connection was closed"):
         ends.server.receive()
 
 
@@ -214,21 +219,23 @@ def test_a_message_that_was_sent_before_the_end_arrives(connect: Connect) -> Non
     with beside(lambda: ends.server.drain(20)):
         assert isinstance(ends.worker.receive(), Finish)
     ends.server.close("the run is over")
-    assert isinstance(hear_of_the_end(ends.worker), GoneError)
+    assert isinstance(hear_of_the_end(ends.worker), PeerLostError)
 
 
 @pytest.mark.parametrize(
-    ("tell", "kind", "text"),
+    ("farewell", "kind", "text"),
     [
-        ("dropped", GoneError, "the server is gone: it dropped this worker: other data"),
-        ("dismissed", DismissedError, "the server sent this worker away: other data"),
-        ("ended", DismissedError, "the server ended the run: other data"),
+        ("dropped", PeerLostError, "the server is gone: it dropped this worker: other data"),
+        ("dismissed", RunEndedError, "the server sent this worker away: other data"),
+        ("ended", RunEndedError, "the server ended the run: other data"),
         ("finished", FinishedError, "other data"),
     ],
 )
-def test_a_worker_is_told_whether_to_join_anew(connect: Connect, tell: str, kind: type[Exception], text: str) -> None:
+def test_a_worker_is_told_whether_to_join_anew(
+    connect: Connect, farewell: str, kind: type[Exception], text: str
+) -> None:
     ends = connect()
-    ends.server.close("other data", tell=tell)
+    ends.server.close("other data", farewell=farewell)
     error = hear_of_the_end(ends.worker)
     assert type(error) is kind
     assert str(error) == text
@@ -243,22 +250,22 @@ def test_a_worker_is_told_whether_to_join_anew(connect: Connect, tell: str, kind
 )
 def test_a_peer_that_says_what_is_not_of_the_protocol_is_gone(connect: Connect, content: bytes) -> None:
     """Any other error would end the thread that listens, and the end of the link would never be heard of."""
-    ends = connect(is_formed=False)
+    ends = connect(is_connected=False)
     ends.worker_wire.sendall(content)
-    assert isinstance(hear_of_the_end(ends.server), GoneError)
+    assert isinstance(hear_of_the_end(ends.server), PeerLostError)
 
 
 def test_who_receives_a_wrong_word_hears_what_is_wrong_and_may_tell_its_sender(connect: Connect) -> None:
     """As with a wrong package: the sender is sent away for good, not asked to join anew."""
-    ends = connect(is_formed=False)
+    ends = connect(is_connected=False)
     ends.worker_control.send(word="GroupTrained", values={"first": -1})
     with pytest.raises(ValueError, match="first is -1, not a whole number"):
         ends.server.receive()
-    assert ends.server.end is None
+    assert ends.server.lost_reason is None
 
 
 def test_a_worker_cannot_dismiss_the_server(connect: Connect) -> None:
-    ends = connect(is_formed=False)
+    ends = connect(is_connected=False)
     ends.worker_control.send(dismissed="because")
     assert str(hear_of_the_end(ends.server)) == "worker 1 is gone: it said what is not of this protocol"
 
@@ -288,47 +295,47 @@ def test_an_error_of_a_lane_reaches_the_thread_that_receives(connect: Connect) -
     with beside(ends.worker.receive) as errors:
         ends.worker.interrupt(ArithmeticError("client 3"))
     assert isinstance(errors[0], ArithmeticError)
-    assert ends.worker.end is None, "the link itself goes on, so that the server can be told"
+    assert ends.worker.lost_reason is None, "the link itself goes on, so that the server can be told"
 
 
 def test_the_interface_of_the_tensors_can_be_named(connect: Connect) -> None:
-    ends = connect(is_formed=False)
-    with beside(lambda: ends.server.form("lo", None)) as errors:
-        ends.worker.form("lo", None)
+    ends = connect(is_connected=False)
+    with beside(lambda: ends.server.connect("lo", None)) as errors:
+        ends.worker.connect("lo", None)
     assert not errors
     ends.server.send(Finish())
     assert isinstance(ends.worker.receive(), Finish)
 
 
 def test_no_group_is_formed_with_who_is_gone(connect: Connect) -> None:
-    ends = connect(is_formed=False)
+    ends = connect(is_connected=False)
     ends.worker.close("over")
-    with pytest.raises(GoneError):
-        ends.server.form(None, None)
+    with pytest.raises(PeerLostError):
+        ends.server.connect(None, None)
 
 
 def test_a_peer_that_does_not_answer_is_not_waited_for_in_vain(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link_module, "FORMATION_SECONDS", 0.5)
-    monkeypatch.setattr(pair_module, "FORMATION_SECONDS", 0.5)
-    ends = connect(is_formed=False)
+    monkeypatch.setattr(peer_module, "FORMATION_SECONDS", 0.5)
+    monkeypatch.setattr(tensors_module, "FORMATION_SECONDS", 0.5)
+    ends = connect(is_connected=False)
     with pytest.raises(ConnectionError, match="no process group with worker 1 could be formed; check --ethernet"):
-        ends.server.form(None, None)
+        ends.server.connect(None, None)
 
 
 def test_who_leaves_while_the_group_is_formed_is_not_waited_for(connect: Connect) -> None:
-    ends = connect(is_formed=False)
-    with beside(lambda: ends.server.form(None, None)) as errors:
-        while not ends.worker._pair.store.check(["gloo/0/0"]):  # the server has said at which address it listens
+    ends = connect(is_connected=False)
+    with beside(lambda: ends.server.connect(None, None)) as errors:
+        while not ends.worker._tensors.store.check(["gloo/0/0"]):  # the server has said at which address it listens
             time.sleep(0.01)
         ends.worker.close("over")
-    assert isinstance(errors[0], GoneError)
+    assert isinstance(errors[0], PeerLostError)
 
 
 def test_the_last_sign_of_life_is_known(connect: Connect) -> None:
     """By it the server tells a rank that is in use from one whose worker is gone."""
-    ends = connect(is_formed=False)
+    ends = connect(is_connected=False)
     asked = time.monotonic()
     while ends.server.last_heard <= asked:
         assert time.monotonic() - asked < 10

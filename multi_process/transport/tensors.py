@@ -37,7 +37,7 @@ from fedlab.utils import MessageCode
 from torch import Tensor
 from torch.distributed import PrefixStore, Store
 
-from multi_process.transport.control import ControlConnection, NotOursError
+from multi_process.transport.control import ControlConnection, ProtocolError
 
 FORMATION_SECONDS = 30.0
 """For forming a pair, once both sides have agreed to."""
@@ -66,7 +66,7 @@ class Group(Protocol):
     def abort(self) -> None: ...
 
 
-class Pair(PackageProcessor):
+class TensorConnection(PackageProcessor):
     """FedLab's exchange of a package in three parts (header, slices, content) over a process group of two.
 
     Three of FedLab's limits are lifted. The receive buffer has the content's size (FedLab's adds the shapes, and so
@@ -162,7 +162,7 @@ class Pair(PackageProcessor):
         size = sum(sizes_of(slices))
         if size * dtype.itemsize != num_bytes:
             raise ValueError(f"a package of {num_bytes} bytes was announced, and one of {size * dtype.itemsize} came")
-        content = self._receive(self._nccl or self._gloo, self._room(size, dtype), deadline)
+        content = self._receive(self._nccl or self._gloo, self._receive_buffer(size, dtype), deadline)
         return code, Package.parse_content(slices, content.cpu())
 
     def interrupt(self) -> None:
@@ -209,7 +209,7 @@ class Pair(PackageProcessor):
 
         Known by the addresses that the two sides have told each other, which stand in what gloo put into the store.
         """
-        own, others = (self._store.told(f"gloo/0/{side}") for side in (self._side, 1 - self._side))
+        own, others = (self._store.value_of(f"gloo/0/{side}") for side in (self._side, 1 - self._side))
         for descriptor, one in _own_sockets():
             try:
                 listens = bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
@@ -228,7 +228,7 @@ class Pair(PackageProcessor):
         _open(group).recv([buffer], 1 - self._side, 0).wait(remaining)
         return buffer
 
-    def _room(self, size: int, dtype: torch.dtype) -> Tensor:
+    def _receive_buffer(self, size: int, dtype: torch.dtype) -> Tensor:
         """Memory for a content; the same for every package, because rounds are alike."""
         if self._buffer.dtype != dtype or self._buffer.numel() < size:
             self._buffer = torch.empty(size, dtype=dtype, device=self._buffer.device)
@@ -248,21 +248,21 @@ class ControlStore(Store):
         self._changed = threading.Condition()
         self._is_closed = False
 
-    def take_in(self, key: Any, value: Any) -> None:
-        """A value that the peer has set. Raises NotOursError where it sets what no group needs."""
+    def set_by_peer(self, key: Any, value: Any) -> None:
+        """A value that the peer has set. Raises ProtocolError where it sets what no group needs."""
         with self._changed:
             if self._is_closed:
-                raise NotOursError("it sets a key for a process group that is formed")
+                raise ProtocolError("it sets a key for a process group that is formed")
             if not (isinstance(key, str) and isinstance(value, str)):
-                raise NotOursError("it sets a key that is no text, or a value that is none")
+                raise ProtocolError("it sets a key that is no text, or a value that is none")
             if len(self._values) >= MAX_KEYS or max(len(key), len(value)) > MAX_VALUE_BYTES:
-                raise NotOursError(
+                raise ProtocolError(
                     f"it sets more than {MAX_KEYS} keys of up to {MAX_VALUE_BYTES} bytes for a process group"
                 )
             self._values[key] = base64.b64decode(value)
             self._changed.notify_all()
 
-    def told(self, key: str) -> bytes:
+    def value_of(self, key: str) -> bytes:
         """The value of a key, empty where there is none."""
         return self._values.get(key, b"")
 
