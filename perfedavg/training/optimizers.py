@@ -33,6 +33,18 @@ class Optimizer:
         self._parameters = parameters
         self._step = steps[config.name]
 
+    @property
+    def rate_of_plain_sgd(self) -> float | None:
+        """The learning rate where a step is `parameters -= rate * gradient` and there is no state; else None."""
+        is_plain = self._config.name == "sgd" and self._config.momentum == 0.0
+        return self._config.learning_rate if is_plain else None
+
+    def narrow(self, num_rows: int) -> None:
+        """Go on with the first rows of the tensor only, and leave the others as they are."""
+        if num_rows < len(self._parameters):
+            self._parameters = self._parameters[:num_rows]
+            self.state = {name: value[:num_rows] if value.ndim else value for name, value in self.state.items()}
+
     @torch.no_grad()
     def step(self, gradient: Tensor, rate_factor: float = 1.0) -> None:
         """One step along a gradient of the tensor's shape, at so much of the learning rate."""

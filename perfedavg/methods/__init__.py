@@ -1,0 +1,12 @@
+"""Methods: what a client does in a round. One file each, with its paper and its settings; known here by name."""
+
+from __future__ import annotations
+
+from perfedavg.methods.base import Method
+from perfedavg.methods.fedavg import FedAvg
+from perfedavg.methods.fedprox import FedProx
+from perfedavg.methods.fomaml import FOMAML
+from perfedavg.methods.maml import MAML
+from perfedavg.methods.reptile import Reptile
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (FedAvg, FedProx, Reptile, FOMAML, MAML)}

@@ -1,0 +1,70 @@
+"""What a method declares. Every hook but `update` has a default that suits most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from perfedavg.settings import OptimizerConfig
+    from perfedavg.training.client_models import AfterEpochs, Client, ClientModels
+    from perfedavg.training.local_training import LocalTraining
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a client does in a round, written once for one client and for a group of them.
+
+    A subclass is a frozen dataclass whose fields are the method's settings, each made by `perfedavg.fields.setting`.
+
+    name: by which flags and config.json know it.
+    sends_gradients: whether updates are negative gradients, whose size is that of a gradient, not of a trained
+        difference of parameters. It decides the default learning rate of the server.
+    differentiates_training: whether `update` calls `ClientModels.gradients_through_training`, for which even a single
+        client needs stacked models.
+    keeps_state: whether clients keep something between rounds, in `Client.state`.
+    """
+
+    name: ClassVar[str]
+    sends_gradients: ClassVar[bool] = False
+    differentiates_training: ClassVar[bool] = False
+    keeps_state: ClassVar[bool] = False
+
+    def check(self, client_optimizer: OptimizerConfig, prefix: str) -> None:
+        """Raise ValueError where the method does not go with the clients' optimizer.
+
+        prefix: of the flags of its phase, `` or `fine_tune_`. The bounds of each setting are checked elsewhere.
+        """
+
+    def weight(self, num_examples: int) -> int:
+        """A client's weight in the mean of a round, 1 or more. num_examples: size of its training part."""
+        return 1
+
+    def update(
+        self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining
+    ) -> tuple[Tensor, list[float]]:
+        """What the clients send, (clients, num_parameters), and their training losses.
+
+        models: with room for the clients.  start: the global model, (num_parameters,).
+        clients: the largest first; what is in `Client.state` afterwards is there again in the client's next round.
+        training: the local training that is set for the phase.
+        """
+        raise NotImplementedError
+
+    def personalize(
+        self,
+        models: ClientModels,
+        start: Tensor,
+        clients: Sequence[Client],
+        training: LocalTraining,
+        after_epochs: AfterEpochs,
+    ) -> None:
+        """Adapt the models to unseen clients. after_epochs: as `ClientModels.train` takes it."""
+        models.train(start, clients, training, after_epochs=after_epochs)
+
+    def bytes_per_client(self, bytes_of_step: Callable[[int], int], training: LocalTraining, num_examples: int) -> int:
+        """The most memory that `update` takes for a client. bytes_of_step: of a step, by the size of its batch."""
+        return bytes_of_step(training.batch_size)

@@ -1,0 +1,271 @@
+"""Clients' private models, side by side: what one client does and what a group does at once, written once.
+
+`FlatModel` is the fast way for one client, `StackedModel` takes a group in one computation. In a group a client learns
+what it would learn alone (its batches, its dropout masks, its optimizer), up to the rounding of sums that a larger
+kernel adds up in another order.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from perfedavg.seeding import torch_seeds
+from perfedavg.training.local_training import LocalTraining, Loss, Steps
+from perfedavg.training.optimizers import Optimizer
+
+SCORING_BATCH_SIZE = 512
+"""Examples that are scored at a time, of all clients together."""
+QUERY_BATCH_SIZE = 1024
+"""Examples of each client over which a gradient is taken at a time: all of an ordinary client's, and what bounds the
+memory of one that has the data of all."""
+
+Penalty = Callable[[Tensor], Tensor]
+"""Clients' parameters, (clients, num_parameters), to the gradients of what is added to their losses, of equal shape."""
+AfterEpochs = Callable[[dict[int, int]], None]
+"""Is told, by the client's place, the number of each epoch that has just ended; 0 before the first step."""
+
+
+@dataclass
+class Client:
+    """A client as its method sees it.
+
+    inputs: (num_examples, ...), labels: (num_examples,), its training part, on any device.
+    seeds: its identity, from which everything random about it follows.
+    state: what it kept in its last round, by name; empty at first, and for methods without state.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    seeds: np.random.SeedSequence
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Query(NamedTuple):
+    """Examples on which a client's gradient is taken, and the seed of the dropout masks there."""
+
+    inputs: Tensor
+    labels: Tensor
+    dropout_seed: int
+
+
+class Batch(NamedTuple):
+    """A batch of each of the first clients.
+
+    inputs: (clients, rows, ...), labels: (clients, rows). Behind a client's own rows are copies of its first one,
+        because 0 * inf is NaN.
+    sizes: number of own rows by client.  counts: the same as a tensor on the models' device.
+    totals: examples over which each client's mean loss is taken: all of `sizes`, or more where this is a piece.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    sizes: Sequence[int]
+    counts: Tensor
+    totals: Sequence[int]
+
+
+class ClientModels(ABC):
+    """Private models of clients, which train, are differentiated and are scored together.
+
+    Clients are given with the largest first, those of a call are the first ones here.
+
+    loss_function: a plain mean over the examples of a batch, which must not influence each other.
+    """
+
+    device: torch.device
+    loss_function: Loss
+
+    @property
+    @abstractmethod
+    def parameters(self) -> Tensor:
+        """(clients, num_parameters): a row for each client of the last call. Not a copy."""
+
+    @abstractmethod
+    def load(self, parameters: Tensor, num_clients: int = 1) -> None:
+        """Let so many clients start from a flat vector, (num_parameters,), of any device.
+
+        Raises ValueError where there is no room for them.
+        """
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """`parameters` has been written to: bring what is derived from it up to date."""
+
+    @abstractmethod
+    def seed_dropout(self, client: int, seed: int) -> None:
+        """Seed the source of a client's dropout masks."""
+
+    @abstractmethod
+    def descend_on(self, batch: Batch, learning_rate: float) -> Tensor:
+        """A step of plain SGD on each client's batch. Returns the losses before it, (clients,)."""
+
+    @abstractmethod
+    def differentiate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The gradients, (clients, num_parameters), and losses, (clients,), of each client's batch.
+
+        Of a piece, its part in the mean over `totals`: those of all pieces add up.
+        """
+
+    @abstractmethod
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sums of the losses and numbers of right answers, each (clients,). Dropout rests."""
+
+    def gradients_through_training(
+        self, start: Tensor, clients: Sequence[Client], queries: Sequence[Query], training: LocalTraining
+    ) -> tuple[Tensor, list[float]]:
+        """The gradients at `start` of the loss that each client has on its query after it has trained from there.
+
+        training: with plain SGD, whose steps are differentiated too. Memory grows with their number.
+        Returns (clients, num_parameters), and the losses. Only stacked models can.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not differentiate through training")
+
+    def train(
+        self,
+        start: Tensor,
+        clients: Sequence[Client],
+        training: LocalTraining,
+        penalty: Penalty | None = None,
+        after_epochs: AfterEpochs | None = None,
+    ) -> list[float]:
+        """Train each client from `start`, (num_parameters,), with a fresh optimizer.
+
+        after_epochs: may use the models but not change them. Where steps are counted, an epoch that is cut short has no
+            end; a group may still train beside a client whose epoch has ended.
+        Returns each client's mean loss, without the penalty, over the examples of its last epoch, each before its
+        step; NaN where it took none.
+        """
+        self.load(start, len(clients))
+        inputs, labels = self.together([(client.inputs, client.labels) for client in clients])
+        steps = self.draw_steps(clients, training)
+        optimizer = Optimizer(training.optimizer, self.parameters)
+        sums = torch.zeros(len(clients), dtype=torch.float64, device=self.device)
+        if after_epochs is not None:
+            after_epochs(dict.fromkeys(range(len(clients)), 0))
+        for step, (positions, counts, sizes) in enumerate(steps):
+            batch = Batch(inputs[positions], labels[positions], sizes, counts, sizes)
+            losses = self.take_step(batch, optimizer, penalty)
+            if step >= steps.first_of_last_epochs:
+                sums[: len(sizes)] += torch.where(steps.is_last_epoch[step, : len(sizes)], losses * counts, 0.0)
+            if after_epochs is not None and (ended := steps.epochs_ended(step)):
+                after_epochs(ended)
+        means: list[float] = (sums / steps.num_last_examples).tolist()
+        return means
+
+    def take_step(self, batch: Batch, optimizer: Optimizer, penalty: Penalty | None = None) -> Tensor:
+        """A step of each client on its batch. Returns the losses before it, (clients,).
+
+        optimizer: of `parameters`, whose rows of clients that have ended stay as they are.
+        """
+        own = self.parameters[: len(batch.sizes)]
+        pull = None if penalty is None else penalty(own)  # before the step, which changes `own`
+        rate = optimizer.rate_of_plain_sgd
+        if rate is not None:
+            losses = self.descend_on(batch, rate)
+            if pull is not None:
+                own.add_(pull, alpha=-rate)
+                self.refresh()
+            return losses
+        gradients, losses = self.differentiate(batch)
+        optimizer.narrow(len(gradients))
+        optimizer.step(gradients if pull is None else gradients.add_(pull))
+        self.refresh()
+        return losses
+
+    def gradients(self, queries: Sequence[Query]) -> tuple[Tensor, list[float]]:
+        """The gradients of each client's mean loss over its query at `parameters`, and the losses; dropout is on.
+
+        Returns (clients, num_parameters), which may be changed, and the losses.
+        """
+
+        def differentiate(batch: Batch, seeds: list[int]) -> tuple[Tensor, Tensor]:
+            for client, seed in enumerate(seeds):
+                self.seed_dropout(client, seed)
+            return self.differentiate(batch)
+
+        return self.sum_over_pieces(queries, differentiate)
+
+    def score(self, tests: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
+        """Each client's mean loss and accuracy, 0..1, at `parameters` on its test part.
+
+        tests: inputs, (num_examples, ...), and labels, (num_examples,), in any order of size. Labels that are not whole
+        numbers are targets of a regression, of which the accuracy is NaN.
+        """
+        losses = torch.zeros(len(tests), dtype=torch.float64, device=self.device)
+        correct = torch.zeros(len(tests), dtype=torch.int64, device=self.device)
+        for _, batch in self.pieces(tests, max(1, SCORING_BATCH_SIZE // len(tests))):
+            sums, numbers = self.evaluate(batch)
+            losses[: len(sums)] += sums
+            correct[: len(sums)] += numbers
+        return [
+            (loss / len(labels), math.nan if labels.is_floating_point() else right / len(labels))
+            for loss, right, (_, labels) in zip(losses.tolist(), correct.tolist(), tests, strict=True)
+        ]
+
+    def draw_steps(self, clients: Sequence[Client], training: LocalTraining) -> Steps:
+        """The clients' batches. Seeds their dropout too."""
+        order_seeds = []
+        for place, client in enumerate(clients):
+            order_seed, dropout_seed = torch_seeds(client.seeds, 2)
+            self.seed_dropout(place, dropout_seed)
+            order_seeds.append(order_seed)
+        return Steps.draw([len(client.labels) for client in clients], order_seeds, training, self.device)
+
+    def together(self, parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Inputs and labels of the clients, one behind the other, on the models' device."""
+        if len(parts) == 1:
+            inputs, labels = parts[0]
+        else:
+            inputs, labels = (torch.cat([part[kind] for part in parts]) for kind in (0, 1))
+        return inputs.to(self.device), labels.to(self.device)
+
+    def pieces(self, parts: Sequence[tuple[Tensor, Tensor]], num_rows: int) -> Iterator[tuple[int, Batch]]:
+        """The clients' examples in order, up to so many of each at a time, and the place of the first of them.
+
+        Clients behind the last one that has any left are not in it; others that have ended have copies of an example.
+        """
+        totals = [len(labels) for _, labels in parts]
+        inputs, labels = self.together(parts)
+        ends = torch.tensor(totals).cumsum(0)[:, None]
+        lengths = torch.tensor(totals)[:, None]
+        for first in range(0, max(totals), num_rows):
+            active = 1 + max(place for place, total in enumerate(totals) if total > first)
+            sizes = [min(max(total - first, 0), num_rows) for total in totals[:active]]
+            counts = torch.tensor(sizes, device=self.device)
+            last = first + max(sizes)
+            if len(parts) == 1:
+                yield first, Batch(inputs[None, first:last], labels[None, first:last], sizes, counts, totals)
+                continue
+            is_left = lengths[:active] > first
+            places = torch.arange(first, last).where(
+                torch.arange(first, last) < lengths[:active], torch.where(is_left, first, 0)
+            )
+            places = (places + ends[:active] - lengths[:active]).to(self.device)
+            yield first, Batch(inputs[places], labels[places], sizes, counts, totals[:active])
+
+    def sum_over_pieces(
+        self, queries: Sequence[Query], differentiate: Callable[[Batch, list[int]], tuple[Tensor, Tensor]]
+    ) -> tuple[Tensor, list[float]]:
+        """Gradients and losses on queries of any size, which are run in pieces.
+
+        differentiate: is given a piece and a seed of each client's dropout masks there.
+        """
+        total: tuple[Tensor, Tensor] | None = None
+        for first, batch in self.pieces([(query.inputs, query.labels) for query in queries], QUERY_BATCH_SIZE):
+            seeds = [query.dropout_seed + first for query in queries[: len(batch.sizes)]]
+            part = differentiate(batch, seeds)
+            if total is None:
+                total = part
+            else:
+                for whole, more in zip(total, part, strict=True):
+                    whole[: len(more)] += more
+        assert total is not None, "each client has an example"
+        return total[0], total[1].tolist()
