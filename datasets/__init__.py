@@ -6,7 +6,7 @@ from compat import import_fedlab
 
 import_fedlab("fedlab.utils.dataset.functional")
 
-from datasets.clients.federated import FederatedDataset  # noqa: E402
+from datasets.clients.split import FederatedDataset  # noqa: E402
 from datasets.clients.partition import Partition  # noqa: E402
 from datasets.clients.partitioned import ImageSplits, PartitionedClients  # noqa: E402
 from datasets.registry import DatasetRequest, load_federated_dataset  # noqa: E402

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import utils
-from datasets.clients.federated import FederatedDataset
+from datasets.clients.split import FederatedDataset
 from perfedavg.contracts import client_label
 from perfedavg.recording.drawing import png
 from perfedavg.recording.files import replace_file

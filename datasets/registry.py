@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from datasets.clients.federated import FederatedDataset
+from datasets.clients.split import FederatedDataset
 from datasets.clients.partition import Partition
 from datasets.clients.partitioned import PartitionedClients
 from datasets.clients.stored import Clients, StoredClients

@@ -151,7 +151,7 @@ class ExperimentConfig:
     cohort_size: training clients drawn, without repeats, for each round.
     batch_size: examples a local step; the last batch of an epoch may be smaller.
     local_split: of LOCAL_SPLITS, how a client's examples are cut into its own training and test parts: `shuffled`, or
-        `tail`, sorted by label, so that the test part has the last labels only (see `datasets.clients.federated`).
+        `tail`, sorted by label, so that the test part has the last labels only (see `datasets.clients.split`).
     joint: whether the training parts of all training clients are pooled in one client, the centralized baseline.
     validation: whether some of the training clients are held out and scored in place of the unseen ones.
     fedavg: phase 1.  fine_tune: phase 2, or None to leave it out.

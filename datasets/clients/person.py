@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.clients.federated import ClientData, count_train, to_tensor
+from datasets.clients.split import ClientData, count_train, to_tensor
 from datasets.sources.image_folder import read_class_folders
 from datasets.streams import LOCAL_CUT_STREAM, stream
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from datasets.clients.federated import ClientData
+from datasets.clients.split import ClientData
 
 
 class Dataset(Protocol):

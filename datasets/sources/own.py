@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets.clients.federated import ClientData
+from datasets.clients.split import ClientData
 from datasets.sources.own_module import explained, import_factory
 
 REQUIRED = ("train_client_ids", "unseen_client_ids", "fingerprint", "num_train_examples", "client_data", "num_classes")

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datasets.clients.federated import ClientData
+from datasets.clients.split import ClientData
 from datasets.streams import SINE_STREAM, stream
 
 AMPLITUDES = (0.1, 5.0)

@@ -19,7 +19,7 @@ from helpers import make_config
 
 import sine
 from datasets import DatasetRequest, load_federated_dataset
-from datasets.clients.federated import ClientData
+from datasets.clients.split import ClientData
 from datasets.describe import describe
 from datasets.sources.sine import NUM_GIVEN, NUM_POINTS, POINTS, SineTasks
 from models import build_model
