@@ -32,7 +32,7 @@ from perfedavg.terminal.console import EXIT_BAD_INPUT, at_early_end, command_lin
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn
 
-    from datasets import FederatedDataset
+    from perfedavg.contracts import FederatedDataset
     from perfedavg.recording.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parent
@@ -451,8 +451,9 @@ def get_datasets(config: ExperimentConfig, data_root: Path) -> FederatedDataset:
         config.local_split,
         data_root,
     )
-    if getattr(dataset, "num_left_out", 0):
-        say(f"left out of {config.dataset}, too small to train and be scored: {dataset.num_left_out} client(s)")
+    num_left_out = getattr(dataset, "num_left_out", 0)
+    if num_left_out:
+        say(f"left out of {config.dataset}, too small to train and be scored: {num_left_out} client(s)")
     return _seen_as(config, dataset)
 
 
@@ -463,8 +464,8 @@ def _seen_as(config: ExperimentConfig, dataset: FederatedDataset) -> FederatedDa
         if config.dataset == "sine":
             raise ValueError("--validation true has no meaning for sine, whose tasks follow from --seed; try another")
         num_scored = num_unseen_clients(len(dataset.train_client_ids), config.unseen_fraction)
-        dataset = cast("FederatedDataset", ValidationView(dataset, num_scored))
-    return cast("FederatedDataset", JointView(dataset)) if config.joint else dataset
+        dataset = ValidationView(dataset, num_scored)
+    return JointView(dataset) if config.joint else dataset
 
 
 def get_described_dataset(args: argparse.Namespace) -> FederatedDataset:

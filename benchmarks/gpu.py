@@ -26,8 +26,8 @@ from figures import figure, times  # noqa: E402
 from torch import nn  # noqa: E402
 
 import utils  # noqa: E402
-from datasets.clients.split import ClientData  # noqa: E402
 from models import build_model  # noqa: E402
+from perfedavg.contracts import ClientData  # noqa: E402
 from perfedavg.engine.executor import CohortTask, LocalExecutor  # noqa: E402
 from perfedavg.settings import ExperimentConfig, Phase  # noqa: E402
 from perfedavg.training.client_batching import settle_client_batching  # noqa: E402

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import utils  # noqa: E402
-from datasets import FederatedDataset, ImageSplits, Partition, PartitionedClients  # noqa: E402
+from datasets import ImageSplits, Partition, PartitionedClients, SplitDataset  # noqa: E402
 from perfedavg.engine.executor import CohortTask, LocalExecutor  # noqa: E402
 from perfedavg.machine.cores import usable_cores  # noqa: E402
 from perfedavg.settings import ExperimentConfig, Phase  # noqa: E402
@@ -65,7 +65,7 @@ def compare(name: str, repeats: int) -> dict[str, dict[str, float | bool]]:
     return result
 
 
-def train_once(config: ExperimentConfig, dataset: FederatedDataset, lanes: int, threads: int) -> tuple[float, Tensor]:
+def train_once(config: ExperimentConfig, dataset: SplitDataset, lanes: int, threads: int) -> tuple[float, Tensor]:
     torch.set_num_threads(threads)
     model = utils.get_model(config, dataset)
     executor = LocalExecutor(config, model, dataset, num_lanes=lanes)
@@ -76,7 +76,7 @@ def train_once(config: ExperimentConfig, dataset: FederatedDataset, lanes: int, 
     return time.perf_counter() - started, update.sum.total
 
 
-def random_images(num_classes: int) -> FederatedDataset:
+def random_images(num_classes: int) -> SplitDataset:
     generator = np.random.default_rng(0)
     sizes = (NUM_CLIENTS * 4 // 5 * EXAMPLES_A_CLIENT, NUM_CLIENTS // 5 * EXAMPLES_A_CLIENT)
     images = [generator.integers(0, 256, (size, 28, 28), dtype=np.uint8) for size in sizes]
@@ -84,7 +84,7 @@ def random_images(num_classes: int) -> FederatedDataset:
     splits = ImageSplits(images[0], labels[0], images[1], labels[1], num_classes)
     num_train, num_unseen = NUM_CLIENTS * 4 // 5, NUM_CLIENTS // 5
     clients = PartitionedClients(splits, Partition.parse("iid"), num_train, num_unseen, seed=0)
-    return FederatedDataset("random", clients, num_train, num_unseen, seed=0)
+    return SplitDataset("random", clients, num_train, num_unseen, seed=0)
 
 
 if __name__ == "__main__":

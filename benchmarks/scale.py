@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from figures import figure, times  # noqa: E402
 from torch import nn  # noqa: E402
 
-from datasets import FederatedDataset  # noqa: E402
+from datasets import SplitDataset  # noqa: E402
 from datasets.sources.synthetic_writers import IMAGE_SIDE, SyntheticWriters  # noqa: E402
 from perfedavg.machine.cores import usable_cores  # noqa: E402
 from quick_start import hold_free_port  # noqa: E402
@@ -104,7 +104,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 """Heading and text of each field of a cost."""
 
 
-class SmallWriters(FederatedDataset):
+class SmallWriters(SplitDataset):
     """Synthetic writers with as few examples as they may have, all but one to train on, and an MLP to train."""
 
     def __init__(self, data_root: Path, num_clients: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Data sets, partitions, and the `FederatedDataset` that everything else reads."""
+"""Data sets, partitions, and the `SplitDataset` that they become."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from compat import import_fedlab
 
 import_fedlab("fedlab.utils.dataset.functional")
 
-from datasets.clients.split import FederatedDataset  # noqa: E402
 from datasets.clients.partition import Partition  # noqa: E402
 from datasets.clients.partitioned import ImageSplits, PartitionedClients  # noqa: E402
+from datasets.clients.split import SplitDataset  # noqa: E402
 from datasets.registry import DatasetRequest, load_federated_dataset  # noqa: E402
 
 __all__ = [
     "DatasetRequest",
-    "FederatedDataset",
     "ImageSplits",
     "Partition",
     "PartitionedClients",
+    "SplitDataset",
     "load_federated_dataset",
 ]

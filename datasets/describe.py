@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import utils
-from datasets.clients.split import FederatedDataset
-from perfedavg.contracts import client_label
+from perfedavg.contracts import FederatedDataset, client_label
 from perfedavg.recording.drawing import png
 from perfedavg.recording.files import replace_file
 from perfedavg.terminal.console import run_entry_point, show
@@ -37,33 +36,35 @@ class Description:
     label_counts: (num_sampled, num_classes) examples of each class that each sampled client has.
     """
 
+    name: str
     dataset: FederatedDataset
     client_ids: list[int]
     label_counts: NDArray[np.int64]
 
     def text(self) -> str:
         dataset, sizes = self.dataset, self.label_counts.sum(axis=1)
+        num_left_out = getattr(dataset, "num_left_out", 0)
         classes = (self.label_counts > 0).sum(axis=1)
         num_clients = len(dataset.train_client_ids) + len(dataset.unseen_client_ids)
         sampled = f" (of {len(self.client_ids)} clients)" if len(self.client_ids) < num_clients else ""
         lines = [
-            f"{dataset.name}: {num_clients} clients, {len(dataset.train_client_ids)} train and "
+            f"{self.name}: {num_clients} clients, {len(dataset.train_client_ids)} train and "
             f"{len(dataset.unseen_client_ids)} are unseen; {dataset.num_classes} classes",
-            f"left out, too small to train and be scored: {dataset.num_left_out} clients",
+            f"left out, too small to train and be scored: {num_left_out} clients",
             f"examples a client, min, median, max: {_spread(sizes)}{sampled}",
             f"classes a client, min, median, max: {_spread(classes)}{sampled}",
             f"fingerprint: {dataset.fingerprint}",
         ]
-        if dataset.name == "synthetic_writers":
+        if self.name == "synthetic_writers":
             lines.insert(1, "synthetic: rendered from fonts, no handwriting; no result on it is a result on FEMNIST")
         return "\n".join(lines)
 
 
-def describe(dataset: FederatedDataset) -> Description:
+def describe(name: str, dataset: FederatedDataset) -> Description:
     """Read the clients, or MAX_SAMPLE of them. Raises ValueError where labels are numbers to predict, not classes."""
     everyone = [dataset.train_client_ids, dataset.unseen_client_ids]
     if dataset.client_data(dataset.train_client_ids[0]).train_labels.is_floating_point():
-        raise ValueError(f"--dataset {dataset.name} has no classes to describe; its labels are numbers")
+        raise ValueError(f"--dataset {name} has no classes to describe; its labels are numbers")
     share = min(1.0, MAX_SAMPLE / sum(map(len, everyone)))
     client_ids = [client_id for ids in everyone for client_id in _evenly(ids, max(1, round(share * len(ids))))]
     counts = []
@@ -71,7 +72,7 @@ def describe(dataset: FederatedDataset) -> Description:
         data = dataset.client_data(client_id)
         labels = np.concatenate([data.train_labels.numpy(), data.test_labels.numpy()])
         counts.append(np.bincount(labels, minlength=dataset.num_classes))
-    return Description(dataset, client_ids, np.stack(counts))
+    return Description(name, dataset, client_ids, np.stack(counts))
 
 
 def plot(description: Description) -> Figure:
@@ -83,7 +84,7 @@ def plot(description: Description) -> Figure:
     has_images = first.train_inputs.ndim == 4
     figure = Figure(figsize=(10, 9 if has_images else 4.5), layout="constrained")
     figures = figure.subfigures(2, 1, height_ratios=(1, 1)) if has_images else [figure]
-    figures[0].suptitle(f"{dataset.name}: label mix, a column a client")
+    figures[0].suptitle(f"{description.name}: label mix, a column a client")
     _plot_label_mix(figures[0], description)
     if has_images:
         figures[1].suptitle("examples, a row a client")
@@ -133,7 +134,7 @@ def _spread(values: NDArray[np.int64]) -> str:
 
 def main() -> None:
     args = utils.get_args("describe")
-    description = describe(utils.get_described_dataset(args))
+    description = describe(args.dataset, utils.get_described_dataset(args))
     show(description.text())
     if args.plot:
         file = Path(f"{args.dataset}.png") if args.plot is True else args.plot

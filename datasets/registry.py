@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
-from datasets.clients.split import FederatedDataset
 from datasets.clients.partition import Partition
 from datasets.clients.partitioned import PartitionedClients
-from datasets.clients.stored import Clients, StoredClients
+from datasets.clients.raw import RawClients
+from datasets.clients.split import SplitDataset
+from datasets.clients.stored import StoredClients
 from datasets.sources.digits import load_digits_images
 from datasets.sources.image_folder import load_image_folder
 from datasets.sources.leaf import load_femnist, load_shakespeare
@@ -18,6 +18,7 @@ from datasets.sources.own import load_own
 from datasets.sources.sine import SineTasks
 from datasets.sources.synthetic_writers import SyntheticWriters
 from datasets.sources.torchvision_images import IMAGE_NAMES, load_images
+from perfedavg.contracts import FederatedDataset
 
 NATURAL: dict[str, Callable[[Path], StoredClients]] = {
     "femnist": load_femnist,
@@ -38,7 +39,7 @@ class DatasetRequest:
     num_clients: training and unseen clients together, or None for all that natural clients are.
     num_unseen: from the number of clients to the number of those that never train.
     partition: see `Partition.parse`; None for data with natural clients.
-    local_split: see `FederatedDataset`.
+    local_split: see `SplitDataset`.
     """
 
     name: str
@@ -54,11 +55,10 @@ def load_federated_dataset(request: DatasetRequest, data_root: Path) -> Federate
     if ":" in request.name:
         _refuse_local_split(request, "it cuts its clients' data itself")
         _refuse_partition(request)
-        own = load_own(request.name, data_root, request.num_clients, request.seed)
-        return cast(FederatedDataset, own)  # it has what a data set's readers use
+        return load_own(request.name, data_root, request.num_clients, request.seed)
     if request.name == "sine":
         _refuse_local_split(request, "its targets are no classes")
-        return cast(FederatedDataset, _load_sine(request))  # it has what a data set's readers use
+        return _load_sine(request)
     clients = _load_clients(request, data_root)
     num_clients = clients.num_clients if request.num_clients is None else request.num_clients
     if num_clients > clients.num_clients:
@@ -72,10 +72,10 @@ def load_federated_dataset(request: DatasetRequest, data_root: Path) -> Federate
         _refuse_local_split(request, "its files hold LEAF's own split of each client's examples")
     if clients.overlap:
         _refuse_local_split(request, "its examples overlap and stay in order")
-    return FederatedDataset(request.name, clients, num_train, num_unseen, request.seed, request.local_split)
+    return SplitDataset(request.name, clients, num_train, num_unseen, request.seed, request.local_split)
 
 
-def _load_clients(request: DatasetRequest, data_root: Path) -> Clients:
+def _load_clients(request: DatasetRequest, data_root: Path) -> RawClients:
     if request.name in NATURAL:
         _refuse_partition(request)
         return NATURAL[request.name](data_root)

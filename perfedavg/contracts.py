@@ -1,27 +1,27 @@
-"""What the algorithm asks of a data set. `datasets.FederatedDataset` is one; a user's own class may be another."""
+"""What the algorithm asks of a data set, one of `datasets` or a class of the user's own."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class ClientData(Protocol):
+@dataclass(frozen=True)
+class ClientData:
     """One client's examples, cut into the part it trains or adapts on and the part it is scored on.
 
-    train_inputs, test_inputs: (num_examples, ...) float32.  train_labels, test_labels: (num_examples,) int64.
+    Inputs (num_examples, ...): floating-point numbers, such as images (.., 1, 28, 28) in 0..1; or int64 tokens.
+    Labels: int64 classes (num_examples,), or floating-point targets (num_examples, ...) of a regression.
     """
 
-    @property
-    def train_inputs(self) -> Tensor: ...
-    @property
-    def train_labels(self) -> Tensor: ...
-    @property
-    def test_inputs(self) -> Tensor: ...
-    @property
-    def test_labels(self) -> Tensor: ...
+    train_inputs: Tensor
+    train_labels: Tensor
+    test_inputs: Tensor
+    test_labels: Tensor
 
 
 class ClientDirectory(Protocol):
@@ -45,16 +45,25 @@ class ClientDirectory(Protocol):
 class FederatedDataset(ClientDirectory, Protocol):
     """Clients and their data. Safe to read from several threads.
 
-    It may also call its clients by names, in a method `client_name(client_id)` that returns a text or None (see
-    `client_name`), and bring its own model, as a method `build_model()`, and its own loss, as a function
-    `loss_function(outputs, labels)` that is the mean over a batch. Labels that are not whole numbers are targets of a
-    regression.
+    num_classes: labels that are classes are below it; outputs of a model for one example.
+
+    It may also have:
+    name: of the data set.  class_names: what label i stands for.  num_left_out: clients too small to take part.
+    client_name(client_id): what a client is called, a text or None (see `client_name`).
+    build_model(): its own model.  loss_function(outputs, labels): its own loss, the mean over a batch.
     """
 
+    @property
+    def num_classes(self) -> int: ...
     def client_data(self, client_id: int) -> ClientData:
         """A client's examples, on the CPU."""
         ...
 
+
+REQUIRED = tuple(
+    name for protocol in (ClientDirectory, FederatedDataset) for name in vars(protocol) if not name.startswith("_")
+)
+"""What any data set has, a user's own among them."""
 
 MAX_NAME_CHARS = 100
 

@@ -1,7 +1,8 @@
 """Seeds from identity: what is random about a piece of work follows from what it is, never from who does it or when.
 
-Every random choice draws from `SeedSequence(seed, spawn_key=(purpose, phase, round, client))`, so neither the number
-of processes, nor the order in which clients are trained, nor a repeated piece of work can change it.
+Every random choice of the algorithm draws from `SeedSequence(seed, spawn_key=(purpose, phase, round, client))`, and
+every one of a data set from `SeedSequence(seed, spawn_key=(purpose, client))`. So neither the number of processes, nor
+the order in which clients are trained, nor a repeated piece of work can change it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ class Purpose(IntEnum):
     LOCAL_TRAINING = 3
     PERSONALIZATION = 4
     EVAL_CLIENTS = 5
+    # Of data sets.
+    PARTITION = 101
+    LOCAL_CUT = 102
+    NOISE = 103
+    WRITER = 104
+    SINE = 105
 
 
 def seed_sequence(
@@ -26,6 +33,11 @@ def seed_sequence(
 ) -> np.random.SeedSequence:
     """The stream of one identity. All numbers 0 or more; streams of different identities are independent."""
     return np.random.SeedSequence(seed, spawn_key=(int(purpose), int(phase), round_number, client_id))
+
+
+def data_stream(seed: int, purpose: Purpose, client: int) -> np.random.SeedSequence:
+    """The stream that a data set draws from for one client."""
+    return np.random.SeedSequence(seed, spawn_key=(int(purpose), client))
 
 
 def torch_seeds(sequence: np.random.SeedSequence, count: int) -> list[int]:

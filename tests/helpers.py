@@ -21,7 +21,7 @@ import torch
 from fork_source import Forked, ForkSource
 from torch import Tensor, nn
 
-from datasets import FederatedDataset, Partition, PartitionedClients
+from datasets import Partition, PartitionedClients, SplitDataset
 from datasets.sources.digits import load_digits_images
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, PhaseConfig
 from quick_start import hold_free_port
@@ -273,12 +273,12 @@ def half_squared_norm(outputs: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * outputs.square().sum(dim=1).mean()
 
 
-def digits_dataset(num_clients: int, seed: int = 0) -> FederatedDataset:
+def digits_dataset(num_clients: int, seed: int = 0) -> SplitDataset:
     """The real digits in label-sorted shards, a fifth of the clients unseen."""
     clients = PartitionedClients(
         load_digits_images(), Partition("shards", 2), num_clients * 4 // 5, num_clients // 5, seed
     )
-    return FederatedDataset("digits", clients, num_clients * 4 // 5, num_clients // 5, seed)
+    return SplitDataset("digits", clients, num_clients * 4 // 5, num_clients // 5, seed)
 
 
 def make_config(**changes: Any) -> ExperimentConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import mmap
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.clients.partition import Partition
-from datasets.streams import NOISE_STREAM, PARTITION_STREAM, stream
+from datasets.clients.raw import ConsecutiveClients, Examples
+from perfedavg.seeding import Purpose, data_stream
 
 FINGERPRINT_CHUNK = 10_000
 
@@ -33,7 +33,7 @@ class ImageSplits:
     class_names: tuple[str, ...] | None = None
 
 
-class PartitionedClients:
+class PartitionedClients(ConsecutiveClients):
     """Clients of which the first `num_train` share the train split, and the others the test split.
 
     With the partition `noise:SIGMA`, client i of N adds Gaussian noise of standard deviation SIGMA * (i + 1) / N
@@ -41,44 +41,33 @@ class PartitionedClients:
     the clients of its split.
     """
 
-    overlap = 0
-    train_counts = None
-    names = None
-
     def __init__(self, splits: ImageSplits, partition: Partition, num_train: int, num_unseen: int, seed: int) -> None:
         self._splits = splits
         self._seed = seed
         self._num_train, self._num_unseen = num_train, num_unseen
         self._noise = partition.value if partition.name == "noise" else 0.0
-        self.num_clients = num_train + num_unseen
         self.num_classes = splits.num_classes
         self.class_names = splits.class_names
         dealt: list[NDArray[np.int64]] = []
         for first, labels, count in ((0, splits.train_labels, num_train), (num_train, splits.test_labels, num_unseen)):
-            dealt += partition.deal(labels, count, splits.num_classes, stream(seed, PARTITION_STREAM, first))
-        self._offsets = np.concatenate([[0], np.cumsum([len(indices) for indices in dealt])])
+            dealt += partition.deal(labels, count, splits.num_classes, data_stream(seed, Purpose.PARTITION, first))
+        super().__init__(np.concatenate([[0], np.cumsum([len(indices) for indices in dealt])]))
         self._indices = np.concatenate(dealt)
 
-    def num_examples(self, client: int) -> int:
-        return int(self._offsets[client + 1] - self._offsets[client])
-
-    def smaller_than(self, minimum: int) -> Sequence[int]:
-        return [int(client) for client in np.flatnonzero(np.diff(self._offsets) < minimum)]
-
-    def examples(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        trains, splits = client < self._num_train, self._splits
-        images, labels = (
-            (splits.train_images, splits.train_labels) if trains else (splits.test_images, splits.test_labels)
-        )
-        own = self._indices[self._offsets[client] : self._offsets[client + 1]]
+    def examples(self, client: int) -> Examples:
+        splits, own = self._splits, self._indices[self._places(client)]
+        if client < self._num_train:
+            images, labels, position, count = splits.train_images, splits.train_labels, client, self._num_train
+        else:
+            images, labels = splits.test_images, splits.test_labels
+            position, count = client - self._num_train, self._num_unseen
         inputs = images[own]
         if self._noise:
-            position, count = (client, self._num_train) if trains else (client - self._num_train, self._num_unseen)
             inputs = self._with_noise(inputs, client, self._noise * (position + 1) / count)
         return inputs, labels[own]
 
     def _with_noise(self, images: NDArray[np.uint8], client: int, deviation: float) -> NDArray[np.uint8]:
-        generator = np.random.default_rng(stream(self._seed, NOISE_STREAM, client))
+        generator = np.random.default_rng(data_stream(self._seed, Purpose.NOISE, client))
         noisy = images + generator.normal(0.0, 255 * deviation, images.shape)
         return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 

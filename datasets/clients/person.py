@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datasets.clients.split import ClientData, count_train, to_tensor
+from datasets.clients.split import count_train, cut_examples
 from datasets.sources.image_folder import read_class_folders
-from datasets.streams import LOCAL_CUT_STREAM, stream
+from perfedavg.contracts import ClientData
+from perfedavg.seeding import Purpose, data_stream
 
 
 def load_person(folder: Path, class_names: Sequence[str], test_fraction: Fraction, seed: int) -> ClientData:
@@ -30,10 +31,9 @@ def load_person(folder: Path, class_names: Sequence[str], test_fraction: Fractio
     labels = np.repeat([_known_label(folder / name, class_names) for name in by_name], sizes).astype(np.int64)
     if len(labels) < 2:
         raise ValueError(f"{folder} holds 1 image; add another: one to adapt to, and one to be scored on")
-    order = np.random.default_rng(stream(seed, LOCAL_CUT_STREAM, 0)).permutation(len(labels))
-    inputs, targets = to_tensor(np.concatenate([*by_name.values()])[order]), torch.from_numpy(labels[order])
-    cut = count_train(len(labels), 100 * (1 - test_fraction))
-    return ClientData(inputs[:cut], targets[:cut], inputs[cut:], targets[cut:])
+    order = np.random.default_rng(data_stream(seed, Purpose.LOCAL_CUT, 0)).permutation(len(labels))
+    num_train = count_train(len(labels), 100 * (1 - test_fraction))
+    return cut_examples(np.concatenate([*by_name.values()])[order], labels[order], num_train)
 
 
 def label_of(folder_name: str, class_names: Sequence[str]) -> int | None:

@@ -1,10 +1,9 @@
-"""Clients with a part to train on and a part to be scored on: what the algorithm reads."""
+"""A data set whose clients are split into training and unseen ones, and each client's examples into two parts."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 
@@ -13,42 +12,28 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datasets.clients.stored import Clients
-from datasets.streams import LOCAL_CUT_STREAM, stream
+from datasets.clients.raw import RawClients
+from perfedavg.contracts import ClientData
+from perfedavg.seeding import Purpose, data_stream
 
 TRAIN_PERCENT = 80
 """Share of a client's examples that it trains or adapts on; it is scored on the rest."""
 
 
-@dataclass(frozen=True)
-class ClientData:
-    """One client's examples. Labels (num_examples,) int64.
-
-    Inputs: images (num_examples, 1, 28, 28) float32 in 0..1, or tokens (num_examples, length) int64.
-    """
-
-    train_inputs: Tensor
-    train_labels: Tensor
-    test_inputs: Tensor
-    test_labels: Tensor
-
-
-class FederatedDataset:
+class SplitDataset:
     """Clients 0 .. num_train - 1 train; the next num_unseen are unseen; any others are not used.
 
-    Each client's examples are put in an order that follows from (seed, client) before they are cut 80/20, so that
-    both parts have the same label mix; without it, the test part of a client with sorted labels would hold only the
-    label sorted last. Examples that overlap keep their order, and those at the cut that share text with the training
-    part are dropped; otherwise a client would be scored on text that it trained on. Where the data set is published
-    with a split of its own, that is the cut, and the examples keep their order. Clients too small to have an example
-    in each part are left out of both lists.
+    Each client's examples are shuffled by (seed, client) before they are cut 80/20, so that both parts have the same
+    label mix. Examples that overlap keep their order, and those at the cut that share text with the training part are
+    dropped; otherwise a client would be scored on text that it trained on. Where the data set is published with a
+    split of its own, that is the cut. Clients too small to have an example in each part are left out.
 
-    local_split: `shuffled` is what was just said. `tail` sorts a client's examples by label before they are cut, as the
-    code behind the published figures does: the test part then has its last labels only, often a single one.
+    local_split: `shuffled`, as above; or `tail`, which sorts a client's examples by label before they are cut, as the
+        code behind the published figures does. The test part then has its last labels only, often a single one.
     """
 
     def __init__(
-        self, name: str, clients: Clients, num_train: int, num_unseen: int, seed: int, local_split: str = "shuffled"
+        self, name: str, clients: RawClients, num_train: int, num_unseen: int, seed: int, local_split: str = "shuffled"
     ) -> None:
         """Raises ValueError where no training client or no unseen client remains."""
         self.name = name
@@ -68,14 +53,16 @@ class FederatedDataset:
                 "scored, and there must be one of each; change it"
             )
         if not (self.train_client_ids and self.unseen_client_ids):
+            lack = f"fewer than {_smallest_client(clients.overlap)} examples"
+            if clients.train_counts is not None:
+                lack = "no example in one of the parts of their published split"
             raise ValueError(
-                f"{len(left_out)} of {used} clients of {name} have {_lack(clients)}, which leaves "
-                f"{len(self.train_client_ids)} to train and {len(self.unseen_client_ids)} to be scored; "
-                "use fewer clients (--client_num_in_total) or another --partition"
+                f"{len(left_out)} of {used} clients of {name} have {lack}, which leaves {len(self.train_client_ids)} "
+                f"to train and {len(self.unseen_client_ids)} to be scored; use fewer clients (--client_num_in_total) "
+                "or another --partition"
             )
 
     def client_name(self, client_id: int) -> str | None:
-        """What natural clients are called in their data."""
         names = self._clients.names
         return None if names is None else names[client_id]
 
@@ -86,37 +73,39 @@ class FederatedDataset:
 
     def client_data(self, client_id: int) -> ClientData:
         raw, labels = self._clients.examples(client_id)
-        published = self._clients.train_counts
+        published, overlap = self._clients.train_counts, self._clients.overlap
         order: NDArray[np.int64] = np.arange(len(labels))
         if self._local_split == "tail":
             order = np.argsort(labels, kind="stable")
-        elif not self._clients.overlap and published is None:
-            order = np.random.default_rng(stream(self._seed, LOCAL_CUT_STREAM, client_id)).permutation(len(labels))
-        inputs, targets = to_tensor(raw[order]), torch.from_numpy(labels[order].astype(np.int64, copy=False))
-        cut = count_train(len(labels)) if published is None else published[client_id]
-        resume = cut + self._clients.overlap if published is None else cut
-        return ClientData(inputs[:cut], targets[:cut], inputs[resume:], targets[resume:])
+        elif not overlap and published is None:
+            generator = np.random.default_rng(data_stream(self._seed, Purpose.LOCAL_CUT, client_id))
+            order = generator.permutation(len(labels))
+        if published is not None:
+            return cut_examples(raw[order], labels[order], published[client_id])
+        return cut_examples(raw[order], labels[order], count_train(len(labels)), overlap)
 
     @cached_property
     def fingerprint(self) -> str:
         """Digest of all examples, of who has them, who trains, and how each client's are cut."""
-        parts: tuple[object, ...] = (
-            self._clients.fingerprint,
-            len(self.train_client_ids),
-            len(self.unseen_client_ids),
-            self._seed,
-        )
+        counts = (len(self.train_client_ids), len(self.unseen_client_ids))
+        parts: tuple[object, ...] = (self._clients.fingerprint, *counts, self._seed)
         if self._local_split != "shuffled":
             parts += (self._local_split,)
         return hashlib.blake2b(str(parts).encode(), digest_size=16).hexdigest()
 
 
-def to_tensor(raw: NDArray[np.uint8]) -> Tensor:
-    """What a model takes, from images (num_examples, 28, 28) or tokens (num_examples, length)."""
-    values = torch.from_numpy(raw)
+def cut_examples(raw: NDArray[np.uint8], labels: NDArray[np.int64], num_train: int, num_dropped: int = 0) -> ClientData:
+    """The first num_train examples to train on; all others, but for the next num_dropped, to be scored on.
+
+    raw: images (num_examples, 28, 28), or tokens (num_examples, length).
+    """
+    values, targets = torch.from_numpy(raw), torch.from_numpy(labels.astype(np.int64, copy=False))
     if values.ndim == 2:
-        return values.to(torch.int64)  # tokens
-    return values.unsqueeze(1).to(torch.float32).div_(255)
+        inputs: Tensor = values.to(torch.int64)
+    else:
+        inputs = values.unsqueeze(1).to(torch.float32).div_(255)
+    test = num_train + num_dropped
+    return ClientData(inputs[:num_train], targets[:num_train], inputs[test:], targets[test:])
 
 
 def count_train(num_examples: int, train_percent: int | Fraction = TRAIN_PERCENT) -> int:
@@ -124,18 +113,11 @@ def count_train(num_examples: int, train_percent: int | Fraction = TRAIN_PERCENT
     return min(max(int(num_examples * train_percent // 100), 1), num_examples - 1)
 
 
-def _too_small(clients: Clients) -> Sequence[int]:
+def _too_small(clients: RawClients) -> Sequence[int]:
     """The clients without an example in each part."""
     if clients.train_counts is None:
         return clients.smaller_than(_smallest_client(clients.overlap))
     return [client for client, count in enumerate(clients.train_counts) if not 0 < count < clients.num_examples(client)]
-
-
-def _lack(clients: Clients) -> str:
-    """What those clients have, for a message."""
-    if clients.train_counts is None:
-        return f"fewer than {_smallest_client(clients.overlap)} examples"
-    return "no example in one of the parts of their published split"
 
 
 def _smallest_client(overlap: int) -> int:

@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
 from functools import cached_property
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
-from datasets.clients.split import ClientData
-
-
-class Dataset(Protocol):
-    """What a view needs of a data set, which is what `perfedavg.contracts.FederatedDataset` says."""
-
-    @property
-    def train_client_ids(self) -> Sequence[int]: ...
-    @property
-    def unseen_client_ids(self) -> Sequence[int]: ...
-    @property
-    def fingerprint(self) -> str: ...
-    def num_train_examples(self, client_id: int) -> int: ...
-    def client_data(self, client_id: int) -> ClientData: ...
+from perfedavg.contracts import ClientData, FederatedDataset
 
 
 class _View:
-    """A data set of which some things are seen otherwise; what else it has (classes, a loss, a model) is its own."""
+    """A data set of which some things are seen otherwise; what else it has (names, a loss, a model) is its own."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: FederatedDataset) -> None:
         self._dataset = dataset
 
     def __getattr__(self, name: str) -> object:
@@ -39,9 +23,16 @@ class _View:
         return getattr(self._dataset, name)
 
     @property
+    def num_classes(self) -> int:
+        return self._dataset.num_classes
+
+    @property
     def fingerprint(self) -> str:
         text = f"{type(self).__name__} {self._dataset.fingerprint}"
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def num_train_examples(self, client_id: int) -> int:
+        return self._dataset.num_train_examples(client_id)
 
 
 class ValidationView(_View):
@@ -50,7 +41,7 @@ class ValidationView(_View):
     For choosing settings: what is chosen by its score on clients is no longer unseen there.
     """
 
-    def __init__(self, dataset: Dataset, num_scored: int) -> None:
+    def __init__(self, dataset: FederatedDataset, num_scored: int) -> None:
         """Raises ValueError where no client would be left to train."""
         super().__init__(dataset)
         num_train = len(dataset.train_client_ids) - num_scored
@@ -73,7 +64,7 @@ class ValidationView(_View):
 class JointView(_View):
     """One training client that has the training parts of all of them: centralized training, as a federation of one."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: FederatedDataset) -> None:
         super().__init__(dataset)
         self.unseen_client_ids = dataset.unseen_client_ids
         self.train_client_ids = (dataset.train_client_ids[0],)
@@ -81,9 +72,7 @@ class JointView(_View):
         self._pooled: ClientData | None = None
 
     def num_train_examples(self, client_id: int) -> int:
-        if client_id != self.train_client_ids[0]:
-            return self._dataset.num_train_examples(client_id)
-        return self._num_pooled
+        return self._num_pooled if client_id in self.train_client_ids else super().num_train_examples(client_id)
 
     @cached_property
     def _num_pooled(self) -> int:
@@ -92,25 +81,16 @@ class JointView(_View):
     def client_name(self, client_id: int) -> str | None:
         """The one training client has no name of its own."""
         name_of = getattr(self._dataset, "client_name", None)
-        if name_of is None or client_id == self.train_client_ids[0]:
-            return None
-        name: str | None = name_of(client_id)
-        return name
+        return None if name_of is None or client_id in self.train_client_ids else name_of(client_id)
 
     def client_data(self, client_id: int) -> ClientData:
         """Of the one training client, which has no test part, the examples are kept from the first call on."""
-        if client_id != self.train_client_ids[0]:
+        if client_id not in self.train_client_ids:
             return self._dataset.client_data(client_id)
         with self._lock:
             if self._pooled is None:
-                self._pooled = self._pool()
+                clients = [self._dataset.client_data(member) for member in self._dataset.train_client_ids]
+                inputs = torch.cat([data.train_inputs for data in clients])
+                labels = torch.cat([data.train_labels for data in clients])
+                self._pooled = ClientData(inputs, labels, inputs[:0], labels[:0])
             return self._pooled
-
-    def _pool(self) -> ClientData:
-        inputs: list[Tensor] = []
-        labels: list[Tensor] = []
-        for client_id in self._dataset.train_client_ids:
-            data = self._dataset.client_data(client_id)
-            inputs.append(data.train_inputs)
-            labels.append(data.train_labels)
-        return ClientData(torch.cat(inputs), torch.cat(labels), inputs[0][:0], labels[0][:0])

@@ -18,11 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets.clients.split import ClientData
 from datasets.sources.own_module import explained, import_factory
-
-REQUIRED = ("train_client_ids", "unseen_client_ids", "fingerprint", "num_train_examples", "client_data", "num_classes")
-"""What a user's own data set must have. `class_names`, `client_name`, `build_model` and `loss_function` it may have."""
+from perfedavg.contracts import REQUIRED, ClientData
 
 MAX_TEXT_CHARS = 500
 """Of a fingerprint."""

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from datasets.clients.split import ClientData
-from datasets.streams import SINE_STREAM, stream
+from perfedavg.contracts import ClientData
+from perfedavg.seeding import Purpose, data_stream
 
 AMPLITUDES = (0.1, 5.0)
 PHASES = (0.0, 2 * math.pi)
@@ -95,7 +95,7 @@ class SineTasks:
         num_clients = self.unseen_client_ids.stop
         if not 0 <= client_id < num_clients:
             raise IndexError(f"client {client_id} is not in 0..{num_clients - 1}")
-        rng = np.random.default_rng(stream(self._seed, SINE_STREAM, client_id))
+        rng = np.random.default_rng(data_stream(self._seed, Purpose.SINE, client_id))
         amplitude, phase = rng.uniform(*AMPLITUDES), rng.uniform(*PHASES)
         return SineTask(amplitude, phase, np.sort(rng.choice(NUM_POINTS, NUM_GIVEN, replace=False)))
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.streams import WRITER_STREAM, stream
+from datasets.clients.raw import Examples, RawClients
+from perfedavg.seeding import Purpose, data_stream
 
 CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
 """Label i is CHARACTERS[i], the order of EMNIST byclass."""
@@ -163,7 +164,7 @@ class Style:
         )
 
 
-class SyntheticWriters:
+class SyntheticWriters(RawClients):
     """Clients that each write in a style of their own, made on demand: nothing is stored for a client.
 
     Synthetic: results on these clients are not results on FEMNIST. A writer's number of examples, its class mix and
@@ -175,9 +176,6 @@ class SyntheticWriters:
 
     num_classes = len(CHARACTERS)
     class_names = tuple(CHARACTERS)
-    overlap = 0
-    train_counts = None
-    names = None
 
     def __init__(self, num_clients: int, seed: int, mean_num_examples: float = 110) -> None:
         """Raises ValueError where there would be no client, or where the mean is not among the numbers possible."""
@@ -213,7 +211,7 @@ class SyntheticWriters:
             return ()
         return [client for client in range(self.num_clients) if self.num_examples(client) < minimum]
 
-    def examples(self, client: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    def examples(self, client: int) -> Examples:
         rng = self._generator(client)
         num_examples = self._draw_num_examples(rng)
         style = Style.draw(rng)
@@ -223,7 +221,7 @@ class SyntheticWriters:
     def _generator(self, client: int) -> np.random.Generator:
         if not 0 <= client < self.num_clients:
             raise IndexError(f"client {client} is not in 0..{self.num_clients - 1}")
-        return np.random.Generator(np.random.PCG64(stream(self._seed, WRITER_STREAM, client)))
+        return np.random.Generator(np.random.PCG64(data_stream(self._seed, Purpose.WRITER, client)))
 
     def _draw_num_examples(self, rng: np.random.Generator) -> int:
         """The first draw from a writer's generator, so that it can be had without the others."""

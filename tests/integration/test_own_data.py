@@ -14,14 +14,14 @@ from helpers import ROOT, Launched, assert_one_clear_line, finish, make_config, 
 from PIL import Image
 
 import utils
-from datasets import DatasetRequest, FederatedDataset, load_federated_dataset
+from datasets import DatasetRequest, SplitDataset, load_federated_dataset
 
 
 def request(name: str, num_clients: int | None = None, partition: str | None = None) -> DatasetRequest:
     return DatasetRequest(name, num_clients, lambda count: max(1, count // 5), partition, seed=0)
 
 
-def load(folder: Path) -> FederatedDataset:
+def load(folder: Path) -> SplitDataset:
     return load_federated_dataset(request("folder"), folder)
 
 

@@ -12,7 +12,7 @@ import torch
 from helpers import Difference, QuadraticClients, digits_dataset, half_squared_norm, make_config
 from torch import Tensor, nn
 
-from datasets import FederatedDataset
+from datasets import SplitDataset
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
@@ -214,7 +214,7 @@ def test_clients_with_a_quadratic_loss_have_a_closed_form(method: str, times: in
 
 
 @cache
-def digits() -> FederatedDataset:
+def digits() -> SplitDataset:
     return digits_dataset(20)
 
 

@@ -13,7 +13,7 @@ from helpers import digits_dataset, make_config
 from PIL import Image
 from torch import Tensor, nn
 
-from datasets import DatasetRequest, FederatedDataset, load_federated_dataset
+from datasets import DatasetRequest, SplitDataset, load_federated_dataset
 from datasets.clients.views import JointView, ValidationView
 from datasets.describe import describe, plot
 from perfedavg.contracts import client_label, client_name
@@ -28,7 +28,7 @@ NAMES = ["anna", 'ben, "the" <b>', "cleo\nx", "d$o$e", "émile", "fay"]
 
 
 @pytest.fixture
-def dataset(tmp_path: Path) -> FederatedDataset:
+def dataset(tmp_path: Path) -> SplitDataset:
     """A client for each name; client c has images of value 40 * c. The last two are unseen."""
     for number, name in enumerate(sorted(NAMES)):
         for image in range(5):
@@ -56,7 +56,7 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_a_table_of_clients_has_their_names(dataset: FederatedDataset, tmp_path: Path) -> None:
+def test_a_table_of_clients_has_their_names(dataset: SplitDataset, tmp_path: Path) -> None:
     """Each beside the number under which its data are read."""
     folder = run(dataset, tmp_path / "run")
     named = {int(row["client_id"]): row["client_name"] for row in rows(folder)}
@@ -77,7 +77,7 @@ def test_names_are_one_printable_line_that_a_csv_reader_gets_back(tmp_path: Path
     """Names are text of strangers: none forges a row, a colour of the terminal, or the direction of writing."""
 
     class Named:
-        def __init__(self, dataset: FederatedDataset) -> None:
+        def __init__(self, dataset: SplitDataset) -> None:
             self._dataset = dataset
 
         def __getattr__(self, name: str) -> Any:
@@ -98,7 +98,7 @@ def test_names_are_one_printable_line_that_a_csv_reader_gets_back(tmp_path: Path
 
 
 def test_a_refused_client_is_named_in_the_metrics_and_on_the_terminal(
-    dataset: FederatedDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dataset: SplitDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = run(dataset, tmp_path / "run", learning_rate=1e30)
     record = json.loads((folder / "metrics.jsonl").read_text())
@@ -113,7 +113,7 @@ def test_a_refused_client_is_named_in_the_metrics_and_on_the_terminal(
 
 
 def test_a_run_goes_on_behind_lines_with_names(
-    dataset: FederatedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    dataset: SplitDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The line of the round that a checkpoint stands for is read back, and kept as it is."""
     train = LocalExecutor.train
@@ -135,7 +135,7 @@ def test_a_run_goes_on_behind_lines_with_names(
     assert ["client_names" in line for line in lines] == [True, True]
 
 
-def test_views_keep_the_names_and_the_pooled_client_has_none(dataset: FederatedDataset) -> None:
+def test_views_keep_the_names_and_the_pooled_client_has_none(dataset: SplitDataset) -> None:
     first, unseen = dataset.train_client_ids[0], dataset.unseen_client_ids[0]
     joint = JointView(dataset)
     assert client_name(joint, first) is None
@@ -144,9 +144,9 @@ def test_views_keep_the_names_and_the_pooled_client_has_none(dataset: FederatedD
     assert client_label(digits_dataset(20), 3) == "3"
 
 
-def test_a_description_shows_names_whatever_is_in_them(dataset: FederatedDataset) -> None:
+def test_a_description_shows_names_whatever_is_in_them(dataset: SplitDataset) -> None:
     """A `$` would begin a formula, which fails where it does not end."""
-    figure = plot(describe(dataset))
+    figure = plot(describe("folder", dataset))
     figure.savefig(io.BytesIO(), format="png")
     labels = [axes.get_ylabel() for subfigure in figure.subfigs for axes in subfigure.axes]
     assert "0 (anna)" in labels

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import datasets.sources.leaf
-from datasets import DatasetRequest, FederatedDataset, load_federated_dataset
+from datasets import DatasetRequest, SplitDataset, load_federated_dataset
 from datasets.sources.leaf import VOCABULARY, load_femnist, load_shakespeare
 
 Document = dict[str, Any]
@@ -153,7 +153,7 @@ def test_the_split_that_leaf_publishes_is_the_clients_split(layout: str, tmp_pat
     """LEAF's scripts leave a pair of files, in folders of its own or, as its mirrors do, beside each other."""
     for part, document in SPLIT.items():
         write_json(tmp_path / "femnist" / layout.format(part=part, name=NAMES[part]), document)
-    dataset = FederatedDataset("femnist", load_femnist(tmp_path), 1, 1, seed=0)
+    dataset = SplitDataset("femnist", load_femnist(tmp_path), 1, 1, seed=0)
     a, b = dataset.client_data(0), dataset.client_data(1)
     assert (greys(a.train_inputs), greys(a.test_inputs)) == ([1, 2, 3], [5])
     assert (greys(b.train_inputs), greys(b.test_inputs)) == ([4], [6, 7])
@@ -196,7 +196,7 @@ def test_a_user_in_one_part_only_is_left_out_and_counted(tmp_path: Path) -> None
         write_json(tmp_path / "femnist" / NAMES[part], document)
     clients = load_femnist(tmp_path)
     assert clients.names == ["only trains", "a", "b", "is only scored"]
-    dataset = FederatedDataset("femnist", clients, 2, 2, seed=0)
+    dataset = SplitDataset("femnist", clients, 2, 2, seed=0)
     assert (dataset.train_client_ids, dataset.unseen_client_ids, dataset.num_left_out) == ([1], [2], 2)
 
 
@@ -205,7 +205,7 @@ def test_users_without_data_are_left_out_and_counted(tmp_path: Path) -> None:
     document = leaf({"empty": ([], []), "a": ([WHITE_IMAGE] * 2, [1, 2]), "b": ([WHITE_IMAGE] * 3, [1, 2, 3])})
     document["user_data"]["unlisted"] = {"x": [], "y": []}
     write_json(tmp_path / "femnist" / "all_data_0.json", document)
-    dataset = FederatedDataset("femnist", load_femnist(tmp_path), 2, 1, seed=0)
+    dataset = SplitDataset("femnist", load_femnist(tmp_path), 2, 1, seed=0)
     assert (dataset.train_client_ids, dataset.unseen_client_ids, dataset.num_left_out) == ([1], [2], 1)
 
 
@@ -220,7 +220,7 @@ def test_roles_of_a_published_split_keep_all_their_windows(tmp_path: Path, capfd
     for part, own in (("train", windows[:4]), ("test", windows[4:])):
         role = (own, [window[0] for window in own])
         write_json(tmp_path / "shakespeare" / part / f"all_data_{part}_8.json", leaf({"HERO": role, "FOOL": role}))
-    dataset = FederatedDataset("shakespeare", load_shakespeare(tmp_path), 1, 1, seed=0)
+    dataset = SplitDataset("shakespeare", load_shakespeare(tmp_path), 1, 1, seed=0)
     data = dataset.client_data(1)
     assert [VOCABULARY[label] for label in data.train_labels.tolist()] == list("abcd")
     assert [VOCABULARY[label] for label in data.test_labels.tolist()] == list("ef")
@@ -702,7 +702,7 @@ def test_no_role_is_scored_on_text_that_it_trained_on(tmp_path: Path) -> None:
     folder.mkdir()
     content = {"users": ["A", "B"], "num_samples": [450, 450], "user_data": {"A": windows, "B": windows}}
     (folder / "all_data.json").write_text(json.dumps(content))
-    dataset = FederatedDataset("shakespeare", load_shakespeare(tmp_path), 1, 1, seed=0)
+    dataset = SplitDataset("shakespeare", load_shakespeare(tmp_path), 1, 1, seed=0)
     data = dataset.client_data(1)
     assert (len(data.train_labels), len(data.test_labels)) == (360, 450 - 360 - 80)
 

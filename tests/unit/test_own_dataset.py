@@ -15,7 +15,7 @@ from helpers import make_config
 from torch import Tensor, nn
 
 import utils
-from datasets import DatasetRequest, FederatedDataset, load_federated_dataset
+from datasets import DatasetRequest, SplitDataset, load_federated_dataset
 from datasets.describe import describe
 from perfedavg.engine.executor import LocalExecutor, ScoringTask
 from perfedavg.training.flat_model import flatten
@@ -49,7 +49,7 @@ class Points:
         return nn.Linear(1, 3)
 
 
-def load(own: type[Points], monkeypatch: pytest.MonkeyPatch) -> FederatedDataset:
+def load(own: type[Points], monkeypatch: pytest.MonkeyPatch) -> SplitDataset:
     """The data set as an entry point reads it."""
     monkeypatch.setattr(sys.modules[__name__], "Given", own, raising=False)
     request = DatasetRequest(f"{__name__}:Given", None, lambda count: 1, None, seed=0)
@@ -364,6 +364,6 @@ def test_targets_of_a_regression_pass_with_a_loss_of_their_own(monkeypatch: pyte
 
 
 def test_a_users_own_data_set_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = describe(load(Points, monkeypatch)).text()
+    text = describe("test_own_dataset:Given", load(Points, monkeypatch)).text()
     assert "test_own_dataset:Given: 7 clients, 5 train and 2 are unseen; 3 classes" in text
     assert "examples a client, min, median, max: 9, 9, 9" in text

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from datasets import (
     DatasetRequest,
-    FederatedDataset,
     ImageSplits,
     Partition,
     PartitionedClients,
+    SplitDataset,
     load_federated_dataset,
 )
 
@@ -40,10 +40,10 @@ def clients(data: ImageSplits, num_clients: int, partition: str = "shards:2", se
 
 def federated(
     data: ImageSplits, num_clients: int, partition: str = "shards:2", seed: int = 0, local_split: str = "shuffled"
-) -> FederatedDataset:
+) -> SplitDataset:
     num_train = num_clients * 4 // 5
     dealt = clients(data, num_clients, partition, seed)
-    return FederatedDataset("test", dealt, num_train, num_clients - num_train, seed, local_split)
+    return SplitDataset("test", dealt, num_train, num_clients - num_train, seed, local_split)
 
 
 def indices(inputs: object) -> list[int]:

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import personalize
-from datasets import FederatedDataset
+from datasets import SplitDataset
 from datasets.clients.person import has_bright_ground, load_person
 from datasets.sources.digits import load_digits_images
 from datasets.sources.image_folder import load_image_folder
@@ -100,7 +100,7 @@ def test_a_person_is_cut_as_an_unseen_client_of_the_run_is(tmp_path: Path) -> No
     """Otherwise what personalize.py shows could not be compared with what the run's table shows."""
     for client in ("anna", "ben", "cleo"):
         write_digits(tmp_path / client, 37)
-    clients = FederatedDataset("folder", load_image_folder(tmp_path), 2, 1, seed=3)
+    clients = SplitDataset("folder", load_image_folder(tmp_path), 2, 1, seed=3)
     assert clients.class_names == DIGITS, "as the folders are called"
     expected, person = clients.client_data(0), load_person(tmp_path / "anna", DIGITS, FIFTH, seed=3)
     for part in ("train_inputs", "train_labels", "test_inputs", "test_labels"):

@@ -19,10 +19,10 @@ from helpers import make_config
 
 import sine
 from datasets import DatasetRequest, load_federated_dataset
-from datasets.clients.split import ClientData
 from datasets.describe import describe
 from datasets.sources.sine import NUM_GIVEN, NUM_POINTS, POINTS, SineTasks
 from models import build_model
+from perfedavg.contracts import ClientData
 
 PARTS = ("train_inputs", "train_labels", "test_inputs", "test_labels")
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_dealt_out_is_refused(changes: dict[str, Any], message: s
 def test_it_has_no_classes_to_describe() -> None:
     """Or `python -m datasets.describe --dataset sine` would end in a traceback."""
     with pytest.raises(ValueError, match="--dataset sine has no classes to describe"):
-        describe(load_federated_dataset(request(), Path("nowhere")))
+        describe("sine", load_federated_dataset(request(), Path("nowhere")))
 
 
 Errors = list[tuple[float | None, float | None]]

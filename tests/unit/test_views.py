@@ -15,7 +15,7 @@ from helpers import Examples, QuadraticClients, digits_dataset
 from torch import Tensor
 
 import utils
-from datasets import FederatedDataset
+from datasets import SplitDataset
 from datasets.clients.views import JointView, ValidationView
 from perfedavg.training.local_training import loss_of
 
@@ -23,7 +23,7 @@ PARTS = ("train_inputs", "train_labels", "test_inputs", "test_labels")
 
 
 @cache
-def digits() -> FederatedDataset:
+def digits() -> SplitDataset:
     """16 training clients and 4 unseen ones."""
     return digits_dataset(20)
 
@@ -122,7 +122,7 @@ def test_all_else_is_the_data_sets_own(view_of: object) -> None:
     assert copy.copy(view).num_classes == 10
 
 
-def seen(flags: Sequence[str], folder: Path) -> FederatedDataset:
+def seen(flags: Sequence[str], folder: Path) -> SplitDataset:
     config = utils.config_from_args(utils.get_args("single", ["--client_num_in_total", "20", *flags]))
     return utils.get_datasets(config, folder)
 
