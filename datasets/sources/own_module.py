@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[2]
-_PACKAGES = ("benchmarks", "datasets", "models", "multi_process", "perfedavg", "reporting", "tests")
+_PACKAGES = ("benchmarks", "datasets", "experiments", "models", "multi_process", "perfedavg", "reporting", "tests")
 _ENTRY_POINTS = (
     "client_worker",
     "personalize",

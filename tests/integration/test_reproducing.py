@@ -14,16 +14,17 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import reproduce
+from experiments import runner
 from perfedavg.machine.forking import ForkedProcess
+from quick_start import SignalWatch
 def fork(command, output=None):
-    return ForkedProcess("run", reproduce.ROOT / command[1], command[2:], output)
+    return ForkedProcess("run", runner.ROOT / command[1], command[2:], output)
 if sys.argv[6] == "forks":
-    reproduce._start = fork
+    runner.start_process = fork
 rows, runs, results = json.loads(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
-jobs = reproduce.plan_jobs(rows, [0], runs, results)
+jobs = runner.plan_jobs(rows, [0], runs, results)
 machine, num_at_once = ["--device", "cpu", "--threads", "1"], int(sys.argv[5])
-sys.exit(reproduce.run_jobs(jobs, machine, reproduce.SignalWatch(), num_at_once))
+sys.exit(runner.run_jobs(jobs, machine, SignalWatch(), num_at_once))
 """
 SHORT = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
 LONG = {**SHORT, "inner_loops": "12", "epochs": "10", "eval_every": "100"}

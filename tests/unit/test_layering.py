@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-OWN = {"perfedavg", "reporting", "multi_process", "models", "datasets", "utils", "paths", "compat"}
+OWN = {"perfedavg", "reporting", "experiments", "multi_process", "models", "datasets", "utils", "paths", "compat"}
 OWN |= {"server", "client_worker", "single_process", "quick_start", "reproduce", "report", "sine", "personalize"}
 MAY_IMPORT = {
     "compat": set(),
@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "perfedavg": set(),
     "multi_process": {"compat", "perfedavg"},
     "reporting": {"perfedavg"},
+    "experiments": {"perfedavg", "utils", "quick_start"},
     "utils": {"paths", "perfedavg", "models", "datasets"},
 }
 ENTRY_POINTS_INSIDE = {ROOT / "datasets" / "describe.py"}

@@ -8,28 +8,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import ROOT, TINY
 
-import reproduce
 import utils
+from experiments import runner
+from experiments.rows import dataset_names, select_rows
+from experiments.runner import Job, Run, check_flags, keep_results, num_passes, plan_jobs, seconds_left
 from perfedavg.settings import ExperimentConfig
 from quick_start import SignalWatch, exit_status
-from reproduce import (
-    Job,
-    Pace,
-    Run,
-    check_flags,
-    keep_results,
-    num_passes,
-    plan_jobs,
-    rows_of,
-    select_rows,
-)
 
 IMAGES = ("mnist", "emnist", "synthetic_writers")
 MAIN = {f"E{e}-C{c}": (e, c) for c in (20, 5) for e in (20, 10, 5, 2)}
@@ -38,7 +29,7 @@ TINY_ROW = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TIN
 MACHINE = ["--data_root", "data", "--device", "cpu"]
 
 
-def config_of(flags: dict[str, str]) -> ExperimentConfig:
+def config_of(flags: Mapping[str, str]) -> ExperimentConfig:
     argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
     return utils.config_from_args(utils.get_args("single", argv))
 
@@ -46,7 +37,7 @@ def config_of(flags: dict[str, str]) -> ExperimentConfig:
 @pytest.mark.parametrize("dataset", IMAGES)
 def test_the_main_rows_are_the_papers(dataset: str) -> None:
     """Another value in any of them, and the table would stand beside published figures of another experiment."""
-    rows = rows_of(dataset)
+    rows = select_rows(dataset)
     assert list(rows)[:8] == list(MAIN)
     for name, (num_epochs, num_clients) in MAIN.items():
         config = config_of(rows[name])
@@ -68,12 +59,12 @@ def test_the_main_rows_are_the_papers(dataset: str) -> None:
 def test_a_main_row_is_what_the_data_set_defaults_to(dataset: str) -> None:
     """Apart from how often it is measured: `--dataset mnist` alone must be the experiment of the table."""
     measured = {"dataset": dataset, "eval_every": "20", "eval_clients": "50"}
-    assert config_of(rows_of(dataset)["E5-C5"]) == config_of(measured)
+    assert config_of(select_rows(dataset)["E5-C5"]) == config_of(measured)
 
 
 @pytest.mark.parametrize("dataset", IMAGES)
 def test_the_extra_rows_differ_from_the_main_ones_in_what_they_are_for(dataset: str) -> None:
-    rows = rows_of(dataset)
+    rows = select_rows(dataset)
     assert list(rows)[8:] == EXTRA
     configs = {name: config_of(flags) for name, flags in rows.items()}
     reference = configs["E5-C20"]
@@ -102,7 +93,7 @@ def test_the_extra_rows_differ_from_the_main_ones_in_what_they_are_for(dataset: 
 
 def test_the_rows_of_the_sine_task() -> None:
     """Three meta-learners from the initial weights, and joint training without one; 600 unseen tasks."""
-    configs = {name: config_of(flags) for name, flags in rows_of("sine").items()}
+    configs = {name: config_of(flags) for name, flags in select_rows("sine").items()}
     assert list(configs) == ["maml", "fomaml", "reptile", "joint"]
     for name, config in configs.items():
         assert (config.num_clients, config.unseen_fraction, config.batch_size) == (30600, "1/51", 10)
@@ -121,7 +112,8 @@ def test_rows_are_chosen_by_name_and_by_group_in_the_tables_order() -> None:
     assert list(select_rows("mnist", ["extra"])) == EXTRA
     assert list(select_rows("mnist", ["all"])) == [*MAIN, *EXTRA]
     assert list(select_rows("mnist", ["joint", "E2-C5", "E20-C20", "joint"])) == ["E20-C20", "E2-C5", "joint"]
-    assert list(select_rows("sine", ["main"])) == list(select_rows("sine", ["all"])) == list(rows_of("sine"))
+    assert list(select_rows("sine", ["main"])) == list(select_rows("sine", ["all"])) == list(select_rows("sine"))
+    assert dataset_names() == [*IMAGES, "sine"]
 
 
 @pytest.mark.parametrize(("dataset", "name"), [("mnist", "E7-C5"), ("mnist", "reptile"), ("sine", "extra")])
@@ -197,8 +189,8 @@ def test_what_is_done_is_skipped_and_what_has_ended_is_only_kept(
     jobs = tiny_jobs(tmp_path, 0)
     leave_run(jobs[0], jobs[0].result_dir)
     leave_run(jobs[1], jobs[1].run_dir)
-    monkeypatch.setattr(reproduce, "Run", lambda *arguments: pytest.fail("a run was started"))
-    assert reproduce.run_jobs(tiny_jobs(tmp_path, 0), MACHINE, NoSignals()) == 0
+    monkeypatch.setattr(runner, "Run", lambda *arguments: pytest.fail("a run was started"))
+    assert runner.run_jobs(tiny_jobs(tmp_path, 0), MACHINE, NoSignals()) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == f"[1/2] a, seed 0: done before, in {jobs[0].result_dir}"
     assert second == "[2/2] b, seed 0: 3 s; after FedAvg 25.00%, personalized 75.00%; about 0 s to go"
@@ -221,7 +213,7 @@ def test_other_flags_are_refused_before_anything_is_started(kept: bool, tmp_path
 @pytest.mark.parametrize("dataset", ["mnist", "sine"])
 def test_the_committed_results_are_those_of_the_rows(dataset: str, tmp_path: Path) -> None:
     """A default that changes must not make a row another experiment than the one in the tables."""
-    jobs = plan_jobs(rows_of(dataset), [0], tmp_path, ROOT / "results" / dataset)
+    jobs = plan_jobs(select_rows(dataset), [0], tmp_path, ROOT / "results" / dataset)
     assert all(job.is_done for job in jobs)
 
 
@@ -301,7 +293,7 @@ def test_a_row_is_done_only_when_all_of_it_is_kept(tmp_path: Path, monkeypatch: 
         path.write_bytes(b"".join(parts))
 
     with monkeypatch.context() as patch:
-        patch.setattr(reproduce, "replace_file", fill_disk)
+        patch.setattr(runner, "replace_file", fill_disk)
         with pytest.raises(OSError, match="No space left"):
             keep_results(job)
     assert not job.is_done
@@ -315,26 +307,18 @@ def test_the_rest_is_judged_by_the_work_in_it(tmp_path: Path) -> None:
     long, short = plan_jobs(rows, [0], tmp_path / "runs", tmp_path / "results")
     # cohort 5, 2 epochs; fine-tuning 2 rounds, 1 epoch; 100 clients a point, every 2 rounds; 4 unseen, twice
     assert num_passes(short) == 3 * 5 * 2 + 2 * 5 * 1 + (1 + 1) * 100 + 2 * 4
-    pace = Pace([long, short])
-    pace.job_ended(long, 60.0)
-    assert pace.seconds_left == pytest.approx(60.0 * num_passes(short) / num_passes(long))
-    two_at_once = Pace([long, short], 2)
-    two_at_once.job_ended(long, 60.0)
-    assert two_at_once.seconds_left == pytest.approx(pace.seconds_left / 2)
-    leave_run(short, short.result_dir)
-    pace = Pace([long, short])
-    pace.job_ended(long, 60.0)
-    assert pace.seconds_left == 0
+    assert seconds_left([short], [(long, 60.0)]) == pytest.approx(60.0 * num_passes(short) / num_passes(long))
+    assert seconds_left([], [(long, 60.0)]) == 0
 
 
 def test_where_there_are_no_classes_the_loss_is_told() -> None:
     scores = {"initial": {"loss": 4.5, "accuracy": None}, "personalized": {"loss": None, "accuracy": None}}
-    line = reproduce.describe({"seconds": 3700.0, "rounds": 0, "after_fine_tune": scores})
+    line = runner.describe({"seconds": 3700.0, "rounds": 0, "after_fine_tune": scores})
     assert line == "1 h 1 min; after fine-tuning loss 4.5000, personalized no finite loss"
 
 
 def test_a_model_without_training_is_not_called_trained() -> None:
-    line = reproduce.describe({"seconds": 70.0, "rounds": 0, "after_fedavg": SUMMARY})
+    line = runner.describe({"seconds": 70.0, "rounds": 0, "after_fedavg": SUMMARY})
     assert line == "1 min 10 s; untrained 25.00%, personalized 75.00%"
 
 

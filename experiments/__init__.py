@@ -1,0 +1,1 @@
+"""The rows of the papers' tables, as data, and what runs them."""
