@@ -68,7 +68,7 @@ def portable_kernels_of(run: Path) -> str:
     """A run's --portable_kernels, with which it is personalized too. `false` for what is no run, as is said later."""
     try:
         return RecordedRun.read(run).experiment().portable_kernels
-    except (ValueError, OSError):
+    except ValueError:
         return "false"
 
 

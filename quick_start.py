@@ -23,7 +23,7 @@ from typing import IO
 import utils
 from perfedavg.machine.forking import ForkedProcess, load
 from perfedavg.machine.kernels import pin_kernels_or_restart
-from perfedavg.recording.runs import make_default_folder, remove_empty
+from perfedavg.recording.folders import make_default_folder, remove_empty
 from perfedavg.terminal.console import EXIT_BAD_INPUT, command_line, end_process, prepare_process, report
 
 GRACE_SECONDS = 0.5

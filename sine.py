@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import paths
 import utils
+from perfedavg.recording.runs import FinishedRun
 from perfedavg.terminal.console import command_line, optional, run_entry_point, say, show
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
@@ -28,7 +29,6 @@ if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
 
     from datasets.sources.sine import SineTasks
     from perfedavg.settings import ExperimentConfig
-    from reporting.finished_runs import FinishedRun
 
 SHOWN_STEPS = (0, 1, 5, 10, 32)
 """Steps on a task's given points after which the table and the plots show the error."""
@@ -37,7 +37,7 @@ METHODS = ("maml", "fomaml", "reptile", "joint")
 NUM_PLOTTED_TASKS = 2
 """The first of the unseen ones, so that none is picked for its looks."""
 
-Rows = Mapping[str, Sequence["FinishedRun"]]
+Rows = Mapping[str, Sequence[FinishedRun]]
 """By method, the runs of its seeds, in their order."""
 
 
@@ -56,11 +56,10 @@ def read_rows(folder: Path) -> Rows:
     Raises ValueError where there is none, one of them is damaged or did not measure the errors that are shown, or a
     method has a seed twice.
     """
-    from reporting.finished_runs import read_finished_run
 
     found: dict[tuple[str, int], FinishedRun] = {}
     for path in sorted(folder.resolve().rglob("seed*/result.json")):
-        run = read_finished_run(path.parent)
+        run = FinishedRun.read(path.parent)
         if run.dataset != "sine":
             continue
         _check_steps(run)
@@ -116,7 +115,7 @@ def pool(runs: Sequence[FinishedRun]) -> Curve:
     """
     from reporting.tables import confidence_95
 
-    sizes = [run.result["unseen_clients"] for run in runs]
+    sizes = [run.result.unseen_clients for run in runs]
     total = sum(sizes)
     means, half_widths = [], []
     for errors in zip(*map(measured_errors, runs), strict=False):
@@ -134,7 +133,7 @@ def table(rows: Rows) -> str:
         curve = pool(runs)
         cells = [f"{curve.means[count]:.3g} ± {curve.half_widths[count]:.2g}" for count in SHOWN_STEPS]
         lines.append(f"| {method} | {len(runs)} | {' | '.join(cells)} |")
-    sizes = sorted({run.result["unseen_clients"] for runs in rows.values() for run in runs})
+    sizes = sorted({run.result.unseen_clients for runs in rows.values() for run in runs})
     last = SHOWN_STEPS[-1]
     lines += [
         "",
@@ -216,7 +215,7 @@ def _load_model(method: str, run: FinishedRun, folder: Path) -> TrainedModel:
     assert isinstance(tasks, SineTasks), "the run's data set is sine"
     model = utils.get_model(trained.config, tasks)
     trained.load_into(model)
-    if parameters_sha256(flatten(model)) != run.result["model_sha256"]:
+    if parameters_sha256(flatten(model)) != run.result.model_sha256:
         raise ValueError(f"{folder} holds another model than the results in {run.path} are of; name theirs in --models")
     return TrainedModel(method, trained.config, tasks, model)
 

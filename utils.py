@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import paths
 from perfedavg.machine.kernels import PORTABLE_KERNELS
 from perfedavg.plain_values import shown
-from perfedavg.recording.runs import make_default_folder, read_unfinished_run
+from perfedavg.recording.folders import make_default_folder
+from perfedavg.recording.runs import read_unfinished_run
 from perfedavg.settings import (
     LOCAL_SPLITS,
     METHODS,

@@ -14,9 +14,9 @@ from typing import IO, Any
 
 import utils
 from experiments.rows import Flags
-from perfedavg.plain_values import parse_json
 from perfedavg.recording.files import replace_file
-from perfedavg.recording.runs import RecordedRun, make_folder, read_object, remove_empty
+from perfedavg.recording.folders import make_folder, remove_empty
+from perfedavg.recording.runs import RecordedRun, read_metrics, read_object
 from perfedavg.settings import num_unseen_clients
 from perfedavg.terminal.console import command_line, say, show
 from quick_start import SignalWatch, end_processes, exit_status
@@ -225,7 +225,7 @@ def keep_results(job: Job) -> dict[str, Any]:
         raise ValueError(f"{job.run_dir / 'config.json'} is damaged ({error!r}); repeat the run") from error
     kept = {
         "config.json": f"{json.dumps(config, indent=2)}\n".encode(),
-        "metrics.jsonl": "".join(_lines_with_evaluation(job.run_dir / "metrics.jsonl")).encode(),
+        "metrics.jsonl": "".join(_lines_with_evaluation(job.run_dir)).encode(),
         "clients.csv": (job.run_dir / "clients.csv").read_bytes(),
         "result.json": (job.run_dir / "result.json").read_bytes(),
     }
@@ -235,13 +235,8 @@ def keep_results(job: Job) -> dict[str, Any]:
     return result
 
 
-def _lines_with_evaluation(path: Path) -> Iterator[str]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        try:
-            if parse_json(line).get("evaluation") is not None:
-                yield line
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged (line {number}: {error}); repeat the run") from error
+def _lines_with_evaluation(run_dir: Path) -> Iterator[str]:
+    return (f"{line}\n" for line, record in read_metrics(run_dir) if record.get("evaluation") is not None)
 
 
 def _without_machine_path(word: str) -> str:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from perfedavg.contracts import ClientData
 from perfedavg.recording.files import replace_file
-from perfedavg.recording.model_file import ModelFacts, model_file, read_model_file
-from perfedavg.recording.runs import RecordedRun
+from perfedavg.recording.model_file import ModelFacts, model_file
+from perfedavg.recording.runs import MODEL_FILE, RESULT_FILE, RecordedRun
 from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig
 from perfedavg.training.flat_model import FlatModel
@@ -43,24 +43,12 @@ class RunModel:
     @classmethod
     def read(cls, path: Path) -> RunModel:
         """Raises ValueError where the folder holds no run, one that has not ended, or one that cannot be read."""
-        try:
-            recorded = RecordedRun.read(path)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(
-                f"{path} is not the folder of a run (it has no config.json); name one, such as "
-                "runs/<date-time>-<dataset>"
-            ) from error
-        except ValueError as error:
-            raise ValueError(f"{path / 'config.json'} cannot be read ({error}); repeat the run") from error
-        if not (path / "result.json").exists():
-            raise ValueError(f"{path} holds a run that has not ended; its log.txt says how it goes on")
-        try:
-            config = recorded.experiment()
-        except ValueError as error:
-            raise ValueError(f"{error}; repeat the run") from error
-        state, facts = read_model_file(path / "model.safetensors")
+        run = RecordedRun.read(path)
+        run.check_ended()
+        config = run.experiment()
+        state, facts = run.model()
         if facts.num_classes is None:
-            raise ValueError(f"{path / 'model.safetensors'} does not say how many classes there are; repeat the run")
+            raise ValueError(f"{path / MODEL_FILE} does not say how many classes there are; repeat the run")
         class_names = facts.class_names or tuple(map(str, range(facts.num_classes)))
         return cls(path, config, facts, class_names, state)
 
@@ -70,7 +58,7 @@ class RunModel:
             model.load_state_dict(self.state)
         except RuntimeError as error:
             raise ValueError(
-                f"{self.path / 'model.safetensors'} holds another model ({_first_line(error)}); repeat the run"
+                f"{self.path / MODEL_FILE} holds another model ({_first_line(error)}); repeat the run"
             ) from error
 
 
@@ -144,10 +132,10 @@ def write_personalized(
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "result.json").unlink(missing_ok=True)
-        replace_file(folder / "model.safetensors", [model_file(model, metadata)])
+        (folder / RESULT_FILE).unlink(missing_ok=True)
+        replace_file(folder / MODEL_FILE, [model_file(model, metadata)])
         replace_file(folder / "model.pt2", [program])
-        replace_file(folder / "result.json", [json.dumps(result, indent=2, allow_nan=False).encode(), b"\n"])
+        replace_file(folder / RESULT_FILE, [json.dumps(result, indent=2, allow_nan=False).encode(), b"\n"])
     except OSError as error:
         raise OSError(
             f"--output {folder} cannot be written ({error.strerror}); make room there, or name another folder"

@@ -1,11 +1,12 @@
-"""Values from files that anybody may have edited: each is checked against the type of the field that it is for.
+"""Values from files that anybody may have edited, checked against the types of the fields that they are for.
 
-The types are those of a dataclass's fields, so a new field is checked without another line here. Whatever a file holds,
-what comes out is a value of the right type or a ValueError of one line that names the field. Imports nothing heavy.
+A dataclass's own annotations are the schema, so a new field is checked without another line here. A value of another
+type is a ValueError of one line with the field, the value and what it must be. Imports nothing heavy.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -26,12 +27,11 @@ _DESCRIPTIONS: dict[Any, str] = {
     tuple: "an array",
     list: "an array",
     dict: "an object",
-    Any: "any value",
 }
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What the text says. Raises ValueError, also where it is nested more deeply than can be read."""
+    """What the text says. Raises ValueError, also where it is nested too deeply to be read."""
     try:
         return json.loads(text)
     except RecursionError as error:
@@ -51,23 +51,16 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from error
 
 
-def from_plain(kind: type[Value], value: Any, name: str = "") -> Value:
-    """An instance of a dataclass, or another value of a type, from what `json.loads` gave; the inverse of `asdict`.
+def from_plain(kind: type[Value], value: Any, name: str = "", ignore_unknown: bool = False) -> Value:
+    """A dataclass, or a value of another type, from what `json.loads` gave; the inverse of `dataclasses.asdict`.
 
-    Fields that have a default may be absent. Known are bool, int, float, str, None, unions, tuples, lists, dicts (whose
-    keys may be whole numbers, as text) and dataclasses of these; an `Any` is left as it is.
-    name: of the value, as an error calls it; empty for the content of a whole file.
-    Raises ValueError where the value is of another type, or where the dataclass itself refuses it.
+    Known are bool, int, float, str, None, Any, unions, tuples, lists, dicts (whose keys may be whole numbers, as text)
+    and dataclasses of these. Fields with a default may be absent.
+    name: of the value in errors; empty for the content of a whole file.
+    ignore_unknown: pass over fields that the dataclass does not have, as in a file of a later version.
+    Raises ValueError where a value is of another type, or where a dataclass itself refuses it.
     """
-    return typing.cast("Value", _convert(kind, value, name, is_whole=True))
-
-
-def check_known_fields(kind: type[Any], values: Any, name: str = "") -> None:
-    """Raises ValueError where a field of the dataclass has a value of another type.
-
-    Other fields may be there, and fields may be absent, as in a file of another version.
-    """
-    _convert(kind, values, name, is_whole=False)
+    return typing.cast("Value", _convert(kind, value, name, ignore_unknown))
 
 
 def shown(value: Any) -> str:
@@ -76,93 +69,6 @@ def shown(value: Any) -> str:
         return _DESCRIPTIONS[type(value)]
     text = json.dumps(value, default=str)
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
-
-
-def _convert(kind: Any, value: Any, name: str, is_whole: bool) -> Any:
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        return _convert_fields(kind, value, name, is_whole)
-    if origin in (typing.Union, types.UnionType):
-        return _convert_union(parts, value, name, is_whole)
-    if origin in (tuple, list) and isinstance(value, (list, tuple)):
-        if origin is tuple and parts[-1] is not Ellipsis:
-            if len(value) != len(parts):
-                raise ValueError(f"{_called(name)} has {len(value)} entries, must have {len(parts)}")
-            element_kinds = list(parts)
-        else:
-            element_kinds = [parts[0]] * len(value)
-        elements = [
-            _convert(element_kind, element, f"{name}[{place}]", is_whole)
-            for place, (element_kind, element) in enumerate(zip(element_kinds, value, strict=True))
-        ]
-        return origin(elements)
-    if origin is dict and isinstance(value, dict):
-        key_kind, entry_kind = parts
-        return {
-            _convert_key(key_kind, key, name): _convert(entry_kind, entry, f"{name}[{shown(key)}]", is_whole)
-            for key, entry in value.items()
-        }
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError as error:
-            raise _refusal(kind, value, name) from error
-    if isinstance(kind, type) and type(value) is kind:
-        return value
-    raise _refusal(kind, value, name)
-
-
-def _convert_fields(kind: Any, value: Any, name: str, is_whole: bool) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{_called(name)} is {shown(value)}, must be an object")
-    hints = typing.get_type_hints(kind)
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    prefix = f"{name}." if name else ""
-    converted = {key: _convert(hints[key], value[key], f"{prefix}{key}", is_whole) for key in fields if key in value}
-    if not is_whole:
-        return {**value, **converted}
-    for key, field in fields.items():
-        if key not in value and field.default is field.default_factory is dataclasses.MISSING:
-            raise ValueError(f"it lacks {prefix}{key}")
-    for key in value:
-        if key not in fields:
-            raise ValueError(f"{prefix}{shown(key)[1:-1]} is unknown")
-    return kind(**converted)
-
-
-def _convert_union(kinds: tuple[Any, ...], value: Any, name: str, is_whole: bool) -> Any:
-    if value is None and type(None) in kinds:
-        return None
-    others = [kind for kind in kinds if kind is not type(None)]
-    if len(others) == 1 and (dataclasses.is_dataclass(others[0]) or typing.get_origin(others[0])):
-        return _convert(others[0], value, name, is_whole)  # whose refusal says what is wrong inside
-    for kind in others:
-        try:
-            return _convert(kind, value, name, is_whole)
-        except ValueError:
-            continue
-    raise _refusal(kinds, value, name)
-
-
-def _convert_key(kind: Any, key: str, name: str) -> Any:
-    if kind is not int:
-        return key
-    try:
-        return int(key)
-    except ValueError as error:
-        raise ValueError(f"{_called(name)} has a key {shown(key)}, must have whole numbers") from error
-
-
-def _refusal(kind: Any, value: Any, name: str) -> ValueError:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    described = " or ".join(_DESCRIPTIONS.get(typing.get_origin(one) or one, str(one)) for one in kinds)
-    return ValueError(f"{_called(name)} is {shown(value)}, must be {described}")
-
-
-def _called(name: str) -> str:
-    return name or "its content"
 
 
 def differences(present: Mapping[str, Any], recorded: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -175,3 +81,69 @@ def differences(present: Mapping[str, Any], recorded: Mapping[str, Any], prefix:
         elif ours != theirs:
             found.append(f"{prefix}{name} is {ours}, was {theirs}")
     return found
+
+
+def _convert(kind: Any, value: Any, name: str, ignore_unknown: bool) -> Any:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        return _convert_fields(kind, value, name, ignore_unknown)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(parts, value, name, ignore_unknown)
+    if origin in (tuple, list) and isinstance(value, (list, tuple)):
+        kinds = [parts[0]] * len(value) if origin is list or parts[-1] is Ellipsis else parts
+        if len(value) != len(kinds):
+            raise ValueError(f"{name or 'its content'} has {len(value)} entries, must have {len(kinds)}")
+        entries = enumerate(zip(kinds, value, strict=True))
+        return origin([_convert(one, entry, f"{name}[{place}]", ignore_unknown) for place, (one, entry) in entries])
+    if origin is dict and isinstance(value, dict):
+        return {
+            _convert_key(parts[0], key, name): _convert(parts[1], entry, f"{name}[{shown(key)}]", ignore_unknown)
+            for key, entry in value.items()
+        }
+    if kind is float and type(value) is int:
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    elif type(value) is kind:
+        return value
+    raise _refusal([kind], value, name)
+
+
+def _convert_fields(kind: Any, values: dict[str, Any], name: str, ignore_unknown: bool) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
+    prefix = f"{name}." if name else ""
+    for key in values:
+        if key not in fields and not ignore_unknown:
+            raise ValueError(f"{prefix}{shown(key)[1:-1]} is unknown")
+    for key, field in fields.items():
+        if key not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"it lacks {prefix}{key}")
+    present = [key for key in fields if key in values]
+    return kind(**{key: _convert(hints[key], values[key], f"{prefix}{key}", ignore_unknown) for key in present})
+
+
+def _convert_union(kinds: tuple[Any, ...], value: Any, name: str, ignore_unknown: bool) -> Any:
+    if value is None and type(None) in kinds:
+        return None
+    others = [kind for kind in kinds if kind is not type(None)]
+    if len(others) == 1 and (dataclasses.is_dataclass(others[0]) or typing.get_origin(others[0])):
+        return _convert(others[0], value, name, ignore_unknown)  # whose refusal says what is wrong inside
+    for kind in others:
+        with contextlib.suppress(ValueError):
+            return _convert(kind, value, name, ignore_unknown)
+    raise _refusal(kinds, value, name)
+
+
+def _convert_key(kind: Any, key: str, name: str) -> Any:
+    try:
+        return kind(key)
+    except ValueError as error:
+        raise ValueError(f"{name or 'its content'} has a key {shown(key)}, must have whole numbers") from error
+
+
+def _refusal(kinds: typing.Iterable[Any], value: Any, name: str) -> ValueError:
+    """Names what the value must be; a dataclass is an object to whoever edits the file."""
+    described = [_DESCRIPTIONS.get(typing.get_origin(kind) or kind, _DESCRIPTIONS[dict]) for kind in kinds]
+    return ValueError(f"{name or 'its content'} is {shown(value)}, must be {' or '.join(described)}")

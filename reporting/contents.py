@@ -8,9 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perfedavg.recording.runs import FinishedRun, find_runs
 from perfedavg.terminal.console import reason_of, say
 from reporting import plots, published, tables
-from reporting.finished_runs import FinishedRun, find_runs, read_finished_run
 from reporting.rows import Row, common_settings, group_rows, leave_out_repeats
 from reporting.tables import Table
 
@@ -98,7 +98,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
     reasons: list[str] = []
     for folder in _run_folders(paths, reasons):
         try:
-            runs.append(read_finished_run(folder))
+            runs.append(FinishedRun.read(folder))
         except ValueError as error:
             reasons.append(str(error))
     runs, repeats = leave_out_repeats(runs)

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfedavg.recording.drawing import png
+from perfedavg.recording.runs import KINDS
 from perfedavg.settings import Phase
-from reporting.finished_runs import KINDS
 from reporting.rows import Row
 from reporting.tables import confidence_95, pooled_client_scores, steps_per_epoch
 

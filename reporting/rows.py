@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from perfedavg.recording.runs import KINDS, CurvePoint, FinishedRun, PhaseResult
 from perfedavg.settings import Phase
-from reporting.finished_runs import KINDS, CurvePoint, FinishedRun, PhaseResult
 
 _SEED_OR_LESS = ("seed", "client_batching", "num_curve_epochs")
 """Settings in which the runs of a row may differ: who is drawn, how sums are rounded, and what else is measured."""

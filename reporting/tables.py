@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perfedavg.recording.runs import KINDS, FinishedRun, PhaseResult, Scores
 from perfedavg.settings import Phase
-from reporting.finished_runs import KINDS, FinishedRun, PhaseResult, Scores
 from reporting.published import JIANG_TABLE_1, JIANG_TARGET, PUBLISHED
 from reporting.rows import Row, SeedMean, rounds_to_target, seed_mean
 
@@ -258,10 +258,10 @@ def runs_table(rows: Sequence[Row]) -> Table:
             row.label,
             str(run.seed),
             str(run.path),
-            run.result["model_sha256"][:16],
+            run.result.model_sha256[:16],
             str(run.environment.get("torch", NO_NUMBER)),
             str(run.environment.get("commit") or NO_NUMBER)[:12],
-            f"{run.result['seconds']:.0f}",
+            f"{run.result.seconds:.0f}",
         ]
         for row in rows
         for run in row.runs
@@ -298,8 +298,8 @@ def _csv_line(row: Row, run: FinishedRun, phase: Phase, target: float) -> dict[s
         "fraction_hurt": result.fraction_hurt,
         "target_accuracy": target,
         **rounds,
-        "run_seconds": run.result["seconds"],
-        "model_sha256": run.result["model_sha256"],
+        "run_seconds": run.result.seconds,
+        "model_sha256": run.result.model_sha256,
         "run": run.path,
     }
 
@@ -327,7 +327,7 @@ def _counted(number: int, unit: str) -> str:
 
 def _num_clients(row: Row) -> int:
     result = row.runs[0].result
-    return int(result["train_clients"] + result["unseen_clients"])
+    return result.train_clients + result.unseen_clients
 
 
 def _accuracy(row: Row, phase: Phase, kind: str) -> str:

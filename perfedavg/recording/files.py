@@ -92,14 +92,6 @@ class LineFile:
         """As a `GrowingFile`'s."""
         self._file.flush(to_disk)
 
-    def lines(self) -> Iterator[str]:
-        """The whole lines that the file holds; one that a killed process left without its end is no line."""
-        if self._path.exists():
-            with open(self._path, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    if line.endswith("\n"):
-                        yield line.removesuffix("\n")
-
     def replace(self, lines: Iterable[str]) -> None:
         """Let the file hold these lines and no others, in one step. Raises OSError."""
         self._file.replace(f"{line}\n".encode() for line in lines)

@@ -25,21 +25,28 @@ from perfedavg.contracts import ClientDirectory, client_label, client_name
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, RoundRecord
 from perfedavg.engine.scores import ClientScore, summarize
 from perfedavg.machine.kernels import KernelLog
-from perfedavg.plain_values import from_plain, parse_json
+from perfedavg.plain_values import from_plain
 from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
 from perfedavg.recording.events import EventFile
 from perfedavg.recording.files import LineFile, remove_partial_files, replace_file
+from perfedavg.recording.folders import make_folder, remove_empty
 from perfedavg.recording.model_file import model_file
 from perfedavg.recording.plots import write_plots
-from perfedavg.recording.runs import make_folder, read_unfinished_run, remove_empty
+from perfedavg.recording.runs import (
+    CLIENTS_FILE,
+    CONFIG_FILE,
+    METRICS_FILE,
+    MODEL_FILE,
+    RESULT_FILE,
+    read_metrics,
+    read_unfinished_run,
+    result_key,
+)
 from perfedavg.settings import ExperimentConfig, Phase
 from perfedavg.terminal.console import command_line, optional, reason_of, say
 from perfedavg.training.flat_model import unflatten_into
 
 LOGGER = logging.getLogger("perfedavg")
-
-RESULT_KEYS = {Phase.FEDAVG: "after_fedavg", Phase.FINE_TUNE: "after_fine_tune"}
-"""The names in result.json and in clients.csv of the scores taken after each phase."""
 
 CHECKPOINT_FOLDER = "checkpoint"
 
@@ -97,7 +104,7 @@ class RunFolder:
         self._made = [path] if is_made_for_it else []
         self._log_size = 0
         self._clients: ClientDirectory | None = None
-        self._metrics = LineFile(path / "metrics.jsonl")
+        self._metrics = LineFile(path / METRICS_FILE)
         self._curve: list[RoundRecord] = []
         self._scores: dict[Phase, list[ClientScore]] = {}
         self._failing: set[str] = set()
@@ -124,7 +131,7 @@ class RunFolder:
         except OSError as error:
             remove_empty(self._made)
             raise ValueError(f"{flag} {self.path} cannot be written ({error.strerror}); name another folder") from error
-        if not self._resumes and (self.path / "config.json").exists():
+        if not self._resumes and (self.path / CONFIG_FILE).exists():
             log_handler.close()
             lock.release()
             raise ValueError(
@@ -150,7 +157,7 @@ class RunFolder:
 
     def discard_unless_begun(self) -> None:
         """Where the run has not begun, leave what was there before: no folder, or the user's own as it was."""
-        if (self.path / "config.json").exists():
+        if (self.path / CONFIG_FILE).exists():
             return
         self.close()
         with contextlib.suppress(OSError):
@@ -208,14 +215,14 @@ class RunFolder:
                 "environment": environment,
             }
             self._metrics.replace([])  # so that it is there also where there is no round
-            self._write("config.json", _json(settings))
+            self._write(CONFIG_FILE, _json(settings))
             return None
         state = self._checkpoints.load()
         recorded = dict(read_unfinished_run(self.path).content)
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         resumption = {"time": now, "run": run_settings, "environment": environment}
         recorded["resumed"] = [*from_plain(list[Any], recorded.get("resumed", []), "config.json: resumed"), resumption]
-        self._write("config.json", _json(recorded))
+        self._write(CONFIG_FILE, _json(recorded))
         self._cut_metrics_back(config, state)
         if state is None:
             say(f"{self.shown_path} has no checkpoint yet, so it starts from its first round")
@@ -239,7 +246,7 @@ class RunFolder:
             LOGGER.warning("%s round %d: worker %d was lost: %s", record.phase.label, record.round_number, rank, reason)
         values = record.to_dict() | self._names_of(record.refused)
         line = json.dumps(_without_nan(values), allow_nan=False)
-        self._attempt("metrics.jsonl", lambda: self._metrics.append(line))
+        self._attempt(METRICS_FILE, lambda: self._metrics.append(line))
         self._write_events(lambda events: events.append(record))
         if record.evaluation is not None:
             self._curve.append(record)
@@ -254,7 +261,7 @@ class RunFolder:
 
     def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
         _say_diverged(phase, scores[phase], self._clients)
-        self._attempt("clients.csv", lambda: self._write("clients.csv", _clients_csv(scores, self._clients)))
+        self._attempt(CLIENTS_FILE, lambda: self._write(CLIENTS_FILE, _clients_csv(scores, self._clients)))
 
     @property
     def has_checkpoint(self) -> bool:
@@ -298,7 +305,7 @@ class RunFolder:
             },
         }
         for phase, scores in outcome.scores.items():
-            result[RESULT_KEYS[phase]] = summarize(scores)
+            result[result_key(phase)] = summarize(scores)
         return result
 
     def write_result(
@@ -312,9 +319,9 @@ class RunFolder:
         unflatten_into(model, outcome.parameters.clone())
         try:
             self._metrics.flush(to_disk=True)
-            self._write("model.safetensors", model_file(model, metadata))
-            self._write("clients.csv", _clients_csv(outcome.scores, self._clients))
-            self._write("result.json", _json(result))
+            self._write(MODEL_FILE, model_file(model, metadata))
+            self._write(CLIENTS_FILE, _clients_csv(outcome.scores, self._clients))
+            self._write(RESULT_FILE, _json(result))
         except OSError as error:
             raise OSError(
                 f"the results cannot be written to {self.path} ({error.strerror}); make room there, then continue "
@@ -335,20 +342,17 @@ class RunFolder:
         expected = [] if state is None else _recorded_rounds(config, state)
         lines: list[str] = []
         records: list[RoundRecord] = []
-        for line, (phase, round_number) in zip(self._metrics.lines(), expected, strict=False):
-            try:
-                values = from_plain(dict[str, Any], parse_json(line))
+        with contextlib.suppress(ValueError):  # of the first line that is damaged
+            for (line, values), place in zip(read_metrics(self.path), expected, strict=False):
                 values.pop(_NAMES, None)
                 record = RoundRecord.from_dict(values)
-            except ValueError:
-                break
-            if (record.phase, record.round_number) != (phase, round_number):
-                break
-            lines.append(line)
-            records.append(record)
+                if (record.phase, record.round_number) != place:
+                    break
+                lines.append(line)
+                records.append(record)
         if len(lines) < len(expected):
             say(
-                f"{self.path / 'metrics.jsonl'} has been damaged: the lines of {len(expected) - len(lines)} rounds "
+                f"{self.path / METRICS_FILE} has been damaged: the lines of {len(expected) - len(lines)} rounds "
                 "behind the checkpoint are lost, the model is not"
             )
         self._metrics.replace(lines)
@@ -431,7 +435,7 @@ def _clients_csv(scores: Mapping[Phase, Sequence[ClientScore]], clients: ClientD
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     identity = ("client_id", "client_name") if has_names else ("client_id",)
-    writer.writerow([*identity, *counts, *(f"{RESULT_KEYS[phase]}_{name}" for phase in scores for name in measured)])
+    writer.writerow([*identity, *counts, *(f"{result_key(phase)}_{name}" for phase in scores for name in measured)])
     for rows, client in zip(rows_by_client, names, strict=True):
         own = (rows[0].client_id, client) if has_names else (rows[0].client_id,)
         values = [getattr(row, name) for row in rows for name in measured]

@@ -1,117 +1,364 @@
-"""Where runs are kept, and what config.json says of one. Imports nothing heavy."""
+"""Recorded runs, read back from their folders: the one reader of what a `RunFolder` writes. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-import time
-from collections.abc import Iterable, Mapping
+import csv
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from perfedavg.plain_values import from_plain, parse_json
-from perfedavg.settings import ExperimentConfig
+from perfedavg.settings import ExperimentConfig, Phase
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from perfedavg.recording.model_file import ModelFacts
 
 CONFIG_FILE = "config.json"
+RESULT_FILE = "result.json"
+METRICS_FILE = "metrics.jsonl"
+CLIENTS_FILE = "clients.csv"
+MODEL_FILE = "model.safetensors"
+
+KINDS = ("initial", "personalized")
+"""Scores of the global model, and of the same model after a client has adapted it."""
+
+_MEASURES = ("loss", "accuracy")
 
 
 @dataclass(frozen=True)
 class RecordedRun:
-    """What the config.json of a run holds.
+    """A run that has begun, as its config.json tells of it.
 
-    flags: of its experiment, by name, as its user gave them or as they were by default.
-    content: all of the file.
+    flags: the experiment's flags by name, given or by default.
+    environment: versions and commit.
+    content: the whole file.
     """
 
-    path: Path
+    folder: Path
     flags: Mapping[str, Any]
+    environment: Mapping[str, Any]
     content: Mapping[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> RecordedRun:
-        """Raises ValueError where it is damaged, FileNotFoundError or NotADirectoryError where there is none."""
+        """Raises ValueError where the folder holds no run, or its config.json cannot be read or is damaged."""
         path = folder / CONFIG_FILE
+        if not path.exists():
+            raise ValueError(f"{folder} is not the folder of a run (it has no {CONFIG_FILE})")
         content = read_object(path)
-        try:
-            return cls(path, from_plain(dict[str, Any], content.get("flags"), "flags"), content)
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error})") from error
+        with _naming(path):
+            flags, environment = (
+                from_plain(dict[str, Any], content.get(name) or {}, name) for name in ("flags", "environment")
+            )
+        return cls(folder, flags, environment, content)
 
-    def experiment(self) -> ExperimentConfig:
-        """What the flags came to, with everything settled. Raises ValueError, naming the field that is damaged."""
+    def experiment(self, ignore_unknown: bool = False) -> ExperimentConfig:
+        """The settings that the flags came to, none of them open.
+
+        ignore_unknown: read a later version's run without the settings that this version does not know.
+        Raises ValueError, naming the setting that is damaged.
+        """
         try:
             values = from_plain(dict[str, Any], self.content.get("experiment"), "experiment")
-            experiment = ExperimentConfig.from_dict(values)
+            experiment = from_plain(ExperimentConfig, values, ignore_unknown=ignore_unknown)
             if not experiment.is_settled:
                 raise ValueError("its client_batching or initial_model is not settled")
             return experiment
         except ValueError as error:
-            raise ValueError(f"{self.path} is damaged, or of another version of this project ({error})") from error
+            path = self.folder / CONFIG_FILE
+            raise ValueError(f"{path} is damaged, or of another version of this project ({error})") from error
+
+    @property
+    def has_ended(self) -> bool:
+        return (self.folder / RESULT_FILE).exists()
+
+    def check_ended(self) -> None:
+        """Raises ValueError where the run has no result yet."""
+        if not self.has_ended:
+            raise ValueError(
+                f"{self.folder} holds a run that has not ended (there is no {RESULT_FILE}); log.txt says how it goes on"
+            )
+
+    def model(self) -> tuple[dict[str, Tensor], ModelFacts]:
+        """The final parameters by name, and what is said of the model. Imports torch. Raises ValueError."""
+        from perfedavg.recording.model_file import read_model_file
+
+        return read_model_file(self.folder / MODEL_FILE)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+@dataclass(frozen=True)
+class Scores:
+    """Uniform means over unseen clients, and the spread of their accuracy. Accuracies are in 0..1.
 
-    Raises FileNotFoundError or NotADirectoryError where there is no file, ValueError where it cannot be read or holds
-    something else.
+    None stands for what is no number: any accuracy of a regression, a loss that overflowed.
     """
-    try:
-        content = parse_json(path.read_bytes())
-        if not isinstance(content, dict):
-            raise ValueError("it does not hold a JSON object")
-        return content
-    except (FileNotFoundError, NotADirectoryError):
-        raise
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+
+    loss: float | None
+    accuracy: float | None
+    accuracy_std: float | None
+    accuracy_p10: float | None
+    accuracy_p50: float | None
+    accuracy_p90: float | None
+
+
+@dataclass(frozen=True)
+class EpochScores:
+    """Uniform means over unseen clients after some epochs of personalization, and population deviations."""
+
+    epochs: int
+    loss: float | None
+    loss_std: float | None
+    accuracy: float | None
+    accuracy_std: float | None
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """How the unseen clients fare after a phase.
+
+    clients: number of unseen clients.
+    fraction_hurt: share of them whose score got worse by adapting, 0..1; None where that is not known.
+    by_epoch: after 0, 1, .. epochs of personalization; empty where that was not measured.
+    """
+
+    clients: int
+    initial: Scores
+    personalized: Scores
+    fraction_hurt: float | None
+    by_epoch: tuple[EpochScores, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What result.json says of a whole run, and of its phases.
+
+    seconds: wall time over all processes that took part in it.
+    """
+
+    train_clients: int
+    unseen_clients: int
+    seconds: float
+    model_sha256: str
+    after_fedavg: PhaseResult | None = None
+    after_fine_tune: PhaseResult | None = None
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """A point of the curve that a run draws while it trains, over the unseen clients of `--eval_clients`.
+
+    round_number: counted from 1 over the whole run; those of phase 2 go on from those of phase 1.
+    """
+
+    round_number: int
+    initial: Scores
+    personalized: Scores
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run that has ended.
+
+    settings: the experiment as plain values, as config.json holds it.
+    environment: versions and commit.
+    phases: the results after each phase, in their order; never empty.
+    curve: None where metrics.jsonl is missing or damaged.
+    clients: the columns of clients.csv, (num_unseen,) each; None where it is missing or damaged.
+    problems: a line for each of the two that could not be read.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    result: RunResult
+    environment: Mapping[str, Any]
+    phases: Mapping[Phase, PhaseResult]
+    curve: tuple[CurvePoint, ...] | None
+    clients: Mapping[str, NDArray[np.float64]] | None
+    problems: tuple[str, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> FinishedRun:
+        """Raises ValueError where the run has not ended, or its config.json or result.json is missing or damaged."""
+        run = RecordedRun.read(folder)
+        run.check_ended()
+        experiment = run.experiment(ignore_unknown=True)
+        result, phases = _read_result(folder / RESULT_FILE, list(experiment.phases))
+        curve, clients, problems = None, None, []
+        try:
+            curve = _read_curve(folder, experiment.fedavg.num_rounds)
+        except ValueError as error:
+            problems.append(str(error))
+        try:
+            clients = _read_clients(folder / CLIENTS_FILE, phases)
+        except ValueError as error:
+            problems.append(str(error))
+        settings = json.loads(json.dumps(experiment.to_dict()))
+        return cls(folder, settings, result, run.environment, phases, curve, clients, tuple(problems))
+
+    @property
+    def dataset(self) -> str:
+        return str(self.settings["dataset"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.settings["seed"])
+
+    def client_scores(self, phase: Phase, kind: str, measure: str) -> NDArray[np.float64] | None:
+        """A score of each unseen client, (num_unseen,), NaN where it is no number; None where they are not known."""
+        return None if self.clients is None else self.clients[f"{result_key(phase)}_{kind}_{measure}"]
+
+
+def result_key(phase: Phase) -> str:
+    """What the scores after a phase are called in result.json, and in the columns of clients.csv."""
+    return f"after_{phase.field}"
+
+
+def find_runs(path: Path) -> list[Path]:
+    """The folder itself where it is a run's, else the folders of all runs below it, in order of their names.
+
+    Raises ValueError where there is none, OSError where a folder cannot be read.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder; name the folder of a run, or one that holds runs, such as runs")
+    found = []
+    for folder, subfolders, files in os.walk(path, onerror=_raise_unreadable):
+        if CONFIG_FILE in files or RESULT_FILE in files:
+            found.append(Path(folder))
+            subfolders.clear()
+        subfolders.sort()
+    if not found:
+        raise ValueError(
+            f"no run was found in {path} or below it (a run's folder holds {CONFIG_FILE} and {RESULT_FILE}); name the "
+            "folder of a run, or one that holds runs"
+        )
+    return found
+
+
+def _raise_unreadable(error: OSError) -> NoReturn:
+    raise OSError(f"{error.filename} cannot be read ({error.strerror})") from error
 
 
 def read_unfinished_run(folder: Path) -> RecordedRun:
-    """The run that --resume goes on with.
-
-    Raises ValueError where the folder holds no run, one that has ended, or a config.json that is damaged.
-    """
-    if (folder / "result.json").exists():
-        raise ValueError(f"--resume {folder}: that run has ended, its result is in result.json; start a new run")
+    """The run that --resume goes on with. Raises ValueError where there is none, or it has ended or is damaged."""
     try:
-        return RecordedRun.read(folder)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ValueError(
-            f"--resume {folder} is not the folder of a run that has begun (it has no config.json); name a folder such "
-            "as runs/<date-time>-<dataset>, or start a new run"
-        ) from error
+        run = RecordedRun.read(folder)
     except ValueError as error:
-        raise ValueError(f"--resume {folder}: {error}; start a new run") from error
+        raise ValueError(
+            f"--resume {error}; name another folder, such as runs/<date-time>-<dataset>, or start a new run"
+        ) from error
+    if run.has_ended:
+        raise ValueError(f"--resume {folder}: that run has ended, its result is in {RESULT_FILE}; start a new run")
+    return run
 
 
-def make_folder(path: Path) -> list[Path]:
-    """Create a folder, with those that it lies in; returns those that were not there, the innermost first.
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ValueError, naming the file, where there is none."""
+    with _naming(path):
+        return from_plain(dict[str, Any], parse_json(path.read_bytes()))
 
-    Raises OSError where it cannot be made.
+
+def read_metrics(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl, and what each says of its round.
+
+    Raises ValueError at the first one that is damaged, such as half a line that a killed process left, or where there
+    is no such file.
     """
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    return made
+    path = folder / METRICS_FILE
+    with _naming(path), open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                if not line.endswith("\n"):
+                    raise ValueError("it is cut short")
+                values = from_plain(dict[str, Any], parse_json(line))
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+            yield line.removesuffix("\n"), values
 
 
-def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those that are empty, the innermost given first."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let whatever is wrong with a file be a ValueError that names it."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ValueError(f"{path} is missing") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
 
 
-def make_default_folder(parent: Path, dataset: str) -> Path:
-    """Create `<parent>/<date-time>-<dataset>`, with a number behind it where another run has just taken that."""
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset.replace(':', '.')}"
-    for number in itertools.count(1):
-        path = parent / (stem if number == 1 else f"{stem}-{number}")
-        try:
-            path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return path
-    raise AssertionError("unreachable")
+def _read_result(path: Path, phases: Sequence[Phase]) -> tuple[RunResult, dict[Phase, PhaseResult]]:
+    values = read_object(path)
+    with _naming(path):
+        result = from_plain(RunResult, values, ignore_unknown=True)
+        by_phase = {}
+        for phase in phases:
+            after = getattr(result, result_key(phase))
+            if after is None:
+                raise ValueError(f"it lacks {result_key(phase)}")
+            by_phase[phase] = after
+    return result, by_phase
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    initial: Scores
+    personalized: Scores
+
+
+@dataclass(frozen=True)
+class _Round:
+    phase: str
+    round_number: int
+    evaluation: _Evaluation | None
+
+
+def _read_curve(folder: Path, num_fedavg_rounds: int) -> tuple[CurvePoint, ...]:
+    offsets = {Phase.FEDAVG.field: 0, Phase.FINE_TUNE.field: num_fedavg_rounds}
+    points = []
+    for number, (_, values) in enumerate(read_metrics(folder), start=1):
+        with _naming(folder / METRICS_FILE):
+            try:
+                record = from_plain(_Round, values, ignore_unknown=True)
+                if record.phase not in offsets:
+                    raise ValueError(f"phase is {record.phase!r}, must be {' or '.join(offsets)}")
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from error
+        if record.evaluation is not None:
+            round_number = offsets[record.phase] + record.round_number
+            points.append(CurvePoint(round_number, record.evaluation.initial, record.evaluation.personalized))
+    return tuple(points)
+
+
+def _read_clients(path: Path, phases: Mapping[Phase, PhaseResult]) -> dict[str, NDArray[np.float64]]:
+    import numpy as np
+
+    names = ["num_train_examples"]
+    names += [f"{result_key(phase)}_{kind}_{measure}" for phase in phases for kind in KINDS for measure in _MEASURES]
+    with _naming(path), open(path, newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        for name in names:
+            if name not in (reader.fieldnames or ()):
+                raise ValueError(f"it lacks {name}")
+        rows = list(reader)
+        columns = {name: np.array([_cell(row[name]) for row in rows]) for name in names}
+        for result in phases.values():
+            if len(rows) != result.clients:
+                raise ValueError(f"it has {len(rows)} rows, and {RESULT_FILE} counts {result.clients} clients")
+    return columns
+
+
+def _cell(text: str | None) -> float:
+    if text is None:
+        raise ValueError("a line has too few cells")
+    return float(text) if text else math.nan

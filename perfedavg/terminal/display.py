@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from perfedavg.engine.experiment import ExperimentState, RoundRecord
 from perfedavg.engine.scores import ClientScore, summarize
-from perfedavg.recording.run_folder import RESULT_KEYS
+from perfedavg.recording.runs import result_key
 from perfedavg.settings import ExperimentConfig, Phase
 from perfedavg.terminal.console import LOGGER, is_live, reason_of
 
@@ -109,9 +109,9 @@ def result_table(result: dict[str, Any]) -> str:
         f"{'':19}{'initial':^20}{'personalized':^20}{'clients':>9}",
         f"{'':19}{'loss':>9}{'accuracy':>11}{'loss':>9}{'accuracy':>11}{'hurt':>9}",
     ]
-    for phase, key in RESULT_KEYS.items():
-        if key in result:
-            row, label = result[key], f"after {phase.label}"
+    for phase in Phase:
+        if result_key(phase) in result:
+            row, label = result[result_key(phase)], f"after {phase.label}"
             numbers = "".join(
                 f"{row[kind]['loss']:>9.4f}{_percent(row[kind]['accuracy']):>11}"
                 for kind in ("initial", "personalized")

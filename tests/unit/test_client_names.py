@@ -19,9 +19,9 @@ from datasets.describe import describe, plot
 from perfedavg.contracts import client_label, client_name
 from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor
 from perfedavg.recording.run_folder import RunFolder
+from perfedavg.recording.runs import FinishedRun
 from perfedavg.run import run_and_record
 from perfedavg.settings import OptimizerConfig, PhaseConfig
-from reporting.finished_runs import read_finished_run
 
 NAMES = ["anna", 'ben, "the" <b>', "cleo\nx", "d$o$e", "émile", "fay"]
 """In the order of the folders: as file systems allow them, and awkward for CSV, HTML, terminals and matplotlib."""
@@ -63,14 +63,14 @@ def test_a_table_of_clients_has_their_names(dataset: SplitDataset, tmp_path: Pat
     assert named == {client_id: sorted(NAMES)[client_id] for client_id in dataset.unseen_client_ids}
     for client_id, name in named.items():
         assert dataset.client_data(client_id).train_inputs.max() * 255 == 40 * sorted(NAMES).index(name)
-    assert read_finished_run(folder).clients is not None
+    assert FinishedRun.read(folder).clients is not None
 
 
 def test_where_clients_have_numbers_only_the_table_is_as_it_was(tmp_path: Path) -> None:
     """So that whoever reads older tables reads this one."""
     folder = run(digits_dataset(20), tmp_path / "run")
     assert list(rows(folder)[0])[:3] == ["client_id", "num_train_examples", "num_test_examples"]
-    assert read_finished_run(folder).clients is not None
+    assert FinishedRun.read(folder).clients is not None
 
 
 def test_names_are_one_printable_line_that_a_csv_reader_gets_back(tmp_path: Path) -> None:

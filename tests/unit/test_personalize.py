@@ -241,7 +241,7 @@ def test_what_is_no_finished_run(run: Path, images: Path, tmp_path: Path) -> Non
     (broken / "config.json").write_text(json.dumps(settings))
     refused(broken, r"config\.json is damaged, or of another version of this project")
     (broken / "config.json").write_text("{")
-    refused(broken, r"config\.json cannot be read")
+    refused(broken, r"config\.json is damaged")
     assert not (broken / "personalized").exists()
 
 

@@ -21,13 +21,13 @@ from torch import nn
 
 import report
 from perfedavg.engine.executor import LocalExecutor
-from perfedavg.recording.run_folder import RESULT_KEYS, RunFolder
+from perfedavg.recording.run_folder import RunFolder
+from perfedavg.recording.runs import FinishedRun, find_runs
 from perfedavg.run import run_and_record
-from perfedavg.settings import ExperimentConfig, OptimizerConfig, PhaseConfig
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from reporting import published
 from reporting.contents import Plot, Report, build_report, read_runs
 from reporting.files import to_html, to_markdown, write_report
-from reporting.finished_runs import FinishedRun, find_runs, read_finished_run
 from reporting.plots import mean_curve
 from reporting.rows import group_rows, rounds_to_target
 
@@ -260,7 +260,7 @@ def test_no_mean_over_seeds_that_did_not_all_get_there(
 def test_a_target_is_reached_at_the_first_round_that_has_it(tmp_path: Path) -> None:
     """Also where the accuracy falls again, and where it is met exactly."""
     curve = [("fedavg", 10, 0.5, 0.8), ("fedavg", 20, 0.8, 0.7), ("fedavg", 30, 0.6, 0.9)]
-    run = read_finished_run(
+    run = FinishedRun.read(
         write_run(tmp_path / "run", experiment(fine_tunes=False), {"fedavg": ((1.0, 0.6), (0.5, 0.9))}, curve=curve)
     )
     assert run.curve is not None
@@ -722,6 +722,18 @@ def test_runs_are_found_at_any_depth_and_not_inside_runs(three_seeds: Path) -> N
     assert [path.name for path in find_runs(three_seeds.parent)] == ["seed0", "seed1", "seed2"]
 
 
+COLUMNS = ",".join(
+    ["num_train_examples"]
+    + [
+        f"after_{phase}_{kind}_{measure}"
+        for phase in ("fedavg", "fine_tune")
+        for kind in ("initial", "personalized")
+        for measure in ("loss", "accuracy")
+    ]
+)
+"""Of clients.csv, those that reports are made of."""
+
+
 def damage(path: Path, name: str, content: str | None) -> None:
     if content is None:
         (path / name).unlink()
@@ -734,10 +746,14 @@ def damage(path: Path, name: str, content: str | None) -> None:
     [
         ("result.json", None, "holds a run that has not ended"),
         ("result.json", "{", "result.json is damaged"),
-        ("result.json", "[]", "result.json is damaged (it does not hold a JSON object)"),
-        ("result.json", "{}", "result.json is damaged (it lacks 'train_clients')"),
-        ("config.json", None, "config.json is missing"),
-        ("config.json", '{"experiment": {"seed": 0}}', "config.json is damaged (it lacks 'fedavg')"),
+        ("result.json", "[]", "result.json is damaged (its content is an array, must be an object)"),
+        ("result.json", "{}", "result.json is damaged (it lacks train_clients)"),
+        ("config.json", None, "is not the folder of a run (it has no config.json)"),
+        (
+            "config.json",
+            '{"experiment": {"seed": 0}}',
+            "config.json is damaged, or of another version of this",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_read_is_one_clear_line(
@@ -761,7 +777,7 @@ def test_a_phase_that_result_json_lacks_is_damage(three_seeds: Path) -> None:
     del result["after_fine_tune"]
     damage(path, "result.json", json.dumps(result))
     _, reasons = read_runs([three_seeds])
-    assert reasons == [f"{path / 'result.json'} is damaged (it lacks 'after_fine_tune')"]
+    assert reasons == [f"{path / 'result.json'} is damaged (it lacks after_fine_tune)"]
 
 
 @pytest.mark.parametrize(
@@ -770,8 +786,8 @@ def test_a_phase_that_result_json_lacks_is_damage(three_seeds: Path) -> None:
         ("metrics.jsonl", None, "metrics.jsonl is missing"),
         ("metrics.jsonl", '{"phase": "fed', "metrics.jsonl is damaged (line 1: "),
         ("clients.csv", None, "clients.csv is missing"),
-        ("clients.csv", "client_id\n1\n", "clients.csv is damaged (it lacks 'num_train_examples')"),
-        ("clients.csv", "client_id,num_train_examples\n1\n", "clients.csv is damaged (a line has too few cells)"),
+        ("clients.csv", "client_id\n1\n", "clients.csv is damaged (it lacks num_train_examples)"),
+        ("clients.csv", f"client_id,{COLUMNS}\n1\n", "clients.csv is damaged (a line has too few cells)"),
     ],
 )
 def test_a_run_without_its_details_keeps_its_results(
@@ -852,7 +868,7 @@ def test_reads_what_a_run_writes(tmp_path: Path) -> None:
     runs, reasons = read_runs([tmp_path])
     assert reasons == []
     (run,) = runs
-    assert [f"after_{phase.field}" for phase in run.phases] == list(RESULT_KEYS.values())
+    assert list(run.phases) == list(Phase)
     assert run.curve is not None
     assert [point.round_number for point in run.curve] == [1, 2, 3, 4]
     for phase, result in run.phases.items():

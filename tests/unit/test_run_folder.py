@@ -17,8 +17,8 @@ from torch import nn
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import parameters_sha256
 from perfedavg.recording.events import FILE_NAME
+from perfedavg.recording.folders import make_default_folder
 from perfedavg.recording.run_folder import RunFolder
-from perfedavg.recording.runs import make_default_folder
 from perfedavg.run import run_and_record
 from perfedavg.training.flat_model import flatten
 
