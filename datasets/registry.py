@@ -17,7 +17,7 @@ from datasets.sources.leaf import load_femnist, load_shakespeare
 from datasets.sources.own import load_own
 from datasets.sources.sine import SineTasks
 from datasets.sources.synthetic_writers import SyntheticWriters
-from datasets.sources.torchvision_images import IMAGE_NAMES, load_images
+from datasets.sources.mnist_family import IMAGE_NAMES, load_images
 from perfedavg.contracts import FederatedDataset
 
 NATURAL: dict[str, Callable[[Path], StoredClients]] = {

@@ -9,7 +9,7 @@ from compat import import_torchvision
 from datasets import DatasetRequest, load_federated_dataset
 from datasets.clients.person import label_of
 from datasets.sources.class_names import BALANCED, BYCLASS, FASHION, LETTERS
-from datasets.sources.torchvision_images import SOURCES
+from datasets.sources.mnist_family import SOURCES
 
 
 def test_names_are_those_of_the_libraries_that_know_the_data() -> None:

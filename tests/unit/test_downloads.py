@@ -21,8 +21,8 @@ import pytest
 from helpers import MNIST_PREFIXES, write_image_files
 
 from compat import import_torchvision
-from datasets.sources import torchvision_images
-from datasets.sources.torchvision_images import SOURCES, load_images
+from datasets.sources import mnist_family
+from datasets.sources.mnist_family import SOURCES, load_images
 
 MNIST_FILES = [f"{prefix}-{kind}-ubyte.gz" for prefix in MNIST_PREFIXES for kind in ("images-idx3", "labels-idx1")]
 
@@ -95,7 +95,7 @@ def mirror(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mirror]:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses that were asked for; none is made."""
     made: list[float] = []
-    monkeypatch.setattr(torchvision_images, "sleep", made.append)
+    monkeypatch.setattr(mnist_family, "sleep", made.append)
     return made
 
 
@@ -212,7 +212,7 @@ def test_the_second_mirror_stands_in_for_the_first(
 
 @pytest.mark.timeout(20)
 def test_a_silent_mirror_is_given_up(mnist: Path, mirror: Mirror, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torchvision_images, "SILENCE_SECONDS", 0.1)
+    monkeypatch.setattr(mnist_family, "SILENCE_SECONDS", 0.1)
     mirror.fault = "silent"
     second = Mirror()
     second.files = mirror.files
@@ -231,7 +231,7 @@ def test_a_broken_transfer_is_tried_again(
         mirror.fault = ""
 
     mirror.fault = fault
-    monkeypatch.setattr(torchvision_images, "sleep", repair)
+    monkeypatch.setattr(mnist_family, "sleep", repair)
     splits = load_images("mnist", mnist)
     assert splits.test_labels.tolist() == [index % 10 for index in range(20)]
     retries = [line for line in capfd.readouterr().err.splitlines() if line.endswith("; trying again in 1 s")]

@@ -12,14 +12,14 @@ import pytest
 from helpers import EMNIST_PREFIXES, MNIST_PREFIXES, write_idx, write_image_files
 
 from datasets import DatasetRequest, load_federated_dataset
-from datasets.sources import torchvision_images
+from datasets.sources import mnist_family
 from datasets.sources.digits import load_digits_images
-from datasets.sources.torchvision_images import IMAGE_NAMES, SOURCES, load_images
+from datasets.sources.mnist_family import IMAGE_NAMES, SOURCES, load_images
 
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setattr(torchvision_images, "PAUSES_SECONDS", (0,))
+    monkeypatch.setattr(mnist_family, "PAUSES_SECONDS", (0,))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
 
     def refuse(*_: object, **__: object) -> None:
