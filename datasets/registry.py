@@ -14,10 +14,10 @@ from datasets.clients.stored import StoredClients
 from datasets.sources.digits import load_digits_images
 from datasets.sources.image_folder import load_image_folder
 from datasets.sources.leaf import load_femnist, load_shakespeare
+from datasets.sources.mnist_family import SOURCES, load_images
 from datasets.sources.own import load_own
 from datasets.sources.sine import SineTasks
 from datasets.sources.synthetic_writers import SyntheticWriters
-from datasets.sources.mnist_family import IMAGE_NAMES, load_images
 from perfedavg.contracts import FederatedDataset
 
 NATURAL: dict[str, Callable[[Path], StoredClients]] = {
@@ -92,10 +92,10 @@ def _load_clients(request: DatasetRequest, data_root: Path) -> RawClients:
     num_unseen = request.num_unseen(num_clients)
     if request.name == "digits":
         splits = load_digits_images()
-    elif request.name in IMAGE_NAMES:
+    elif request.name in SOURCES:
         splits = load_images(request.name, data_root)
     else:
-        names = ", ".join((*IMAGE_NAMES, "digits", "synthetic_writers", *NATURAL, "sine"))
+        names = ", ".join((*SOURCES, "digits", "synthetic_writers", *NATURAL, "sine"))
         raise ValueError(f"--dataset {request.name} is unknown; use one of {names}, or package.module:factory")
     return PartitionedClients(splits, partition, num_clients - num_unseen, num_unseen, request.seed)
 

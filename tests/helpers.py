@@ -206,6 +206,28 @@ MNIST_PREFIXES = ("train", "t10k")
 EMNIST_PREFIXES = ("emnist-byclass-train", "emnist-byclass-test")
 
 
+def import_torchvision() -> None:
+    """Import torchvision, an independent reference, also where it was built for another torch.
+
+    Such a build lacks the two operators that it describes to torch. Its data sets are plain Python and need none.
+    """
+    try:
+        import torchvision
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)
+        import torchvision  # noqa: F401
+
+
+_LIBRARIES: list[torch.library.Library] = []
+"""Operators live as long as these."""
+
 PLAY = "to be or not to be that is the question whether tis nobler in the mind to suffer the slings and arrows; "
 WINDOW, WINDOWS = 80, 410
 

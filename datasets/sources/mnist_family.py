@@ -1,60 +1,90 @@
-"""MNIST, Fashion-MNIST and EMNIST: downloaded through torchvision on first use, checked and mapped on every use."""
+"""MNIST, Fashion-MNIST and EMNIST: downloaded on first use, checked and mapped on every use."""
 
 from __future__ import annotations
 
 import contextlib
 import gzip
-import io
 import os
 import re
 import shutil
-import socket
-import stat
-import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from time import sleep
 from typing import IO
-from urllib.error import HTTPError
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compat import import_torchvision
 from datasets.clients.partitioned import ImageSplits
 from datasets.sources.class_names import BALANCED, BYCLASS, DIGITS, FASHION, LETTERS
+from datasets.sources.download import download
 from datasets.sources.idx import map_idx
 from datasets.storage import built_once, locked_place, places_for, tell
 
 IMAGE_SHAPE = (28, 28)
 GZIP_MAGIC = b"\x1f\x8b"
 
-PAUSES_SECONDS = (1.0, 2.0, 4.0)
-"""Before the second attempt and each one after it; an attempt tries every mirror once."""
 
-SILENCE_SECONDS = 60.0
-"""A mirror that sends nothing for so long has failed."""
+@dataclass(frozen=True)
+class Publication:
+    """What is downloaded as a whole.
 
-TRANSFER_ERRORS = (OSError, RuntimeError, HTTPException)
-UNPACK_ERRORS = (OSError, RuntimeError, EOFError, zlib.error, zipfile.BadZipFile)
+    folder: below the data root, as torchvision calls it.
+    names: what else a folder with the files may be called, in small letters without marks.
+    mirrors: addresses, each followed by an archive's name.
+    archives: the MD5 of each, as torchvision lists it.
+    """
+
+    folder: str
+    names: tuple[str, ...]
+    mirrors: tuple[str, ...]
+    archives: Mapping[str, str]
+
+
+MNIST = Publication(
+    "MNIST",
+    ("mnist",),
+    ("https://ossci-datasets.s3.amazonaws.com/mnist/", "http://yann.lecun.com/exdb/mnist/"),
+    {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+)
+FASHION_MNIST = Publication(
+    "FashionMNIST",
+    ("fashionmnist", "fashion"),
+    ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
+    {
+        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
+)
+EMNIST = Publication(
+    "EMNIST",
+    ("emnist",),
+    ("https://biometrics.nist.gov/cs_links/EMNIST/",),
+    {"gzip.zip": "58c8d27c78d21e728a6bc7b3cc06412e"},
+)
+"""MNIST: LeCun et al. 1998. Fashion-MNIST: Xiao et al. 2017. EMNIST: Cohen et al. 2017."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set that torchvision knows.
+    """A data set in files of a publication.
 
-    torchvision_name: of the class that says the mirrors and the checksums, and of the folder.
-    train_prefix, test_prefix: beginnings of the file names.
-    class_names: label i stands for the i-th.
+    train_prefix, test_prefix: beginnings of the files' names.
+    class_names: what label i stands for.
     first_label: in the files; here labels begin at 0.
     transposed: the files hold each image with rows and columns exchanged.
     """
 
-    torchvision_name: str
+    publication: Publication
     train_prefix: str
     test_prefix: str
     class_names: tuple[str, ...]
@@ -75,11 +105,11 @@ class Source:
 
     def raw(self, data_root: Path) -> Path:
         """The folder into which they are downloaded."""
-        return data_root / self.torchvision_name / "raw"
+        return data_root / self.publication.folder / "raw"
 
 
 def _emnist(split: str, class_names: tuple[str, ...], first_label: int = 0) -> Source:
-    return Source("EMNIST", f"emnist-{split}-train", f"emnist-{split}-test", class_names, first_label, transposed=True)
+    return Source(EMNIST, f"emnist-{split}-train", f"emnist-{split}-test", class_names, first_label, transposed=True)
 
 
 SOURCES = {
@@ -87,30 +117,27 @@ SOURCES = {
     "emnist_balanced": _emnist("balanced", BALANCED),
     "emnist_letters": _emnist("letters", LETTERS, first_label=1),
     "emnist_digits": _emnist("digits", DIGITS),
-    "mnist": Source("MNIST", "train", "t10k", DIGITS),
-    "fashion_mnist": Source("FashionMNIST", "train", "t10k", FASHION),
+    "mnist": Source(MNIST, "train", "t10k", DIGITS),
+    "fashion_mnist": Source(FASHION_MNIST, "train", "t10k", FASHION),
 }
-"""MNIST: LeCun et al. 1998. Fashion-MNIST: Xiao et al. 2017. EMNIST: Cohen et al. 2017, `emnist` being its byclass."""
-
-IMAGE_NAMES = tuple(SOURCES)
 
 
 @dataclass(frozen=True)
 class _Files:
-    """The files of a data set where they were found, by the names that torchvision gives them.
+    """A data set's files, by the names that their makers give them.
 
-    found: as they lie there, which is what messages name.  unpacked: the same, or what was unpacked from them.
+    found: as they lie in the folder, which is what messages name.  plain: the same, or what was unpacked from them.
     """
 
     folder: Path
     found: dict[str, Path]
-    unpacked: dict[str, Path]
+    plain: dict[str, Path]
 
 
 def load_images(name: str, data_root: Path) -> ImageSplits:
     """A data set's published splits, upright, with labels from 0, read-only and paged in as they are used.
 
-    name: one of IMAGE_NAMES.  data_root: folder of the data files, where they are looked for as torchvision and their
+    name: one of SOURCES.  data_root: folder of the data files, where they are looked for as torchvision and their
     makers name and pack them (see `_folders` and `_variants`), and into which missing ones are downloaded.
     Raises ValueError where the files cannot be had, are damaged, or lie elsewhere.
     """
@@ -142,7 +169,7 @@ def _find(name: str, source: Source, data_root: Path) -> _Files | None:
         if len(found) == len(source.file_names):
             for path in found.values():
                 _refuse_link_out_of(data_root, path)
-            return _Files(folder, found, _unpacked(name, found, data_root))
+            return _Files(folder, found, _plain(name, found, data_root))
         if found and incomplete is None:
             incomplete = folder, [file for file in source.file_names if file not in found]
     if incomplete is not None:
@@ -162,41 +189,39 @@ def _find(name: str, source: Source, data_root: Path) -> _Files | None:
 def _folders(source: Source, data_root: Path) -> Iterator[Path]:
     """Where a data set's files may lie: first where torchvision has them, then in folders called after the data set,
     and in data_root itself where its name, or the files' names, say which data set they are of."""
-    inside = ("", "raw", "gzip", f"{source.torchvision_name}/raw")
+
+    def is_called_after_it(folder: Path) -> bool:
+        return re.sub("[^a-z]", "", folder.name.casefold()) in source.publication.names
+
+    inside = ("", "raw", "gzip", f"{source.publication.folder}/raw")
     for place in places_for(data_root):
         yield source.raw(place)
         with contextlib.suppress(OSError):
-            named = sorted(folder for folder in place.iterdir() if _is_called(folder, source))
+            named = sorted(filter(is_called_after_it, place.iterdir()))
             yield from (folder / part for folder in named for part in inside)
     whose = data_root.resolve()
-    if source.torchvision_name == "EMNIST" or _is_called(whose, source) or _is_called(whose.parent, source):
+    if source.publication.folder == "EMNIST" or is_called_after_it(whose) or is_called_after_it(whose.parent):
         yield from (data_root / part for part in inside)
-
-
-def _is_called(folder: Path, source: Source) -> bool:
-    """Whether a folder has the data set's name, in other letters or with other marks between them."""
-    names = {"MNIST": ("mnist",), "FashionMNIST": ("fashionmnist", "fashion"), "EMNIST": ("emnist",)}
-    return re.sub("[^a-z]", "", folder.name.casefold()) in names[source.torchvision_name]
 
 
 def _files_in(folder: Path, source: Source) -> dict[str, Path]:
     """Those of a data set's files that a folder has."""
     found = {}
     for name in source.file_names:
-        path = next((folder / variant for variant in _variants(name) if (folder / variant).is_file()), None)
-        if path is not None:
-            found[name] = path
+        for variant in _variants(name):
+            if (folder / variant).is_file():
+                found[name] = folder / variant
+                break
     return found
 
 
-def _variants(name: str) -> Iterator[str]:
+def _variants(name: str) -> list[str]:
     """What a file may be called: its makers have train-images-idx3-ubyte.gz, others train-images.idx3-ubyte."""
-    for ending in ("", ".gz"):
-        yield f"{name}{ending}"
-        yield f"{name.replace('-idx', '.idx')}{ending}"
+    dotted = name.replace("-idx", ".idx")
+    return [name, dotted, f"{name}.gz", f"{dotted}.gz"]
 
 
-def _unpacked(name: str, found: dict[str, Path], data_root: Path) -> dict[str, Path]:
+def _plain(name: str, found: dict[str, Path], data_root: Path) -> dict[str, Path]:
     """The same files, of which packed ones are unpacked into a cache, because only plain files can be mapped."""
     packed = {file: path for file, path in found.items() if _is_packed(path)}
     if not packed:
@@ -204,8 +229,8 @@ def _unpacked(name: str, found: dict[str, Path], data_root: Path) -> dict[str, P
 
     def build(folder: Path) -> None:
         for file, path in packed.items():
-            with open(folder / file, "wb") as plain:
-                _unpack_gzip(path, plain)
+            with open(path, "rb") as content:
+                _unpack_gzip(content, path, folder / file)
 
     def open_built(folder: Path) -> dict[str, Path]:
         for file in packed:
@@ -224,37 +249,35 @@ def _is_packed(path: Path) -> bool:
         raise ValueError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _unpack_gzip(path: Path, plain: IO[bytes]) -> None:
-    """Raises ValueError, with the file, where it is damaged; OSError where there is no room."""
-    with gzip.open(path) as packed:
+def _unpack_gzip(packed: IO[bytes], place: Path, target: Path) -> None:
+    """Raises ValueError, with the place, where the content is damaged; OSError where there is no room."""
+    with gzip.open(packed) as content, open(target, "wb") as file:
         while True:
             try:
-                piece = packed.read(2**20)
+                piece = content.read(2**20)
             except (OSError, EOFError, zlib.error) as error:
-                raise ValueError(f"{path} is damaged ({error}); replace it") from error
+                raise ValueError(f"{place} is damaged ({error}); replace it") from error
             if not piece:
                 return
-            plain.write(piece)
+            file.write(piece)
 
 
 def _read_split(source: Source, prefix: str, files: _Files) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     images_name, labels_name = (name for name in source.file_names if name.startswith(f"{prefix}-"))
     images_path, labels_path = files.found[images_name], files.found[labels_name]
-    images = map_idx(files.unpacked[images_name], 3, images_path)
-    labels = map_idx(files.unpacked[labels_name], 1, labels_path).astype(np.int64)
+    images = map_idx(files.plain[images_name], 3, images_path)
+    labels = map_idx(files.plain[labels_name], 1, labels_path).astype(np.int64)
     if images.shape[1:] != IMAGE_SHAPE:
         raise ValueError(f"{images_path} is damaged: its images are {images.shape[1:]}, not {IMAGE_SHAPE}")
     if len(images) != len(labels):
         raise ValueError(f"{labels_path} is damaged: it has {len(labels)} labels for {len(images)} images")
-    end = source.first_label + source.num_classes
-    for wrong, rule in (
-        (labels >= end, f"below {end}"),
-        (labels < source.first_label, f"{source.first_label} or more"),
-    ):
-        if wrong.any():
-            first = int(np.argmax(wrong))
-            raise ValueError(f"{labels_path} is damaged: label {first} is {labels[first]}, not {rule}")
-    return images.transpose(0, 2, 1) if source.transposed else images, labels - source.first_label
+    lowest, highest = source.first_label, source.first_label + source.num_classes - 1
+    wrong = np.flatnonzero((labels < lowest) | (labels > highest))
+    if len(wrong):
+        raise ValueError(
+            f"{labels_path} is damaged: label {wrong[0]} is {labels[wrong[0]]}, not in {lowest}..{highest}"
+        )
+    return images.transpose(0, 2, 1) if source.transposed else images, labels - lowest
 
 
 def _refuse_link_out_of(data_root: Path, path: Path) -> None:
@@ -269,25 +292,43 @@ def _download_missing(name: str, source: Source, data_root: Path) -> None:
 
     Where data_root cannot be written, into the user's cache folder.
     """
-    raw = source.raw(data_root)
+    publication = source.publication
     try:
-        with locked_place(places_for(data_root), source.torchvision_name, f"--dataset {name}") as place:
+        with locked_place(places_for(data_root), publication.folder, f"--dataset {name}") as place:
             if len(_files_in(source.raw(place), source)) == len(source.file_names):  # another process was faster
                 return
             tell(f"downloading {name} to {place}")
-            incoming = place / f".{source.torchvision_name}-incoming"
+            incoming = place / f".{publication.folder}-incoming"
             shutil.rmtree(incoming, ignore_errors=True)  # of a process that was killed
             try:
-                _move_missing(_download(source.torchvision_name, incoming), source.raw(place))
+                (incoming / "raw").mkdir(parents=True)
+                for archive, md5 in publication.archives.items():
+                    urls = [f"{mirror}{archive}" for mirror in publication.mirrors]
+                    _unpack(download(urls, md5, incoming), incoming / "raw")
+                _move_missing(incoming / "raw", source.raw(place))
             finally:
                 shutil.rmtree(incoming, ignore_errors=True)
-    except (*TRANSFER_ERRORS, *UNPACK_ERRORS) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{name} is not in {data_root} and could not be downloaded ({_last_line(error)}); put its files, "
-            f"{source.file_names[0]} and so on, as they are or packed as .gz, into {raw}, name another folder with "
-            "--data_root or PERFEDAVG_DATA, or use --dataset digits or --dataset synthetic_writers, which need no "
-            "download"
+            f"{name} is not in {data_root} and could not be downloaded ({error}); put its files, "
+            f"{source.file_names[0]} and so on, as they are or packed as .gz, into {source.raw(data_root)}, name "
+            "another folder with --data_root or PERFEDAVG_DATA, or use --dataset digits or --dataset "
+            "synthetic_writers, which need no download"
         ) from error
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """Unpack a gzip file, or the gzip files in EMNIST's archive; what else that holds is passed over."""
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive) as members:
+            for name in members.namelist():
+                if re.fullmatch(r"gzip/emnist-[\w-]+\.gz", name):
+                    with members.open(name) as packed:
+                        _unpack_gzip(packed, archive / name, folder / PurePosixPath(name).stem)
+    else:
+        with open(archive, "rb") as packed:
+            _unpack_gzip(packed, archive, folder / archive.stem)
+    archive.unlink()
 
 
 def _move_missing(unpacked: Path, raw: Path) -> None:
@@ -299,94 +340,3 @@ def _move_missing(unpacked: Path, raw: Path) -> None:
     for path in unpacked.iterdir():
         if not (raw / path.name).exists():
             os.replace(path, raw / path.name)
-
-
-def _download(torchvision_name: str, incoming: Path) -> Path:
-    """Fetch and unpack every archive. Returns the folder of the unpacked files, below `incoming`."""
-    unpacked = incoming / "raw"
-    unpacked.mkdir(parents=True)
-    for urls, md5 in _archives(torchvision_name):
-        archive = _fetch(urls, md5, incoming)
-        if archive.suffix == ".zip":
-            _unpack_zip(archive, unpacked)
-        else:
-            with gzip.open(archive) as packed, open(unpacked / archive.stem, "wb") as file:
-                shutil.copyfileobj(packed, file)
-        archive.unlink()
-    return unpacked
-
-
-def _archives(torchvision_name: str) -> list[tuple[list[str], str]]:
-    """Each archive's addresses and its MD5."""
-    import_torchvision()  # here, because it takes a second and 90 MB, and few runs download
-    from torchvision.datasets import EMNIST, MNIST, FashionMNIST
-
-    if torchvision_name == "EMNIST":
-        return [([EMNIST.url], EMNIST.md5)]
-    source = {"MNIST": MNIST, "FashionMNIST": FashionMNIST}[torchvision_name]
-    return [([f"{mirror}{file}" for mirror in source.mirrors], md5) for file, md5 in source.resources]
-
-
-def _fetch(urls: list[str], md5: str, folder: Path) -> Path:
-    """Download a file from the first address that delivers it whole; after the last one, pause and start over.
-
-    Raises RuntimeError, saying the last failure, when the attempts are used up.
-    """
-    from torchvision.datasets.utils import download_url
-
-    name = urls[0].rpartition("/")[2]
-    for pause in (*PAUSES_SECONDS, None):
-        for url in urls:
-            try:
-                with _transfer_settings():
-                    download_url(url, folder, name, md5)
-                return folder / name
-            except TRANSFER_ERRORS as error:
-                failure, cause = f"{url}: {_last_line(error)}", error
-                if isinstance(error, HTTPError):
-                    error.close()  # it holds the connection
-        if pause is None:
-            raise RuntimeError(failure) from cause
-        tell(f"{failure}; trying again in {pause:g} s")
-        sleep(pause)
-    raise AssertionError("unreachable")
-
-
-@contextlib.contextmanager
-def _transfer_settings() -> Iterator[None]:
-    """torchvision takes no such options: a progress bar on terminals only, and no endless wait for a silent mirror."""
-    progress = sys.stderr if sys.stderr is not None and sys.stderr.isatty() else io.StringIO()
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(SILENCE_SECONDS)
-    try:
-        with contextlib.redirect_stdout(progress), contextlib.redirect_stderr(progress):
-            yield
-    finally:
-        socket.setdefaulttimeout(before)
-
-
-def _unpack_zip(archive: Path, folder: Path) -> None:
-    """Unpack the gzip files in EMNIST's archive, once every member is known to stay within a folder.
-
-    Raises BadZipFile, with the member's name, where one does not.
-    """
-    with zipfile.ZipFile(archive) as file:
-        for member in file.infolist():
-            name = member.orig_filename.replace("\\", "/")
-            if name.startswith("/") or name[1:2] == ":" or ".." in name.split("/"):
-                raise zipfile.BadZipFile(
-                    f"{archive.name} is refused: its member {member.orig_filename!r} leads out of the folder"
-                )
-            if stat.S_ISLNK(member.external_attr >> 16):
-                raise zipfile.BadZipFile(f"{archive.name} is refused: its member {member.orig_filename!r} is a link")
-        for member in file.infolist():
-            path = PurePosixPath(member.filename)
-            if path.match("gzip/emnist-*.gz"):
-                with file.open(member) as packed, gzip.open(packed) as plain, open(folder / path.stem, "wb") as target:
-                    shutil.copyfileobj(plain, target)
-
-
-def _last_line(error: Exception) -> str:
-    """The end of what an error says, without the paths and mirrors before it."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

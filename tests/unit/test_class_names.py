@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, import_torchvision
 
-from compat import import_torchvision
 from datasets import DatasetRequest, load_federated_dataset
 from datasets.clients.person import label_of
 from datasets.sources.class_names import BALANCED, BYCLASS, FASHION, LETTERS

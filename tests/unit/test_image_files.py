@@ -12,14 +12,14 @@ import pytest
 from helpers import EMNIST_PREFIXES, MNIST_PREFIXES, write_idx, write_image_files
 
 from datasets import DatasetRequest, load_federated_dataset
-from datasets.sources import mnist_family
+from datasets.sources import download
 from datasets.sources.digits import load_digits_images
-from datasets.sources.mnist_family import IMAGE_NAMES, SOURCES, load_images
+from datasets.sources.mnist_family import SOURCES, load_images
 
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    monkeypatch.setattr(mnist_family, "PAUSES_SECONDS", (0,))
+    monkeypatch.setattr(download, "PAUSES_SECONDS", ())
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
 
     def refuse(*_: object, **__: object) -> None:
@@ -84,7 +84,7 @@ def test_every_data_set_has_its_files_and_labels_from_0(
 def test_letters_with_label_0_are_damaged(tmp_path: Path) -> None:
     write_image_files(tmp_path / "EMNIST" / "raw", ("emnist-letters-train", "emnist-letters-test"), (60, 60), 26)
     with pytest.raises(
-        ValueError, match="emnist-letters-train-labels-idx1-ubyte is damaged: label 0 is 0, not 1 or more"
+        ValueError, match=r"emnist-letters-train-labels-idx1-ubyte is damaged: label 0 is 0, not in 1\.\.26"
     ):
         load_images("emnist_letters", tmp_path)
 
@@ -126,7 +126,7 @@ def test_a_data_set_s_folder_may_be_a_link(mnist: Path, tmp_path_factory: pytest
     assert len(load_images("mnist", data_root).test_labels) == 100
 
 
-@pytest.mark.parametrize("name", IMAGE_NAMES)
+@pytest.mark.parametrize("name", SOURCES)
 def test_missing_files_without_network(name: str, tmp_path: Path) -> None:
     raw = SOURCES[name].raw(tmp_path)
     with pytest.raises(ValueError, match="could not be downloaded") as refusal:
@@ -147,7 +147,7 @@ def test_an_unwritable_data_root(tmp_path: Path) -> None:
 DAMAGES = {
     "truncated": "t10k-images-idx3-ubyte is damaged: its header asks for 78416 bytes, it has 77416",
     "not idx": "t10k-images-idx3-ubyte is no IDX file of 3 dimensions: it begins with 3c 68 74 6d",
-    "label": "t10k-labels-idx1-ubyte is damaged: label 7 is 10, not below 10",
+    "label": "t10k-labels-idx1-ubyte is damaged: label 7 is 10, not in 0..9",
     "count": "t10k-labels-idx1-ubyte is damaged: it has 99 labels for 100 images",
     "shape": "t10k-images-idx3-ubyte is damaged: its images are (14, 14), not (28, 28)",
     "empty": "t10k-labels-idx1-ubyte is empty",
