@@ -287,7 +287,7 @@ def _write(draw: Callable[[], Figure], path: Path) -> None:
     from perfedavg.recording.files import replace_file
 
     with optional(f"no plot in {path}"):
-        replace_file(path, [png(draw, 120)])
+        replace_file(path, png(draw, 120))
         say(f"plot in {path}")
 
 

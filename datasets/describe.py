@@ -140,7 +140,7 @@ def main() -> None:
         file = Path(f"{args.dataset}.png") if args.plot is True else args.plot
         image = png(lambda: plot(description), 110)
         try:
-            replace_file(file, [image])
+            replace_file(file, image)
         except OSError as error:
             raise ValueError(f"--plot {file} cannot be written ({error.strerror}); name another file") from error
         show(f"plot in {file}")

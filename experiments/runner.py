@@ -231,7 +231,7 @@ def keep_results(job: Job) -> dict[str, Any]:
     }
     job.result_dir.mkdir(parents=True, exist_ok=True)
     for name, content in kept.items():
-        replace_file(job.result_dir / name, [content])
+        replace_file(job.result_dir / name, content)
     return result
 
 

@@ -133,9 +133,9 @@ def write_personalized(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RESULT_FILE).unlink(missing_ok=True)
-        replace_file(folder / MODEL_FILE, [model_file(model, metadata)])
-        replace_file(folder / "model.pt2", [program])
-        replace_file(folder / RESULT_FILE, [json.dumps(result, indent=2, allow_nan=False).encode(), b"\n"])
+        replace_file(folder / MODEL_FILE, model_file(model, metadata))
+        replace_file(folder / "model.pt2", program)
+        replace_file(folder / RESULT_FILE, f"{json.dumps(result, indent=2, allow_nan=False)}\n".encode())
     except OSError as error:
         raise OSError(
             f"--output {folder} cannot be written ({error.strerror}); make room there, or name another folder"

@@ -24,13 +24,13 @@ def write_report(report: Report, folder: Path) -> None:
     try:
         (folder / _PLOTS).mkdir(parents=True, exist_ok=True)
         for plot in plots:
-            replace_file(folder / _PLOTS / f"{plot.name}.png", [plot.light])
+            replace_file(folder / _PLOTS / f"{plot.name}.png", plot.light)
         for name, text in (
             ("report.md", to_markdown(report, with_plots=True)),
             ("table.csv", report.csv),
             ("report.html", to_html(report)),
         ):
-            replace_file(folder / name, [text.encode(errors="backslashreplace")])  # a folder's name may be no UTF-8
+            replace_file(folder / name, text.encode(errors="backslashreplace"))  # a folder's name may be no UTF-8
     except OSError as error:
         raise ValueError(f"--output {folder} cannot be written ({error.strerror}); name another folder") from error
 

@@ -10,11 +10,13 @@ import json
 import re
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -23,24 +25,16 @@ from perfedavg.engine.experiment import ExperimentState, RoundRecord
 from perfedavg.engine.scores import ClientScore
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.plain_values import differences, from_plain, parse_json, shown
-from perfedavg.recording.files import open_tensors, remove_partial_files, replace_file
+from perfedavg.recording.files import read_tensors, remove_partial_files, replace_file
 from perfedavg.settings import ExperimentConfig, Phase
 from perfedavg.terminal.console import say
 from perfedavg.training.optimizers import ServerOptimizer
 
-FORMAT_VERSION = 3
-_SCORE_PARTS = ("counts", "measures", "by_epoch")
+FORMAT_VERSION = 4
 NUM_KEPT = 2
 """Files kept: the one before the last is there for a disk that loses the last one."""
 
 _NAME = re.compile(r"(?P<field>fedavg|fine_tune)-(?P<round>\d+)\.safetensors")
-_DTYPE_NAMES = {
-    torch.float32: "F32",
-    torch.float64: "F64",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-}
 _UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError)
 """What reading a damaged file raises, wherever the damage is."""
 
@@ -69,8 +63,9 @@ class _Content:
 class RunIdentity:
     """What a run must have in common with its checkpoints.
 
-    fingerprint: of the data.  versions: of what else decides bits, such as the commit.
-    kernels: how the run's processes compute; those that a checkpoint tells of are added.
+    fingerprint: digest of the data.
+    versions: what else decides bits, such as the commit.
+    kernels: how the run's processes compute; `Checkpoints.load` adds those of earlier processes.
     """
 
     config: ExperimentConfig
@@ -104,8 +99,8 @@ class Checkpoints:
     def load(self) -> ExperimentState | None:
         """The last state that was saved, or None where none ever was.
 
-        A damaged file is said and set aside, and the one before it taken. Raises ValueError where all are damaged, or
-        where they belong to another experiment or other data.
+        A damaged file is reported and set aside, and the one before it taken. Raises ValueError where all are damaged,
+        or belong to another experiment or other data.
         """
         paths = self._paths()
         damaged: list[str] = []
@@ -156,7 +151,7 @@ class Checkpoints:
         return [path for *_, path in sorted(found, reverse=True)]
 
     def _check_identity(self, content: _Content, path: Path) -> None:
-        """Raises ValueError where the checkpoint is another experiment's, or of other data; says other versions."""
+        """Raises ValueError where the checkpoint is of another experiment or other data; reports other versions."""
         own = parse_json(json.dumps(self._identity.config.to_dict()))  # tuples become lists, as in the file
         others = differences(own, content.config)
         if others:
@@ -178,60 +173,33 @@ class Checkpoints:
             )
 
 
-def _encode(state: ExperimentState, identity: RunIdentity) -> Iterator[bytes | memoryview]:
-    """The file, piece by piece, so that no copy of the model is made: header's length, header, the tensors' bytes.
-
-    The format is that of https://github.com/huggingface/safetensors; its library would hold two copies of all.
-    """
+def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
+    """The content of the file."""
     tensors = {f"server.{name}": tensor for name, tensor in state.server.tensors().items()}
     for phase, scores in state.scores.items():
-        counts = [(row.client_id, row.num_train_examples, row.num_test_examples) for row in scores]
-        measures = [
-            (row.initial_loss, row.initial_accuracy, row.personalized_loss, row.personalized_accuracy) for row in scores
-        ]
-        tensors[f"scores.{phase.field}.counts"] = torch.tensor(counts, dtype=torch.int64)
-        tensors[f"scores.{phase.field}.measures"] = torch.tensor(measures, dtype=torch.float64)
-        curves = [row.by_epoch for row in scores]
-        tensors[f"scores.{phase.field}.by_epoch"] = torch.tensor(curves, dtype=torch.float64)
-    content = json.dumps(
-        {
-            "format_version": FORMAT_VERSION,
-            "config": identity.config.to_dict(),
-            "fingerprint": identity.fingerprint,
-            "versions": dict(identity.versions),
-            "kernels": identity.kernels.to_dict(),
-            "phase": state.phase.field,
-            "num_rounds": state.num_rounds,
-            "trained": None if state.trained is None else state.trained.to_dict(),
-            "scores": [phase.field for phase in state.scores],
-            "phase_seconds": {phase.field: seconds for phase, seconds in state.phase_seconds.items()},
-        }
+        tensors[f"scores.{phase.field}"] = _encode_scores(scores)
+    content = _Content(
+        format_version=FORMAT_VERSION,
+        config=identity.config.to_dict(),
+        fingerprint=identity.fingerprint,
+        versions=dict(identity.versions),
+        kernels=identity.kernels.to_dict(),
+        phase=state.phase.field,
+        num_rounds=state.num_rounds,
+        trained=None if state.trained is None else state.trained.to_dict(),
+        scores=[phase.field for phase in state.scores],
+        phase_seconds={phase.field: seconds for phase, seconds in state.phase_seconds.items()},
     )
-    header: dict[str, Any] = {"__metadata__": {"checkpoint": content, "crc32": str(_checksum(content, tensors))}}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
-    yield len(text).to_bytes(8, "little")
-    yield text
-    yield from map(_bytes_of, tensors.values())
+    text = json.dumps(asdict(content))
+    return safetensors.torch.save(tensors, {"checkpoint": text, "crc32": _checksum(text, tensors)})
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The JSON and the tensors of a checkpoint. Raises _DamagedError."""
     try:
-        with open_tensors(path) as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        tensors, metadata = read_tensors(path)
         text = metadata["checkpoint"]
-        if metadata["crc32"] != str(_checksum(text, tensors)):
+        if metadata["crc32"] != _checksum(text, tensors):
             raise ValueError("its checksum does not fit")
         return from_plain(dict[str, Any], parse_json(text)), tensors
     except _UNREADABLE as error:
@@ -252,30 +220,31 @@ def _decode(content: _Content, tensors: Mapping[str, Tensor], config: Experiment
             num_rounds=content.num_rounds,
             server=ServerOptimizer.from_tensors(settings.server_optimizer, server),
             trained=None if content.trained is None else RoundRecord.from_dict(content.trained),
-            scores={Phase.of_field(name): _decode_scores(tensors, name) for name in content.scores},
+            scores={Phase.of_field(name): _decode_scores(tensors[f"scores.{name}"]) for name in content.scores},
             phase_seconds={Phase.of_field(name): seconds for name, seconds in content.phase_seconds.items()},
         )
     except _UNREADABLE as error:
         raise _DamagedError(f"its parts do not fit each other: {error}") from error
 
 
-def _decode_scores(tensors: Mapping[str, Tensor], name: str) -> list[ClientScore]:
-    counts, measures, curves = (tensors[f"scores.{name}.{part}"].tolist() for part in _SCORE_PARTS)
-    return [
-        replace(ClientScore(*row, *measured), by_epoch=tuple((loss, accuracy) for loss, accuracy in curve))
-        for row, measured, curve in zip(counts, measures, curves, strict=True)
-    ]
+def _encode_scores(scores: Sequence[ClientScore]) -> Tensor:
+    """A row a client, float64: the fields of a ClientScore in their order, then loss and accuracy of each epoch."""
+    rows = [astuple(score) for score in scores]
+    return torch.tensor([[*row[:-1], *chain.from_iterable(row[-1])] for row in rows], dtype=torch.float64)
 
 
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> int:
+def _decode_scores(rows: Tensor) -> list[ClientScore]:
+    scores = []
+    for client_id, num_train, num_test, *measures in rows.tolist():
+        score = ClientScore(int(client_id), int(num_train), int(num_test), *measures[:4])
+        scores.append(replace(score, by_epoch=tuple(zip(measures[4::2], measures[5::2], strict=True))))
+    return scores
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
     """CRC-32 of everything that a checkpoint says, which finds what a disk did to it."""
     checksum = zlib.crc32(text.encode())
     for name, tensor in sorted(tensors.items()):
         checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
-        checksum = zlib.crc32(_bytes_of(tensor), checksum)
-    return checksum
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """The tensor's own memory (little-endian on every machine that torch is built for), not a copy."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        checksum = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)
+    return str(checksum)

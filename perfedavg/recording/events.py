@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from perfedavg.engine.experiment import RoundRecord
 from perfedavg.recording.files import GrowingFile
@@ -26,66 +27,55 @@ class EventFile:
         self._folder = folder
         self._file = GrowingFile(folder / FILE_NAME)
         self._has_header = False
-        self._offsets: dict[Phase, int] = {}
-        before = 0
-        for phase, settings in phases.items():
-            self._offsets[phase] = before
-            before += settings.num_rounds
+        self._num_rounds = {phase: settings.num_rounds for phase, settings in phases.items()}
 
     def append(self, record: RoundRecord) -> None:
         """Add a round. Raises OSError, and keeps it, where it cannot be written yet."""
-        header = b"" if self._has_header else _header()
-        self._has_header = True
         self._folder.mkdir(exist_ok=True)
-        self._file.append(header + self._event(record))
+        self._file.append(self._begin() + self._event(record))
 
     def replace(self, records: Iterable[RoundRecord]) -> None:
         """Let the file hold these rounds and no others, in one step. Raises OSError."""
-        self._has_header = True
         self._folder.mkdir(exist_ok=True)
-        self._file.replace([_header(), *map(self._event, records)])
+        self._has_header = False
+        self._file.replace(self._begin() + b"".join(map(self._event, records)))
+
+    def _begin(self) -> bytes:
+        """What the file begins with, where that is not there yet."""
+        header = b"" if self._has_header else _framed(file_version="brain.Event:2")
+        self._has_header = True
+        return header
 
     def _event(self, record: RoundRecord) -> bytes:
-        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        values = [
-            Summary.Value(tag=tag, simple_value=value)
-            for tag, value in _scalars(record).items()
-            if math.isfinite(value)
-        ]
-        step = self._offsets[record.phase] + record.round_number
-        return _framed(Event(wall_time=time.time(), step=step, summary=Summary(value=values)).SerializeToString())
+        before = sum(num_rounds for phase, num_rounds in self._num_rounds.items() if phase < record.phase)
+        scalars = {tag: value for tag, value in _scalars(record).items() if value is not None and math.isfinite(value)}
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
+        return _framed(step=before + record.round_number, summary=summary)
 
 
-def _scalars(record: RoundRecord) -> dict[str, float]:
+def _scalars(record: RoundRecord) -> dict[str, float | None]:
     scalars = {
+        "training/loss": record.train_loss,
         "training/update_norm": record.update_norm,
         "round/seconds": record.seconds,
         "round/idle_share": record.idle_share,
-        "round/refused_updates": float(len(record.refused)),
+        "round/refused_updates": len(record.refused),
     }
-    if record.train_loss is not None:
-        scalars["training/loss"] = record.train_loss
     if record.evaluation is not None:
         for kind in ("initial", "personalized"):
-            for name in ("loss", "accuracy"):
-                value = record.evaluation[kind][name]
-                scalars[f"unseen_{name}/{kind}"] = math.nan if value is None else value
+            for measure in ("loss", "accuracy"):
+                scalars[f"unseen_{measure}/{kind}"] = record.evaluation[kind][measure]
         scalars["unseen_accuracy/fraction_hurt"] = record.evaluation["fraction_hurt"]
     return scalars
 
 
-def _header() -> bytes:
+def _framed(**fields: Any) -> bytes:
+    """An event as the file holds it, with its length and checksums."""
     from tensorboard.compat.proto.event_pb2 import Event
-
-    return _framed(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-
-
-def _framed(event: bytes) -> bytes:
-    """The event as the file holds it, with its length and checksums."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     record = io.BytesIO()
-    RecordWriter(record).write(event)
+    RecordWriter(record).write(Event(wall_time=time.time(), **fields).SerializeToString())
     return record.getvalue()

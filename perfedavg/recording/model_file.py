@@ -5,17 +5,16 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from perfedavg.plain_values import from_plain, parse_json
-from perfedavg.recording.files import open_tensors
+from perfedavg.recording.files import read_tensors
 from perfedavg.settings import ExperimentConfig
 
 OWN_PARTS = ("build_model", "loss_function")
@@ -27,7 +26,7 @@ class ModelFacts:
     """What is said of a model in its file.
 
     dataset, architecture: as in ExperimentConfig.
-    num_classes: of its outputs, or None where the data set does not say.
+    num_classes: number of outputs, or None where the data set does not say.
     class_names: label i stands for the i-th, or None where the data set does not say.
     own_parts: those of OWN_PARTS that the data set brought; with `build_model`, `architecture` means nothing.
     """
@@ -51,29 +50,20 @@ class ModelFacts:
         )
 
     def to_metadata(self) -> dict[str, str]:
-        """As safetensors keeps it: texts only. What is not known is left out."""
-        metadata = {"format": "pt", "dataset": self.dataset, "architecture": self.architecture}
-        metadata["own_parts"] = json.dumps(self.own_parts)
-        if self.num_classes is not None:
-            metadata["num_classes"] = str(self.num_classes)
-        if self.class_names is not None:
-            metadata["class_names"] = json.dumps(self.class_names)
-        return metadata
+        """As safetensors keeps it: texts, and JSON for what is none. What is not known is left out."""
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in known.items()}
+        return {"format": "pt", **texts}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> ModelFacts:
-        """The inverse of `to_metadata`. Raises ValueError or KeyError where it is none."""
-        names = parse_json(metadata.get("class_names", "null"))
-        num_classes = int(metadata["num_classes"]) if "num_classes" in metadata else None
-        if num_classes is not None and num_classes < 1:
-            raise ValueError(f"num_classes is {num_classes}, must be 1 or more")
-        return cls(
-            metadata["dataset"],
-            metadata["architecture"],
-            num_classes,
-            None if names is None else from_plain(tuple[str, ...], names, "class_names"),
-            from_plain(tuple[str, ...], parse_json(metadata["own_parts"]), "own_parts"),
-        )
+        """The inverse of `to_metadata`. Raises ValueError where it is none."""
+        texts = {name: metadata[name] for name in ("dataset", "architecture") if name in metadata}
+        others = {name: parse_json(metadata.get(name, "null")) for name in ("num_classes", "class_names", "own_parts")}
+        facts = from_plain(cls, {**texts, **others})
+        if facts.num_classes is not None and facts.num_classes < 1:
+            raise ValueError(f"num_classes is {facts.num_classes}, must be 1 or more")
+        return facts
 
 
 def model_file(model: nn.Module, metadata: Mapping[str, str]) -> bytes:
@@ -82,25 +72,23 @@ def model_file(model: nn.Module, metadata: Mapping[str, str]) -> bytes:
     `tied` in the metadata then says which names it also has.
     """
     state, tied = _untied(model)
-    ties = {"tied": json.dumps(tied)} if tied else {}
-    return safetensors.torch.save(state, {**metadata, **ties})
+    return safetensors.torch.save(state, {**metadata, **({"tied": json.dumps(tied)} if tied else {})})
 
 
 def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
     """The parameters by name, and what is said of the model. Raises ValueError where the file cannot be had."""
     try:
-        with open_tensors(path) as file:
-            metadata: dict[str, Any] = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
-    except (OSError, safetensors.SafetensorError) as error:
+        state, metadata = read_tensors(path)
+    except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error})") from error
     try:
-        _tie(state, from_plain(dict[str, str], parse_json(metadata.get("tied", "{}")), "tied"))
+        tied = from_plain(dict[str, str], parse_json(metadata.get("tied", "{}")), "tied")
+        state |= {name: state[first] for name, first in tied.items()}
         facts = ModelFacts.from_metadata(metadata)
         if facts.num_classes is not None and facts.num_classes > sum(tensor.numel() for tensor in state.values()):
             raise ValueError(f"num_classes is {facts.num_classes}, more than there are parameters")
         return state, facts
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(
             f"{path} does not say what its model is, as an earlier version of this project left it ({error}); repeat "
             "the run"
@@ -110,15 +98,15 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
 def check_can_be_saved(model: nn.Module) -> None:
     """Write the model to memory and read it back. Raises ValueError where that does not give the same parameters.
 
-    For before the first round: what a user's own model makes of `state_dict` is found nowhere else until the run ends.
+    For before the first round: what a user's own model makes of `state_dict` would else show when the run ends.
     """
     fix = "let its parameters be dense tensors on the CPU, and leave state_dict and load_state_dict as torch has them"
-    parts: dict[int, str] = {}
+    first_names: dict[int, str] = {}
     for name, parameter in model.named_parameters():
-        other = parts.setdefault(parameter.data_ptr(), name) if parameter.data_ptr() else name
-        if other != name:
+        first = first_names.setdefault(parameter.data_ptr(), name) if parameter.data_ptr() else name
+        if first != name:
             raise ValueError(
-                f"the model's parameters {other} and {name} share memory, and would part when they are trained; to tie "
+                f"the model's parameters {first} and {name} share memory, and would part when they are trained; to tie "
                 "them, let both names be one nn.Parameter"
             )
     try:
@@ -127,10 +115,10 @@ def check_can_be_saved(model: nn.Module) -> None:
             for parameter in copied.parameters():
                 parameter.zero_()
         state = safetensors.torch.load(model_file(model, {}))
-        _tie(state, _untied(model)[1])
-        copied.load_state_dict(state)
+        copied.load_state_dict(state | {name: state[first] for name, first in _untied(model)[1].items()})
     except Exception as error:  # whatever a user's model raises
-        raise ValueError(f"the model cannot be saved and read back ({_one_line(error)}); {fix}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(f"the model cannot be saved and read back ({reason}); {fix}") from error
     for (name, saved), parameter in zip(model.named_parameters(), copied.parameters(), strict=True):
         if not torch.equal(saved, parameter):
             raise ValueError(f"the model's parameter {name} does not come back from its state_dict; {fix}")
@@ -149,13 +137,3 @@ def _untied(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             tied[name] = first
     return state, tied
-
-
-def _tie(state: dict[str, Tensor], tied: Mapping[str, str]) -> None:
-    """The inverse of `_untied`: give tensors their further names."""
-    for name, first in tied.items():
-        state[name] = state[first]
-
-
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

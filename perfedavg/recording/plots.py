@@ -48,7 +48,7 @@ def write_plots(folder: Path, curve: Sequence[RoundRecord], scores: dict[Phase, 
         (f"{measure.name}.png", partial(_learning_curve, curve, measure)),
         ("clients.png", partial(_client_histograms, scores, measure)),
     ):
-        replace_file(folder / name, [png(draw, _DOTS_PER_INCH)])
+        replace_file(folder / name, png(draw, _DOTS_PER_INCH))
 
 
 def _figure(columns: int) -> Figure:

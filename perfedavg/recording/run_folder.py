@@ -28,7 +28,7 @@ from perfedavg.machine.kernels import KernelLog
 from perfedavg.plain_values import from_plain
 from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
 from perfedavg.recording.events import EventFile
-from perfedavg.recording.files import LineFile, remove_partial_files, replace_file
+from perfedavg.recording.files import GrowingFile, remove_partial_files, replace_file
 from perfedavg.recording.folders import make_folder, remove_empty
 from perfedavg.recording.model_file import model_file
 from perfedavg.recording.plots import write_plots
@@ -104,7 +104,7 @@ class RunFolder:
         self._made = [path] if is_made_for_it else []
         self._log_size = 0
         self._clients: ClientDirectory | None = None
-        self._metrics = LineFile(path / METRICS_FILE)
+        self._metrics = GrowingFile(path / METRICS_FILE)
         self._curve: list[RoundRecord] = []
         self._scores: dict[Phase, list[ClientScore]] = {}
         self._failing: set[str] = set()
@@ -214,7 +214,7 @@ class RunFolder:
                 "run": run_settings,
                 "environment": environment,
             }
-            self._metrics.replace([])  # so that it is there also where there is no round
+            self._metrics.replace(b"")  # so that it is there also where there is no round
             self._write(CONFIG_FILE, _json(settings))
             return None
         state = self._checkpoints.load()
@@ -246,7 +246,7 @@ class RunFolder:
             LOGGER.warning("%s round %d: worker %d was lost: %s", record.phase.label, record.round_number, rank, reason)
         values = record.to_dict() | self._names_of(record.refused)
         line = json.dumps(_without_nan(values), allow_nan=False)
-        self._attempt(METRICS_FILE, lambda: self._metrics.append(line))
+        self._attempt(METRICS_FILE, lambda: self._metrics.append(f"{line}\n".encode()))
         self._write_events(lambda events: events.append(record))
         if record.evaluation is not None:
             self._curve.append(record)
@@ -355,7 +355,7 @@ class RunFolder:
                 f"{self.path / METRICS_FILE} has been damaged: the lines of {len(expected) - len(lines)} rounds "
                 "behind the checkpoint are lost, the model is not"
             )
-        self._metrics.replace(lines)
+        self._metrics.replace("".join(f"{line}\n" for line in lines).encode())
         self._write_events(lambda events: events.replace(records))
         self._curve = [record for record in records if record.evaluation is not None]
 
@@ -392,7 +392,7 @@ class RunFolder:
             self._failing.discard(what)
 
     def _write(self, name: str, content: bytes) -> None:
-        replace_file(self.path / name, [content])
+        replace_file(self.path / name, content)
 
 
 class _RunLog(logging.FileHandler):
