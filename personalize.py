@@ -124,7 +124,8 @@ def local_training(run: RunModel, args: argparse.Namespace) -> LocalTraining:
     optimizer = run.config.fedavg.client_optimizer
     if args.local_lr is not None:
         optimizer = dataclasses.replace(optimizer, learning_rate=args.local_lr)
-        optimizer.check("--local_lr")
+        phase = dataclasses.replace(run.config.fedavg, client_optimizer=optimizer)
+        dataclasses.replace(run.config, fedavg=phase)  # which checks it
     return LocalTraining(
         optimizer,
         num_epochs=args.epochs or run.config.num_personalization_epochs,

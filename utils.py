@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import paths
+from perfedavg.fields import MOST, build, flags_by_name
 from perfedavg.machine.kernels import PORTABLE_KERNELS
 from perfedavg.plain_values import shown
 from perfedavg.recording.folders import make_default_folder
@@ -19,13 +20,11 @@ from perfedavg.recording.runs import read_unfinished_run
 from perfedavg.settings import (
     LOCAL_SPLITS,
     METHODS,
-    MOST,
+    OPTIMIZERS,
     PRECISIONS,
     SCHEDULES,
     UNREAD,
     ExperimentConfig,
-    OptimizerConfig,
-    PhaseConfig,
     num_unseen_clients,
 )
 from perfedavg.terminal.console import EXIT_BAD_INPUT, at_early_end, command_line, say
@@ -39,19 +38,6 @@ if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
 ROOT = Path(__file__).resolve().parent
 STRUCTURES = ("cnn", "mlp", "lstm")
 BACKENDS = ("gloo", "nccl")
-OPTIMIZER_FLAGS = ("sgd", "momentum", "adam", "yogi", "adagrad")
-"""`momentum` is SGD with momentum."""
-CLIENT_MOMENTUM = 0.9
-CLIENT_BETAS = (0.0, 0.999)
-"""Of a client's Adam or Yogi: no first moment, as Reptile's authors set it (Nichol et al. 2018, section 6)."""
-SERVER_BETAS = {"adam": (0.9, 0.999), "yogi": (0.9, 0.99)}
-"""Adam's are its authors', Yogi's those that Reddi et al. 2020 give a server."""
-FINE_TUNE_STEP = 1.0
-"""Reptile's step, by plain SGD on the server."""
-FINE_TUNE_GRADIENT_STEP = 0.1
-"""By the same, along a gradient: FOMAML, MAML."""
-FINE_TUNE_ADAPTIVE_STEP = 0.001
-"""By Adam, Yogi and Adagrad."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +117,6 @@ def _fill_in_defaults(args: argparse.Namespace) -> None:
     for name, value in vars(_defaults_of(args.dataset)).items():
         if name in args and getattr(args, name) is None:
             setattr(args, name, value)
-    if "fine_tune_server_lr" in args and args.fine_tune_server_lr is None:
-        args.fine_tune_server_lr = _default_fine_tune_rate(args.fine_tune_server_optimizer, args.fine_tune_method)
-
-
-def _default_fine_tune_rate(server_optimizer: str, method: str) -> float:
-    """The server's learning rate in phase 2. Where it comes from: docs/decisions.md."""
-    if server_optimizer in ("sgd", "momentum"):
-        return FINE_TUNE_GRADIENT_STEP if method in ("fomaml", "maml") else FINE_TUNE_STEP
-    return FINE_TUNE_ADAPTIVE_STEP
 
 
 def _given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> dict[str, Any]:
@@ -353,69 +330,12 @@ def config_from_args(args: argparse.Namespace) -> ExperimentConfig:
     """The experiment that the flags stand for, where they leave something open not settled yet.
 
     Raises ValueError, naming the flag, its value and the fix, where the values do not make an experiment."""
-    fedavg = PhaseConfig(
-        num_rounds=args.epochs,
-        num_local_epochs=args.inner_loops,
-        num_local_steps=args.inner_steps,
-        client_optimizer=_client_optimizer(args.client_optimizer, args.local_lr),
-        server_optimizer=_server_optimizer(
-            args.server_optimizer, args.server_lr, args.server_momentum, args.server_epsilon
-        ),
-    )
-    fine_tune = None
-    if args.fine_tune and args.fine_tune_method != "none":
-        fine_tune = PhaseConfig(
-            num_rounds=args.fine_tune_outer_loops,
-            num_local_epochs=args.fine_tune_inner_loops,
-            num_local_steps=args.fine_tune_inner_steps,
-            client_optimizer=_client_optimizer(args.fine_tune_client_optimizer, args.fine_tune_local_lr),
-            server_optimizer=_server_optimizer(
-                args.fine_tune_server_optimizer,
-                args.fine_tune_server_lr,
-                args.fine_tune_server_momentum,
-                args.fine_tune_server_epsilon,
-            ),
-            server_schedule=args.fine_tune_server_schedule,
-            method=args.fine_tune_method,
-            support_fraction=args.fine_tune_support_fraction,
-        )
-    return ExperimentConfig(
-        dataset=args.dataset,
-        architecture=_architecture(args.dataset, args.struct),
-        seed=args.seed,
-        initial_model=None if args.initial_model is None else UNREAD,
-        num_clients=args.client_num_in_total,
-        unseen_fraction=args.unseen_fraction,
-        partition=args.partition,
-        local_split=args.local_split,
-        joint=args.joint,
-        validation=args.validation,
-        cohort_size=args.client_num_per_round,
-        batch_size=args.batch_size,
-        fedavg=fedavg,
-        fine_tune=fine_tune,
-        num_personalization_epochs=args.pers_round,
-        num_curve_epochs=args.pers_curve,
-        eval_every=args.eval_every,
-        eval_clients=args.eval_clients,
-        precision=args.precision,
-        client_batching=None if args.client_batching == "auto" else args.client_batching,
-        portable_kernels=args.portable_kernels,
-    )
-
-
-def _client_optimizer(name: str, learning_rate: float) -> OptimizerConfig:
-    if name == "momentum":
-        return OptimizerConfig("sgd", learning_rate, momentum=CLIENT_MOMENTUM)
-    return OptimizerConfig(name, learning_rate, betas=CLIENT_BETAS)
-
-
-def _server_optimizer(name: str, learning_rate: float, momentum: float, epsilon: float) -> OptimizerConfig:
-    if name == "momentum":
-        return OptimizerConfig("sgd", learning_rate, momentum=momentum)
-    if name == "sgd":
-        return OptimizerConfig("sgd", learning_rate)
-    return OptimizerConfig(name, learning_rate, betas=SERVER_BETAS.get(name, (0.9, 0.999)), epsilon=epsilon)
+    values = {name: getattr(args, name) for name in flags_by_name(ExperimentConfig)}
+    values["struct"] = _architecture(args.dataset, args.struct)
+    values["fine_tune"] = args.fine_tune and args.fine_tune_method != "none"
+    values["client_batching"] = None if args.client_batching == "auto" else args.client_batching
+    config = build(ExperimentConfig, values)
+    return config if args.initial_model is None else replace(config, initial_model=UNREAD)
 
 
 def check_num_workers(config: ExperimentConfig, num_workers: int) -> None:
@@ -684,11 +604,9 @@ def _add_phases(parser: argparse.ArgumentParser) -> None:
     _add_by_dataset(group, "epochs", "communication rounds; 0 leaves this phase out")
     add("--inner_loops", type=int, default=5, help="local epochs a client a round (E)")
     add("--inner_steps", type=int, help="local steps a client a round, in place of epochs; 1 is FedSGD (default: not)")
-    add(
-        "--client_optimizer", choices=OPTIMIZER_FLAGS, default="sgd", help="the clients' optimizer, also to personalize"
-    )
+    add("--client_optimizer", choices=OPTIMIZERS, default="sgd", help="the clients' optimizer, also to personalize")
     _add_by_dataset(group, "local_lr", "the clients' learning rate, also to personalize", type=float)
-    add("--server_optimizer", choices=OPTIMIZER_FLAGS, default="momentum", help="the server's optimizer")
+    add("--server_optimizer", choices=OPTIMIZERS, default="momentum", help="the server's optimizer")
     add("--server_lr", type=float, default=1.0, help="the server's learning rate; with sgd, 1.0 averages")
     add("--server_momentum", type=float, default=0.9, help="of the server's momentum, 0 or more and below 1")
     add("--server_epsilon", type=float, default=0.001, help="of the server's adam, yogi or adagrad, above 0")
@@ -712,15 +630,14 @@ def _add_phases(parser: argparse.ArgumentParser) -> None:
         default=0.5,
         help="of fomaml and maml: share of a client's training part that it adapts to; 1 measures on the same examples",
     )
-    add("--fine_tune_client_optimizer", choices=OPTIMIZER_FLAGS, default="sgd", help="the clients' optimizer")
+    add("--fine_tune_client_optimizer", choices=OPTIMIZERS, default="sgd", help="the clients' optimizer")
     _add_by_dataset(group, "fine_tune_local_lr", "the clients' learning rate", type=float)
     by_dataset = partial(_add_by_dataset, group)
-    by_dataset("fine_tune_server_optimizer", "the server's optimizer", choices=OPTIMIZER_FLAGS, type=str)
+    by_dataset("fine_tune_server_optimizer", "the server's optimizer", choices=OPTIMIZERS, type=str)
     add(
         "--fine_tune_server_lr",
         type=float,
-        help=f"the server's learning rate; with sgd, Reptile's step (default: {FINE_TUNE_STEP:g} for reptile, "
-        f"{FINE_TUNE_GRADIENT_STEP:g} for fomaml and maml; with adam, yogi and adagrad {FINE_TUNE_ADAPTIVE_STEP:g})",
+        help="the server's learning rate; with sgd, Reptile's step (default: what fits the method and the optimizer)",
     )
     add("--fine_tune_server_momentum", type=float, default=0.9, help="of the server's momentum, 0 or more and below 1")
     add("--fine_tune_server_epsilon", type=float, default=1e-8, help="of the server's adam, yogi or adagrad, above 0")

@@ -4,33 +4,48 @@
     class FedProx(Method):
         mu: float = setting(0.01, "weight of the proximal term", at_least=0)
 
-Imports nothing heavy.
+A field may also be a part, a dataclass of settings itself, or a choice between several. A part may change the names of
+its flags, so that one field has a flag in each phase: `local_lr`, `fine_tune_local_lr`. Imports nothing heavy.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from typing import Any, TypeVar
 
 MOST = 2**31 - 1
 """Upper bound of whole numbers without one of their own: torch takes no larger batch, and no run has more rounds."""
+NO_FLAG = ""
+NONE = "none"
+"""The choice that leaves out the part that it belongs to."""
 _KEY = "setting"
+
+Settings = TypeVar("Settings")
 
 
 @dataclass(frozen=True)
 class Setting:
     """What a field says about its setting.
 
-    help: what it does, with its unit.
-    flag: the name of its flag, without dashes; None for the field's own name.
+    help: what it does, with its unit; `{of}` stands for `Part.of`.
+    flag: what it calls its flag, without dashes; None for the field's own name, NO_FLAG for a setting without one.
     at_least, at_most: inclusive bounds. A whole number has both; MOST is the upper one unless another is given.
     above, below: exclusive bounds.
     choices: the values that it can have.
     metavar: what stands for the value in --help.
     parse: text to value, raises ValueError; None for what the field's type says.
+    refuse: what is wrong with a value, as `problem` says it, or None.
+    title: the heading that its flag stands under, where it is not that of its class.
+    absent: what None means, in words.
+    unset: what its flag calls None.
+    implied: what its flag means without a value; None where it needs one.
+    kinds: of a choice, the dataclasses that it is between, by name.
     """
 
     help: str
@@ -42,9 +57,17 @@ class Setting:
     choices: Sequence[str] | None = None
     metavar: str | None = None
     parse: Callable[[str], Any] | None = None
+    refuse: Callable[[Any], str | None] | None = None
+    title: str = ""
+    absent: str = ""
+    unset: str | None = None
+    implied: str | None = None
+    kinds: Mapping[str, type] | None = None
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, to be read behind the flag and the value; None where nothing is."""
+        if self.refuse is not None:
+            return self.refuse(value)
         if self.choices is not None:
             return None if value in self.choices else f"is unknown; use one of {', '.join(self.choices)}"
         if isinstance(value, bool) or not isinstance(value, (int, float)) or self._is_allowed(value):
@@ -76,35 +99,212 @@ class Setting:
         return f"a number {' and '.join(limits)}".rstrip()
 
 
-def setting(
-    default: Any,
-    help: str,
-    *,
-    flag: str | None = None,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: Sequence[str] | None = None,
-    metavar: str | None = None,
-    parse: Callable[[str], Any] | None = None,
-) -> Any:
-    """A dataclass field that is a setting; default: `dataclasses.MISSING` for none, else see `Setting`."""
-    described = Setting(help, flag, at_least, at_most, above, below, choices, metavar, parse)
-    return dataclasses.field(default=default, metadata={_KEY: described})
+@dataclass(frozen=True)
+class Part:
+    """What a field says about the settings that it holds.
 
-
-def check(settings: Any, flag_of: Callable[[str], str] = str) -> None:
-    """Raise ValueError, naming the flag, its value and what is allowed, where a field of a dataclass is out of bounds.
-
-    flag_of: gives the name of the flag, without dashes, for the name that a field gives to it; adds a prefix, say.
-    A field that is None is left open, and within bounds.
+    kind: their dataclass.
+    title: the heading of their flags; empty for that of the whole.
+    prefix: what the names of their flags begin with.
+    flags: names that do not follow the prefix, by what the settings call themselves; None for no flag.
+    defaults: what takes the place of the settings' own defaults, by their fields, such as `server_optimizer.name`.
+    of: whose they are, for the help texts.
+    switch: of a part that may be None, the help of the flag that says so; empty where it has none.
     """
-    for field in dataclasses.fields(settings):
-        described = field.metadata.get(_KEY)
-        value = getattr(settings, field.name)
-        if described is None or value is None:
-            continue
-        problem = described.problem(value)
+
+    kind: type
+    title: str = ""
+    prefix: str = ""
+    flags: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    of: str = ""
+    switch: str = ""
+
+
+def setting(default: Any, help: str, **options: Any) -> Any:
+    """A dataclass field that is a setting. default: `dataclasses.MISSING` for none. options: of `Setting`."""
+    return dataclasses.field(default=default, metadata={_KEY: Setting(help, **options)})
+
+
+def choice(kinds: Mapping[str, type], default: str, help: str, **options: Any) -> Any:
+    """A dataclass field that holds one of several dataclasses, each with settings of its own and a `name`."""
+    described = Setting(help, choices=tuple(kinds), kinds=kinds, **options)
+    return dataclasses.field(default=kinds[default](), metadata={_KEY: described})
+
+
+def part(kind: type, **options: Any) -> Any:
+    """A dataclass field that holds settings; options: of `Part`."""
+    described = Part(kind, **options)
+
+    def with_defaults() -> Any:
+        return _build(kind, {flag.path: flag.default for flag in _flags(kind, defaults=described.defaults)}, ())
+
+    return dataclasses.field(default_factory=with_defaults, metadata={_KEY: described})
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A setting in its place.
+
+    name: without dashes; None for a setting without a flag there.
+    path: the fields that lead to it.
+    kind: type of its values, besides None.
+    default: MISSING where there is none.
+    title: the heading that it stands under.
+    is_switch: whether it says if a part is there.
+    """
+
+    name: str | None
+    path: tuple[str, ...]
+    kind: Any
+    default: Any
+    title: str
+    help: str
+    setting: Setting
+    is_switch: bool = False
+
+    @property
+    def label(self) -> str:
+        """What an error calls it."""
+        return f"--{self.name}" if self.name else ".".join(self.path)
+
+    def value_in(self, settings: Any) -> Any:
+        """Its value in an instance of the whole; MISSING where the part that has it is left out."""
+        value = settings
+        for name in self.path:
+            value = getattr(value, name, MISSING)
+        if self.is_switch:
+            return value is not None
+        return value.name if self.setting.kinds and value is not MISSING else value
+
+    def parse(self, text: str) -> Any:
+        """The value that a text stands for. Raises ValueError, naming the flag, the text and what is allowed."""
+        if self.setting.unset is not None and text == self.setting.unset:
+            return None
+        try:
+            if self.setting.parse is not None:
+                return self.setting.parse(text)
+            return _WORDS[text.lower()] if self.kind is bool else self.kind(text)
+        except (ValueError, KeyError) as error:
+            numbers = self.setting.allowed(self.kind) if self.kind in (int, float) else "true or false"
+            reason = f"must be {numbers}" if self.setting.parse is None else str(error)
+            raise ValueError(f"{self.label} {text} {reason}") from error
+
+
+_WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+@functools.cache
+def flags_of(kind: Any) -> dict[tuple[str, ...], Flag]:
+    """All settings of a dataclass and of its parts, in their order, by the fields that lead to them."""
+    return {flag.path: flag for flag in _flags(kind)}
+
+
+def flags_by_name(kind: type) -> dict[str, Flag]:
+    """Those that have a flag."""
+    return {flag.name: flag for flag in flags_of(kind).values() if flag.name is not None}
+
+
+def build(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """The settings with these values, by the names of their flags; others have their defaults.
+
+    Raises ValueError where a value is out of bounds, or one that has no default is missing.
+    """
+    described: Any = kind
+    flags = flags_of(described)
+    by_path = {flag.path: values.get(flag.name, flag.default) if flag.name else flag.default for flag in flags.values()}
+    for path, value in by_path.items():
+        if value is MISSING:
+            raise ValueError(f"{flags[path].label} must be given")
+    built: Settings = _build(kind, by_path, ())
+    return built
+
+
+def values_of(settings: Any) -> dict[str, Any]:
+    """The inverse of `build`, without the settings of parts that are left out."""
+    values = {name: flag.value_in(settings) for name, flag in flags_by_name(type(settings)).items()}
+    return {name: value for name, value in values.items() if value is not MISSING}
+
+
+def label(settings: Any, path: str) -> str:
+    """What an error calls a setting of a dataclass or of its parts. path: its fields, such as `fedavg.method`."""
+    kind: Any = settings if isinstance(settings, type) else type(settings)
+    return flags_of(kind)[tuple(path.split("."))].label
+
+
+def check(settings: Any) -> None:
+    """Raise ValueError, naming the flag, its value and what is allowed, where a setting is out of bounds.
+
+    What is None is left open, and within bounds.
+    """
+    kind: Any = type(settings)
+    for flag in flags_of(kind).values():
+        value = flag.value_in(settings)
+        problem = None if value is None or value is MISSING else flag.setting.problem(value)
         if problem is not None:
-            raise ValueError(f"--{flag_of(described.flag or field.name)} {value} {problem}")
+            raise ValueError(f"{flag.label} {value} {problem}")
+
+
+def _flags(
+    kind: type,
+    path: tuple[str, ...] = (),
+    name_of: Callable[[str], str | None] = str,
+    defaults: Mapping[str, Any] = types.MappingProxyType({}),
+    title: str = "",
+    of: str = "",
+) -> Iterator[Flag]:
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        described, place = field.metadata.get(_KEY), (*path, field.name)
+        heading = title or getattr(described, "title", "") or _heading(kind, field.name)
+        if isinstance(described, Part):
+            if described.switch:
+                switch = Setting(described.switch)
+                yield Flag(name_of(field.name), place, bool, True, heading, switch.help, switch, True)
+            inner = functools.partial(_renamed, described, name_of)
+            below = {name.partition(".")[2]: value for name, value in defaults.items() if name.startswith(field.name)}
+            inner_defaults = {**described.defaults, **below}
+            yield from _flags(described.kind, place, inner, inner_defaults, heading, described.of)
+        elif isinstance(described, Setting):
+            default = defaults.get(field.name, field.default)
+            default = default.name if described.kinds and not isinstance(default, str) else default
+            help = described.help.replace("{of}", of)
+            own_name = field.name if described.flag is None else described.flag
+            name = None if own_name == NO_FLAG else name_of(own_name)
+            yield Flag(name, place, _without_none(hints[field.name]), default, heading, help, described)
+            for kind_of_choice in dict.fromkeys((described.kinds or {}).values()):
+                yield from _flags(kind_of_choice, place, name_of, {}, heading, of)
+
+
+def _renamed(part: Part, name_of: Callable[[str], str | None], name: str) -> str | None:
+    """The name of the flag, as the part and all that hold it make it of what a setting calls itself."""
+    inner = part.flags.get(name, f"{part.prefix}{name}")
+    return None if inner is None else name_of(inner)
+
+
+def _heading(kind: type, name: str) -> str:
+    """What the class that defines a field puts over its flags."""
+    own = (vars(base) for base in kind.__mro__)
+    return next((of["heading"] for of in own if "heading" in of and name in of["__annotations__"]), "")
+
+
+def _without_none(kind: Any) -> Any:
+    others = [one for one in typing.get_args(kind) if one is not types.NoneType]
+    return others[0] if typing.get_origin(kind) in (typing.Union, types.UnionType) and len(others) == 1 else kind
+
+
+def _build(kind: type, values: Mapping[tuple[str, ...], Any], path: tuple[str, ...]) -> Any:
+    """None where its part is switched off."""
+    arguments = {}
+    for field in dataclasses.fields(kind):
+        described, place = field.metadata.get(_KEY), (*path, field.name)
+        if isinstance(described, Part):
+            arguments[field.name] = None if values.get(place) is False else _build(described.kind, values, place)
+        elif isinstance(described, Setting):
+            value = values[place]
+            if described.kinds is not None:
+                if value == NONE:
+                    return None
+                value = _build(described.kinds[value], values, place)
+            arguments[field.name] = value
+    return kind(**arguments)

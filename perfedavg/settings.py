@@ -7,31 +7,36 @@ end with equal models. This module imports no torch, so that reading flags stays
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from enum import IntEnum
 from fractions import Fraction
 from typing import Any
 
+from perfedavg.fields import NO_FLAG, check, label, part, setting
 from perfedavg.machine.kernels import PORTABLE_KERNELS
 from perfedavg.plain_values import differences, from_plain, shown
 
-OPTIMIZERS = ("sgd", "adam", "yogi", "adagrad")
+OPTIMIZERS = ("sgd", "momentum", "adam", "yogi", "adagrad")
 SCHEDULES = ("constant", "linear")
 METHODS = ("reptile", "fomaml", "maml")
 LOCAL_SPLITS = ("shuffled", "tail")
 PRECISIONS = ("float32", "bf16")
-MOST = 2**31 - 1
-"""Of whatever is counted: torch takes no larger batch size, and no run lives to see more rounds."""
+BETAS = {"adam": (0.9, 0.999), "yogi": (0.9, 0.99)}
+"""Adam's are its authors', Yogi's those that Reddi et al. 2020 give a server."""
+STEP = 1.0
+"""The server's learning rate with sgd and momentum: the average of the clients, and Reptile's step."""
+GRADIENT_STEP = 0.1
+"""The same where clients send gradients."""
+ADAPTIVE_STEP = 0.001
+"""The server's learning rate with adam, yogi and adagrad."""
 HIGHEST_RATE = 1e30
 """Of learning rates: above it, optimizers compute step sizes that float32 does not hold."""
 UNREAD = "unread"
 """An initial model of which only the path is known yet."""
 _DIGEST = re.compile("[0-9a-f]{64}")
 _LONGEST_FRACTION = 20
-"""Characters. `1e-999999999` would take all memory as an exact fraction."""
+_PHASE_3 = "phase 3, personalization of unseen clients"
 
 
 class Phase(IntEnum):
@@ -55,62 +60,94 @@ class Phase(IntEnum):
         return {phase.field: phase for phase in cls}[name]
 
 
+def refuse_share(text: str) -> str | None:
+    """What is wrong with a share of something, such as `0.2` or `9/34`."""
+    try:
+        # `1e-999999999` would take all memory as an exact fraction.
+        is_short = len(text) <= _LONGEST_FRACTION and "e" not in text.lower()
+        if is_short and 0 < Fraction(text) < 1:
+            return None
+    except (ValueError, ZeroDivisionError):
+        pass
+    return "must be above 0 and below 1, such as 0.2 or 9/34"
+
+
+def _refuse_decay_rates(rates: tuple[float, float]) -> str | None:
+    return None if all(0 <= rate < 1 for rate in rates) else "must each be 0 or more and below 1"
+
+
 @dataclass(frozen=True)
 class OptimizerConfig:
     """An optimizer of a client or of the server.
 
-    name: one of OPTIMIZERS.
-    learning_rate: step size, above 0. For the server, 1.0 with sgd and no momentum is plain averaging.
-    momentum: 0 or more and below 1; sgd only.
-    betas: decay rates of the first and second moment, each 0 or more and below 1; adam and yogi only.
-    epsilon: what is added to the root of the second moment, above 0; not for sgd. The larger, the less adaptive.
+    learning_rate: as the server's, None becomes what fits the phase; 1.0 with sgd is plain averaging.
+    betas: decay rates of adam's and yogi's first and second moment; None for those of BETAS.
     """
 
-    name: str
-    learning_rate: float
-    momentum: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1e-8
+    name: str = setting("sgd", "optimizer of {of}; momentum is sgd with momentum", flag="optimizer", choices=OPTIMIZERS)
+    learning_rate: float = setting(
+        None,
+        "learning rate of {of}",
+        flag="lr",
+        above=0,
+        at_most=HIGHEST_RATE,
+        absent=f"{STEP:g}; {GRADIENT_STEP:g} for fomaml and maml; {ADAPTIVE_STEP:g} with adam, yogi and adagrad",
+    )
+    momentum: float = setting(0.9, "of {of}, where the optimizer is momentum", at_least=0, below=1)
+    epsilon: float = setting(
+        1e-8, "added to the root of the second moment of adam, yogi and adagrad; larger is less adaptive", above=0
+    )
+    betas: tuple[float, float] | None = setting(None, "", flag=NO_FLAG, refuse=_refuse_decay_rates)
 
-    def check(self, learning_rate_flag: str) -> None:
-        if self.name not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {self.name!r}; use one of {', '.join(OPTIMIZERS)}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ValueError(f"{learning_rate_flag} {self.learning_rate} must be a finite number above 0")
-        if self.learning_rate > HIGHEST_RATE:
-            raise ValueError(f"{learning_rate_flag} {self.learning_rate} must be {HIGHEST_RATE:g} or less")
-        if not all(0 <= decay < 1 for decay in (self.momentum, *self.betas)):
-            raise ValueError(f"momentum {self.momentum} and betas {self.betas} must each be in [0, 1)")
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise ValueError(f"epsilon {self.epsilon} must be a finite number above 0")
+    @property
+    def decay_rates(self) -> tuple[float, float]:
+        """Of the first and the second moment."""
+        return self.betas or BETAS[self.name]
 
 
 @dataclass(frozen=True)
 class PhaseConfig:
     """One training phase: how often the server aggregates, and what a client does in between.
 
-    num_rounds: communication rounds, 1 or more. 0 in phase 1 leaves it out, so that phase 2 starts from the initial
-        weights, or, where there is no phase 2 either, these are scored as they are.
-    num_local_epochs: passes over its own training part that each client of a round makes, 1 or more.
-    client_optimizer, server_optimizer: who takes which step.
-    num_local_steps: local steps of each client of a round, whatever its size, 1 or more; in place of epochs.
-    server_schedule: of SCHEDULES; `linear` lets the server's rate fall from its full value in the first round towards 0
-        after the last, as Nichol et al. 2018 (arXiv 1803.02999) do.
-    method: of METHODS, what a client's update is. `reptile`, which is FedAvg's too: how far it got, theta_K - theta.
-        `fomaml`: minus the gradient on its query part at theta_K, after K steps on its support part. `maml`: minus the
-        gradient of the same loss with respect to theta, through these steps (Finn et al. 2017, arXiv 1703.03400).
-    support_fraction: for fomaml and maml, the share of a client's training part that is its support part, above 0; the
-        rest is its query part. 1 makes all of it both.
+    num_rounds: 0 in phase 1 leaves it out: phase 2 starts from the initial weights, or these are scored as they are.
+    client_optimizer: Adam and Yogi have no first moment, as in Reptile's paper (Nichol et al. 2018, section 6).
+    method: what a client's update is.
     """
 
-    num_rounds: int
-    num_local_epochs: int
-    client_optimizer: OptimizerConfig
-    server_optimizer: OptimizerConfig
-    num_local_steps: int | None = None
-    server_schedule: str = "constant"
-    method: str = "reptile"
-    support_fraction: float = 0.5
+    num_rounds: int = setting(500, "communication rounds", flag="epochs", at_least=0)
+    num_local_epochs: int = setting(5, "local epochs a client a round", flag="inner_loops", at_least=1)
+    client_optimizer: OptimizerConfig = part(
+        OptimizerConfig,
+        prefix="client_",
+        flags={"lr": "local_lr", "momentum": None, "epsilon": None},
+        defaults={"learning_rate": 0.02, "betas": (0.0, 0.999)},
+        of="the clients",
+    )
+    server_optimizer: OptimizerConfig = part(OptimizerConfig, prefix="server_", of="the server")
+    num_local_steps: int | None = setting(
+        None, "local steps a client a round, in place of epochs; 1 is FedSGD", flag="inner_steps", at_least=1
+    )
+    server_schedule: str = setting(
+        "constant", "the server's learning rate over the rounds; linear falls to 0", choices=SCHEDULES
+    )
+    method: str = setting("reptile", "what a client sends", choices=METHODS)
+    support_fraction: float = setting(
+        0.5,
+        "of fomaml and maml: share of a client's training part that it adapts to; 1 measures on the same examples",
+        above=0,
+        at_most=1,
+    )
+
+    def __post_init__(self) -> None:
+        if self.server_optimizer.learning_rate is None:
+            fitting = dataclasses.replace(self.server_optimizer, learning_rate=self._fitting_server_rate())
+            object.__setattr__(self, "server_optimizer", fitting)
+
+    def _fitting_server_rate(self) -> float:
+        """Where the numbers come from: docs/decisions.md."""
+        if self.server_optimizer.name in ("sgd", "momentum"):
+            return GRADIENT_STEP if self.method in ("fomaml", "maml") else STEP
+        return ADAPTIVE_STEP
 
     def server_rate_factor(self, round_number: int) -> float:
         """What the server's learning rate is multiplied with in a round, counted from 1."""
@@ -118,76 +155,113 @@ class PhaseConfig:
             return 1.0 - (round_number - 1) / self.num_rounds
         return 1.0
 
-    def check(self, prefix: str, epochs_flag: str, steps_flag: str) -> None:
-        """Raise ValueError where a setting cannot be run. prefix: of the flags of this phase's optimizers."""
-        _at_least_one(epochs_flag, self.num_local_epochs)
-        if self.num_local_steps is not None:
-            _at_least_one(steps_flag, self.num_local_steps)
-        self.client_optimizer.check(f"--{prefix}local_lr")
-        self.server_optimizer.check(f"--{prefix}server_lr")
-        _one_of(f"--{prefix}server_schedule", self.server_schedule, SCHEDULES)
-        _one_of("--fine_tune_method", self.method, METHODS)
-        if not 0 < self.support_fraction <= 1:
-            raise ValueError(f"--fine_tune_support_fraction {self.support_fraction} must be above 0 and at most 1")
-        if self.method == "maml" and (self.client_optimizer.name, self.client_optimizer.momentum) != ("sgd", 0.0):
-            raise ValueError(
-                "--fine_tune_method maml differentiates through the clients' steps, which must be plain ones; use "
-                "--fine_tune_client_optimizer sgd, or --fine_tune_method fomaml"
-            )
+
+@dataclass(frozen=True, kw_only=True)
+class ClientsConfig:
+    """Who the clients are and what data each has."""
+
+    heading = "clients"
+    dataset: str = setting(MISSING, "its name, or package.module:factory for your own; see python -m datasets.describe")
+    num_clients: int | None = setting(
+        3400,
+        "clients, those that train and those that are never seen in training",
+        flag="client_num_in_total",
+        at_least=1,
+    )
+    unseen_fraction: str = setting(
+        "0.2", "share of the clients that never train, such as 0.2 or 9/34", metavar="X", refuse=refuse_share
+    )
+    partition: str | None = setting(
+        "shards:2",
+        "how examples without natural owners are dealt out: shards:N (label-sorted shards a client), iid, "
+        "dirichlet:ALPHA (over labels), quantity:SIGMA (log-normal sizes), labels:N (labels a client) or noise:SIGMA",
+        metavar="NAME[:X]",
+    )
+    local_split: str = setting(
+        "shuffled",
+        "order of a client's examples before they are cut 80/20 into its training and test parts: tail sorts them by "
+        "label, as the code behind the published figures does",
+        choices=LOCAL_SPLITS,
+    )
+    seed: int = setting(0, "everything random follows from it; same seed, same model", at_least=0, at_most=2**63 - 1)
 
 
-@dataclass(frozen=True)
-class ExperimentConfig:
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig(ClientsConfig):
     """A whole experiment. Equal configurations on equal data give equal models, once they are settled.
 
-    dataset, architecture: names that `utils.get_datasets` and `utils.get_model` know.
-    seed: 0 or more; everything random follows from it and from identities (see `seeding`).
+    architecture: a model that `models.build_model` knows.
     initial_model: digest of the parameters that the first phase starts from (`experiment.parameters_sha256`), UNREAD
         until they have been read, or None for random weights from the seed. Where they come from does not matter.
-    num_clients: training and unseen clients together, or None for all that a data set with natural clients has.
-    unseen_fraction: share of the clients that never train, such as `0.2` or `9/34`, above 0 and below 1.
-    partition: how examples without natural owners are dealt out (see `datasets.clients.partition`), or None where
-        clients are natural.
-    cohort_size: training clients drawn, without repeats, for each round.
-    batch_size: examples a local step; the last batch of an epoch may be smaller.
-    local_split: of LOCAL_SPLITS, how a client's examples are cut into its own training and test parts: `shuffled`, or
-        `tail`, sorted by label, so that the test part has the last labels only (see `datasets.clients.split`).
-    joint: whether the training parts of all training clients are pooled in one client, the centralized baseline.
-    validation: whether some of the training clients are held out and scored in place of the unseen ones.
-    fedavg: phase 1.  fine_tune: phase 2, or None to leave it out.
-    num_personalization_epochs: passes over its own training part by which an unseen client adapts.
-    num_curve_epochs: the results after a phase are also measured after each of 0 .. so many of these passes; 0 for not.
-    eval_every: rounds between two points of the accuracy curve.
-    eval_clients: unseen clients (a fixed draw from the seed) behind a point of the curve; the results after a
-        phase always take all of them.
-    precision: of PRECISIONS, in which clients train (see `flat_model.FlatModel`); they are scored in float32.
-    client_batching: clients that are trained at once, as one computation, 1 or more, or None until it is settled (see
-        `client_batching.settle_client_batching`). It changes how sums are rounded.
-    portable_kernels: of kernels.PORTABLE_KERNELS, whether all processes compute with kernels that unlike processors
-        have in common, so that these end with the same model. Runs recorded before there was a choice had none.
+    fine_tune: None leaves phase 2 out.
+    client_batching: None until it is settled (see `client_batching.settle_client_batching`). It changes how sums are
+        rounded.
     """
 
-    dataset: str
-    architecture: str
-    seed: int
-    initial_model: str | None
-    num_clients: int | None
-    unseen_fraction: str
-    partition: str | None
-    local_split: str
-    joint: bool
-    validation: bool
-    cohort_size: int
-    batch_size: int
-    fedavg: PhaseConfig
-    fine_tune: PhaseConfig | None
-    num_personalization_epochs: int
-    num_curve_epochs: int
-    eval_every: int
-    eval_clients: int
-    precision: str
-    client_batching: int | None
-    portable_kernels: str = "false"
+    heading = "experiment"
+    architecture: str = setting(
+        "emnist_cnn", "model: a convolutional network, an MLP, or (text) an LSTM", flag="struct"
+    )
+    initial_model: str | None = None
+    cohort_size: int = setting(5, "training clients drawn for each round", flag="client_num_per_round", at_least=1)
+    batch_size: int = setting(20, "examples a local step; the last batch of an epoch may be smaller", at_least=1)
+    joint: bool = setting(False, "pool the training clients' data in one client, the centralized baseline")
+    validation: bool = setting(
+        False,
+        "hold a share of the training clients out and score them in place of the unseen ones, to choose settings by",
+    )
+    eval_every: int = setting(50, "communication rounds between two points of the accuracy curve", at_least=1)
+    eval_clients: int = setting(100, "unseen clients behind a point of the curve; results take all", at_least=1)
+    precision: str = setting(
+        "float32", "precision of the clients' training; scoring is always float32", choices=PRECISIONS
+    )
+    client_batching: int | None = setting(
+        None,
+        "clients trained at once, as one computation; auto: 1 on a CPU unless the model is tiny, on GPUs an equal "
+        "share of a round's clients for each, as far as it fits the memory",
+        at_least=1,
+        unset="auto",
+        metavar="auto|N",
+    )
+    portable_kernels: str = setting(
+        "false",
+        "compute with what all processors with AVX2 have, of one vendor (true) or of any (any_vendor, slower), so that "
+        "unlike ones give the same model; not for GPUs nor ARM",
+        choices=PORTABLE_KERNELS,
+        implied="true",
+    )
+    fedavg: PhaseConfig = part(
+        PhaseConfig,
+        title="phase 1, FedAvg",
+        flags={"server_schedule": None, "method": None, "support_fraction": None},
+        defaults={
+            "server_optimizer.name": "momentum",
+            "server_optimizer.learning_rate": STEP,
+            "server_optimizer.epsilon": 0.001,
+        },
+    )
+    fine_tune: PhaseConfig | None = part(
+        PhaseConfig,
+        title="phase 2, fine-tuning",
+        switch="whether to fine-tune",
+        prefix="fine_tune_",
+        flags={"epochs": "fine_tune_outer_loops"},
+        defaults={"num_rounds": 100, "num_local_epochs": 10, "server_schedule": "linear"},
+    )
+    num_personalization_epochs: int = setting(
+        5,
+        "local epochs by which an unseen client adapts, with phase 1's client optimizer",
+        flag="pers_round",
+        title=_PHASE_3,
+        at_least=1,
+    )
+    num_curve_epochs: int = setting(
+        0,
+        "also score after each of the first N of these epochs; 0 turns it off",
+        flag="pers_curve",
+        title=_PHASE_3,
+        at_least=0,
+    )
 
     @property
     def phases(self) -> dict[Phase, PhaseConfig]:
@@ -201,80 +275,52 @@ class ExperimentConfig:
 
     def __post_init__(self) -> None:
         """Refuse, with the flag, its value and the fix, whatever cannot be run."""
+        check(self)
         if self.initial_model not in (None, UNREAD) and not _DIGEST.fullmatch(self.initial_model or ""):
             raise ValueError(f"initial_model is {shown(self.initial_model)}, must be null or 64 hexadecimal digits")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"--seed {self.seed} must be a whole number from 0 to 2^63 - 1")
-        self._check_unseen_fraction()
-        _at_least_one("--client_num_per_round", self.cohort_size)
-        _one_of("--local_split", self.local_split, LOCAL_SPLITS)
         if self.num_clients is not None:
             self._check_num_clients(self.num_clients)
             num_unseen = num_unseen_clients(self.num_clients, self.unseen_fraction)
             self.check_cohort_size(1 if self.joint else self.num_clients - num_unseen)
-        _at_least_one("--batch_size", self.batch_size)
-        _at_least_one("--pers_round", self.num_personalization_epochs)
-        _at_least_one("--eval_every", self.eval_every)
-        _at_least_one("--eval_clients", self.eval_clients)
-        _one_of("--precision", self.precision, PRECISIONS)
-        _one_of("--portable_kernels", self.portable_kernels, PORTABLE_KERNELS)
-        if self.portable_kernels == "any_vendor":
-            self._check_optimizers_of_any_vendor()
-        if self.num_curve_epochs < 0:
-            raise ValueError(f"--pers_curve {self.num_curve_epochs} must be 0 or more")
-        _at_most("--pers_curve", self.num_curve_epochs)
-        if self.client_batching is not None:
-            _at_least_one("--client_batching", self.client_batching)
-        if self.fedavg.num_rounds < 0:
-            raise ValueError(f"--epochs {self.fedavg.num_rounds} must be 0 or more")
-        _at_most("--epochs", self.fedavg.num_rounds)
-        self.fedavg.check("", "--inner_loops", "--inner_steps")
-        if self.fine_tune is not None:
-            _at_least_one("--fine_tune_outer_loops", self.fine_tune.num_rounds)
-            self.fine_tune.check("fine_tune_", "--fine_tune_inner_loops", "--fine_tune_inner_steps")
+        if self.fine_tune is not None and self.fine_tune.num_rounds == 0:
+            raise ValueError(f"{label(self, 'fine_tune.num_rounds')} 0 must be 1 or more; leave the phase out instead")
+        for name, phase in (("fedavg", self.fedavg), ("fine_tune", self.fine_tune)):
+            if phase is not None:
+                self._check_phase(name, phase)
+
+    def _check_phase(self, name: str, phase: PhaseConfig) -> None:
+        client = phase.client_optimizer.name
+        if phase.client_optimizer.learning_rate is None:
+            raise ValueError(f"{label(self, f'{name}.client_optimizer.learning_rate')} must be given")
+        if phase.method == "maml" and client != "sgd":
+            method = label(self, f"{name}.method")
+            raise ValueError(
+                f"{method} maml differentiates through the clients' steps, which must be plain ones; use "
+                f"{label(self, f'{name}.client_optimizer.name')} sgd, or {method} fomaml"
+            )
+        for whose, optimizer in (("client_optimizer", client), ("server_optimizer", phase.server_optimizer.name)):
+            if self.portable_kernels == "any_vendor" and optimizer not in ("sgd", "momentum"):
+                raise ValueError(
+                    f"{label(self, 'portable_kernels')} any_vendor does not go with "
+                    f"{label(self, f'{name}.{whose}.name')} {optimizer}, whose square roots MKL takes from an "
+                    "approximation that each vendor's processors make otherwise; use sgd or momentum"
+                )
 
     def check_cohort_size(self, num_train_clients: int) -> None:
         """Raises ValueError where a round asks for more clients than there are to train."""
         if self.cohort_size > num_train_clients:
             raise ValueError(
-                f"--client_num_per_round {self.cohort_size} exceeds the {num_train_clients} training clients; "
+                f"{label(self, 'cohort_size')} {self.cohort_size} exceeds the {num_train_clients} training clients; "
                 f"lower it to {num_train_clients} or less"
             )
 
-    def _check_optimizers_of_any_vendor(self) -> None:
-        used = {
-            optimizer.name
-            for phase in (self.fedavg, self.fine_tune)
-            if phase is not None
-            for optimizer in (phase.client_optimizer, phase.server_optimizer)
-        }
-        for name in sorted(used - {"sgd"}):
-            raise ValueError(
-                f"--portable_kernels any_vendor does not go with the optimizer {name}, whose square roots MKL takes "
-                "from an approximation that each vendor's processors make otherwise; use sgd or momentum "
-                "(--server_optimizer, --client_optimizer, --fine_tune_server_optimizer, --fine_tune_client_optimizer)"
-            )
-
-    def _check_unseen_fraction(self) -> None:
-        try:
-            valid = len(self.unseen_fraction) <= _LONGEST_FRACTION and "e" not in self.unseen_fraction.lower()
-            valid = valid and 0 < Fraction(self.unseen_fraction) < 1
-        except (ValueError, ZeroDivisionError):
-            valid = False
-        if not valid:
-            raise ValueError(
-                f"--unseen_fraction {self.unseen_fraction} must be above 0 and below 1, such as 0.2 or 9/34"
-            )
-
     def _check_num_clients(self, num_clients: int) -> None:
-        _at_least_one("--client_num_in_total", num_clients)
-        share = Fraction(self.unseen_fraction)
-        step = share.denominator
+        step = Fraction(self.unseen_fraction).denominator
         if num_clients % step:
             below, above = num_clients // step * step, (num_clients // step + 1) * step
             raise ValueError(
-                f"--client_num_in_total {num_clients} does not divide into whole training and unseen clients at "
-                f"--unseen_fraction {self.unseen_fraction}; use a multiple of {step}, such as "
+                f"{label(self, 'num_clients')} {num_clients} does not divide into whole training and unseen clients at "
+                f"{label(self, 'unseen_fraction')} {self.unseen_fraction}; use a multiple of {step}, such as "
                 f"{f'{below} or ' if below else ''}{above}"
             )
 
@@ -308,19 +354,3 @@ class ExperimentConfig:
 def num_unseen_clients(num_clients: int, unseen_fraction: str) -> int:
     """How many of so many clients never train: the share, such as `0.2` or `9/34`, rounded, but at least one."""
     return max(1, round(num_clients * Fraction(unseen_fraction)))
-
-
-def _one_of(flag: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise ValueError(f"unknown {flag} {value!r}; use one of {', '.join(known)}")
-
-
-def _at_least_one(flag: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{flag} {value} must be 1 or more")
-    _at_most(flag, value)
-
-
-def _at_most(flag: str, value: int) -> None:
-    if value > MOST:
-        raise ValueError(f"{flag} {value} must be {MOST} or less")

@@ -319,7 +319,7 @@ def make_config(**changes: Any) -> ExperimentConfig:
         "validation": False,
         "cohort_size": 4,
         "batch_size": 10,
-        "fedavg": PhaseConfig(2, 2, sgd, OptimizerConfig("sgd", 1.0, momentum=0.9)),
+        "fedavg": PhaseConfig(2, 2, sgd, OptimizerConfig("momentum", 1.0)),
         "fine_tune": PhaseConfig(2, 1, sgd, OptimizerConfig("sgd", 0.5)),
         "num_personalization_epochs": 1,
         "num_curve_epochs": 0,

@@ -408,7 +408,7 @@ class _GroupOptimizer:
 
     def step(self, gradients: Gradients) -> None:
         """One step of the first clients, never more of them than before."""
-        if self._config.name == "sgd" and self._config.momentum == 0.0:
+        if self._config.name == "sgd":
             self._model.descend(gradients, self._config.learning_rate)
             return
         matrix = torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)

@@ -116,7 +116,7 @@ def score(
 
 def _step_of(model: FlatModel, config: OptimizerConfig) -> Callable[[Tensor], None]:
     """A function that takes one step of a fresh optimizer, given the loss."""
-    if config.name == "sgd" and config.momentum == 0.0:
+    if config.name == "sgd":
         return lambda loss: model.descend(loss, config.learning_rate)
     optimizer = Optimizer(config, model.parameters)
 

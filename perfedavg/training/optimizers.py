@@ -25,7 +25,13 @@ class Optimizer:
     """
 
     def __init__(self, config: OptimizerConfig, parameters: Tensor) -> None:
-        steps = {"sgd": self._sgd, "adam": self._adam, "yogi": self._yogi, "adagrad": self._adagrad}
+        steps = {
+            "sgd": self._sgd,
+            "momentum": self._sgd,
+            "adam": self._adam,
+            "yogi": self._yogi,
+            "adagrad": self._adagrad,
+        }
         if config.name not in steps:
             raise ValueError(f"unknown optimizer {config.name!r}")
         self.state: dict[str, Tensor] = {}
@@ -51,7 +57,7 @@ class Optimizer:
         self._step(gradient, rate_factor * self._config.learning_rate)
 
     def _sgd(self, gradient: Tensor, rate: float) -> None:
-        momentum = self._config.momentum
+        momentum = self._config.momentum if self._config.name == "momentum" else 0.0
         buffers = [self.state.get("momentum_buffer")]
         sgd(
             [self._parameters],
@@ -72,7 +78,7 @@ class Optimizer:
             self._begin_counting()
             self.state["exp_avg"] = torch.zeros_like(self._parameters)
             self.state["exp_avg_sq"] = torch.zeros_like(self._parameters)
-        first_decay, second_decay = self._config.betas
+        first_decay, second_decay = self._config.decay_rates
         adam(
             [self._parameters],
             [gradient],
@@ -112,7 +118,7 @@ class Optimizer:
         theta = theta - rate m / (sqrt(v) + e), where m begins at 0 and v at e^2, without a correction for that.
         Unlike Adam's, a v that is too large falls slowly.
         """
-        (first_decay, second_decay), epsilon = self._config.betas, self._config.epsilon
+        (first_decay, second_decay), epsilon = self._config.decay_rates, self._config.epsilon
         if not self.state:
             self.state["first"] = torch.zeros_like(self._parameters)
             self.state["second"] = torch.full_like(self._parameters, epsilon**2)
@@ -129,7 +135,7 @@ class Optimizer:
 class ServerOptimizer:
     """Applies the mean update of a round to the global model, as if it were a gradient (Reddi et al. 2020).
 
-    The pseudo-gradient is minus the mean update, so that with sgd, learning rate 1 and no momentum the step is
+    The pseudo-gradient is minus the mean update, so that with sgd and learning rate 1 the step is
     `theta + mean update`: FedAvg's average, and Reptile's `theta + step * mean_i(theta_i(K) - theta)` at step 1.
     """
 

@@ -73,17 +73,17 @@ def test_the_servers_momentum_lives_through_the_rounds() -> None:
     for _ in range(3):
         v = 0.9 * v + fedavg_mean(w)
         w = w + 0.7 * v
-    outcome = run(config(3, OptimizerConfig("sgd", 0.7, momentum=0.9)))
+    outcome = run(config(3, OptimizerConfig("momentum", 0.7)))
     assert_close(outcome.parameters, w)
 
 
 def test_reptile_steps_towards_the_unweighted_mean() -> None:
     """theta + step * mean_i(theta_i(K) - theta), from where FedAvg ended, without its momentum."""
     reptile = PhaseConfig(2, 4, OptimizerConfig("sgd", 0.05), OptimizerConfig("sgd", 0.3))
-    w = run(config(2, OptimizerConfig("sgd", 1.0, momentum=0.9))).parameters
+    w = run(config(2, OptimizerConfig("momentum", 1.0))).parameters
     for _ in range(2):
         w = w + 0.3 * torch.stack(updates(w, 4, 0.05)).mean(dim=0)
-    outcome = run(config(2, OptimizerConfig("sgd", 1.0, momentum=0.9), reptile))
+    outcome = run(config(2, OptimizerConfig("momentum", 1.0), reptile))
     assert_close(outcome.parameters, w)
 
 
@@ -124,6 +124,6 @@ def test_personalization_scores_before_and_after_adapting() -> None:
 
 
 def test_scoring_does_not_change_the_global_model() -> None:
-    often = dataclasses.replace(config(3, OptimizerConfig("sgd", 1.0, momentum=0.9)), eval_every=1)
+    often = dataclasses.replace(config(3, OptimizerConfig("momentum", 1.0)), eval_every=1)
     never = dataclasses.replace(often, eval_every=100)
     assert torch.equal(run(often).parameters, run(never).parameters)

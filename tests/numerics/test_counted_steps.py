@@ -27,7 +27,7 @@ SIZES = (10, 9, 4, 3, 1)
 
 OPTIMIZERS = {
     "sgd": OptimizerConfig("sgd", 0.1),
-    "momentum": OptimizerConfig("sgd", 0.1, momentum=0.9),
+    "momentum": OptimizerConfig("momentum", 0.1),
     "adam": OptimizerConfig("adam", 0.01, betas=(0.0, 0.999)),
     "yogi": OptimizerConfig("yogi", 0.01, epsilon=1e-3),
     "adagrad": OptimizerConfig("adagrad", 0.01),

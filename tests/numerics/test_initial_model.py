@@ -27,7 +27,7 @@ START = [2.0, -1.0]
 CENTRES = [[1.0, 0.0], [3.0, 5.0], [-2.0, 0.5], [4.0, -3.0], [0.25, 1.5], [0.5, -0.75]]
 CLIENTS = QuadraticClients(CENTRES, (25, 7, 12, 40, 18, 9), num_unseen=2)
 SGD = OptimizerConfig("sgd", 0.1)
-LEFT_OUT = PhaseConfig(0, 1, SGD, OptimizerConfig("sgd", 1.0, momentum=0.9))
+LEFT_OUT = PhaseConfig(0, 1, SGD, OptimizerConfig("momentum", 1.0))
 NO_TRAINING = make_config(num_clients=None, fedavg=LEFT_OUT, fine_tune=None, num_curve_epochs=2)
 ONE_STEP = PhaseConfig(2, 1, SGD, OptimizerConfig("sgd", 0.5), num_local_steps=1)
 RUN = {"world_size": 1}

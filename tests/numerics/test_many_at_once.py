@@ -33,7 +33,7 @@ SIZES = (3, 10, 1, 7, 5)
 SGD = OptimizerConfig("sgd", 0.05)
 OPTIMIZERS = {
     "sgd": SGD,
-    "momentum": OptimizerConfig("sgd", 0.05, momentum=0.9),
+    "momentum": OptimizerConfig("momentum", 0.05),
     "adam": OptimizerConfig("adam", 0.001),
 }
 

@@ -15,7 +15,7 @@ from perfedavg.training.optimizers import ServerOptimizer
 
 YOGI = OptimizerConfig("yogi", 0.03, betas=(0.8, 0.9), epsilon=1e-3)
 STATEFUL = [
-    OptimizerConfig("sgd", 0.5, momentum=0.9),
+    OptimizerConfig("momentum", 0.5),
     OptimizerConfig("adam", 0.01, betas=(0.5, 0.9)),
     YOGI,
     OptimizerConfig("adagrad", 0.1, epsilon=1e-3),
@@ -32,7 +32,7 @@ def updates(number: int) -> Iterator[Tensor]:
 @pytest.mark.parametrize(
     ("config", "reference"),
     [
-        (OptimizerConfig("sgd", 0.5, momentum=0.9), lambda p: torch.optim.SGD([p], lr=0.5, momentum=0.9)),
+        (OptimizerConfig("momentum", 0.5), lambda p: torch.optim.SGD([p], lr=0.5, momentum=0.9)),
         (OptimizerConfig("adam", 0.01, betas=(0.5, 0.9)), lambda p: torch.optim.Adam([p], lr=0.01, betas=(0.5, 0.9))),
         (OptimizerConfig("adagrad", 0.1, epsilon=1e-3), lambda p: torch.optim.Adagrad([p], lr=0.1, eps=1e-3)),
     ],

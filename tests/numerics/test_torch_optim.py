@@ -14,7 +14,7 @@ from perfedavg.training.optimizers import Optimizer, ServerOptimizer
 CLASSES: dict[str, tuple[OptimizerConfig, Callable[[list[Tensor]], torch.optim.Optimizer]]] = {
     "sgd": (OptimizerConfig("sgd", 0.3), lambda tensors: torch.optim.SGD(tensors, lr=0.3)),
     "momentum": (
-        OptimizerConfig("sgd", 0.3, momentum=0.9),
+        OptimizerConfig("momentum", 0.3),
         lambda tensors: torch.optim.SGD(tensors, lr=0.3, momentum=0.9),
     ),
     "adam": (

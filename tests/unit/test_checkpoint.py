@@ -37,14 +37,14 @@ SGD = OptimizerConfig("sgd", 0.1)
 CONFIG = make_config(
     num_clients=None,
     cohort_size=3,
-    fedavg=PhaseConfig(3, 1, SGD, OptimizerConfig("sgd", 0.7, momentum=0.9)),
+    fedavg=PhaseConfig(3, 1, SGD, OptimizerConfig("momentum", 0.7)),
     fine_tune=PhaseConfig(2, 1, SGD, OptimizerConfig("adam", 0.01)),
     eval_every=2,
 )
 ADAM_FIRST = replace(
     CONFIG,
     fedavg=replace(CONFIG.fedavg, server_optimizer=OptimizerConfig("adam", 0.1)),
-    fine_tune=PhaseConfig(3, 1, SGD, OptimizerConfig("sgd", 0.5, momentum=0.5)),
+    fine_tune=PhaseConfig(3, 1, SGD, OptimizerConfig("momentum", 0.5, momentum=0.5)),
 )
 RUN = {"world_size": 1}
 

@@ -109,12 +109,6 @@ def test_a_model_that_does_not_fit_the_data_is_refused() -> None:
     assert config("--dataset", "shakespeare").architecture == "lstm"
 
 
-def test_momentum_is_sgd_with_momentum_and_sgd_is_without() -> None:
-    for name, momentum in (("momentum", 0.7), ("sgd", 0.0)):
-        server = config("--server_optimizer", name, "--server_momentum", "0.7").fedavg.server_optimizer
-        assert (server.name, server.momentum) == ("sgd", momentum)
-
-
 @pytest.mark.parametrize(
     ("argv", "rate"),
     [

@@ -32,7 +32,7 @@ from reporting.plots import mean_curve
 from reporting.rows import group_rows, rounds_to_target
 
 SGD = OptimizerConfig("sgd", 0.02)
-MOMENTUM = OptimizerConfig("sgd", 1.0, momentum=0.9)
+MOMENTUM = OptimizerConfig("momentum", 1.0)
 PNG = b"\x89PNG\r\n\x1a\n"
 
 Pair = tuple[float | None, float | None]
@@ -306,7 +306,7 @@ def test_baselines_have_names_of_their_own() -> None:
     ) == [
         "E 5, 5 clients a round",
         "E 5, 20 clients a round",
-        "1 local step, 20 clients a round, fedavg server_optimizer sgd 1 momentum 0.0",
+        "1 local step, 20 clients a round, fedavg server_optimizer sgd 1",
         "E 5, joint",
         "no FedAvg, 20 clients a round",
         "untrained, num_personalization_epochs 50",

@@ -86,7 +86,7 @@ def test_the_extra_rows_differ_from_the_main_ones_in_what_they_are_for(dataset: 
             num_clients,
             joint,
         )
-        assert (config.fedavg.server_optimizer.name, config.fedavg.server_optimizer.momentum) == ("sgd", 0.0)
+        assert config.fedavg.server_optimizer.name == "sgd"
         assert config.num_curve_epochs == 20
     assert configs["joint"].fedavg.server_optimizer.learning_rate == 1.0
 
@@ -241,7 +241,7 @@ def test_a_damaged_config_is_a_line_with_the_file(content: str | None, tmp_path:
 
 
 def test_a_row_that_is_no_experiment_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--batch_size 0 must be 1 or more"):
+    with pytest.raises(ValueError, match="--batch_size 0 must be a whole number from 1"):
         plan_jobs({"a": {**TINY_ROW, "batch_size": "0"}}, [0], tmp_path, tmp_path)
 
 
