@@ -14,6 +14,7 @@ from typing import IO, Any
 
 import utils
 from experiments.rows import Flags
+from perfedavg.fields import values_of
 from perfedavg.recording.files import replace_file
 from perfedavg.recording.folders import make_folder, remove_empty
 from perfedavg.recording.runs import RecordedRun, read_metrics, read_object
@@ -96,17 +97,18 @@ def plan_jobs(rows: Mapping[str, Flags], seeds: Sequence[int], runs: Path, resul
 def check_flags(job: Job, folder: Path, folder_flag: str) -> None:
     """Raises ValueError, naming the first difference, where the run in a folder had other flags than the job's.
 
-    A flag that the run did not know yet counts as having had its default.
+    A setting that the run did not know yet counts as having had its default.
     """
     place = _from_root(folder)
     try:
-        recorded = utils.complete_flags(RecordedRun.read(folder).flags)
+        recorded = RecordedRun.read(folder).experiment()
     except (ValueError, OSError) as error:
         raise ValueError(f"{place}/config.json is missing or damaged; move that folder away ({error})") from error
-    for name, value in utils.experiment_flags(job.args).items():
-        if recorded[name] != value:
+    asked, present = values_of(utils.config_from_args(job.args).settled_as(recorded)), values_of(recorded)
+    for name, value in asked.items():
+        if present.get(name) != value:
             raise ValueError(
-                f"{place} holds a run with --{name} {recorded[name]}, not {value}; move it away, or name another "
+                f"{place} holds a run with --{name} {present.get(name)}, not {value}; move it away, or name another "
                 f"folder with {folder_flag}"
             )
 

@@ -329,17 +329,21 @@ class ExperimentConfig(ClientsConfig):
         """Whether nothing is left open that decides the result."""
         return self.client_batching is not None and self.initial_model != UNREAD
 
-    def differences_from(self, settled: ExperimentConfig) -> list[str]:
-        """What keeps `settled` from being this experiment: `name is X, was Y` for each setting that differs.
-
-        What is not settled here yet may have any value there.
-        """
+    def settled_as(self, settled: ExperimentConfig) -> ExperimentConfig:
+        """This experiment, with what it leaves open as another one has settled it."""
         left_open: dict[str, Any] = {}
         if self.client_batching is None:
             left_open["client_batching"] = settled.client_batching
         if self.initial_model == UNREAD and settled.initial_model is not None:
             left_open["initial_model"] = settled.initial_model
-        return differences(dataclasses.replace(self, **left_open).to_dict(), settled.to_dict())
+        return dataclasses.replace(self, **left_open)
+
+    def differences_from(self, settled: ExperimentConfig) -> list[str]:
+        """What keeps `settled` from being this experiment: `name is X, was Y` for each setting that differs.
+
+        What is not settled here yet may have any value there.
+        """
+        return differences(self.settled_as(settled).to_dict(), settled.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for JSON; `from_dict` is its inverse."""

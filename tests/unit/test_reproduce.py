@@ -131,11 +131,13 @@ def tiny_jobs(folder: Path, *seeds: int, **changes: str) -> list[Job]:
 def leave_run(job: Job, folder: Path, argv: Sequence[str] | None = None, ends: bool = True) -> None:
     """The files that a run with these flags (the job's own unless others are given) leaves in a folder."""
     folder.mkdir(parents=True)
-    flags = utils.experiment_flags(utils.get_args("single", job.argv if argv is None else argv))
+    args = utils.get_args("single", job.argv if argv is None else argv)
+    experiment = utils.config_from_args(args).to_dict()
     command = [str(ROOT / "single_process.py"), *job.argv, "--data_root", "/home/somebody/data", f"--run_dir={folder}"]
     inside = ["single_process.py", "--resume", str(ROOT / "runs" / "x")]
     config = {
-        "flags": flags,
+        "flags": utils.experiment_flags(args),
+        "experiment": {**experiment, "client_batching": 1},
         "run": {"command": command, "device": "cpu"},
         "resumed": [{"time": "2026", "run": {"command": inside}}],
     }
@@ -222,14 +224,14 @@ def test_a_flag_that_an_old_run_did_not_know_counts_as_its_default(tmp_path: Pat
     job = tiny_jobs(tmp_path, 0)[0]
     leave_run(job, job.result_dir)
     config = json.loads((job.result_dir / "config.json").read_text())
-    del config["flags"]["precision"]
+    del config["experiment"]["precision"]
     (job.result_dir / "config.json").write_text(json.dumps(config))
     assert tiny_jobs(tmp_path, 0)
     with pytest.raises(ValueError, match="holds a run with --precision float32, not bf16"):
         tiny_jobs(tmp_path, 0, precision="bf16")
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"flags": 3}'])
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"experiment": 3}'])
 def test_a_damaged_config_is_a_line_with_the_file(content: str | None, tmp_path: Path) -> None:
     job = tiny_jobs(tmp_path, 0)[0]
     leave_run(job, job.result_dir)
@@ -269,7 +271,7 @@ def test_what_is_kept_makes_tables_and_does_not_tell_of_the_machine(tmp_path: Pa
         "--run_dir=.../seed0",
     ]
     assert kept["resumed"][0]["run"]["command"] == ["single_process.py", "--resume", "runs/x"]
-    assert (kept["flags"], kept["run"]["device"], kept["resumed"][0]["time"]) == (own["flags"], "cpu", "2026")
+    assert (kept["experiment"], kept["run"]["device"], kept["resumed"][0]["time"]) == (own["experiment"], "cpu", "2026")
     assert all(str(path) not in (job.result_dir / "config.json").read_text() for path in (ROOT, tmp_path))
 
 
