@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from perfedavg.recording.runs import FinishedRun, find_runs
 from perfedavg.terminal.console import reason_of, say
-from reporting import plots, published, tables
+from reporting import plots, tables
+from reporting.figures import ACCURACY, Measure, counted
 from reporting.rows import Row, common_settings, group_rows, leave_out_repeats
 from reporting.tables import Table
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from reporting.plots import Theme
 
 _SYNTHETIC = "synthetic_writers"
 _SYNTHETIC_NOTE = (
@@ -34,6 +29,19 @@ _CHANGES = (
 )
 _LOSS_NAMES = {"sine": "MSE"}
 """Of data sets whose loss has a name of its own."""
+_SHARED = {
+    "fedavg num_rounds": "rounds of FedAvg",
+    "fine_tune num_rounds": "rounds of fine-tuning",
+    "fine_tune method": "its method",
+    "fine_tune num_local_epochs": "its local epochs",
+    "fine_tune num_local_steps": "its local steps",
+    "num_personalization_epochs": "epochs of personalization",
+    "num_clients": "clients, training and unseen",
+    "partition": "partition",
+    "architecture": "model",
+    "batch_size": "batch size",
+}
+"""The settings that are told of most rows, and what they are called."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +58,13 @@ class Paragraph:
 class Plot:
     """A picture, drawn when it is asked for.
 
-    name: of its file, without suffix.  description: in words, also for those who cannot see it.
+    name: of its file, without suffix.
+    description: in words, also for those who cannot see it.
     """
 
     name: str
     description: str
-    draw: Callable[[Theme], Figure]
+    draw: plots.Draw
 
     @cached_property
     def light(self) -> bytes:
@@ -81,7 +90,11 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """summary: what it covers, and how its figures are to be read.  csv: its figures in full precision."""
+    """Tables and plots of runs.
+
+    summary: what it covers, and how its figures are to be read.
+    csv: its figures in full precision.
+    """
 
     title: str
     summary: str
@@ -94,9 +107,16 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
 
     The first list may be empty; then the second is not.
     """
+    folders: dict[Path, Path] = {}
     runs: list[FinishedRun] = []
     reasons: list[str] = []
-    for folder in _run_folders(paths, reasons):
+    for path in paths:
+        try:
+            for folder in find_runs(path):
+                folders.setdefault(folder.resolve(), folder)  # each once, however often it is named
+        except ValueError as error:
+            reasons.append(str(error))
+    for folder in folders.values():
         try:
             runs.append(FinishedRun.read(folder))
         except ValueError as error:
@@ -105,18 +125,6 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
     reasons += repeats
     reasons += [f"{problem}; its run is missing from what is made of it" for run in runs for problem in run.problems]
     return runs, reasons
-
-
-def _run_folders(paths: Sequence[Path], reasons: list[str]) -> list[Path]:
-    """The runs' folders, each once, however often it is named. Adds to `reasons` why a path has none."""
-    folders: dict[Path, Path] = {}
-    for path in paths:
-        try:
-            for folder in find_runs(path):
-                folders.setdefault(folder.resolve(), folder)
-        except ValueError as error:
-            reasons.append(str(error))
-    return list(folders.values())
 
 
 def build_report(runs: Sequence[FinishedRun], target: float) -> Report:
@@ -128,8 +136,8 @@ def build_report(runs: Sequence[FinishedRun], target: float) -> Report:
     all_rows = [row for some in rows.values() for row in some]
     return Report(
         title=f"Personalized FedAvg on {', '.join(rows)}",
-        summary=f"{_count(len(runs), 'run')} in {_count(len(all_rows), 'row')}; runs that differ only in the seed are "
-        "one row. A figure is the uniform mean over unseen clients, then over seeds; with several seeds it has their "
+        summary=f"{counted(len(runs), 'run')} in {counted(len(all_rows), 'row')}; runs that differ only in the seed are"
+        " one row. A figure is the uniform mean over unseen clients, then over seeds; with several seeds it has their "
         "sample deviation, behind ± or in brackets. Initial is the global model on a client's test part, personalized "
         "the same model after adapting it on that client's own training part. Clients hurt are those that fare worse "
         "after that.",
@@ -158,58 +166,54 @@ def _drawn(block: Block) -> Block:
 
 
 def _section(dataset: str, rows: Sequence[Row], target: float) -> Section:
-    has_accuracy = any(row.has_accuracy for row in rows)
-    loss_name = _LOSS_NAMES.get(dataset, "loss")
-    measure, name = ("accuracy", "accuracy") if has_accuracy else ("loss", loss_name)
-    blocks: list[Block] = [Paragraph(note) for note in _notes(dataset, rows)]
-    blocks += [Heading("Results"), tables.results_table(rows, loss_name)]
+    measures = [Measure("loss", _LOSS_NAMES.get(dataset, "loss"))]
+    if any(row.has_accuracy for row in rows):
+        measures.append(ACCURACY)
+    measure = measures[-1]
+    blocks: list[Block] = [Paragraph(note) for note in _notes(dataset, rows, measure)]
+    blocks += [Heading("Results"), tables.results_table(rows, measures)]
     if any(row.nickname for row in rows):
         blocks += [Paragraph("Rows that are called by their folders:"), tables.nicknames_table(rows)]
-    changes = tables.changes_table(rows, loss_name)
+    changes = tables.changes_table(rows, measures)
     if changes.rows:
         blocks += [Heading("What fine-tuning changes"), Paragraph(_CHANGES), changes]
-    if has_accuracy:
+    if measure.is_accuracy:
         blocks += [Heading(f"Rounds to an accuracy of {target:g}"), tables.rounds_table(rows, target)]
         blocks.append(Paragraph(_resolution(rows)))
-    blocks += _curves(dataset, rows, measure, name)
-    blocks += _clients(dataset, rows, measure, name)
-    blocks += _personalization(dataset, rows, measure, name)
-    blocks += _published(dataset, rows)
+    blocks += _plot(
+        f"{dataset}-curves",
+        f"The {measure.name} on unseen clients against the round, before and after personalization. A dotted line is "
+        "where fine-tuning begins, a band the sample deviation over seeds.",
+        plots.draw_curves(rows, measure),
+    )
+    blocks += _clients(dataset, rows, measure)
+    blocks += _personalization(dataset, rows, measure)
+    for heading, table, caveats in tables.published_tables(dataset, rows):
+        blocks += [Heading(heading), table, *map(Paragraph, caveats)]
     blocks += [Heading("Runs"), tables.runs_table(rows)]
     return Section(f"{dataset} (synthetic)" if dataset == _SYNTHETIC else dataset, blocks)
 
 
-def _notes(dataset: str, rows: Sequence[Row]) -> list[str]:
+def _notes(dataset: str, rows: Sequence[Row], measure: Measure) -> list[str]:
     notes = [_SYNTHETIC_NOTE] if dataset == _SYNTHETIC else []
-    if any(row.settings.get("validation") for row in rows):
+    if any(row.settings["validation"] for row in rows):
         notes.append(_VALIDATION_NOTE)
-    if not any(row.has_accuracy for row in rows):
+    if not measure.is_accuracy:
         notes.append("A regression: it has no accuracies, and so no rounds to one.")
-    return [*notes, _what_rows_share(rows)]
-
-
-def _what_rows_share(rows: Sequence[Row]) -> str:
-    """The protocol, as far as one is more frequent than any other."""
     common = common_settings(rows)
-    names = {
-        "fedavg num_rounds": "rounds of FedAvg",
-        "fine_tune num_rounds": "rounds of fine-tuning",
-        "fine_tune method": "its method",
-        "fine_tune num_local_epochs": "its local epochs",
-        "fine_tune num_local_steps": "its local steps",
-        "num_personalization_epochs": "epochs of personalization",
-        "num_clients": "clients, training and unseen",
-        "partition": "partition",
-        "architecture": "model",
-        "batch_size": "batch size",
-    }
-    facts = [f"{words}: {common[name]}" for name, words in names.items() if common.get(name) is not None]
-    return f"Where a row's name says nothing else: {'; '.join(facts)}."
+    values = {words: common.get(name) for name, words in _SHARED.items()}
+    facts = [
+        f"{words}: {value['name'] if isinstance(value, dict) else value}"
+        for words, value in values.items()
+        if value is not None
+    ]
+    return [*notes, f"Where a row's name says nothing else: {'; '.join(facts)}."]
 
 
 def _resolution(rows: Sequence[Row]) -> str:
-    every = _listed({row.settings["eval_every"] for row in rows})
-    clients = _listed({row.settings["eval_clients"] for row in rows})
+    every, clients = (
+        " or ".join(map(str, sorted({row.settings[name] for row in rows}))) for name in ("eval_every", "eval_clients")
+    )
     return (
         "Rounds are those of both phases, in the order in which they ran, up to the first point of the curve at which "
         f"the mean accuracy is there. The curve has a point every {every} rounds and one at the end of a phase, taken "
@@ -218,59 +222,30 @@ def _resolution(rows: Sequence[Row]) -> str:
     )
 
 
-def _curves(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Plot]:
+def _clients(dataset: str, rows: Sequence[Row], measure: Measure) -> list[Block]:
     description = (
-        f"The {name} on unseen clients against the round, before and after personalization. A dotted line is where "
-        "fine-tuning begins, a band the sample deviation over seeds."
+        f"How the {measure.name} is distributed over unseen clients, before and after personalization; all seeds."
     )
-    return _plot(dataset, "curves", description, plots.draw_curves(rows, measure, name))
-
-
-def _clients(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Block]:
-    description = f"How the {name} is distributed over unseen clients, before and after personalization; all seeds."
-    plot = _plot(dataset, "clients", description, plots.draw_clients(rows, measure, name))
+    plot = _plot(f"{dataset}-clients", description, plots.draw_clients(rows, measure))
     if not plot:
         return []
-    explanation = Paragraph(f"Percentiles of the {name} over the unseen clients of all seeds together.")
-    return [Heading("Unseen clients"), explanation, tables.clients_table(rows, measure, name), *plot]
+    explanation = Paragraph(f"Percentiles of the {measure.name} over the unseen clients of all seeds together.")
+    return [Heading("Unseen clients"), explanation, tables.clients_table(rows, measure), *plot]
 
 
-def _personalization(dataset: str, rows: Sequence[Row], measure: str, name: str) -> list[Block]:
-    description = f"The {name} on unseen clients while they adapt. A band is the sample deviation over seeds"
-    description += ", or with one seed the 95 % confidence interval over clients." if measure == "loss" else "."
-    plot = _plot(dataset, "personalization", description, plots.draw_epochs(rows, measure, name))
+def _personalization(dataset: str, rows: Sequence[Row], measure: Measure) -> list[Block]:
+    description = f"The {measure.name} on unseen clients while they adapt. A band is the sample deviation over seeds"
+    description += "." if measure.is_accuracy else ", or with one seed the 95 % confidence interval over clients."
+    plot = _plot(f"{dataset}-personalization", description, plots.draw_epochs(rows, measure))
     if not plot:
         return []
-    heading = Heading(f"{name[0].upper()}{name[1:]} against personalization")
-    if measure == "accuracy":
+    heading = Heading(f"{measure.name[0].upper()}{measure.name[1:]} against personalization")
+    if measure.is_accuracy:
         return [heading, tables.epochs_table(rows), *plot]
     interval = Paragraph("Behind ± stands the 95 % confidence interval of the mean over unseen clients.")
-    return [heading, tables.steps_table(rows, name), interval, *plot]
+    return [heading, tables.steps_table(rows, measure), interval, *plot]
 
 
-def _published(dataset: str, rows: Sequence[Row]) -> list[Block]:
-    """Published figures beside ours, on the data sets that they can stand beside, with what has to be known of them."""
-    blocks: list[Block] = []
-    table = tables.published_table(rows)
-    if dataset in published.PUBLISHED_DATASETS and table.rows:
-        blocks += [Heading("Figures published for this experiment, after fine-tuning"), table]
-        blocks += [Paragraph(caveat) for caveat in published.PUBLISHED_CAVEATS]
-    table = tables.jiang_table(rows)
-    if dataset in published.JIANG_DATASETS and table.rows:
-        caveats = [*published.JIANG_CAVEATS, *([published.JIANG_CAVEAT_EMNIST] if dataset == "emnist" else [])]
-        blocks += [Heading("The paper's figures for EMNIST-62 by writer"), table]
-        blocks += [Paragraph(caveat) for caveat in caveats]
-    return blocks
-
-
-def _plot(dataset: str, name: str, description: str, draw: Callable[[Theme], Figure] | None) -> list[Plot]:
+def _plot(name: str, description: str, draw: plots.Draw | None) -> list[Plot]:
     """The plot, or nothing where there is nothing to draw."""
-    return [] if draw is None else [Plot(f"{dataset.replace(':', '.')}-{name}", description, draw)]
-
-
-def _listed(values: set[Any]) -> str:
-    return " or ".join(map(str, sorted(values)))
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+    return [] if draw is None else [Plot(name.replace(":", "."), description, draw)]

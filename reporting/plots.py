@@ -6,21 +6,21 @@ import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from perfedavg.recording.drawing import png
-from perfedavg.recording.runs import KINDS
+from perfedavg.recording.runs import KINDS, PhaseResult
 from perfedavg.settings import Phase
+from reporting.figures import Measure, confidence_95, steps_per_epoch
 from reporting.rows import Row
-from reporting.tables import confidence_95, pooled_client_scores, steps_per_epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
 
 Curve = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64] | None]
 """Places on the x axis, means, and half the height of the band around them, (num_points,) each; None for no band."""
@@ -36,6 +36,8 @@ class Theme:
     rows: tuple[str, ...]
     kinds: tuple[str, str]
 
+
+Draw = Callable[[Theme], "Figure"]
 
 LIGHT = Theme(
     page="#ffffff",
@@ -72,65 +74,78 @@ def render(draw: Callable[[Theme], Figure], theme: Theme) -> bytes:
     return png(lambda: draw(theme), _DOTS_PER_INCH, settings)
 
 
-def draw_curves(rows: Sequence[Row], measure: str, measure_name: str) -> Callable[[Theme], Figure] | None:
+@dataclass(frozen=True)
+class Panel:
+    """Curves beside others. lines: (number of the row, which decides the color, its label, its curve)."""
+
+    title: str
+    lines: list[tuple[int, str, Curve]]
+
+
+def draw_curves(rows: Sequence[Row], measure: Measure) -> Draw | None:
     """Initial and personalized scores against the round, a color a row; means over seeds, and a band of their sample
     deviation. None where no row has a curve.
     """
-    curves = [(number, row, [mean_curve(row, kind, measure) for kind in KINDS]) for number, row in enumerate(rows)]
-    drawn = [(number, row, by_kind) for number, row, by_kind in curves if by_kind[0][0].size]
-    if not drawn:
-        return None
-    boundaries = {row.settings["fedavg"]["num_rounds"] for _, row, _ in drawn if len(row.phases) > 1}
-
-    def draw(theme: Theme) -> Figure:
-        figure, (panels,) = _figure(1, 2, 4.0, legend_lines=len(drawn))
-        for index, (panel, kind) in enumerate(zip(panels, KINDS, strict=True)):
-            for number, row, by_kind in drawn:
-                _line(panel, theme, number, row.label, *by_kind[index])
-            panel.set(title=kind, xlabel="round", xlim=(0, None))
-        _scale(panels, measure)
-        for panel in panels:
-            for boundary in boundaries:
-                panel.axvline(boundary, color=theme.text, linewidth=0.8, linestyle=":")
-        panels[0].set_ylabel(f"{measure_name}, unseen clients")
-        _legend_below(figure, panels)
-        return figure
-
-    return draw
+    curves = {
+        kind: [(number, row, mean_curve(row, kind, measure)) for number, row in enumerate(rows)] for kind in KINDS
+    }
+    panels = [
+        Panel(kind, [(number, row.label, curve) for number, row, curve in lines if curve[0].size])
+        for kind, lines in curves.items()
+    ]
+    drawn = [rows[number] for number, *_ in panels[0].lines]
+    boundaries = {row.settings["fedavg"]["num_rounds"] for row in drawn if len(row.results) > 1}
+    return partial(draw_lines, panels, "round", measure, boundaries=boundaries) if drawn else None
 
 
-def draw_epochs(rows: Sequence[Row], measure: str, measure_name: str) -> Callable[[Theme], Figure] | None:
+def draw_epochs(rows: Sequence[Row], measure: Measure) -> Draw | None:
     """A score against the epochs of personalization after each phase, a color a row; means over seeds. None where it
     was not measured.
 
     The band is the sample deviation over seeds, or for losses with one seed the 95 % confidence interval over clients.
     """
-    lines = {
-        phase: [(number, row) for number, row in enumerate(rows) if phase in row.phases and _by_epoch(row, phase)]
-        for phase in Phase
-    }
-    phases = [phase for phase in Phase if lines[phase]]
-    if not phases:
-        return None
-    is_stepwise = measure == "loss" and all(steps_per_epoch(run) == 1 for row in rows for run in row.runs)
-    unit = "steps" if is_stepwise else "epochs"
-
-    def draw(theme: Theme) -> Figure:
-        figure, (panels,) = _figure(1, len(phases), 4.0, legend_lines=max(len(lines[phase]) for phase in phases))
-        for panel, phase in zip(panels, phases, strict=True):
-            for number, row in lines[phase]:
-                _line(panel, theme, number, row.label, *_epoch_curve(row, phase, measure))
-            panel.set(title=f"after {phase.label}", xlabel=f"{unit} of personalization", xlim=(0, None))
-            panel.xaxis.get_major_locator().set_params(integer=True)
-        _scale(panels, measure, zooms_in=True)
-        panels[0].set_ylabel(f"{measure_name}, unseen clients")
-        _legend_below(figure, panels)
-        return figure
-
-    return draw
+    by_phase: dict[Phase, list[tuple[int, str, Curve]]] = {phase: [] for phase in Phase}
+    for number, row in enumerate(rows):
+        for phase, results in row.results_by_epoch.items():
+            by_phase[phase].append((number, row.label, _epoch_curve(results, measure)))
+    panels = [Panel(f"after {phase.label}", lines) for phase, lines in by_phase.items() if lines]
+    is_stepwise = not measure.is_accuracy and all(steps_per_epoch(run) == 1 for row in rows for run in row.runs)
+    x_label = f"{'steps' if is_stepwise else 'epochs'} of personalization"
+    return partial(draw_lines, panels, x_label, measure, zooms_in=True) if panels else None
 
 
-def draw_clients(rows: Sequence[Row], measure: str, measure_name: str) -> Callable[[Theme], Figure] | None:
+def draw_lines(
+    panels: Sequence[Panel],
+    x_label: str,
+    measure: Measure,
+    theme: Theme,
+    boundaries: Iterable[int] = (),
+    zooms_in: bool = False,
+) -> Figure:
+    """boundaries: places of dotted lines.  zooms_in: as `_scale` takes it."""
+    legend_lines = max(len(panel.lines) for panel in panels)
+    figure, (all_axes,) = _figure(1, len(panels), 4.0, legend_lines)
+    for axes, panel in zip(all_axes, panels, strict=True):
+        for number, label, (places, means, band) in panel.lines:
+            color = theme.rows[number % len(theme.rows)]
+            style = _LINE_STYLES[number // len(theme.rows) % len(_LINE_STYLES)]
+            axes.plot(
+                places, means, color=color, linestyle=style, linewidth=1.5, marker="o", markersize=2.5, label=label
+            )
+            if band is not None:
+                axes.fill_between(places, means - band, means + band, color=color, alpha=0.15, linewidth=0)
+        axes.set(title=panel.title, xlabel=x_label, xlim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    _scale(all_axes, measure, zooms_in)
+    for axes in all_axes:
+        for boundary in boundaries:
+            axes.axvline(boundary, color=theme.text, linewidth=0.8, linestyle=":")
+    all_axes[0].set_ylabel(f"{measure.name}, unseen clients")
+    _legend_below(figure, all_axes)
+    return figure
+
+
+def draw_clients(rows: Sequence[Row], measure: Measure) -> Draw | None:
     """Histograms over unseen clients, all seeds together, before and after personalization: a panel a row and phase.
 
     None where no clients.csv could be read.
@@ -139,9 +154,9 @@ def draw_clients(rows: Sequence[Row], measure: str, measure_name: str) -> Callab
     if not drawn:
         return None
     scores = {
-        f"{row.label}: after {row.after(phase)}": [pooled_client_scores(row, phase, kind, measure) for kind in KINDS]
+        f"{row.label}: after {row.after(phase)}": [measure.client_scores(row.runs, phase, kind) for kind in KINDS]
         for row in drawn
-        for phase in row.phases
+        for phase in row.results
     }
     bins = _bins(np.concatenate([values for by_kind in scores.values() for values in by_kind]), measure)
 
@@ -160,7 +175,7 @@ def draw_clients(rows: Sequence[Row], measure: str, measure_name: str) -> Callab
             panel.set_xlim(bins[0], bins[-1])
         for panel in panels.flat[len(scores) - num_columns : len(scores)]:
             panel.tick_params(labelbottom=True)
-            panel.set_xlabel(f"{measure_name} of a client on its test part")
+            panel.set_xlabel(f"{measure.name} of a client on its test part")
         figure.supylabel("% of unseen clients", fontsize=9)
         _legend_below(figure, panels.flat)
         return figure
@@ -168,28 +183,23 @@ def draw_clients(rows: Sequence[Row], measure: str, measure_name: str) -> Callab
     return draw
 
 
-def mean_curve(row: Row, kind: str, measure: str) -> Curve:
+def mean_curve(row: Row, kind: str, measure: Measure) -> Curve:
     """The curve of a row: means and sample deviations over its seeds, at the rounds that all their curves have."""
     curves = [
-        {point.round_number: getattr(getattr(point, kind), measure) for point in run.curve}
+        {point.round_number: getattr(getattr(point, kind), measure.field) for point in run.curve}
         for run in row.runs
         if run.curve
     ]
     return _over_seeds(curves)
 
 
-def _epoch_curve(row: Row, phase: Phase, measure: str) -> Curve:
-    results = _by_epoch(row, phase)
-    curves = [{entry.epochs: getattr(entry, measure) for entry in result.by_epoch} for result in results]
+def _epoch_curve(results: Sequence[PhaseResult], measure: Measure) -> Curve:
+    curves = [{entry.epochs: getattr(entry, measure.field) for entry in result.by_epoch} for result in results]
     epochs, means, deviations = _over_seeds(curves)
-    if len(results) == 1 and measure == "loss":
+    if len(results) == 1 and not measure.is_accuracy:
         spread = [entry.loss_std for entry in results[0].by_epoch]
         deviations = np.array([np.nan if std is None else confidence_95(std, results[0].clients) for std in spread])
     return epochs, means, deviations
-
-
-def _by_epoch(row: Row, phase: Phase) -> list[Any]:
-    return [result for result in row.results(phase) if result.by_epoch]
 
 
 def _over_seeds(curves: Sequence[dict[int, float | None]]) -> Curve:
@@ -201,8 +211,8 @@ def _over_seeds(curves: Sequence[dict[int, float | None]]) -> Curve:
     return np.array(places, dtype=np.float64), values.mean(axis=0), deviations
 
 
-def _bins(scores: NDArray[np.float64], measure: str) -> NDArray[np.float64]:
-    if measure == "accuracy":
+def _bins(scores: NDArray[np.float64], measure: Measure) -> NDArray[np.float64]:
+    if measure.is_accuracy:
         return np.linspace(0, 1, _NUM_BINS + 1, dtype=np.float64)
     finite = scores[np.isfinite(scores)]
     highest = float(np.percentile(finite, _SHOWN_SHARE_OF_LOSSES)) if finite.size else 1.0
@@ -218,29 +228,13 @@ def _figure(num_lines: int, num_columns: int, line_height: float, legend_lines: 
     return figure, figure.subplots(num_lines, num_columns, squeeze=False, sharex=True, sharey=True)
 
 
-def _line(
-    panel: Axes,
-    theme: Theme,
-    number: int,
-    label: str,
-    places: NDArray[np.float64],
-    means: NDArray[np.float64],
-    band: NDArray[np.float64] | None,
-) -> None:
-    color = theme.rows[number % len(theme.rows)]
-    style = _LINE_STYLES[number // len(theme.rows) % len(_LINE_STYLES)]
-    panel.plot(places, means, color=color, linestyle=style, linewidth=1.5, marker="o", markersize=2.5, label=label)
-    if band is not None:
-        panel.fill_between(places, means - band, means + band, color=color, alpha=0.15, linewidth=0)
-
-
-def _scale(panels: Sequence[Axes], measure: str, zooms_in: bool = False) -> None:
+def _scale(panels: Sequence[Axes], measure: Measure, zooms_in: bool) -> None:
     """Accuracies from 0 to 1; losses on a logarithmic scale, down to somewhat below the least that is drawn.
 
     zooms_in: where all accuracies are high, the axis begins below the least of them, at a twentieth.
     """
     means = np.concatenate([line.get_ydata() for panel in panels for line in panel.lines])
-    if measure == "accuracy":
+    if measure.is_accuracy:
         least = float(np.nanmin(means)) if zooms_in and np.isfinite(means).any() else 0.0
         panels[0].set_ylim(math.floor(20 * least) / 20, 1.01 if least < 0.9 else 1.002)
         return

@@ -1,32 +1,43 @@
-"""The tables of a report: what stands in which column, and how a figure is written."""
+"""The tables of a report: what stands in which column."""
 
 from __future__ import annotations
 
 import csv
+import functools
 import io
-import math
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ParamSpec
 
 import numpy as np
-from numpy.typing import NDArray
 
-from perfedavg.recording.runs import KINDS, FinishedRun, PhaseResult, Scores
+from perfedavg.plain_values import parse_toml
+from perfedavg.recording.runs import KINDS, EpochScores, FinishedRun
 from perfedavg.settings import Phase
-from reporting.published import JIANG_TABLE_1, JIANG_TARGET, PUBLISHED
-from reporting.rows import Row, SeedMean, rounds_to_target, seed_mean
+from reporting.figures import (
+    ACCURACY,
+    NO_NUMBER,
+    Measure,
+    SeedMean,
+    confidence_95,
+    counted,
+    in_brackets,
+    percent,
+    rounds_to_target,
+    seed_mean,
+    steps_per_epoch,
+)
+from reporting.rows import Row, flat_settings
 
-NO_NUMBER = "-"
-"""Where a figure does not exist, or is not finite."""
-
+SHOWN_STEPS = (0, 1, 5, 10, 32)
+"""Steps of personalization after which the sine task's authors report."""
 _SHOWN_EPOCHS = (0, 1, 2, 3, 5, 10, 15, 20)
-_SHOWN_STEPS = (0, 1, 5, 10, 32)
-"""Of personalization: those after which the sine task's authors report."""
-_CONFIDENCE_95 = 1.96
-"""Standard errors on either side of a mean."""
 _PERCENTILES = (10, 50, 90)
+
+Arguments = ParamSpec("Arguments")
+Lines = Iterator[dict[str, str]]
+"""Of a table: cells by header, the same headers in each."""
 
 
 @dataclass(frozen=True)
@@ -38,240 +49,192 @@ class Table:
     num_text_columns: int
 
 
-def results_table(rows: Sequence[Row], loss_name: str) -> Table:
-    """The README's table: loss, accuracy and share of hurt clients after each phase, means over seeds.
+def _table(num_text_columns: int) -> Callable[[Callable[Arguments, Lines]], Callable[Arguments, Table]]:
+    """Makes a table of the lines that a function yields."""
 
-    It has no column for accuracies where no row has any.
-    """
-    headers = ["row", "seeds", "after"]
-    measures = _measures(rows, loss_name)
-    headers += [*(f"{kind} {name}" for kind in KINDS for name, _, _ in measures), "clients hurt"]
-    cells = []
+    def decorate(lines_of: Callable[Arguments, Lines]) -> Callable[Arguments, Table]:
+        @functools.wraps(lines_of)
+        def build(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Table:
+            lines = list(lines_of(*args, **kwargs))
+            headers = list(lines[0]) if lines else []
+            return Table(headers, [list(line.values()) for line in lines], num_text_columns)
+
+        return build
+
+    return decorate
+
+
+@_table(num_text_columns=3)
+def results_table(rows: Sequence[Row], measures: Sequence[Measure]) -> Lines:
+    """The README's table: loss, accuracy and share of hurt clients after each phase, means over seeds."""
     for row in rows:
-        for phase in row.phases:
-            results = row.results(phase)
-            figures = [
-                write(seed_mean([read(getattr(result, kind)) for result in results]))
-                for kind in KINDS
-                for _, read, write in measures
-            ]
-            hurt = _percent(seed_mean([result.fraction_hurt for result in results]), digits=1)
-            cells.append([row.label, str(len(row.runs)), row.after(phase), *figures, hurt])
-    return Table(headers, cells, 3)
+        for phase, results in row.results.items():
+            line = {"row": row.label, "seeds": str(len(row.runs)), "after": row.after(phase)}
+            line |= {f"{kind} {measure.name}": measure.mean(results, kind) for kind in KINDS for measure in measures}
+            line["clients hurt"] = percent(seed_mean([result.fraction_hurt for result in results]), digits=1)
+            yield line
 
 
-def changes_table(rows: Sequence[Row], loss_name: str) -> Table:
+@_table(num_text_columns=2)
+def changes_table(rows: Sequence[Row], measures: Sequence[Measure]) -> Lines:
     """What fine-tuning changes: the difference that it makes within a seed, mean and sample deviation over seeds.
 
     Seeds differ more from each other, in the clients that they draw, than the phases of one of them do.
     """
-    measures = _measures(rows, loss_name)
-    cells = []
     for row in rows:
-        if not {Phase.FEDAVG, Phase.FINE_TUNE} <= set(row.phases):
+        if len(row.results) < 2:
             continue
-        seeds = list(zip(row.results(Phase.FEDAVG), row.results(Phase.FINE_TUNE), strict=True))
-        figures = []
+        line = {"row": row.label, "seeds": str(len(row.runs))}
         for kind in KINDS:
-            for _, read, write in measures:
-                values = [[read(getattr(result, kind)) for result in seed] for seed in seeds]
-                figures.append(_signed(write(seed_mean([_change(*pair) for pair in values]))))
-        cells.append([row.label, str(len(row.runs)), *figures])
-    return Table(["row", "seeds", *(f"{kind} {name}" for kind in KINDS for name, _, _ in measures)], cells, 2)
+            for measure in measures:
+                before, after = (measure.values(results, kind) for results in row.results.values())
+                changes = [None if a is None or b is None else b - a for a, b in zip(before, after, strict=True)]
+                text = measure.text(seed_mean(changes))
+                line[f"{kind} {measure.name}"] = text if text.startswith("-") else f"+{text}"
+        yield line
 
 
-def nicknames_table(rows: Sequence[Row]) -> Table:
+@_table(num_text_columns=2)
+def nicknames_table(rows: Sequence[Row]) -> Lines:
     """What the rows are that are called by their folders."""
-    return Table(["row", "what it is"], [[row.label, row.description] for row in rows if row.nickname], 2)
-
-
-def rounds_table(rows: Sequence[Row], target: float) -> Table:
-    """The paper's table: accuracies after each phase, and the rounds to a target accuracy."""
-    phases = [phase for phase in Phase if any(phase in row.phases for row in rows)]
-    headers = ["clients a round", "E", "otherwise", "seeds"]
-    headers += [f"{kind} accuracy after {phase.label}" for phase in phases for kind in KINDS]
-    headers += [f"rounds to {target:g}, {kind}" for kind in KINDS]
-    cells = []
     for row in rows:
-        cohort_size, epochs = row.cohort_and_epochs
-        otherwise = row.nickname or row.differences
-        name = [str(cohort_size), str(epochs), otherwise] if row.has_cohort_and_epochs else ["", "", row.label]
-        accuracies = [_accuracy(row, phase, kind) for phase in phases for kind in KINDS]
-        rounds = [_rounds(row, kind, target) for kind in KINDS]
-        cells.append([*name, str(len(row.runs)), *accuracies, *rounds])
-    return Table(headers, cells, 3)
+        if row.nickname:
+            yield {"row": row.label, "what it is": row.description}
 
 
-def clients_table(rows: Sequence[Row], measure: str, measure_name: str) -> Table:
+@_table(num_text_columns=3)
+def rounds_table(rows: Sequence[Row], target: float) -> Lines:
+    """The paper's table: accuracies after each phase, and the rounds to a target accuracy."""
+    phases = [phase for phase in Phase if any(phase in row.results for row in rows)]
+    for row in rows:
+        cohort_size, epochs = row.cohort_and_epochs if row.has_cohort_and_epochs else ("", "")
+        line = {"clients a round": str(cohort_size), "E": str(epochs)}
+        line["otherwise"] = row.nickname or row.differences if row.has_cohort_and_epochs else row.label
+        line["seeds"] = str(len(row.runs))
+        for phase in phases:
+            line |= {f"{kind} accuracy after {phase.label}": _accuracy(row, phase, kind) for kind in KINDS}
+        yield line | {f"rounds to {target:g}, {kind}": _rounds(row, kind, target) for kind in KINDS}
+
+
+@_table(num_text_columns=2)
+def clients_table(rows: Sequence[Row], measure: Measure) -> Lines:
     """Percentiles over the unseen clients of all seeds of a row, and the share of those whose score got worse.
 
-    measure: `accuracy` or `loss`. Rows of which clients.csv cannot be read are not in it.
+    Rows of which clients.csv cannot be read are not in it.
     """
-    headers = ["row", "after", "clients"]
-    headers += [f"{kind} {measure_name} p{percentile}" for kind in KINDS for percentile in _PERCENTILES]
-    headers.append("clients hurt")
-    cells = []
     for row in rows:
-        for phase in row.phases:
-            initial, personalized = (pooled_client_scores(row, phase, kind, measure) for kind in KINDS)
+        for phase in row.results:
+            initial, personalized = (measure.client_scores(row.runs, phase, kind) for kind in KINDS)
             if initial.size == 0:
                 continue
-            write = _format_percent if measure == "accuracy" else _format_plain
-            percentiles = [
-                write(float(value)) for scores in (initial, personalized) for value in _percentiles_of(scores)
-            ]
-            worse = personalized < initial if measure == "accuracy" else personalized > initial
-            hurt = f"{100 * np.mean(worse):.1f} %"
-            cells.append([row.label, row.after(phase), str(initial.size), *percentiles, hurt])
-    return Table(headers, cells, 2)
+            line = {"row": row.label, "after": row.after(phase), "clients": str(initial.size)}
+            for kind, scores in zip(KINDS, (initial, personalized), strict=True):
+                for percentile, value in zip(_PERCENTILES, np.percentile(scores, _PERCENTILES), strict=True):
+                    line[f"{kind} {measure.name} p{percentile}"] = measure.text(SeedMean(float(value)))
+            worse = personalized < initial if measure.is_accuracy else personalized > initial
+            yield line | {"clients hurt": percent(SeedMean(float(np.mean(worse))), digits=1)}
 
 
-def pooled_client_scores(row: Row, phase: Phase, kind: str, measure: str) -> NDArray[np.float64]:
-    """The scores of the unseen clients of all seeds one after the other; NaN where a score is no number."""
-    columns = [run.client_scores(phase, kind, measure) for run in row.runs]
-    return np.concatenate([np.empty(0), *(column for column in columns if column is not None)])
-
-
-def epochs_table(rows: Sequence[Row]) -> Table:
+@_table(num_text_columns=3)
+def epochs_table(rows: Sequence[Row]) -> Lines:
     """Accuracy after some numbers of personalization epochs, means over those seeds that measured them."""
     measured = [
-        (row, phase, [result.by_epoch for result in row.results(phase) if result.by_epoch])
+        (row, phase, [{entry.epochs: entry.accuracy for entry in result.by_epoch} for result in results])
         for row in rows
-        for phase in row.phases
+        for phase, results in row.results_by_epoch.items()
     ]
-    known = {entry.epochs for _, _, curves in measured for curve in curves for entry in curve}
+    known = {epochs for *_, curves in measured for curve in curves for epochs in curve}
     shown = [epochs for epochs in sorted(known) if epochs in _SHOWN_EPOCHS or epochs == max(known)]
-    cells = []
     for row, phase, curves in measured:
-        if curves:
-            by_epoch = [{entry.epochs: entry.accuracy for entry in curve} for curve in curves]
-            figures = [_percent(seed_mean([curve.get(epochs) for curve in by_epoch])) for epochs in shown]
-            cells.append([row.label, str(len(curves)), row.after(phase), *figures])
-    return Table(["row", "seeds", "after", *(_counted(epochs, "epoch") for epochs in shown)], cells, 3)
+        line = {"row": row.label, "seeds": str(len(curves)), "after": row.after(phase)}
+        for epochs in shown:
+            line[counted(epochs, "epoch")] = percent(seed_mean([curve.get(epochs) for curve in curves]))
+        yield line
 
 
-def steps_table(rows: Sequence[Row], loss_name: str) -> Table:
+@_table(num_text_columns=3)
+def steps_table(rows: Sequence[Row], measure: Measure) -> Lines:
     """Loss after some numbers of personalization steps with its 95 % confidence interval over clients, a line a seed.
 
     Where clients differ in the steps of an epoch, or these are not known, it is after as many epochs.
     """
-    counts = {steps_per_epoch(run) for row in rows for run in row.runs}
-    unit = "epoch" if None in counts else "step"
-    lines = []
+    steps = {run.path: steps_per_epoch(run) for row in rows for run in row.runs}
+    unit = "epoch" if None in steps.values() else "step"
+    measured = []
     for row in rows:
-        for phase in row.phases:
+        for phase in row.results_by_epoch:
             for run in row.runs:
-                result = run.phases[phase]
-                factor = 1 if unit == "epoch" else steps_per_epoch(run) or 1
-                figures = {entry.epochs * factor: entry for entry in result.by_epoch}
-                if figures:
-                    lines.append((row, run, phase, result.clients, figures))
-    known = {steps for *_, figures in lines for steps in figures}
-    shown = [steps for steps in _SHOWN_STEPS if steps in known]
-    cells = [
-        [
-            row.label,
-            str(run.seed),
-            row.after(phase),
-            *(
-                _with_confidence(figures[steps].loss, figures[steps].loss_std, clients) if steps in figures else ""
-                for steps in shown
-            ),
-        ]
-        for row, run, phase, clients, figures in lines
+                factor = 1 if unit == "epoch" else steps[run.path] or 1
+                by_steps = {entry.epochs * factor: entry for entry in run.phases[phase].by_epoch}
+                measured += [(row, run, phase, by_steps)] if by_steps else []
+    shown = [count for count in SHOWN_STEPS if any(count in by_steps for *_, by_steps in measured)]
+    for row, run, phase, by_steps in measured:
+        line = {"row": row.label, "seed": str(run.seed), "after": row.after(phase)}
+        for count in shown:
+            text = _with_confidence(by_steps[count], run.phases[phase].clients) if count in by_steps else ""
+            line[f"{measure.name} after {counted(count, unit)}"] = text
+        yield line
+
+
+def _with_confidence(scores: EpochScores, num_clients: int) -> str:
+    if scores.loss is None or scores.loss_std is None:
+        return NO_NUMBER
+    return f"{scores.loss:.4f} ± {confidence_95(scores.loss_std, num_clients):.4f}"
+
+
+def published_tables(dataset: str, rows: Sequence[Row]) -> list[tuple[str, Table, list[str]]]:
+    """Published figures beside those of rows that are one of the eight experiments: heading, table, caveats of each.
+
+    They stand beside those data sets and rows alone of which published.toml says that they may.
+    """
+    sources = parse_toml((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))["tables"]
+    found = [(source, _published_table(source, rows)) for source in sources if dataset in source["datasets"]]
+    return [
+        (source["heading"], table, [*source["caveats"], *source.get("caveats_of", {}).get(dataset, [])])
+        for source, table in found
+        if table.rows
     ]
-    return Table(["row", "seed", "after", *(f"{loss_name} after {_counted(steps, unit)}" for steps in shown)], cells, 3)
 
 
-def steps_per_epoch(run: FinishedRun) -> int | None:
-    """Personalization steps in an epoch; None where unseen clients differ in it, or their sizes are not known."""
-    if run.clients is None:
-        return None
-    counts = set(np.ceil(run.clients["num_train_examples"] / run.settings["batch_size"]).astype(int).tolist())
-    return counts.pop() if len(counts) == 1 else None
-
-
-def confidence_95(deviation: float, num_clients: int) -> float:
-    """Half the width of the 95 % confidence interval of a mean over clients, from their population deviation."""
-    return _CONFIDENCE_95 * deviation / math.sqrt(num_clients)
-
-
-def published_table(rows: Sequence[Row]) -> Table:
-    """The published figures beside those of rows that are one of the eight experiments and were fine-tuned."""
-    headers = ["row", "seeds", "clients", "rounds + fine-tuning"]
-    headers += [f"{kind} loss, accuracy: {whose}" for kind in KINDS for whose in ("published", "ours")]
-    cells = []
+@_table(num_text_columns=1)
+def _published_table(source: Mapping[str, Any], rows: Sequence[Row]) -> Lines:
+    phase, loss = Phase.of_field(source["phase"]), Measure("loss", "loss")
     for row in rows:
-        if Phase.FINE_TUNE not in row.phases or not row.can_be_compared:
+        cohort_size, epochs = row.cohort_and_epochs
+        figures, settings = source["figures"].get(f"E{epochs}-C{cohort_size}"), flat_settings(row.settings)
+        fits = all(settings.get(name, value) == value for name, value in source["settings"].items())
+        if figures is None or not fits or not row.has_cohort_and_epochs or phase not in row.results:
             continue
-        figures = PUBLISHED.get(row.cohort_and_epochs)
-        if figures is not None:
-            ours = row.results(Phase.FINE_TUNE)
-            cells.append(
-                [
-                    row.label,
-                    str(len(row.runs)),
-                    str(_num_clients(row)),
-                    f"{row.settings['fedavg']['num_rounds']} + {row.settings['fine_tune']['num_rounds']}",
-                    _loss_and_accuracy(figures.initial_loss, figures.initial_accuracy),
-                    _mean_loss_and_accuracy(ours, "initial"),
-                    _loss_and_accuracy(figures.personalized_loss, figures.personalized_accuracy),
-                    _mean_loss_and_accuracy(ours, "personalized"),
-                ]
-            )
-    return Table(headers, cells, 1)
+        results, result = row.results[phase], row.runs[0].result
+        line = {"row": row.label, "seeds": str(len(row.runs))}
+        line["clients"] = str(result.train_clients + result.unseen_clients)
+        num_rounds = [str(row.settings[each.field]["num_rounds"]) for each in Phase if each <= phase]
+        line["rounds + fine-tuning" if len(num_rounds) > 1 else "rounds"] = " + ".join(num_rounds)
+        ours = {}
+        for kind in KINDS:
+            ours[f"{kind} loss, accuracy"] = f"{loss.mean(results, kind)}, {ACCURACY.mean(results, kind)}"
+            ours[f"{kind} accuracy"] = _accuracy(row, phase, kind)
+            ours[f"rounds to 0.8, {kind}"] = _rounds(row, kind, 0.8)
+        for column, figure in zip(source["columns"], figures, strict=True):
+            line |= {f"{column}: {source['whose']}": figure, f"{column}: ours": ours[column]}
+        yield line
 
 
-def jiang_table(rows: Sequence[Row]) -> Table:
-    """Table 1 of the paper beside those rows that are one of its eight experiments, as they stand after FedAvg."""
-    headers = ["row", "seeds", "clients", "rounds"]
-    headers += [f"{kind} accuracy: {whose}" for kind in KINDS for whose in ("paper", "ours")]
-    headers += [f"rounds to {JIANG_TARGET:g}, {kind}: {whose}" for kind in KINDS for whose in ("paper", "ours")]
-    cells = []
-    for row in rows:
-        figures = JIANG_TABLE_1.get(row.cohort_and_epochs)
-        has_papers_cut = row.settings.get("local_split") != "tail"
-        if figures is not None and row.can_be_compared and has_papers_cut:
-            cells.append(
-                [
-                    row.label,
-                    str(len(row.runs)),
-                    str(_num_clients(row)),
-                    str(row.settings["fedavg"]["num_rounds"]),
-                    _with_deviation(SeedMean(figures.initial_accuracy, figures.initial_deviation)),
-                    _accuracy(row, Phase.FEDAVG, "initial"),
-                    _with_deviation(SeedMean(figures.personalized_accuracy, figures.personalized_deviation)),
-                    _accuracy(row, Phase.FEDAVG, "personalized"),
-                    f"{figures.initial_rounds:g}",
-                    _rounds(row, "initial", JIANG_TARGET),
-                    f"{figures.personalized_rounds:g}",
-                    _rounds(row, "personalized", JIANG_TARGET),
-                ]
-            )
-    return Table(headers, cells, 1)
-
-
-def runs_table(rows: Sequence[Row]) -> Table:
+@_table(num_text_columns=6)
+def runs_table(rows: Sequence[Row]) -> Lines:
     """Where the figures come from: each run's folder, digest, cost and code."""
-    cells = [
-        [
-            row.label,
-            str(run.seed),
-            str(run.path),
-            run.result.model_sha256[:16],
-            str(run.environment.get("torch", NO_NUMBER)),
-            str(run.environment.get("commit") or NO_NUMBER)[:12],
-            f"{run.result.seconds:.0f}",
-        ]
-        for row in rows
-        for run in row.runs
-    ]
-    return Table(["row", "seed", "folder", "model sha256", "torch", "commit", "seconds"], cells, 6)
+    for row in rows:
+        for run in row.runs:
+            line = {"row": row.label, "seed": str(run.seed), "folder": str(run.path)}
+            line["model sha256"] = run.result.model_sha256[:16]
+            line["torch"] = str(run.environment.get("torch", NO_NUMBER))
+            line["commit"] = str(run.environment.get("commit") or NO_NUMBER)[:12]
+            yield line | {"seconds": f"{run.result.seconds:.0f}"}
 
 
 def to_csv(rows: Sequence[Row], target: float) -> str:
     """A line for each row, seed and phase, in full precision; empty where there is no number."""
-    lines = [_csv_line(row, run, phase, target) for row in rows for run in row.runs for phase in row.phases]
+    lines = [_csv_line(row, run, phase, target) for row in rows for run in row.runs for phase in row.results]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()
@@ -280,120 +243,39 @@ def to_csv(rows: Sequence[Row], target: float) -> str:
 
 
 def _csv_line(row: Row, run: FinishedRun, phase: Phase, target: float) -> dict[str, Any]:
-    """By the names of the columns."""
     result, fedavg = run.phases[phase], run.settings["fedavg"]
-    scores = {f"{kind}_{name}": value for kind in KINDS for name, value in vars(getattr(result, kind)).items()}
-    rounds = {f"rounds_to_target_{kind}": rounds_to_target(run.curve or (), kind, target) for kind in KINDS}
     return {
         "dataset": run.dataset,
         "row": row.label,
         "cohort_size": run.settings["cohort_size"],
         "num_local_epochs": fedavg["num_local_epochs"],
-        "num_local_steps": fedavg.get("num_local_steps"),
+        "num_local_steps": fedavg["num_local_steps"],
         "seed": run.seed,
         "phase": phase.field,
         "phase_rounds": run.settings[phase.field]["num_rounds"],
         "unseen_clients": result.clients,
-        **scores,
+        **{f"{kind}_{name}": value for kind in KINDS for name, value in vars(getattr(result, kind)).items()},
         "fraction_hurt": result.fraction_hurt,
         "target_accuracy": target,
-        **rounds,
+        **{f"rounds_to_target_{kind}": rounds_to_target(run.curve or (), kind, target) for kind in KINDS},
         "run_seconds": run.result.seconds,
         "model_sha256": run.result.model_sha256,
         "run": run.path,
     }
 
 
-def _measures(
-    rows: Sequence[Row], loss_name: str
-) -> list[tuple[str, Callable[[Scores], float | None], Callable[[SeedMean | None], str]]]:
-    """What is told of scores: name, value, and how it is written. No accuracy where no row has any."""
-    loss = (loss_name, lambda scores: scores.loss, _plain)
-    accuracy = ("accuracy", lambda scores: scores.accuracy, _percent)
-    return [loss, accuracy] if any(row.has_accuracy for row in rows) else [loss]
-
-
-def _change(before: float | None, after: float | None) -> float | None:
-    return None if before is None or after is None else after - before
-
-
-def _signed(figure: str) -> str:
-    return figure if figure.startswith("-") else f"+{figure}"
-
-
-def _counted(number: int, unit: str) -> str:
-    return f"{number} {unit}{'' if number == 1 else 's'}"
-
-
-def _num_clients(row: Row) -> int:
-    result = row.runs[0].result
-    return result.train_clients + result.unseen_clients
-
-
 def _accuracy(row: Row, phase: Phase, kind: str) -> str:
-    if phase not in row.phases:
-        return ""
-    return _with_deviation(seed_mean([getattr(result, kind).accuracy for result in row.results(phase)]))
+    """Empty where the row has no such phase."""
+    return in_brackets(seed_mean(ACCURACY.values(row.results[phase], kind))) if phase in row.results else ""
 
 
 def _rounds(row: Row, kind: str, target: float) -> str:
     curves = [run.curve for run in row.runs if run.curve]
     if len(curves) < len(row.runs):
         return "no curve"
-    rounds = [rounds_to_target(curve, kind, target) for curve in curves]
-    reached = [number for number in rounds if number is not None]
+    reached = [number for curve in curves if (number := rounds_to_target(curve, kind, target)) is not None]
     if not reached:
         return "not reached"
-    if len(reached) < len(rounds):
-        return f"reached by {len(reached)} of {len(rounds)} seeds"
-    if len(reached) == 1:
-        return str(reached[0])
-    return f"{statistics.fmean(reached):.1f} ({statistics.stdev(reached):.1f})"
-
-
-def _percentiles_of(scores: NDArray[np.float64]) -> list[float]:
-    return [float(value) for value in np.percentile(scores, _PERCENTILES)]
-
-
-def _with_confidence(mean: float | None, deviation: float | None, num_clients: int) -> str:
-    if mean is None or deviation is None:
-        return NO_NUMBER
-    return f"{mean:.4f} ± {confidence_95(deviation, num_clients):.4f}"
-
-
-def _mean_loss_and_accuracy(results: Sequence[PhaseResult], kind: str) -> str:
-    loss = seed_mean([getattr(result, kind).loss for result in results])
-    accuracy = seed_mean([getattr(result, kind).accuracy for result in results])
-    return f"{_plain(loss)}, {_percent(accuracy)}"
-
-
-def _loss_and_accuracy(loss: float, accuracy: float) -> str:
-    return f"{_format_plain(loss)}, {_format_percent(accuracy)}"
-
-
-def _with_deviation(value: SeedMean | None) -> str:
-    """As the paper writes an accuracy: the deviation in brackets."""
-    if value is None:
-        return NO_NUMBER
-    return f"{value.mean:.4f}" + ("" if value.deviation is None else f" ({value.deviation:.4f})")
-
-
-def _plain(value: SeedMean | None) -> str:
-    if value is None:
-        return NO_NUMBER
-    return _format_plain(value.mean) + ("" if value.deviation is None else f" ± {value.deviation:.4f}")
-
-
-def _percent(value: SeedMean | None, digits: int = 2) -> str:
-    if value is None:
-        return NO_NUMBER
-    deviation = "" if value.deviation is None else f" ± {100 * value.deviation:.{digits}f}"
-    return f"{100 * value.mean:.{digits}f}{deviation} %"
-
-
-def _format_plain(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else NO_NUMBER
-
-
-def _format_percent(value: float) -> str:
-    return f"{100 * value:.2f} %" if math.isfinite(value) else NO_NUMBER
+    if len(reached) < len(curves):
+        return f"reached by {len(reached)} of {len(curves)} seeds"
+    return str(reached[0]) if len(reached) == 1 else in_brackets(seed_mean(reached), digits=1)

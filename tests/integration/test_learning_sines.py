@@ -15,6 +15,7 @@ from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.engine.scores import summarize
 from perfedavg.training.flat_model import flatten
+from reporting import sine_errors
 
 SMALL = ["--dataset", "sine", "--client_num_in_total", "510", "--batch_size", "10", "--pers_round", "5"]
 SMALL += ["--pers_curve", "5", "--eval_every", "10000", "--local_lr", "0.02", "--device", "cpu"]
@@ -67,8 +68,8 @@ def test_the_report_shows_what_the_runs_measured(
     assert "| joint | 1 |" in capsys.readouterr().out
     for name in ("mse.png", "adaptation.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    for model in sine.load_models(sine.read_rows(runs), runs):
-        with open(runs / model.method / "seed0" / "clients.csv", newline="") as file:
+    for model in sine.load_models(sine_errors.read_rows(runs), runs):
+        with open(runs / model.label / "seed0" / "clients.csv", newline="") as file:
             row = next(csv.DictReader(file))
         client_id = int(row["client_id"])
         assert client_id == model.tasks.unseen_client_ids[0]
@@ -86,4 +87,4 @@ def test_another_runs_model_is_not_drawn(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr("sys.argv", argv)
         single_process.main()
     with pytest.raises(ValueError, match="holds another model than the results in"):
-        sine.load_models(sine.read_rows(tmp_path / "results"), tmp_path / "models")
+        sine.load_models(sine_errors.read_rows(tmp_path / "results"), tmp_path / "models")

@@ -23,6 +23,7 @@ from datasets.describe import describe
 from datasets.sources.sine import NUM_GIVEN, NUM_POINTS, POINTS, SineTasks
 from models import build_model
 from perfedavg.contracts import ClientData
+from reporting import sine_errors
 
 PARTS = ("train_inputs", "train_labels", "test_inputs", "test_labels")
 
@@ -186,9 +187,10 @@ def falling(start: float, std: float) -> Errors:
 def test_the_interval_of_one_run(tmp_path: Path) -> None:
     """1.96 * 2 / sqrt(600) = 0.16003."""
     write_run(tmp_path / "maml" / "seed0", falling(3.3, 2.0))
-    curve = sine.pool(sine.read_rows(tmp_path)["maml"])
-    assert curve.means[10] == pytest.approx(0.3)
-    assert curve.half_widths[10] == pytest.approx(0.16003, abs=1e-5)
+    (row,) = sine_errors.read_rows(tmp_path)
+    means, half_widths = sine_errors.pool(row.runs)
+    assert means[10] == pytest.approx(0.3)
+    assert half_widths[10] == pytest.approx(0.16003, abs=1e-5)
 
 
 def test_runs_are_pooled_as_one_sample(tmp_path: Path) -> None:
@@ -198,19 +200,20 @@ def test_runs_are_pooled_as_one_sample(tmp_path: Path) -> None:
     """
     write_run(tmp_path / "maml" / "seed0", falling(1.0, 1.0), num_tasks=300)
     write_run(tmp_path / "maml" / "seed1", falling(4.0, 2.0), num_tasks=600)
-    curve = sine.pool(sine.read_rows(tmp_path)["maml"])
-    assert curve.means[0] == pytest.approx(3.0)
-    assert curve.half_widths[0] == pytest.approx(0.14609, abs=1e-5)
+    (row,) = sine_errors.read_rows(tmp_path)
+    means, half_widths = sine_errors.pool(row.runs)
+    assert (row.label, means[0]) == ("maml", pytest.approx(3.0))
+    assert half_widths[0] == pytest.approx(0.14609, abs=1e-5)
 
 
 def test_the_table(tmp_path: Path) -> None:
     """Methods in their order, errors after 0, 1, 5, 10 and 32 steps, none of another data set's runs."""
-    write_run(tmp_path / "sine" / "reptile" / "seed0", falling(6.6, 1.0))
+    write_run(tmp_path / "sine" / "reptile" / "seed0", falling(6.6, 1.0), batch_size=20)
     write_run(tmp_path / "sine" / "joint" / "seed0", [(3.0, 2.0)] * 33, joint=True)
-    write_run(tmp_path / "sine" / "another" / "seed0", [(None, None)] * 33)
+    write_run(tmp_path / "sine" / "another" / "seed0", [(None, None)] * 33, cohort_size=5)
     write_run(tmp_path / "sine" / "maml" / "seed0", falling(1.1, 0.1))
     write_run(tmp_path / "mnist" / "E5-C20" / "seed0", [], dataset="mnist")
-    lines = sine.table(sine.read_rows(tmp_path)).splitlines()
+    lines = sine_errors.to_markdown(sine_errors.read_rows(tmp_path)).splitlines()
     assert lines[0] == "| method | seeds | 0 steps | 1 step | 5 steps | 10 steps | 32 steps |"
     assert [line.split(" | ")[0] for line in lines[2:6]] == ["| maml", "| reptile", "| joint", "| another"]
     assert lines[3] == "| reptile | 1 | 6.6 ± 0.08 | 3.3 ± 0.08 | 1.1 ± 0.08 | 0.6 ± 0.08 | 0.2 ± 0.08 |"
@@ -231,16 +234,17 @@ def test_the_errors_are_drawn_without_models(
     assert "gone has no" in capsys.readouterr().err
 
 
-def test_runs_that_the_table_cannot_show_are_refused(tmp_path: Path) -> None:
+def test_runs_that_the_table_cannot_show_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["sine.py", str(tmp_path)])
     with pytest.raises(ValueError, match="holds no finished run of the sine task"):
-        sine.read_rows(tmp_path)
+        sine.main()
     write_run(tmp_path / "a" / "short" / "seed0", falling(1.0, 1.0)[:11])
     with pytest.raises(ValueError, match=r"short/seed0 has no errors up to 32 steps; .*--pers_curve 32"):
-        sine.read_rows(tmp_path / "a")
+        sine_errors.read_rows(tmp_path / "a")
     write_run(tmp_path / "b" / "small_batches" / "seed0", falling(1.0, 1.0), batch_size=5)
     with pytest.raises(ValueError, match=r"small_batches/seed0: .*run it with --batch_size 10"):
-        sine.read_rows(tmp_path / "b")
+        sine_errors.read_rows(tmp_path / "b")
     for parent in ("old", "new"):
         write_run(tmp_path / "c" / parent / "maml" / "seed0", falling(1.0, 1.0))
-    with pytest.raises(ValueError, match="have the same row and seed"):
-        sine.read_rows(tmp_path / "c")
+    with pytest.raises(ValueError, match=r"is the same experiment with the same seed as .*; name a"):
+        sine_errors.read_rows(tmp_path / "c")

@@ -1,0 +1,119 @@
+"""The figures of a report: means over seeds, what is measured, and how a figure is written."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perfedavg.recording.runs import CurvePoint, FinishedRun, PhaseResult
+from perfedavg.settings import Phase
+
+NO_NUMBER = "-"
+"""Stands for a figure that does not exist, or is not finite."""
+STANDARD_ERRORS_OF_95_PERCENT = 1.96
+"""On either side of a mean."""
+
+
+@dataclass(frozen=True)
+class SeedMean:
+    """A mean over seeds, and the sample deviation, which is None with a single seed."""
+
+    mean: float
+    deviation: float | None = None
+
+
+def seed_mean(values: Sequence[float | None]) -> SeedMean | None:
+    """Mean and sample deviation of one value a seed; None where one of them is no number, or there is none."""
+    numbers = [value for value in values if value is not None]
+    if not numbers or len(numbers) < len(values):
+        return None
+    return SeedMean(statistics.fmean(numbers), statistics.stdev(numbers) if len(numbers) > 1 else None)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a report tells of scores.
+
+    field: `accuracy` or `loss`, as in `Scores` and in the columns of clients.csv.
+    name: what the report calls it.
+    """
+
+    field: str
+    name: str
+
+    @property
+    def is_accuracy(self) -> bool:
+        return self.field == "accuracy"
+
+    def values(self, results: Sequence[PhaseResult], kind: str) -> list[float | None]:
+        """kind: of KINDS."""
+        return [getattr(getattr(result, kind), self.field) for result in results]
+
+    def mean(self, results: Sequence[PhaseResult], kind: str) -> str:
+        """The mean over the results of seeds, as text."""
+        return self.text(seed_mean(self.values(results, kind)))
+
+    def text(self, value: SeedMean | None) -> str:
+        return percent(value) if self.is_accuracy else plain(value)
+
+    def client_scores(self, runs: Iterable[FinishedRun], phase: Phase, kind: str) -> NDArray[np.float64]:
+        """The scores of the runs' unseen clients, one run after the other; NaN where a score is no number."""
+        columns = [run.client_scores(phase, kind, self.field) for run in runs]
+        return np.concatenate([np.empty(0), *(column for column in columns if column is not None)])
+
+
+ACCURACY = Measure("accuracy", "accuracy")
+
+
+def plain(value: SeedMean | None, digits: int = 4, factor: float = 1.0, unit: str = "") -> str:
+    """`mean ± deviation unit`."""
+    if value is None or not math.isfinite(value.mean):
+        return NO_NUMBER
+    deviation = "" if value.deviation is None else f" ± {factor * value.deviation:.{digits}f}"
+    return f"{factor * value.mean:.{digits}f}{deviation}{unit}"
+
+
+def percent(value: SeedMean | None, digits: int = 2) -> str:
+    """Of a share, 0..1."""
+    return plain(value, digits, 100, " %")
+
+
+def in_brackets(value: SeedMean | None, digits: int = 4) -> str:
+    """`mean (deviation)`, as the paper writes a figure."""
+    if value is None:
+        return NO_NUMBER
+    return f"{value.mean:.{digits}f}" + ("" if value.deviation is None else f" ({value.deviation:.{digits}f})")
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def rounds_to_target(curve: Sequence[CurvePoint], kind: str, target: float) -> int | None:
+    """The first round of the curve, initial or personalized, at which its mean accuracy was the target or more.
+
+    None where it never was. The curve has a point every `eval_every` rounds, which is how exact the answer is.
+    """
+    for point in curve:
+        accuracy = getattr(point, kind).accuracy
+        if accuracy is not None and accuracy >= target:
+            return point.round_number
+    return None
+
+
+def steps_per_epoch(run: FinishedRun) -> int | None:
+    """Personalization steps in an epoch; None where unseen clients differ in it, or their sizes are not known."""
+    if run.clients is None:
+        return None
+    counts = set(np.ceil(run.clients["num_train_examples"] / run.settings["batch_size"]).astype(int).tolist())
+    return counts.pop() if len(counts) == 1 else None
+
+
+def confidence_95(deviation: float, num_clients: int) -> float:
+    """Half the width of the 95 % confidence interval of a mean over clients, from their population deviation."""
+    return STANDARD_ERRORS_OF_95_PERCENT * deviation / math.sqrt(num_clients)
