@@ -11,6 +11,7 @@ from perfedavg.contracts import ClientDirectory
 from perfedavg.engine.executor import Executor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.recording.model_file import ModelFacts
+from perfedavg.recording.results import summarize_run
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.settings import ExperimentConfig
 from perfedavg.terminal.console import at_early_end, optional, say, show
@@ -37,8 +38,7 @@ def run_and_record(
     model: with the weights to start from, which are not needed where the folder has a checkpoint.
     run_settings: as `RunFolder.begin` takes them; `world_size` among them.
     """
-    folder.name_clients(clients)
-    state = folder.begin(config, clients.fingerprint, run_settings, executor.kernels)
+    state = folder.begin(config, clients, run_settings, executor.kernels)
     if state is None:
         state = ExperimentState.fresh(config, flatten(model))
         if config.initial_model is not None:  # whose file need not be there when the run is resumed
@@ -55,10 +55,10 @@ def run_and_record(
             "data_fingerprint": clients.fingerprint,
             "kernels": executor.kernels.to_dict(),
         }
-        result = folder.result(config, outcome, facts)
+        result = summarize_run(config, outcome, facts)
         try:
             with state.lock:
-                folder.write_result(outcome, model, ModelFacts.of(config, clients).to_metadata(), result)
+                folder.write_result(outcome, model, ModelFacts.of(config, clients), result)
                 keeper.has_ended = True
         finally:  # also where there is no room for the files
             with optional("no table of the results"):

@@ -1,12 +1,21 @@
-"""Folders of runs: named, made, and removed again where nothing came of them. Imports nothing heavy."""
+"""Folders of runs: named, made, claimed, and removed again where nothing came of them. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from perfedavg.recording.files import remove_partial_files
+from perfedavg.terminal.console import LOGGER
+
+LOG_FILE = "log.txt"
+LOCK_FILE = ".lock"
 
 
 def make_folder(path: Path) -> list[Path]:
@@ -33,3 +42,62 @@ def make_default_folder(parent: Path, dataset: str) -> Path:
             path.mkdir()
             return path
     raise AssertionError("unreachable")
+
+
+class ClaimedFolder:
+    """A folder, made where it was not there, that no other process may claim, and in which this one logs."""
+
+    def __init__(self, path: Path, flag: str, is_made_for_it: bool) -> None:
+        """flag: that named the folder.  is_made_for_it: whether this process has just made it.
+
+        Raises ValueError where it cannot be written or is another process's.
+        """
+        import filelock
+
+        self._path = path
+        self._made = [path] if is_made_for_it else []
+        try:
+            self._made += make_folder(path)
+            self._lock = filelock.FileLock(path / LOCK_FILE, blocking=False, thread_local=False)
+            with contextlib.suppress(NotImplementedError):  # a file system without locks: there, nobody is kept out
+                self._lock.acquire()
+            remove_partial_files(path)
+            log = path / LOG_FILE
+            self._log_size = log.stat().st_size if log.exists() else 0
+            self._log_handler = _RunLog(log, encoding="utf-8", errors="backslashreplace")
+        except filelock.Timeout as error:
+            raise ValueError(
+                f"{flag} {path} is in use by another process; wait until that has ended, or name another folder"
+            ) from error
+        except OSError as error:
+            remove_empty(self._made)
+            raise ValueError(f"{flag} {path} cannot be written ({error.strerror}); name another folder") from error
+        LOGGER.addHandler(self._log_handler)
+
+    def close(self) -> None:
+        """Let others claim the folder, and log no more to it."""
+        LOGGER.removeHandler(self._log_handler)
+        self._log_handler.close()
+        self._lock.release()
+
+    def discard(self) -> None:
+        """Leave what was there before: no folder, or the user's own as it was."""
+        self.close()
+        with contextlib.suppress(OSError):
+            if self._log_size:
+                os.truncate(self._path / LOG_FILE, self._log_size)
+            else:
+                (self._path / LOG_FILE).unlink(missing_ok=True)
+            (self._path / LOCK_FILE).unlink(missing_ok=True)
+        remove_empty(self._made)
+
+
+class _RunLog(logging.FileHandler):
+    """On a full disk, lines are lost without a word: the run is what counts."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's name
+        pass

@@ -139,7 +139,7 @@ def test_a_run_that_was_stopped_when_all_was_scored_does_nothing_twice(
     config = dataclasses.replace(NO_TRAINING, fine_tune=fine_tune)
     expected = run_experiment(config, CountingExecutor(config), CLIENTS, fresh(config))
     folder, state = RunFolder(tmp_path / "run"), fresh(config)
-    folder.begin(config, CLIENTS.fingerprint, RUN)
+    folder.begin(config, CLIENTS, RUN)
     assert not state.has_begun
     before = state.progress
     with pytest.raises(StoppedHereError):
@@ -151,7 +151,7 @@ def test_a_run_that_was_stopped_when_all_was_scored_does_nothing_twice(
     folder.close()
 
     folder, executor = RunFolder(tmp_path / "run", resume=True), CountingExecutor(config)
-    resumed = folder.begin(config, CLIENTS.fingerprint, RUN)
+    resumed = folder.begin(config, CLIENTS, RUN)
     assert resumed is not None
     assert resumed.progress == state.progress
     outcome = run_experiment(config, executor, CLIENTS, resumed, [folder])

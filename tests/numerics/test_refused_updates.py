@@ -107,7 +107,7 @@ def test_a_refusal_is_said_once_a_round_and_counted_in_the_metrics(
     settings = config(OptimizerConfig("sgd", 1.0))
     clients = QuadraticClients(CENTRES, SIZES, num_unseen=1)
     folder = RunFolder(tmp_path / "run")
-    folder.begin(settings, clients.fingerprint, {})
+    folder.begin(settings, clients, {})
     for diverging in ({1, 3}, {0, 1, 2, 3}):
         state = ExperimentState.fresh(settings, flatten(Difference(START)))
         run_experiment(settings, DivergesIn(settings, diverging, 2), clients, state, [folder])
@@ -143,7 +143,7 @@ def test_losses_that_are_no_numbers_are_said(tmp_path: Path, capsys: pytest.Capt
     settings = config(OptimizerConfig("sgd", 1.0))
     clients = QuadraticClients(CENTRES, SIZES, num_unseen=1)
     folder = RunFolder(tmp_path / "run")
-    folder.begin(settings, clients.fingerprint, {})
+    folder.begin(settings, clients, {})
     state = ExperimentState.fresh(settings, flatten(Difference(START)))
     run_experiment(settings, LosesCount(settings, set(), 2), clients, state, [folder])
     folder.close()

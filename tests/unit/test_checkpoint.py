@@ -110,7 +110,7 @@ def local_executor(config: ExperimentConfig) -> LocalExecutor:
 
 
 def start_or_resume(config: ExperimentConfig, folder: RunFolder) -> ExperimentState:
-    state = folder.begin(config, CLIENTS.fingerprint, RUN)
+    state = folder.begin(config, CLIENTS, RUN)
     return state or ExperimentState.fresh(config, flatten(Difference(START)))
 
 
@@ -424,7 +424,7 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "run")
     with pytest.raises(ValueError, match=r"--run_dir .*run is in use by another process"):
         open_folder(tmp_path / "run")
-    folder.begin(CONFIG, CLIENTS.fingerprint, RUN)
+    folder.begin(CONFIG, CLIENTS, RUN)
     with pytest.raises(ValueError, match=r"--resume .*run is in use by another process"):
         open_folder(tmp_path / "run", resume=True)
     folder.close()
@@ -449,7 +449,7 @@ def test_a_run_without_a_checkpoint_starts_from_its_first_round(
     assert metrics(tmp_path / "run")
     capsys.readouterr()
     folder = open_folder(tmp_path / "run", resume=True)
-    assert folder.begin(CONFIG, CLIENTS.fingerprint, RUN) is None
+    assert folder.begin(CONFIG, CLIENTS, RUN) is None
     folder.close()
     assert "no checkpoint yet, so it starts from its first round" in capsys.readouterr().err
     assert metrics(tmp_path / "run") == []

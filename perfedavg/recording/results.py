@@ -1,0 +1,68 @@
+"""The content of result.json and clients.csv, and JSON as a run's files hold it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from perfedavg.contracts import ClientDirectory, client_name
+from perfedavg.engine.experiment import ExperimentOutcome
+from perfedavg.engine.scores import ClientScore, summarize
+from perfedavg.recording.runs import result_key
+from perfedavg.settings import ExperimentConfig, Phase
+
+_COUNTS = ("num_train_examples", "num_test_examples")
+_MEASURES = ("initial_loss", "initial_accuracy", "personalized_loss", "personalized_accuracy")
+
+
+def summarize_run(config: ExperimentConfig, outcome: ExperimentOutcome, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of result.json. facts: what else is to stand in it, such as the number of processes."""
+    return {
+        "dataset": config.dataset,
+        "seed": config.seed,
+        "rounds": config.fedavg.num_rounds,
+        **facts,
+        "model_sha256": outcome.model_sha256,
+        "seconds": outcome.seconds,
+        "phases": {
+            phase.field: {"rounds": config.phases[phase].num_rounds, "seconds": outcome.phase_seconds[phase]}
+            for phase in outcome.scores
+        },
+        **{result_key(phase): summarize(scores) for phase, scores in outcome.scores.items()},
+    }
+
+
+def clients_csv(scores: Mapping[Phase, Sequence[ClientScore]], clients: ClientDirectory) -> bytes:
+    """A row an unseen client, in order of id, with its name where the data set names any.
+
+    scores: of the same clients after each phase, whose name is the prefix of their columns.
+    """
+    rows = list(zip(*scores.values(), strict=True))
+    names = [client_name(clients, first.client_id) for first, *_ in rows]
+    has_names = any(name is not None for name in names)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = [f"{result_key(phase)}_{measure}" for phase in scores for measure in _MEASURES]
+    writer.writerow(["client_id", *(["client_name"] if has_names else []), *_COUNTS, *columns])
+    for row, name in zip(rows, names, strict=True):
+        counts = [getattr(row[0], count) for count in _COUNTS]
+        values = [getattr(score, measure) for score in row for measure in _MEASURES]
+        writer.writerow([row[0].client_id, *([name] if has_names else []), *counts, *values])
+    return text.getvalue().encode()
+
+
+def to_json(value: Mapping[str, Any], indent: int | None = None) -> bytes:
+    """JSON with a newline at its end, and null for each number that is not finite, which JSON does not know."""
+    return (json.dumps(_without_nan(value), indent=indent, allow_nan=False) + "\n").encode()
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
