@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from fork_source import ADDRESS_VARIABLE, running_source
 from progress import Progress
 
 from perfedavg.machine.cores import usable_cores
@@ -26,6 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # what pytest-xdist gives its workers, which show nothing
         config.pluginmanager.register(Progress(config))
+        source = contextlib.ExitStack()
+        os.environ[ADDRESS_VARIABLE] = source.enter_context(running_source())
+        config.add_cleanup(source.close)
         if config.getoption("numprocesses", None):
             return  # this process runs no test, and so needs nothing of what takes seconds to import
     import hypothesis
@@ -73,12 +77,9 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _reproducible_kernels() -> None:
     """The tests compute as the entry points do."""
-    import helpers
-
     from perfedavg.training.compute import use_reproducible_kernels
 
     use_reproducible_kernels()
-    helpers.ENVIRONMENT.update(os.environ)
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 A fork sees what a new process does: its own arguments, environment, folder and streams. What was read as Python or a
 library was loaded it cannot see anew; see `ForkSource.can_start`. And its runs draw no plots.
+
+All processes that run tests share one source. It loads when the first of them needs it.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -17,15 +20,19 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-READ_LATE = ("PERFEDAVG_", "PYTEST_")
+READ_LATE = ("PERFEDAVG_", "PYTEST_", "CUBLAS_", "TORCHINDUCTOR_")
 """Beginnings of the variables that are read when they are used, and not when something is loaded."""
+ADDRESS_VARIABLE = "PYTEST_FORK_SOURCE"
+"""Where the source listens; set for all processes that run tests."""
 MAX_REQUEST_BYTES = 2**17
 CLONE_NEWNET = 0x40000000  # of setns(2)
 NUMBER = struct.Struct("q")
@@ -102,17 +109,26 @@ class Forked:
         return int(NUMBER.unpack(content)[0])
 
 
-class ForkSource:
-    """The process that has loaded everything, as the tests see it. It ends with theirs."""
+@contextlib.contextmanager
+def running_source() -> Iterator[str]:
+    """Run the source for as long as the block. Yields the address at which it listens."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        address = f"{folder}/forks"
+        listener.bind(address)
+        listener.listen()
+        words = [sys.executable, str(Path(__file__)), str(listener.fileno())]
+        # It ends when its standard input does, which also a killed process closes.
+        with subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[listener.fileno()]):
+            yield address
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
-        self._environment = dict(environment)
-        self._socket, other_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with other_end:
-            words = [sys.executable, str(Path(__file__)), str(other_end.fileno())]
-            self._process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, pass_fds=[other_end.fileno()], env=self._environment
-            )
+
+class ForkSource:
+    """The source, as a process that runs tests sees it."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.connect(address)
+        self._environment = json.loads(self._socket.recv(MAX_REQUEST_BYTES))
 
     def can_start(self, environment: Mapping[str, str]) -> bool:
         """Whether a fork sees this environment as a new process would.
@@ -151,10 +167,9 @@ class ForkSource:
 
     def close(self) -> None:
         self._socket.close()
-        self._process.wait()
 
 
-def serve(requests: socket.socket) -> dict[str, Any] | None:
+def serve(listener: socket.socket) -> dict[str, Any] | None:
     """Fork for each request, and report how the forks end. Returns the request in a fork, and None at the end."""
     wake, wake_end = os.pipe()
     os.set_blocking(wake, False)
@@ -162,30 +177,43 @@ def serve(requests: socket.socket) -> dict[str, Any] | None:
     signal.set_wakeup_fd(wake_end, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which end this process
+    environment = json.dumps(dict(os.environ)).encode()
+    is_loaded = False
+    connections: list[socket.socket] = []
     reports: dict[int, int] = {}
     while True:
-        ready = select.select([requests, wake], [], [])[0]
+        ready = select.select([sys.stdin, wake, listener, *connections], [], [])[0]
+        if sys.stdin in ready:
+            return None
         if wake in ready:
             os.read(wake, 1024)
             report_ends(reports)
-        if requests not in ready:
-            continue
-        content, descriptors, _, _ = socket.recv_fds(requests, MAX_REQUEST_BYTES, 4)
-        if not content:
-            return None
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD, signal.SIGTERM))
-        pid = os.fork()
-        if pid == 0:
-            requests.close()
-            for descriptor in (wake, wake_end, *reports.values(), descriptors[0]):
+        if listener in ready:
+            connections.append(listener.accept()[0])
+            connections[-1].send(environment)
+            if not is_loaded:
+                load_everything()
+                is_loaded = True
+        for connection in set(ready) & set(connections):
+            content, descriptors, _, _ = socket.recv_fds(connection, MAX_REQUEST_BYTES, 4)
+            if not content:
+                connections.remove(connection)
+                connection.close()
+                continue
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGCHLD, signal.SIGTERM))
+            pid = os.fork()
+            if pid == 0:
+                for inherited in (listener, *connections):
+                    inherited.close()
+                for descriptor in (wake, wake_end, *reports.values(), descriptors[0]):
+                    os.close(descriptor)
+                return {**json.loads(content), "streams": [descriptors[3], descriptors[1], descriptors[2]]}
+            report, *streams = descriptors
+            for descriptor in streams:
                 os.close(descriptor)
-            return {**json.loads(content), "streams": [descriptors[3], descriptors[1], descriptors[2]]}
-        report, *streams = descriptors
-        for descriptor in streams:
-            os.close(descriptor)
-        reports[pid] = report
-        os.write(report, NUMBER.pack(pid))
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            reports[pid] = report
+            os.write(report, NUMBER.pack(pid))
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def report_ends(reports: dict[int, int]) -> None:
@@ -218,6 +246,14 @@ def become(request: dict[str, Any]) -> None:
 
 def load_everything() -> None:
     """What the entry points import, sooner or later."""
+    from perfedavg.machine.forking import load
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+        load(import_everything)
+
+
+def import_everything() -> None:
     import fsspec  # noqa: F401
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
@@ -227,10 +263,12 @@ def load_everything() -> None:
     import tensorboard.summary.writer.record_writer  # noqa: F401
     import torch.fx.experimental.symbolic_shapes  # noqa: F401
 
+    import datasets  # noqa: F401
     import models  # noqa: F401
     import multi_process.server
     import multi_process.worker  # noqa: F401
     import perfedavg.run  # noqa: F401
+    import utils  # noqa: F401
 
     PIL.Image.preinit()
 
@@ -242,18 +280,39 @@ def enter_network_namespace(name: str) -> None:
             raise OSError(ctypes.get_errno(), "setns")
 
 
+def end_after(run: Callable[[], object]) -> NoReturn:
+    """Run a function and end the process as Python would, which takes nothing apart that a fork would have to copy."""
+    status = 0
+    try:
+        run()
+    except SystemExit as end:
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    threading._shutdown()  # waits for its threads
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status & 0xFF)
+
+
+def run(words: Sequence[str]) -> None:
+    """Run a script, or -m and a module, as Python would from its command line."""
+    if words[0] == "-m":
+        sys.path[0] = os.getcwd()
+        del sys.argv[0]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(words[0], run_name="__main__")
+
+
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
-    connection = socket.socket(fileno=int(sys.argv[1]))
-    from perfedavg.machine.forking import load
-
-    load(load_everything)
-    request = serve(connection)
+    request = serve(socket.socket(fileno=int(sys.argv[1])))
     if request is not None:
         become(request)
-        if sys.argv[0] == "-m":
-            sys.path[0] = os.getcwd()
-            del sys.argv[0]
-            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        else:
-            runpy.run_path(sys.argv[0], run_name="__main__")
+        end_after(lambda: run(request["words"]))

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 import torch
-from fork_source import Forked, ForkSource
+from fork_source import ADDRESS_VARIABLE, Forked, ForkSource
 from torch import Tensor, nn
 
 from datasets import Partition, PartitionedClients, SplitDataset
@@ -53,14 +53,10 @@ def free_port() -> int:
     return port
 
 
-ENVIRONMENT: dict[str, str] = {}
-"""The variables of the tests' process before the first test."""
-
-
 @functools.cache
 def fork_source() -> ForkSource:
-    """One for all tests of this process, started when the first of them needs it, whatever that has set."""
-    source = ForkSource(ENVIRONMENT)
+    """The one source, which all processes that run tests share."""
+    source = ForkSource(os.environ[ADDRESS_VARIABLE])
     atexit.register(source.close)
     return source
 
