@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import ROOT, TINY
@@ -289,10 +288,10 @@ def test_a_row_is_done_only_when_all_of_it_is_kept(tmp_path: Path, monkeypatch: 
     job = tiny_jobs(tmp_path, 0)[0]
     leave_run(job, job.run_dir)
 
-    def fill_disk(path: Path, parts: Any) -> None:
+    def fill_disk(path: Path, content: bytes) -> None:
         if path.name == "clients.csv":
             raise OSError(28, "No space left on device")
-        path.write_bytes(b"".join(parts))
+        path.write_bytes(content)
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "replace_file", fill_disk)
