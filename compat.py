@@ -10,13 +10,9 @@ import importlib.util
 import logging
 import sys
 import types
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-# torch imports the pynvml package, a requirement of fedlab, and then warns that it is deprecated.
-warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
 
 
 def import_fedlab(module: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import paths
+from datasets.registry import DatasetRequest, find, load_federated_dataset, meaningless
 from perfedavg.fields import MOST, build, flags_by_name
 from perfedavg.machine.kernels import PORTABLE_KERNELS
 from perfedavg.plain_values import shown
@@ -88,8 +89,6 @@ ABSENT = {"client_num_in_total": "all clients", "partition": "none"}
 """What it means that a default is absent."""
 USERS_OWN = NATURAL
 """For a data set given as package.module:factory."""
-CNNS = {"mnist": "mnist_cnn", "fashion_mnist": "mnist_cnn", "digits": "mnist_cnn"}
-"""Data sets whose `cnn` is the small one of the MNIST experiments; the others have 62 classes or so."""
 
 
 def get_args(role: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -382,8 +381,8 @@ def _seen_as(config: ExperimentConfig, dataset: FederatedDataset) -> FederatedDa
     from datasets.clients.views import JointView, ValidationView
 
     if config.validation:
-        if config.dataset == "sine":
-            raise ValueError("--validation true has no meaning for sine, whose tasks follow from --seed; try another")
+        if "validation" in find(config.dataset).meaningless:
+            raise meaningless(config.dataset, "validation", "true")
         num_scored = num_unseen_clients(len(dataset.train_client_ids), config.unseen_fraction)
         dataset = ValidationView(dataset, num_scored)
     return JointView(dataset) if config.joint else dataset
@@ -411,8 +410,6 @@ def _load_dataset(
     local_split: str,
     data_root: Path,
 ) -> FederatedDataset:
-    from datasets import DatasetRequest, load_federated_dataset
-
     num_unseen = partial(num_unseen_clients, unseen_fraction=unseen_fraction)
     request = DatasetRequest(name, num_clients, num_unseen, partition, seed, local_split)
     return load_federated_dataset(request, data_root)
@@ -502,13 +499,10 @@ def open_run_folder(args: argparse.Namespace, role: str) -> RunFolder:
 
 
 def _architecture(dataset: str, struct: str) -> str:
-    own = _defaults_of(dataset).struct
-    fitting = ("cnn", "mlp") if own == "cnn" else (own,)
-    if struct not in fitting and ":" not in dataset:
-        raise ValueError(f"--struct {struct} does not fit {dataset}; use {' or '.join(fitting)}")
-    if dataset == "sine":
-        return "sine_mlp"
-    return CNNS.get(dataset, "emnist_cnn") if struct == "cnn" else struct
+    models = find(dataset).models
+    if struct not in models:
+        raise ValueError(f"--struct {struct} does not fit {dataset}; use {' or '.join(models)}")
+    return models[struct]
 
 
 def _defaults_of(dataset: str) -> Defaults:

@@ -23,7 +23,9 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import utils  # noqa: E402
-from datasets import ImageSplits, Partition, PartitionedClients, SplitDataset  # noqa: E402
+from datasets.clients.partition import Partition  # noqa: E402
+from datasets.clients.partitioned import ImageSplits, PartitionedClients  # noqa: E402
+from datasets.clients.split import SplitDataset  # noqa: E402
 from perfedavg.engine.executor import CohortTask, LocalExecutor  # noqa: E402
 from perfedavg.machine.cores import usable_cores  # noqa: E402
 from perfedavg.settings import ExperimentConfig, Phase  # noqa: E402

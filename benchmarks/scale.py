@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 from figures import figure, times  # noqa: E402
 from torch import nn  # noqa: E402
 
-from datasets import SplitDataset  # noqa: E402
+from datasets.clients.split import SplitDataset  # noqa: E402
 from datasets.sources.synthetic_writers import IMAGE_SIDE, SyntheticWriters  # noqa: E402
 from perfedavg.machine.cores import usable_cores  # noqa: E402
 from quick_start import hold_free_port  # noqa: E402

@@ -1,21 +1,5 @@
-"""Data sets, partitions, and the `SplitDataset` that they become."""
+"""Data sets: where examples come from (`sources`), which client has which (`clients`), and the names of all of them."""
 
-from __future__ import annotations
+from datasets.registry import DatasetRequest, load_federated_dataset
 
-from compat import import_fedlab
-
-import_fedlab("fedlab.utils.dataset.functional")
-
-from datasets.clients.partition import Partition  # noqa: E402
-from datasets.clients.partitioned import ImageSplits, PartitionedClients  # noqa: E402
-from datasets.clients.split import SplitDataset  # noqa: E402
-from datasets.registry import DatasetRequest, load_federated_dataset  # noqa: E402
-
-__all__ = [
-    "DatasetRequest",
-    "ImageSplits",
-    "Partition",
-    "PartitionedClients",
-    "SplitDataset",
-    "load_federated_dataset",
-]
+__all__ = ["DatasetRequest", "load_federated_dataset"]

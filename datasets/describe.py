@@ -55,9 +55,8 @@ class Description:
             f"classes a client, min, median, max: {_spread(classes)}{sampled}",
             f"fingerprint: {dataset.fingerprint}",
         ]
-        if self.name == "synthetic_writers":
-            lines.insert(1, "synthetic: rendered from fonts, no handwriting; no result on it is a result on FEMNIST")
-        return "\n".join(lines)
+        note = getattr(dataset, "note", "")
+        return "\n".join([*lines, f"note: {note}"] if note else lines)
 
 
 def describe(name: str, dataset: FederatedDataset) -> Description:

@@ -1,31 +1,19 @@
-"""From the name of a data set to its clients."""
+"""Every data set is one entry here: how it is read, the models that fit it, and what else is to be known of it.
+
+Entry points look at it for --help, so that whatever is heavy is imported when data are read.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from datasets.clients.partition import Partition
-from datasets.clients.partitioned import PartitionedClients
-from datasets.clients.raw import RawClients
-from datasets.clients.split import SplitDataset
-from datasets.clients.stored import StoredClients
-from datasets.sources.digits import load_digits_images
-from datasets.sources.image_folder import load_image_folder
-from datasets.sources.leaf import load_femnist, load_shakespeare
-from datasets.sources.mnist_family import SOURCES, load_images
-from datasets.sources.own import load_own
-from datasets.sources.sine import SineTasks
-from datasets.sources.synthetic_writers import SyntheticWriters
-from perfedavg.contracts import FederatedDataset
-
-NATURAL: dict[str, Callable[[Path], StoredClients]] = {
-    "femnist": load_femnist,
-    "shakespeare": load_shakespeare,
-    "folder": load_image_folder,
-}
-"""Data sets whose examples come with their owners."""
+if TYPE_CHECKING:
+    from datasets.clients.partitioned import ImageSplits
+    from datasets.clients.raw import RawClients
+    from perfedavg.contracts import FederatedDataset
 
 MOST_DEALT_CLIENTS = 10_000_000
 """To whom examples are dealt out; the indices of more would fill the memory, and each would be left out as empty."""
@@ -50,77 +38,182 @@ class DatasetRequest:
     local_split: str = "shuffled"
 
 
+@dataclass(frozen=True)
+class DataSet:
+    """What is to be known of a data set before it is read.
+
+    load: reads it for a request, from a folder.
+    models: from each value of --struct that fits to a model's name (see `models`); the first is the default.
+    meaningless: from the name of a setting to the reason why only its default goes with this data set.
+    note: what has to be said with every result; empty for nothing.
+    loss_name: what the loss is called in tables.
+    """
+
+    load: Callable[[DatasetRequest, Path], FederatedDataset]
+    models: Mapping[str, str]
+    meaningless: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
+    loss_name: str = "loss"
+
+
 def load_federated_dataset(request: DatasetRequest, data_root: Path) -> FederatedDataset:
     """Raises ValueError where the data cannot be had, is damaged, or has too little for so many clients."""
-    if ":" in request.name:
-        _refuse_local_split(request, "it cuts its clients' data itself")
-        _refuse_partition(request)
-        return load_own(request.name, data_root, request.num_clients, request.seed)
-    if request.name == "sine":
-        _refuse_local_split(request, "its targets are no classes")
-        return _load_sine(request)
-    clients = _load_clients(request, data_root)
+    data_set = find(request.name)
+    for setting, default in (("partition", None), ("local_split", "shuffled")):
+        if setting in data_set.meaningless and getattr(request, setting) != default:
+            raise meaningless(request.name, setting, getattr(request, setting))
+    return data_set.load(request, data_root)
+
+
+def find(name: str) -> DataSet:
+    """The entry of a data set. Raises ValueError where there is none."""
+    if ":" in name:
+        return USERS_OWN
+    if name not in DATA_SETS:
+        raise ValueError(f"--dataset {name} is unknown; use one of {', '.join(DATA_SETS)}, or package.module:factory")
+    return DATA_SETS[name]
+
+
+def meaningless(name: str, setting: str, value: object) -> ValueError:
+    """What to raise for a setting that a data set gives no meaning."""
+    reason = find(name).meaningless[setting]
+    return ValueError(f"--{setting} {value} has no meaning for {name}: {reason}; leave it out")
+
+
+def _load_mnist_family(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    from datasets.sources.mnist_family import load_images
+
+    return _dealt(request, lambda: load_images(request.name, data_root))
+
+
+def _load_digits(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    from datasets.sources.digits import load_digits_images
+
+    return _dealt(request, load_digits_images)
+
+
+def _load_femnist(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    from datasets.sources.leaf import load_femnist
+
+    return _split(request, load_femnist(data_root))
+
+
+def _load_shakespeare(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    from datasets.sources.leaf import load_shakespeare
+
+    return _split(request, load_shakespeare(data_root))
+
+
+def _load_folder(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    from datasets.sources.image_folder import load_image_folder
+
+    return _split(request, load_image_folder(data_root))
+
+
+def _load_synthetic_writers(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    from datasets.sources.synthetic_writers import SyntheticWriters
+
+    return _split(request, SyntheticWriters(sum(_counts(request)), request.seed))
+
+
+def _load_sine(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    from datasets.sources.sine import SineTasks
+
+    return SineTasks(*_counts(request), request.seed)
+
+
+def _load_own(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    from datasets.sources.own import load_own
+
+    return load_own(request.name, data_root, request.num_clients, request.seed)
+
+
+def _counts(request: DatasetRequest) -> tuple[int, int]:
+    """The numbers of training and of unseen clients, for data that may be dealt out to any number."""
+    if request.num_clients is None:
+        raise ValueError(f"--client_num_in_total is needed for {request.name}, which has no natural clients")
+    num_unseen = request.num_unseen(request.num_clients)
+    return request.num_clients - num_unseen, num_unseen
+
+
+def _dealt(request: DatasetRequest, load: Callable[[], ImageSplits]) -> FederatedDataset:
+    """Examples without owners, dealt out to clients."""
+    from datasets.clients.partition import Partition
+    from datasets.clients.partitioned import PartitionedClients
+
+    num_train, num_unseen = _counts(request)
+    if num_train + num_unseen > MOST_DEALT_CLIENTS:
+        raise ValueError(
+            f"--client_num_in_total {request.num_clients} is more than the {MOST_DEALT_CLIENTS} clients to whom "
+            f"{request.name} can be dealt out; lower it"
+        )
+    partition = Partition.parse(request.partition or "shards")
+    return _split(request, PartitionedClients(load(), partition, num_train, num_unseen, request.seed))
+
+
+def _split(request: DatasetRequest, clients: RawClients) -> FederatedDataset:
+    """Clients split into training and unseen ones, and the examples of each into two parts."""
+    from datasets.clients.split import SplitDataset
+
     num_clients = clients.num_clients if request.num_clients is None else request.num_clients
     if num_clients > clients.num_clients:
         raise ValueError(
             f"--client_num_in_total {num_clients} exceeds the {clients.num_clients} clients of {request.name}; "
             f"lower it to {clients.num_clients} or less"
         )
+    if clients.train_counts is not None and request.local_split != "shuffled":
+        raise ValueError(
+            f"--local_split {request.local_split} has no meaning for {request.name}: its files hold LEAF's own split "
+            "of each client's examples; leave it out"
+        )
     num_unseen = request.num_unseen(num_clients)
     num_train = num_clients - num_unseen
-    if clients.train_counts is not None:
-        _refuse_local_split(request, "its files hold LEAF's own split of each client's examples")
-    if clients.overlap:
-        _refuse_local_split(request, "its examples overlap and stay in order")
-    return SplitDataset(request.name, clients, num_train, num_unseen, request.seed, request.local_split)
+    note = find(request.name).note
+    return SplitDataset(request.name, clients, num_train, num_unseen, request.seed, request.local_split, note)
 
 
-def _load_clients(request: DatasetRequest, data_root: Path) -> RawClients:
-    if request.name in NATURAL:
-        _refuse_partition(request)
-        return NATURAL[request.name](data_root)
-    num_clients = _asked_for(request)
-    if request.name == "synthetic_writers":
-        _refuse_partition(request)
-        return SyntheticWriters(num_clients, request.seed)
-    if num_clients > MOST_DEALT_CLIENTS:
-        raise ValueError(
-            f"--client_num_in_total {num_clients} is more than the {MOST_DEALT_CLIENTS} clients to whom {request.name} "
-            "can be dealt out; lower it"
-        )
-    partition = Partition.parse(request.partition or "shards")
-    num_unseen = request.num_unseen(num_clients)
-    if request.name == "digits":
-        splits = load_digits_images()
-    elif request.name in SOURCES:
-        splits = load_images(request.name, data_root)
-    else:
-        names = ", ".join((*SOURCES, "digits", "synthetic_writers", *NATURAL, "sine"))
-        raise ValueError(f"--dataset {request.name} is unknown; use one of {names}, or package.module:factory")
-    return PartitionedClients(splits, partition, num_clients - num_unseen, num_unseen, request.seed)
+_FOR_62_CLASSES = {"cnn": "emnist_cnn", "mlp": "mlp"}
+_FOR_10_CLASSES = {"cnn": "mnist_cnn", "mlp": "mlp"}
+_OWN_CLIENTS = {"partition": "its clients are its own"}
 
+_EMNIST = DataSet(_load_mnist_family, _FOR_62_CLASSES)
+_MNIST = DataSet(_load_mnist_family, _FOR_10_CLASSES)
 
-def _load_sine(request: DatasetRequest) -> SineTasks:
-    _refuse_partition(request)
-    num_clients = _asked_for(request)
-    num_unseen = request.num_unseen(num_clients)
-    return SineTasks(num_clients - num_unseen, num_unseen, request.seed)
-
-
-def _asked_for(request: DatasetRequest) -> int:
-    """The number of clients of data that may be dealt out to any."""
-    if request.num_clients is None:
-        raise ValueError(f"--client_num_in_total is needed for {request.name}, which has no natural clients")
-    return request.num_clients
-
-
-def _refuse_local_split(request: DatasetRequest, reason: str) -> None:
-    if request.local_split != "shuffled":
-        raise ValueError(
-            f"--local_split {request.local_split} has no meaning for {request.name}: {reason}; leave it out"
-        )
-
-
-def _refuse_partition(request: DatasetRequest) -> None:
-    if request.partition is not None:
-        raise ValueError(f"--partition {request.partition} has no meaning for {request.name}: its clients are its own")
+DATA_SETS = {
+    "emnist": _EMNIST,
+    "emnist_balanced": _EMNIST,
+    "emnist_letters": _EMNIST,
+    "emnist_digits": _EMNIST,
+    "mnist": _MNIST,
+    "fashion_mnist": _MNIST,
+    "digits": DataSet(_load_digits, _FOR_10_CLASSES),
+    "femnist": DataSet(_load_femnist, _FOR_62_CLASSES, _OWN_CLIENTS),
+    "shakespeare": DataSet(
+        _load_shakespeare,
+        {"lstm": "lstm"},
+        {**_OWN_CLIENTS, "local_split": "its examples overlap and stay in order"},
+    ),
+    "synthetic_writers": DataSet(
+        _load_synthetic_writers,
+        _FOR_62_CLASSES,
+        _OWN_CLIENTS,
+        note="synthetic, rendered from fonts: no result on it is a result on FEMNIST",
+    ),
+    "folder": DataSet(_load_folder, _FOR_62_CLASSES, _OWN_CLIENTS),
+    "sine": DataSet(
+        _load_sine,
+        {"mlp": "sine_mlp"},
+        {
+            **_OWN_CLIENTS,
+            "local_split": "its targets are no classes",
+            "validation": "its tasks follow from --seed, so try another",
+        },
+        loss_name="MSE",
+    ),
+}
+USERS_OWN = DataSet(
+    _load_own,
+    {**_FOR_62_CLASSES, "lstm": "lstm"},
+    {**_OWN_CLIENTS, "local_split": "it cuts its clients' data itself"},
+)
+"""For a data set given as package.module:factory."""

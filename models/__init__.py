@@ -1,6 +1,8 @@
-"""Architectures, one file each. `build_model` finds them by the name of the data set's image family and structure."""
+"""Models, one file each, found by name."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import nn
 
@@ -10,22 +12,18 @@ from models.mlp import MLP
 from models.mnist_cnn import MnistCNN
 from models.sine_mlp import SineMLP
 
+MODELS: dict[str, Callable[[int], nn.Module]] = {
+    "emnist_cnn": EmnistCNN,
+    "lstm": CharLSTM,
+    "mlp": MLP,
+    "mnist_cnn": MnistCNN,
+    "sine_mlp": SineMLP,
+}
+"""Each is built for a number of classes, which are its outputs for one example."""
+
 
 def build_model(name: str, num_classes: int) -> nn.Module:
-    """A freshly initialized model, from torch's global generator. Its output is (batch, num_classes) logits.
-
-    name: `emnist_cnn`, `mnist_cnn` or `mlp`, for (batch, 1, 28, 28) images, `lstm`, for (batch, length) tokens, or
-        `sine_mlp`, for (batch, 1) numbers, whose output is (batch, num_classes) values.
-    Raises ValueError where the name is unknown.
-    """
-    if name == "emnist_cnn":
-        return EmnistCNN(num_classes)
-    if name == "mnist_cnn":
-        return MnistCNN(num_classes)
-    if name == "mlp":
-        return MLP(num_classes)
-    if name == "lstm":
-        return CharLSTM(num_classes)
-    if name == "sine_mlp":
-        return SineMLP(num_classes)
-    raise ValueError(f"unknown model {name!r}; use emnist_cnn, mnist_cnn, mlp, lstm or sine_mlp")
+    """A freshly initialized model, from torch's global generator. Raises ValueError where the name is unknown."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; use {', '.join(MODELS)}")
+    return MODELS[name](num_classes)

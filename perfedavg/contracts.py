@@ -48,7 +48,8 @@ class FederatedDataset(ClientDirectory, Protocol):
     num_classes: labels that are classes are below it; outputs of a model for one example.
 
     It may also have:
-    name: of the data set.  class_names: what label i stands for.  num_left_out: clients too small to take part.
+    name: of the data set.  note: what has to be said with every result.
+    class_names: what label i stands for.  num_left_out: clients too small to take part.
     client_name(client_id): what a client is called, a text or None (see `client_name`).
     build_model(): its own model.  loss_function(outputs, labels): its own loss, the mean over a batch.
     """

@@ -62,7 +62,7 @@ def run_and_record(
                 keeper.has_ended = True
         finally:  # also where there is no room for the files
             with optional("no table of the results"):
-                show(f"\n{result_table(result)}")
+                show(f"\n{result_table(result, getattr(clients, 'note', ''))}")
     except BaseException as error:
         keeper.end_early(error)
         raise

@@ -21,7 +21,9 @@ import torch
 from fork_source import ADDRESS_VARIABLE, Forked, ForkSource
 from torch import Tensor, nn
 
-from datasets import Partition, PartitionedClients, SplitDataset
+from datasets.clients.partition import Partition
+from datasets.clients.partitioned import PartitionedClients
+from datasets.clients.split import SplitDataset
 from datasets.sources.digits import load_digits_images
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, PhaseConfig
 from quick_start import hold_free_port

@@ -12,12 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-from fedlab.utils.dataset.functional import (
+from numpy.typing import NDArray
+
+from compat import import_fedlab
+
+import_fedlab("fedlab.utils.dataset.functional")
+
+from fedlab.utils.dataset.functional import (  # noqa: E402
     homo_partition,
     label_skew_quantity_based_partition,
     shards_partition,
 )
-from numpy.typing import NDArray
 
 Indices = NDArray[np.int64]
 Shares = NDArray[np.float64]

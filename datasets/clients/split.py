@@ -30,13 +30,22 @@ class SplitDataset:
 
     local_split: `shuffled`, as above; or `tail`, which sorts a client's examples by label before they are cut, as the
         code behind the published figures does. The test part then has its last labels only, often a single one.
+    note: what has to be said with every result.
     """
 
     def __init__(
-        self, name: str, clients: RawClients, num_train: int, num_unseen: int, seed: int, local_split: str = "shuffled"
+        self,
+        name: str,
+        clients: RawClients,
+        num_train: int,
+        num_unseen: int,
+        seed: int,
+        local_split: str = "shuffled",
+        note: str = "",
     ) -> None:
         """Raises ValueError where no training client or no unseen client remains."""
         self.name = name
+        self.note = note
         self.num_classes = clients.num_classes
         self.class_names = clients.class_names
         self._clients = clients

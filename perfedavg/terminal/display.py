@@ -99,12 +99,11 @@ class ProgressDisplay:
             self._bar = None
 
 
-def result_table(result: dict[str, Any]) -> str:
-    """The table that ends a run, from the content of result.json."""
-    unseen, dataset = result["unseen_clients"], result["dataset"]
-    note = " (synthetic, no handwriting)" if dataset == "synthetic_writers" else ""
+def result_table(result: dict[str, Any], note: str = "") -> str:
+    """The table that ends a run, from the content of result.json. note: about the data."""
     lines = [
-        f"{unseen} unseen clients of {dataset}{note}, uniform means",
+        f"{result['unseen_clients']} unseen clients of {result['dataset']}, uniform means",
+        *([note] if note else []),
         "",
         f"{'':19}{'initial':^20}{'personalized':^20}{'clients':>9}",
         f"{'':19}{'loss':>9}{'accuracy':>11}{'loss':>9}{'accuracy':>11}{'hurt':>9}",

@@ -14,7 +14,8 @@ from helpers import ROOT, Launched, assert_one_clear_line, finish, make_config, 
 from PIL import Image
 
 import utils
-from datasets import DatasetRequest, SplitDataset, load_federated_dataset
+from datasets import DatasetRequest, load_federated_dataset
+from datasets.clients.split import SplitDataset
 
 
 def request(name: str, num_clients: int | None = None, partition: str | None = None) -> DatasetRequest:

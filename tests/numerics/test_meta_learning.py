@@ -12,7 +12,7 @@ import torch
 from helpers import Difference, QuadraticClients, digits_dataset, half_squared_norm, make_config
 from torch import Tensor, nn
 
-from datasets import SplitDataset
+from datasets.clients.split import SplitDataset
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig

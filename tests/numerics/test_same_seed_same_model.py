@@ -10,7 +10,7 @@ import torch
 from helpers import digits_dataset, make_config
 from torch import Tensor, nn
 
-from datasets import SplitDataset
+from datasets.clients.split import SplitDataset
 from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask, cut_into_groups
 from perfedavg.engine.experiment import ExperimentState, parameters_sha256, run_experiment
 from perfedavg.settings import ExperimentConfig, Phase

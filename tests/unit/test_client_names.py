@@ -13,7 +13,8 @@ from helpers import digits_dataset, make_config
 from PIL import Image
 from torch import Tensor, nn
 
-from datasets import DatasetRequest, SplitDataset, load_federated_dataset
+from datasets import DatasetRequest, load_federated_dataset
+from datasets.clients.split import SplitDataset
 from datasets.clients.views import JointView, ValidationView
 from datasets.describe import describe, plot
 from perfedavg.contracts import client_label, client_name

@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 import datasets.sources.leaf
-from datasets import DatasetRequest, SplitDataset, load_federated_dataset
+from datasets import DatasetRequest, load_federated_dataset
+from datasets.clients.split import SplitDataset
 from datasets.sources.leaf import VOCABULARY, load_femnist, load_shakespeare
 
 Document = dict[str, Any]

@@ -15,7 +15,8 @@ from helpers import make_config
 from torch import Tensor, nn
 
 import utils
-from datasets import DatasetRequest, SplitDataset, load_federated_dataset
+from datasets import DatasetRequest, load_federated_dataset
+from datasets.clients.split import SplitDataset
 from datasets.describe import describe
 from perfedavg.engine.executor import LocalExecutor, ScoringTask
 from perfedavg.training.flat_model import flatten

@@ -9,14 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datasets import (
-    DatasetRequest,
-    ImageSplits,
-    Partition,
-    PartitionedClients,
-    SplitDataset,
-    load_federated_dataset,
-)
+from datasets import DatasetRequest, load_federated_dataset
+from datasets.clients.partition import Partition
+from datasets.clients.partitioned import ImageSplits, PartitionedClients
+from datasets.clients.split import SplitDataset
 
 SCHEMES = ["shards:2", "shards:3", "iid", "dirichlet:0.1", "dirichlet:100", "quantity:1.5", "labels:2", "noise:0.2"]
 

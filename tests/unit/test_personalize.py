@@ -18,8 +18,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 import personalize
-from datasets import SplitDataset
 from datasets.clients.person import has_bright_ground, load_person
+from datasets.clients.split import SplitDataset
 from datasets.sources.digits import load_digits_images
 from datasets.sources.image_folder import load_image_folder
 from models import build_model

@@ -15,7 +15,7 @@ from helpers import Examples, QuadraticClients, digits_dataset
 from torch import Tensor
 
 import utils
-from datasets import SplitDataset
+from datasets.clients.split import SplitDataset
 from datasets.clients.views import JointView, ValidationView
 from perfedavg.training.local_training import loss_of
 
