@@ -18,7 +18,7 @@ def main() -> None:
 
     from multi_process.server import CohortHandler, WorkerPoolManager
     from multi_process.transport.network import ServerNetwork
-    from perfedavg.engine.executor import Executor
+    from perfedavg.contracts import Executor
     from perfedavg.run import run_and_record
     from perfedavg.settings import ExperimentConfig
     from perfedavg.training.client_batching import settle_client_batching

@@ -123,24 +123,26 @@ def adapted_curves(model: TrainedModel, client_id: int, x: NDArray[np.float32]) 
     import numpy as np
     import torch
 
+    from perfedavg.training.client_models import Client
     from perfedavg.training.flat_model import FlatModel
-    from perfedavg.training.local_training import LocalTraining, train_locally
+    from perfedavg.training.local_training import LocalTraining
     from reporting.tables import SHOWN_STEPS
 
     data, config = model.tasks.client_data(client_id), model.config
-    flat = FlatModel(model.model, precision=config.precision)
+    flat = FlatModel(model.model, precision=config.precision, loss_function=model.tasks.loss_function)
     curves: dict[int, NDArray[np.float32]] = {}
 
-    def record(steps: int) -> None:
+    def record(epochs: dict[int, int]) -> None:
+        steps = epochs[0]
         if steps in SHOWN_STEPS:
             flat.module.eval()
             with torch.no_grad():
                 curves[steps] = flat(torch.tensor(x)[:, None]).squeeze(1).numpy()
 
-    record(0)
     training = LocalTraining(config.fedavg.client_optimizer, SHOWN_STEPS[-1], config.batch_size)
     seeds = np.random.SeedSequence(config.seed)
-    train_locally(flat, data.train_inputs, data.train_labels, training, seeds, model.tasks.loss_function, record)
+    client = Client(data.train_inputs, data.train_labels, seeds)
+    flat.train(flat.vector.clone(), [client], training, after_epochs=record)
     return curves
 
 

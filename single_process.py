@@ -17,7 +17,7 @@ def main() -> None:
     from perfedavg.engine.executor import LocalExecutor
     from perfedavg.machine.cores import usable_cores
     from perfedavg.run import run_and_record
-    from perfedavg.training.client_batching import default_num_lanes, say_idle_slots, settle_client_batching
+    from perfedavg.training.client_batching import default_num_slots, say_idle_slots, settle_client_batching
     from perfedavg.training.compute import describe_device, resolve_device, use_reproducible_kernels
 
     device = resolve_device(args.device)
@@ -27,12 +27,12 @@ def main() -> None:
     model = utils.get_model(config, dataset)
     config = utils.load_initial_model(args, config, model, folder.has_checkpoint)
     config = settle_client_batching(config, model, dataset, [describe_device(device, args.threads)])
-    num_lanes = args.threads or default_num_lanes(config, device.type, usable_cores())
-    say_idle_slots(config, num_lanes)
-    executor = LocalExecutor(config, model, dataset, device, num_lanes)
+    num_slots = args.threads or default_num_slots(config, device.type, usable_cores())
+    say_idle_slots(config, num_slots)
+    executor = LocalExecutor(config, model, dataset, device, num_slots)
     for warning in executor.warnings:
         say(warning)
-    run_settings = {"command": sys.argv, "world_size": 1, "device": str(device), "threads": num_lanes}
+    run_settings = {"command": sys.argv, "world_size": 1, "device": str(device), "threads": num_slots}
     run_and_record(config, executor, dataset, model, folder, run_settings)
     folder.draw_plots()
 

@@ -28,7 +28,8 @@ from torch import nn  # noqa: E402
 import utils  # noqa: E402
 from models import build_model  # noqa: E402
 from perfedavg.contracts import ClientData  # noqa: E402
-from perfedavg.engine.executor import CohortTask, LocalExecutor  # noqa: E402
+from perfedavg.engine.executor import LocalExecutor  # noqa: E402
+from perfedavg.engine.tasks import CohortTask  # noqa: E402
 from perfedavg.settings import ExperimentConfig, Phase  # noqa: E402
 from perfedavg.training.client_batching import settle_client_batching  # noqa: E402
 from perfedavg.training.compute import describe_device, resolve_device, use_reproducible_kernels  # noqa: E402

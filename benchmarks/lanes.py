@@ -26,7 +26,8 @@ import utils  # noqa: E402
 from datasets.clients.partition import Partition  # noqa: E402
 from datasets.clients.partitioned import ImageSplits, PartitionedClients  # noqa: E402
 from datasets.clients.split import SplitDataset  # noqa: E402
-from perfedavg.engine.executor import CohortTask, LocalExecutor  # noqa: E402
+from perfedavg.engine.executor import LocalExecutor  # noqa: E402
+from perfedavg.engine.tasks import CohortTask  # noqa: E402
 from perfedavg.machine.cores import usable_cores  # noqa: E402
 from perfedavg.settings import ExperimentConfig, Phase  # noqa: E402
 from perfedavg.training.compute import use_reproducible_kernels  # noqa: E402
@@ -70,7 +71,7 @@ def compare(name: str, repeats: int) -> dict[str, dict[str, float | bool]]:
 def train_once(config: ExperimentConfig, dataset: SplitDataset, lanes: int, threads: int) -> tuple[float, Tensor]:
     torch.set_num_threads(threads)
     model = utils.get_model(config, dataset)
-    executor = LocalExecutor(config, model, dataset, num_lanes=lanes)
+    executor = LocalExecutor(config, model, dataset, num_slots=lanes)
     clients = tuple(dataset.train_client_ids)
     task = CohortTask(Phase.FEDAVG, 1, clients, sum(map(dataset.num_train_examples, clients)))
     started = time.perf_counter()

@@ -109,11 +109,11 @@ def worker_idle(fault: Fault) -> None:
 
 
 def worker_training(fault: Fault) -> None:
-    """With a client on its lane."""
-    from perfedavg.engine import executor
+    """With a client on its training slot."""
+    from perfedavg.training.client_models import ClientModels
 
     follow_worker(fault)
-    before(executor, "train_locally", lambda *args: fault.strike_if_due())
+    before(ClientModels, "train", lambda *args, **kwargs: fault.strike_if_due())
 
 
 def worker_sending(fault: Fault) -> None:
@@ -134,10 +134,10 @@ def worker_sending(fault: Fault) -> None:
 
 def worker_scoring(fault: Fault) -> None:
     """Personalizing an unseen client."""
-    from perfedavg.engine import executor
+    from perfedavg.engine.local_work import UnseenScoring
 
     follow_worker(fault)
-    before(executor.LocalExecutor, "_score_client", lambda *args: fault.strike_if_due())
+    before(UnseenScoring, "_score", lambda *args: fault.strike_if_due())
 
 
 def server_joining(fault: Fault) -> None:

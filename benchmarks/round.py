@@ -246,9 +246,9 @@ def read_ours(seen: Watch, run_dir: Path, num_rounds: int, refusal: str | None) 
     traffic = seen.bytes_until(middles[-1]) - seen.bytes_until(middles[0])
     round_bytes = None if refusal else traffic / (num_rounds - 1)
     busy = statistics.median((1 - record["idle_share"]) * record["seconds"] for record in records[1:])
-    num_lanes = json.loads((run_dir / "config.json").read_text())["run"]["world_size"] - 1 or 1
+    num_slots = json.loads((run_dir / "config.json").read_text())["run"]["world_size"] - 1 or 1
     note = refusal or "all bytes on the loopback interface"
-    return describe(seen, first_round_began(run_dir), ended, round_bytes, note, busy * num_lanes)
+    return describe(seen, first_round_began(run_dir), ended, round_bytes, note, busy * num_slots)
 
 
 def first_round_began(run_dir: Path) -> float:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from perfedavg.aggregation.exact_sum import MAX_CAPACITY, ExactSum, refusal_of
-from perfedavg.engine.executor import ClientReport, client_weight
+from perfedavg.aggregation.base import refusal_of
+from perfedavg.aggregation.exact_mean import MAX_CAPACITY, ExactMean
 from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.tasks import ClientReport
 from perfedavg.settings import Phase
 
 MAX_TEXT_CHARS = 500
@@ -233,15 +234,16 @@ def fields_of(kind: str, values: object) -> dict[str, Any]:
 class ExpectedTraining:
     """What the server knows of a round's training by itself.
 
-    capacity: see `executor.CohortTask`.  num_train_examples: of a client, by its id.
+    capacity: see `tasks.CohortTask`.  weight_of: a client's weight, by its number of examples.
+    num_train_examples: of a client, by its id.
     """
 
-    phase: Phase
+    weight_of: Callable[[int], int]
     capacity: int
     num_parameters: int
     num_train_examples: Callable[[int], int]
 
-    def check(self, part: ExactSum, reports: Sequence[ClientReport]) -> None:
+    def check(self, part: ExactMean, reports: Sequence[ClientReport]) -> None:
         """Raises ValueError where no clients' training can have given this part of the round's sum."""
         if part.capacity != self.capacity or len(part.total) != self.num_parameters:
             raise ValueError(
@@ -253,7 +255,7 @@ class ExpectedTraining:
             if report.refused is not None and not report.refused.startswith(refusal_of(report.client_id)):
                 raise ValueError(f"client {report.client_id} was refused for no reason of this protocol")
         accepted = [report.num_examples for report in reports if report.refused is None]
-        weight = sum(client_weight(self.phase, num_examples) for num_examples in accepted)
+        weight = sum(map(self.weight_of, accepted))
         if part.weight != weight:
             raise ValueError(f"its sum has weight {part.weight}, its clients {weight}")
         lowest, highest = (int(entry) for entry in part.total.aminmax())
@@ -265,7 +267,7 @@ class ExpectedTraining:
 class ExpectedScoring:
     """What the server knows of a scoring by itself.
 
-    num_curve_epochs: see `executor.ScoringTask`.  is_regression: whether there are no accuracies.
+    num_curve_epochs: see `tasks.ScoringTask`.  is_regression: whether there are no accuracies.
     """
 
     num_curve_epochs: int

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from multi_process.boundary import fields_of
 from multi_process.transport.control import PROTOCOL_VERSION
-from perfedavg.aggregation.exact_sum import ExactSum
-from perfedavg.engine.executor import ClientReport
+from perfedavg.aggregation.exact_mean import ExactMean
 from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.tasks import ClientReport
 
 _ALIGNMENT = 8  # bytes: a tensor's bytes can be viewed as its type only at a multiple of the type's size
 _DTYPES = {"int64": torch.int64, "float32": torch.float32, "float64": torch.float64}
@@ -90,7 +90,7 @@ class Ready(Message):
 
 @dataclass(frozen=True)
 class StartTraining(Message):
-    """Server to worker: a round begins, whatever the last one came to. The fields are those of `executor.CohortTask`.
+    """Server to worker: a round begins, whatever the last one came to. The fields are those of `tasks.CohortTask`.
 
     parameters: (num_parameters,) float32, the global model.
     """
@@ -104,7 +104,7 @@ class StartTraining(Message):
 
 @dataclass(frozen=True)
 class StartScoring(Message):
-    """Server to worker: unseen clients are to be scored next. The fields are those of `executor.ScoringTask`."""
+    """Server to worker: unseen clients are to be scored next. The fields are those of `tasks.ScoringTask`."""
 
     code = MessageCode.ParameterUpdate
     phase: int
@@ -144,7 +144,7 @@ class RequestPartialSum(ControlMessage):
 
 @dataclass(frozen=True)
 class PartialSum(Message):
-    """Worker to server: the exact sum over the clients it trained since the last one, see `exact_sum.ExactSum`.
+    """Worker to server: the exact sum over the clients it trained since the last one, see `exact_mean.ExactMean`.
 
     total: (num_parameters,) int64.  reports: of each client, also of those whose update was refused.
     """
@@ -156,8 +156,8 @@ class PartialSum(Message):
     total: Tensor
 
     @property
-    def part(self) -> ExactSum:
-        return ExactSum(self.total, self.weight, self.capacity)
+    def part(self) -> ExactMean:
+        return ExactMean(self.total, self.weight, self.capacity)
 
 
 @dataclass(frozen=True)

@@ -36,14 +36,15 @@ from multi_process.schedule import Schedule
 from multi_process.transport.control import FinishedError
 from multi_process.transport.network import REMINDER_SECONDS, ConnectedWorker, ServerNetwork
 from multi_process.transport.peer import PeerLostError
-from perfedavg.aggregation.exact_sum import ExactSum
-from perfedavg.contracts import FederatedDataset
-from perfedavg.engine.executor import CohortTask, CohortUpdate, Executor, ScoringTask, cut_into_groups
+from perfedavg.aggregation.exact_mean import ExactMean
+from perfedavg.contracts import Executor, FederatedDataset
 from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
 from perfedavg.machine.kernels import KernelLog
+from perfedavg.methods import method_of
 from perfedavg.settings import ExperimentConfig
 from perfedavg.terminal.console import LOGGER, at_early_end, say
-from perfedavg.training.client_batching import default_num_lanes, say_idle_slots
+from perfedavg.training.client_batching import default_num_slots, say_idle_slots
 from perfedavg.training.compute import ComputeDevice, describe_kernels
 
 FINISH_SECONDS = 10.0
@@ -73,7 +74,7 @@ class CohortHandler(ServerHandler):
         """Start a round: forget the last one, take over its model."""
         self.set_model(parameters)
         self._num_missing = len(task.client_ids)
-        self._update = CohortUpdate(ExactSum.zeros(parameters.numel(), task.capacity), [], 0.0)
+        self._update = CohortUpdate(ExactMean.zeros(parameters.numel(), task.capacity), [], 0.0)
 
     @property
     def downlink_package(self) -> list[Tensor]:
@@ -152,7 +153,7 @@ class _WorkItem:
     groups: of clients that are worked on at once, by the first client of each; the schedule hands these out.
     start: tells a worker of it.  accept_result: takes the results that an answer has, or raises and takes none.
     pace: of the groups.  handed_out_at: when each group was given to who has it.
-    lane_seconds, lost: see `executor.CohortUpdate`.  num_given_up: times that a rank was given up in it.
+    slot_seconds, lost: see `tasks.CohortUpdate`.  num_given_up: times that a rank was given up in it.
     """
 
     groups: dict[int, tuple[int, ...]]
@@ -161,7 +162,7 @@ class _WorkItem:
     accept_result: Callable[[Message], None]
     pace: Pace
     lost: dict[int, str]
-    lane_seconds: float = 0.0
+    slot_seconds: float = 0.0
     handed_out_at: dict[int, float] = field(default_factory=dict)
     num_given_up: Counter[int] = field(default_factory=Counter)
 
@@ -285,7 +286,8 @@ class WorkerPoolManager(ServerManager):
         (global_parameters,) = self._handler.downlink_package
         start = StartTraining(int(task.phase), task.round_number, task.capacity, global_parameters)
         sizes = self._clients.num_train_examples
-        expected = ExpectedTraining(task.phase, task.capacity, parameters.numel(), sizes)
+        weight_of = method_of(self._experiment_config, task.phase).weight
+        expected = ExpectedTraining(weight_of, task.capacity, parameters.numel(), sizes)
 
         def accept_result(answer: Message) -> None:
             assert isinstance(answer, PartialSum), "a trained client's result comes in a sum"
@@ -297,7 +299,7 @@ class WorkerPoolManager(ServerManager):
         item = self._perform(start, task.client_ids, accept_result, self._paces[StartTraining, task.phase])
         assert self._handler.if_stop, "every client was handed out and reported"
         update = self._handler.cohort_update
-        update.lane_seconds, update.lost_workers = item.lane_seconds, item.lost
+        update.slot_seconds, update.lost_workers = item.slot_seconds, item.lost
         return update
 
     def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
@@ -484,7 +486,7 @@ class WorkerPoolManager(ServerManager):
         worker.connected.peer.num_clients = self._handler.num_clients
         on_same_machine = sum(other.join.machine == worker.join.machine for other in self._workers.values())
         num_cores = worker.join.num_cores // on_same_machine
-        worker.num_slots = worker.join.threads or default_num_lanes(
+        worker.num_slots = worker.join.threads or default_num_slots(
             self._experiment_config, worker.join.device_kind, num_cores
         )
         self._send(worker, Configure(worker.connected.ticket, self._experiment_config.to_dict(), worker.num_slots))
@@ -595,7 +597,7 @@ class WorkerPoolManager(ServerManager):
 
     def _account(self, worker: _Worker, item: _WorkItem) -> None:
         if worker.is_ready:
-            item.lane_seconds += worker.num_slots * (time.monotonic() - worker.since)
+            item.slot_seconds += worker.num_slots * (time.monotonic() - worker.since)
 
     def _missing_ranks(self) -> list[int]:
         """Of the workers that are to come before the start."""

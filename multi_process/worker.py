@@ -34,7 +34,9 @@ from multi_process.transport.control import FinishedError
 from multi_process.transport.network import WorkerNetwork
 from multi_process.transport.peer import PeerLostError, RunEndedError
 from perfedavg.contracts import FederatedDataset
-from perfedavg.engine.executor import ClientReport, CohortTask, CohortTraining, LocalExecutor, ScoringTask
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.local_work import CohortTraining
+from perfedavg.engine.tasks import CohortTask, ScoringTask
 from perfedavg.machine.cores import usable_cores
 from perfedavg.settings import ExperimentConfig, Phase
 from perfedavg.terminal.console import say
@@ -50,7 +52,7 @@ BuildWorkload = Callable[[ExperimentConfig], tuple[nn.Module, FederatedDataset]]
 class PersonalizationTrainer(SerialClientTrainer):
     """FedLab's serial trainer: simulates many clients in one process, by means of a `LocalExecutor`.
 
-    send: is given each answer as soon as there is one, in the thread of a lane.
+    send: is given each answer as soon as there is one, in the thread of a slot.
     report_failure: is given what went wrong with a group of clients, and the first one's id.
     """
 
@@ -73,12 +75,11 @@ class PersonalizationTrainer(SerialClientTrainer):
         self._report_failure = report_failure
         self._work: Callable[[Sequence[int]], Message] | None = None
         self._training: CohortTraining | None = None
-        self._reports: list[ClientReport] = []
         self._futures: list[Future[None]] = []
 
     @property
     def num_slots(self) -> int:
-        return self._executor.num_lanes
+        return self._executor.num_slots
 
     @property
     def has_begun(self) -> bool:
@@ -108,11 +109,11 @@ class PersonalizationTrainer(SerialClientTrainer):
             self._work = self._train
         else:
             scoring = ScoringTask(phase, payload.round_number, (), payload.num_curve_epochs)
-            score = self._executor.begin_scoring(scoring, payload.parameters.clone())
+            score = self._executor.begin_scoring(scoring, payload.parameters.clone()).score
             self._work = lambda group: GroupScored(score(group))
 
     def local_process(self, payload: AssignGroups, id_list: list[list[int]]) -> None:
-        """Let the groups of the list train or be scored, each on the next free lane. Does not wait for them."""
+        """Let the groups of the list train or be scored, each on the next free slot. Does not wait for them."""
         for group in id_list:
             if self._training is not None:
                 self._training.expect(group)
@@ -122,17 +123,15 @@ class PersonalizationTrainer(SerialClientTrainer):
     def uplink_package(self) -> PartialSum:
         """The sum over the clients that were trained since the last one. None may be in training."""
         assert self._training is not None, "there is a round before there is a sum"
-        taken = self._training.take_sum()
-        reports, self._reports = self._reports, []
-        return PartialSum(taken.weight, taken.capacity, reports, taken.total)
+        taken = self._training.take_update()
+        return PartialSum(taken.sum.weight, taken.sum.capacity, taken.reports, taken.sum.total)
 
     def abandon(self) -> None:
-        """Forget the work that was begun. Waits for the clients that are on a lane."""
+        """Forget the work that was begun. Waits for the clients that are on a slot."""
         for future in self._futures:
             future.cancel()
         wait(self._futures)
         self._futures.clear()
-        self._reports = []
         self._training = self._work = None
 
     def _process(self, group: Sequence[int]) -> None:
@@ -146,13 +145,12 @@ class PersonalizationTrainer(SerialClientTrainer):
 
     def _train(self, group: Sequence[int]) -> Message:
         assert self._training is not None, "a round was begun"
-        reports = self._training.train(group)
-        self._reports += reports  # after it: meanwhile the reports before it may have been taken
+        self._training.train(group)
         return GroupTrained(group[0])
 
 
 class _ClientError(Exception):
-    """What went wrong with a client, on its way from the lane to the main thread."""
+    """What went wrong with a client, on its way from the slot to the main thread."""
 
     def __init__(self, error: Exception, client_id: int) -> None:
         super().__init__(str(error))

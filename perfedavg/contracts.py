@@ -1,13 +1,19 @@
-"""What the algorithm asks of a data set, one of `datasets` or a class of the user's own."""
+"""Protocols, each defined once: what the algorithm asks of a data set, of those who do its work, and of observers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from perfedavg.engine.experiment import ExperimentState, RoundRecord
+    from perfedavg.engine.scores import ClientScore
+    from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
+    from perfedavg.machine.kernels import KernelLog
+    from perfedavg.settings import Phase
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,45 @@ REQUIRED = tuple(
     name for protocol in (ClientDirectory, FederatedDataset) for name in vars(protocol) if not name.startswith("_")
 )
 """What any data set has, a user's own among them."""
+
+
+class Executor(Protocol):
+    """Who does the clients' work: this process, or workers. The bits are the same whoever it is.
+
+    kernels: how the processes compute that do the work.
+    `parameters` is the global model, (num_parameters,) on the CPU.
+    """
+
+    @property
+    def kernels(self) -> KernelLog: ...
+    def train(self, task: CohortTask, parameters: Tensor) -> CohortUpdate:
+        """The exact weighted sum of the updates of the task's clients, and their reports."""
+        ...
+
+    def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
+        """The scores of the task's clients, in any order."""
+        ...
+
+
+class Observer(Protocol):
+    """Is told of progress as it happens: writes files, shows a display. Must not change the result.
+
+    In a run that goes on from a saved state, it hears again of what was not recorded there, and of the present phase.
+    """
+
+    def phase_started(self, phase: Phase, num_rounds: int, num_recorded: int) -> None:
+        """num_recorded: rounds of the phase that ended before, in a run that goes on from a saved state."""
+
+    def round_ended(self, record: RoundRecord) -> None: ...
+
+    def settled(self, state: ExperimentState) -> None:
+        """A round has been recorded, and nothing is under way: the time to save the state."""
+
+    def scoring_started(self, phase: Phase, num_clients: int) -> None: ...
+
+    def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
+        """scores: after this phase and those before it."""
+
 
 MAX_NAME_CHARS = 100
 

@@ -19,8 +19,9 @@ from perfedavg.recording.model_file import ModelFacts, model_file
 from perfedavg.recording.runs import MODEL_FILE, RESULT_FILE, RecordedRun
 from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig
+from perfedavg.training.client_models import SCORING_BATCH_SIZE, Client
 from perfedavg.training.flat_model import FlatModel
-from perfedavg.training.local_training import SCORING_BATCH_SIZE, LocalTraining, Loss, score, train_locally
+from perfedavg.training.local_training import LocalTraining, Loss
 
 CLASS_NAMES_FILE = "class_names.json"
 """What an exported program carries beside itself: a JSON list, label i its i-th text."""
@@ -87,14 +88,14 @@ def personalize(
     precision: see `FlatModel`.  seed: the batch order and the dropout masks follow from it.
     Raises ValueError where the steps were so large that the model is not finite any more.
     """
-    flat = FlatModel(model, precision=precision)
-    before = _score(flat, data, loss_function)
+    flat = FlatModel(model, precision=precision, loss_function=loss_function)
+    before = _score(flat, data)
     if not math.isfinite(before.loss):
         raise ValueError("the run's model gives no finite loss on these images; the run itself must have diverged")
     seeds = seed_sequence(seed, Purpose.PERSONALIZATION)
-    train_locally(flat, data.train_inputs, data.train_labels, training, seeds, loss_function)
-    after = _score(flat, data, loss_function)
-    if not (math.isfinite(after.loss) and bool(flat.parameters.isfinite().all())):
+    flat.train(flat.vector.clone(), [Client(data.train_inputs, data.train_labels, seeds)], training)
+    after = _score(flat, data)
+    if not (math.isfinite(after.loss) and bool(flat.vector.isfinite().all())):
         raise ValueError(f"--local_lr {training.optimizer.learning_rate} is too high, the model diverged; lower it")
     with torch.no_grad():
         for parameter, adapted in zip(model.parameters(), flat.module.parameters(), strict=True):
@@ -146,8 +147,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(":")
 
 
-def _score(model: FlatModel, data: ClientData, loss_function: Loss) -> Score:
-    loss, accuracy = score(model, data.test_inputs, data.test_labels, loss_function)
+def _score(model: FlatModel, data: ClientData) -> Score:
+    ((loss, accuracy),) = model.score([(data.test_inputs, data.test_labels)])
     num_examples = len(data.test_labels)
     return Score(loss, round(accuracy * num_examples), num_examples)
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from perfedavg.contracts import ClientDirectory
-from perfedavg.engine.executor import Executor
+from perfedavg.contracts import ClientDirectory, Executor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.recording.model_file import ModelFacts
 from perfedavg.recording.results import summarize_run

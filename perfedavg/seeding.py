@@ -20,6 +20,7 @@ class Purpose(IntEnum):
     LOCAL_TRAINING = 3
     PERSONALIZATION = 4
     EVAL_CLIENTS = 5
+    AGGREGATION = 6
     # Of data sets.
     PARTITION = 101
     LOCAL_CUT = 102

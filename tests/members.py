@@ -32,9 +32,9 @@ from multi_process.messages import (
 from multi_process.server import CohortHandler, WorkerPoolManager
 from multi_process.transport.network import ConnectedWorker
 from multi_process.transport.peer import PeerLostError
-from perfedavg.aggregation.exact_sum import ExactSum
-from perfedavg.engine.executor import CohortTask, CohortUpdate, ScoringTask
+from perfedavg.aggregation.exact_mean import ExactMean
 from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
 from perfedavg.settings import Phase
 
 NUM_PARAMETERS = 3
@@ -54,10 +54,10 @@ def update_of(client_id: int) -> Tensor:
     return torch.tensor([client_id + 1.0, -client_id / 8, 0.5])
 
 
-def sum_over(client_ids: Sequence[int], capacity: int) -> ExactSum:
-    running = ExactSum.zeros(NUM_PARAMETERS, capacity)
+def sum_over(client_ids: Sequence[int], capacity: int) -> ExactMean:
+    running = ExactMean.zeros(NUM_PARAMETERS, capacity)
     for client_id in client_ids:
-        running.add(update_of(client_id), SIZES[client_id], client_id)
+        running.add(update_of(client_id), SIZES[client_id])
     return running
 
 

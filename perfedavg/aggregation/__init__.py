@@ -1,1 +1,1 @@
-"""How the updates of a round's clients become one: sums that do not depend on their order."""
+"""How the updates of a round become one: what is refused, how they are added, and what is done to their mean."""

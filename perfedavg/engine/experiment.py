@@ -11,18 +11,20 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from perfedavg.contracts import ClientDirectory
+from perfedavg.contracts import ClientDirectory, Executor, Observer
 from perfedavg.engine.cohorts import draw_cohort, draw_eval_clients
-from perfedavg.engine.executor import CohortTask, CohortUpdate, Executor, ScoringTask, client_weight
 from perfedavg.engine.scores import ClientScore, check_summary, mean, summarize
+from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
+from perfedavg.methods import method_of
 from perfedavg.plain_values import from_plain, shown
+from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig, Phase, PhaseConfig
 from perfedavg.training.optimizers import ServerOptimizer
 
@@ -34,7 +36,7 @@ class RoundRecord:
     round_number: counted from 1 within its phase.
     num_examples: of the whole cohort.
     refused: why a client's update is not in the mean, by its id. Where all were refused, the model is as it was.
-    train_loss: uniform mean of the clients' training losses (see `executor.ClientReport.loss`), over those whose update
+    train_loss: uniform mean of the clients' training losses (see `tasks.ClientReport.loss`), over those whose update
         was not refused; None where there is none.
     update_norm: Euclidean norm of the mean update, before the server optimizer; 0 where all were refused.
     seconds: wall time of training and aggregation, without evaluation.
@@ -168,26 +170,6 @@ class ExperimentState:
             self.phase, self.num_rounds = phase, 0
 
 
-class Observer(Protocol):
-    """Is told of progress as it happens: writes files, shows a display. Must not change the result.
-
-    In a run that goes on from a saved state, it hears again of what was not recorded there, and of the present phase.
-    """
-
-    def phase_started(self, phase: Phase, num_rounds: int, num_recorded: int) -> None:
-        """num_recorded: rounds of the phase that ended before, in a run that goes on from a saved state."""
-
-    def round_ended(self, record: RoundRecord) -> None: ...
-
-    def settled(self, state: ExperimentState) -> None:
-        """A round has been recorded, and nothing is under way: the time to save the state."""
-
-    def scoring_started(self, phase: Phase, num_clients: int) -> None: ...
-
-    def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
-        """scores: after this phase and those before it."""
-
-
 @dataclass(frozen=True)
 class ExperimentOutcome:
     """The final global model, (num_parameters,), the scores of all unseen clients after each phase, and its cost."""
@@ -244,15 +226,19 @@ def _train_round(
     """Draw a cohort, let it train, and apply the mean of its updates to the global model."""
     started = time.monotonic()
     phase, round_number = state.phase, state.num_rounds + 1
+    method = method_of(config, phase)
     cohort = draw_cohort(config, clients.train_client_ids, phase, round_number)
-    capacity = sum(client_weight(phase, clients.num_train_examples(client_id)) for client_id in cohort)
+    capacity = sum(method.weight(clients.num_train_examples(client_id)) for client_id in cohort)
     update = executor.train(CohortTask(phase, round_number, cohort, capacity), state.server.parameters)
     update.reports.sort(key=lambda report: report.client_id)
     assert tuple(report.client_id for report in update.reports) == cohort, "every client of the cohort trains once"
     accepted = [report for report in update.reports if report.refused is None]
-    weight = sum(client_weight(phase, report.num_examples) for report in accepted)
+    weight = sum(method.weight(report.num_examples) for report in accepted)
     assert update.sum.weight == weight, "the sum holds every update that was not refused"
-    mean_update = update.sum.mean(state.server.dtype) if accepted else None
+    mean_update: Tensor | None = None
+    if accepted:
+        seeds = seed_sequence(config.seed, Purpose.AGGREGATION, phase=phase, round_number=round_number)
+        mean_update = method.aggregation().after_mean(update.sum.finish(state.server.dtype), len(accepted), seeds)
     record = _record(phase, round_number, update, mean_update, time.monotonic() - started)
     state.end_round(mean_update, config.phases[phase].server_rate_factor(round_number), record)
 

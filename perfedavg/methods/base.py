@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from perfedavg.aggregation.base import Aggregation
     from perfedavg.settings import OptimizerConfig
     from perfedavg.training.client_models import AfterEpochs, Client, ClientModels
     from perfedavg.training.local_training import LocalTraining
@@ -42,6 +43,12 @@ class Method:
     def weight(self, num_examples: int) -> int:
         """A client's weight in the mean of a round, 1 or more. num_examples: size of its training part."""
         return 1
+
+    def aggregation(self) -> Aggregation:
+        """How the updates of a round become one."""
+        from perfedavg.aggregation.base import Aggregation
+
+        return Aggregation()
 
     def update(
         self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining

@@ -27,7 +27,7 @@ class MAML(FOMAML):
     differentiates_training: ClassVar[bool] = True
 
     def check(self, client_optimizer: OptimizerConfig, prefix: str) -> None:
-        if (client_optimizer.name, client_optimizer.momentum) != ("sgd", 0.0):
+        if client_optimizer.name != "sgd":
             raise ValueError(
                 f"--{prefix}method maml differentiates through the clients' steps, which must be plain ones; use "
                 f"--{prefix}client_optimizer sgd, or --{prefix}method fomaml"

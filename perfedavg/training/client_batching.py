@@ -21,12 +21,13 @@ from dataclasses import replace
 from torch import nn
 
 from perfedavg.contracts import FederatedDataset
+from perfedavg.methods import method_of
 from perfedavg.settings import ExperimentConfig, Phase
 from perfedavg.terminal.console import say
 from perfedavg.training.compute import ComputeDevice
-from perfedavg.training.group_training import StackedModel, group_memory_bytes
 from perfedavg.training.local_training import local_training_of, loss_of
-from perfedavg.training.meta_learning import QUERY_BATCH_SIZE
+from perfedavg.training.memory import group_memory_bytes
+from perfedavg.training.stacked_model import StackedModel
 
 TINY_MODEL = 10_000
 """Parameters up to which a CPU trains clients together: there, what a step computes costs less than to start it."""
@@ -78,7 +79,7 @@ def say_idle_slots(config: ExperimentConfig, num_slots: int) -> None:
     )
 
 
-def default_num_lanes(config: ExperimentConfig, device_kind: str, num_cores: int) -> int:
+def default_num_slots(config: ExperimentConfig, device_kind: str, num_cores: int) -> int:
     """Lanes of a process (see `LocalExecutor`) that has so many cores for itself: one each.
 
     A GPU that trains groups gets one: they fill it, and each further lane would take a group's memory.
@@ -104,13 +105,11 @@ def _bytes_a_client(config: ExperimentConfig, model: nn.Module, dataset: Federat
     inputs, labels, loss_function = largest.train_inputs, largest.train_labels, loss_of(dataset)
 
     def bytes_in(phase: Phase) -> int:
-        training, method = local_training_of(config, phase), config.phases[phase].method
-        num_bytes = group_memory_bytes(model, inputs, labels, training, loss_function)
-        if method == "reptile":
-            return num_bytes
-        query = replace(training, batch_size=max(training.batch_size, QUERY_BATCH_SIZE))
-        query_bytes = group_memory_bytes(model, inputs, labels, query, loss_function)
-        # What MAML differentiates through, it keeps.
-        return query_bytes + num_bytes * training.count_steps(len(labels)) if method == "maml" else query_bytes
+        training = local_training_of(config, phase)
+
+        def bytes_of_step(batch_size: int) -> int:
+            return group_memory_bytes(model, inputs, labels, replace(training, batch_size=batch_size), loss_function)
+
+        return method_of(config, phase).bytes_per_client(bytes_of_step, training, len(labels))
 
     return max(map(bytes_in, config.phases))

@@ -61,7 +61,8 @@ class Batch(NamedTuple):
 
     inputs: (clients, rows, ...), labels: (clients, rows). Behind a client's own rows are copies of its first one,
         because 0 * inf is NaN.
-    sizes: number of own rows by client.  counts: the same as a tensor on the models' device.
+    sizes: by client, the number of its own rows, but 1 where it has none.
+    counts: (clients,) the number of its own rows, on the models' device.
     totals: examples over which each client's mean loss is taken: all of `sizes`, or more where this is a piece.
     """
 
@@ -238,17 +239,17 @@ class ClientModels(ABC):
         lengths = torch.tensor(totals)[:, None]
         for first in range(0, max(totals), num_rows):
             active = 1 + max(place for place, total in enumerate(totals) if total > first)
-            sizes = [min(max(total - first, 0), num_rows) for total in totals[:active]]
-            counts = torch.tensor(sizes, device=self.device)
-            last = first + max(sizes)
+            left = (lengths[:active] - first).clamp(0, num_rows)
+            sizes = left.clamp(min=1).flatten().tolist()
+            counts = left.flatten().to(self.device)
             if len(parts) == 1:
-                yield first, Batch(inputs[None, first:last], labels[None, first:last], sizes, counts, totals)
+                rows = slice(first, first + sizes[0])
+                yield first, Batch(inputs[None, rows], labels[None, rows], sizes, counts, totals)
                 continue
-            is_left = lengths[:active] > first
-            places = torch.arange(first, last).where(
-                torch.arange(first, last) < lengths[:active], torch.where(is_left, first, 0)
-            )
-            places = (places + ends[:active] - lengths[:active]).to(self.device)
+            row = torch.arange(max(sizes))
+            own_first = first * (left > 0)
+            places = (ends - lengths)[:active] + own_first + row.where(row < left, 0)
+            places = places.to(self.device)
             yield first, Batch(inputs[places], labels[places], sizes, counts, totals[:active])
 
     def sum_over_pieces(

@@ -1,13 +1,15 @@
-"""A model whose parameters are one flat vector, which is what server and clients exchange."""
+"""The model of one client, whose parameters are one flat vector, which is what server and clients exchange."""
 
 from __future__ import annotations
 
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from perfedavg.training.client_models import Batch, ClientModels
 from perfedavg.training.layers import (
     FactoredLinear,
     Factors,
@@ -17,14 +19,15 @@ from perfedavg.training.layers import (
     is_plain_linear,
     replace_layers,
 )
+from perfedavg.training.local_training import Loss
 
 
-class FlatModel:
+class FlatModel(ClientModels):
     """A private copy of a model on one device, with its parameters as views of one flat vector.
 
     module: the copy, with layers that are seeded or faster in place of some (see `perfedavg.training.layers`).
-    parameters: (num_parameters,) the flat vector; writing to it changes the model, once `refresh` is called.
-    dropout_generator: the source of every dropout mask; seed it before training a client.
+    vector: (num_parameters,) the parameters; writing to it changes the model, once `refresh` is called.
+    dropout_generator: the source of every dropout mask.
 
     precision: `float32`, which leaves every type as it is, or `bf16`: while the model trains, its layers compute in
         bfloat16 as torch.autocast chooses; parameters, optimizer and losses keep their own type.
@@ -33,7 +36,14 @@ class FlatModel:
     next) or a layer whose randomness cannot be seeded for each client.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device | str = "cpu", precision: str = "float32") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device | str = "cpu",
+        precision: str = "float32",
+        loss_function: Loss = F.cross_entropy,
+    ) -> None:
+        self.loss_function = loss_function
         self.device = torch.device(device)
         self.dropout_generator = torch.Generator(device=self.device)
         refuse_buffers(model)
@@ -41,8 +51,8 @@ class FlatModel:
         self._factors = Factors()
         # The generator is bound after the copy, because a generator cannot be deep-copied.
         self.module = replace_layers(copy.deepcopy(model).to(self.device), self._replacement)
-        self.parameters = flatten(self.module)
-        unflatten_into(self.module, self.parameters)
+        self.vector = flatten(self.module)
+        unflatten_into(self.module, self.vector)
         self._trained = [view for view in self.module.parameters() if view.requires_grad]
         layers = list(self.module.modules())
         self._dense_layers = [layer for layer in layers if isinstance(layer, FactoredLinear)]
@@ -59,17 +69,50 @@ class FlatModel:
             return outputs
         with torch.autocast(self.device.type, torch.bfloat16):
             outputs = self.module(inputs)
-        return outputs.to(self.parameters.dtype)
+        return outputs.to(self.vector.dtype)
 
-    def load(self, parameters: Tensor) -> None:
-        """Take over a flat vector of the same size, from any device."""
-        self.parameters.copy_(parameters)
+    @property
+    def parameters(self) -> Tensor:
+        return self.vector[None]
+
+    def load(self, parameters: Tensor, num_clients: int = 1) -> None:
+        refuse_too_many(num_clients, 1)
+        self.vector.copy_(parameters)
+        self.module.train()
         self.refresh()
 
     def refresh(self) -> None:
-        """The flat vector has been written to: bring what is derived from it up to date."""
         for layer in self._dense_layers:
             layer.refresh()
+
+    def seed_dropout(self, client: int, seed: int) -> None:
+        self.dropout_generator.manual_seed(seed)
+
+    def descend_on(self, batch: Batch, learning_rate: float) -> Tensor:
+        loss = self._training_loss(batch)
+        self.descend(loss, learning_rate)
+        return loss.detach()[None]
+
+    def differentiate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        loss = self._training_loss(batch)
+        gradient, losses = self.gradient(loss)[None], loss.detach()[None]
+        share = batch.sizes[0] / batch.totals[0]
+        return (gradient, losses) if share == 1 else (gradient.mul_(share), losses * share)
+
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        self.module.eval()
+        labels = batch.labels[0]
+        with torch.no_grad():
+            outputs = self(batch.inputs[0])
+            losses = self.loss_function(outputs, labels) * len(labels)
+            if labels.is_floating_point():
+                return losses[None], torch.zeros_like(batch.counts)
+            return losses[None], (outputs.argmax(dim=1) == labels).sum()[None]
+
+    def _training_loss(self, batch: Batch) -> Tensor:
+        if not self.module.training:
+            self.module.train()
+        return self.loss_function(self(batch.inputs[0]), batch.labels[0])
 
     def descend(self, loss: Tensor, learning_rate: float) -> None:
         """A step of plain SGD: parameters -= learning_rate * gradient of the loss, a scalar that the model gave."""
@@ -92,7 +135,7 @@ class FlatModel:
         """
         self._factors.begin(None)
         gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
-        flat = torch.zeros_like(self.parameters)
+        flat = torch.zeros_like(self.vector)
         parts: dict[Tensor, Tensor] = {}
         position = 0
         for view in self.module.parameters():
@@ -112,6 +155,12 @@ class FlatModel:
         if is_plain_linear(layer):
             return FactoredLinear(layer, self._factors, torch.bfloat16 if self._computes_in_bf16 else None)
         return None
+
+
+def refuse_too_many(num_clients: int, room: int) -> None:
+    """Raise ValueError where models have no room for so many clients."""
+    if not 1 <= num_clients <= room:
+        raise ValueError(f"{num_clients} clients do not fit a group of {room}; give 1 to {room}")
 
 
 def refuse_buffers(model: nn.Module) -> None:

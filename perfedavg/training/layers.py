@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, cast
 
@@ -104,7 +104,7 @@ class GroupBatches:
     """
 
     generators: list[torch.Generator]
-    sizes: list[int]
+    sizes: Sequence[int]
 
 
 class GroupDropout(SeededDropout):

@@ -1,26 +1,19 @@
-"""What one client does: a few epochs of its own optimizer from the global model, and scoring. The hot path."""
+"""What clients are told to do on their training parts, and which examples so enter which step."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from perfedavg.contracts import FederatedDataset
-from perfedavg.seeding import torch_seeds
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase
-from perfedavg.training.flat_model import FlatModel
-from perfedavg.training.optimizers import Optimizer
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(outputs, labels) -> the mean loss over the batch, a scalar."""
-
-SCORING_BATCH_SIZE = 512
 
 
 @dataclass(frozen=True)
@@ -54,87 +47,6 @@ def loss_of(dataset: FederatedDataset) -> Loss:
     """The loss that a data set brings as `loss_function`; otherwise cross entropy."""
     loss_function: Loss = getattr(dataset, "loss_function", F.cross_entropy)
     return loss_function
-
-
-def train_locally(
-    model: FlatModel,
-    inputs: Tensor,
-    labels: Tensor,
-    training: LocalTraining,
-    seeds: np.random.SeedSequence,
-    loss_function: Loss = F.cross_entropy,
-    after_epoch: Callable[[int], None] | None = None,
-) -> float:
-    """Train the model in place and return the mean loss over the examples of the last epoch, each before its step.
-
-    inputs: (num_examples, ...), labels: (num_examples,), both on the model's device.
-    seeds: the client's identity; the batch order and the dropout masks follow from it alone. The optimizer is built
-    here, so none of its state outlives the call.
-    after_epoch: is told the number of each epoch, from 1, when it ends, and may use the model but not change it.
-    Where steps are counted, the last epoch may be a part of one, which has no end; without a step the loss is NaN.
-    """
-    order_seed, dropout_seed = torch_seeds(seeds, 2)
-    order_generator = torch.Generator().manual_seed(order_seed)
-    model.dropout_generator.manual_seed(dropout_seed)
-    step = _step_of(model, training.optimizer)
-    epoch_loss = torch.full((), math.nan, dtype=torch.float64, device=model.device)
-    epoch_examples = 1
-    for epoch, batches in enumerate(_epochs(len(labels), training, order_generator), start=1):
-        model.module.train()
-        epoch_loss.zero_()
-        epoch_examples = sum(map(len, batches))
-        for batch in batches:
-            batch = batch.to(model.device)
-            loss = loss_function(model(inputs[batch]), labels[batch])
-            step(loss)
-            epoch_loss += loss.detach() * len(batch)
-        if after_epoch is not None and epoch_examples == len(labels):
-            after_epoch(epoch)
-    return epoch_loss.item() / epoch_examples
-
-
-def score(
-    model: FlatModel, inputs: Tensor, labels: Tensor, loss_function: Loss = F.cross_entropy
-) -> tuple[float, float]:
-    """Mean loss over the examples, and accuracy in 0..1. inputs: (num_examples, ...), labels: (num_examples,).
-
-    Labels that are not whole numbers are targets of a regression, of which the accuracy is NaN.
-    """
-    model.module.eval()
-    loss = torch.zeros((), dtype=torch.float64, device=model.device)
-    correct = torch.zeros((), dtype=torch.int64, device=model.device)
-    with torch.no_grad():
-        for start in range(0, len(labels), SCORING_BATCH_SIZE):
-            batch_labels = labels[start : start + SCORING_BATCH_SIZE]
-            outputs = model(inputs[start : start + SCORING_BATCH_SIZE])
-            loss += loss_function(outputs, batch_labels) * len(batch_labels)
-            if not labels.is_floating_point():
-                correct += (outputs.argmax(dim=1) == batch_labels).sum()
-    accuracy = math.nan if labels.is_floating_point() else correct.item() / len(labels)
-    return loss.item() / len(labels), accuracy
-
-
-def _step_of(model: FlatModel, config: OptimizerConfig) -> Callable[[Tensor], None]:
-    """A function that takes one step of a fresh optimizer, given the loss."""
-    if config.name == "sgd":
-        return lambda loss: model.descend(loss, config.learning_rate)
-    optimizer = Optimizer(config, model.parameters)
-
-    def step(loss: Tensor) -> None:
-        optimizer.step(model.gradient(loss))
-        model.refresh()
-
-    return step
-
-
-def _epochs(num_examples: int, training: LocalTraining, generator: torch.Generator) -> Iterator[Sequence[Tensor]]:
-    """The batches of each epoch: every index once, in random order; only the last batch of an epoch may be smaller."""
-    missing = training.count_steps(num_examples)
-    while missing > 0:
-        order = torch.randperm(num_examples, generator=generator)[: missing * training.batch_size]
-        batches = order.split(training.batch_size)
-        yield batches
-        missing -= len(batches)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,7 @@ class Optimizer:
     @property
     def rate_of_plain_sgd(self) -> float | None:
         """The learning rate where a step is `parameters -= rate * gradient` and there is no state; else None."""
-        is_plain = self._config.name == "sgd" and self._config.momentum == 0.0
-        return self._config.learning_rate if is_plain else None
+        return self._config.learning_rate if self._config.name == "sgd" else None
 
     def narrow(self, num_rows: int) -> None:
         """Go on with the first rows of the tensor only, and leave the others as they are."""

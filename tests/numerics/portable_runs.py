@@ -62,15 +62,17 @@ def lstm_digest() -> str:
     from models import build_model
     from perfedavg.engine.experiment import parameters_sha256
     from perfedavg.settings import OptimizerConfig
+    from perfedavg.training.client_models import Client
     from perfedavg.training.flat_model import FlatModel
-    from perfedavg.training.local_training import LocalTraining, train_locally
+    from perfedavg.training.local_training import LocalTraining
 
     torch.manual_seed(0)
-    lane = FlatModel(build_model("lstm", 128))
+    model = FlatModel(build_model("lstm", 128))
     characters = torch.tensor([ord(character) for character in TEXT])
     inputs, labels = characters.unfold(0, 80, 1)[:-1], characters[80:]
-    train_locally(lane, inputs, labels, LocalTraining(OptimizerConfig("sgd", 0.5), 1, 10), np.random.SeedSequence(0))
-    return parameters_sha256(lane.parameters)
+    training = LocalTraining(OptimizerConfig("sgd", 0.5), 1, 10)
+    model.train(model.vector, [Client(inputs, labels, np.random.SeedSequence(0))], training)
+    return parameters_sha256(model.vector)
 
 
 def main() -> None:

@@ -13,13 +13,15 @@ import torch
 from helpers import Difference, Examples, QuadraticClients, half_squared_norm, make_config
 from torch import Tensor, nn
 
-from perfedavg.engine.executor import LocalExecutor, ScoringTask
+from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.tasks import ScoringTask
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
+from perfedavg.training.client_models import Client
 from perfedavg.training.flat_model import FlatModel, flatten
-from perfedavg.training.group_training import GroupMember, StackedModel, train_together
-from perfedavg.training.local_training import LocalTraining, train_locally
+from perfedavg.training.local_training import LocalTraining
+from perfedavg.training.stacked_model import StackedModel
 
 BATCH_SIZE = 4
 SIZES = (10, 9, 4, 3, 1)
@@ -74,7 +76,9 @@ def watch(how: LocalTraining, size: int = 10) -> tuple[Watched, float, list[int]
     """Train a client on distinct examples: what was seen, what was returned, and which epochs were told of."""
     watched, told = Watched(), []
     inputs = torch.randn(size, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    loss = train_locally(FlatModel(Difference(START)), inputs, torch.arange(size), how, seeds(0), watched, told.append)
+    model = FlatModel(Difference(START), loss_function=watched)
+    client = Client(inputs, torch.arange(size), seeds(0))
+    (loss,) = model.train(model.vector, [client], how, after_epochs=lambda epochs: told.append(epochs[0]))
     return watched, loss, told
 
 
@@ -100,18 +104,18 @@ def test_the_loss_is_the_mean_over_the_examples_of_the_last_epoch_or_what_there_
 
 
 def test_the_end_of_each_epoch_is_told() -> None:
-    assert watch(training(num_epochs=3))[2] == [1, 2, 3]
-    assert watch(training(num_steps=6))[2] == [1, 2]
-    assert watch(training(num_epochs=2), size=1)[2] == [1, 2]
+    assert watch(training(num_epochs=3))[2] == [0, 1, 2, 3]
+    assert watch(training(num_steps=6))[2] == [0, 1, 2]
+    assert watch(training(num_epochs=2), size=1)[2] == [0, 1, 2]
 
 
 def test_no_step_changes_nothing() -> None:
     watched, loss, told = watch(training(num_steps=0))
-    assert (watched.batches, told) == ([], [])
+    assert (watched.batches, told) == ([], [0])
     assert math.isnan(loss)
-    stacked = StackedModel(Difference(START), 1)
-    member = GroupMember(torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), seeds(0))
-    losses = train_together(stacked, torch.ones(2), [member], training(num_steps=0), half_squared_norm)
+    stacked = StackedModel(Difference(START), 1, loss_function=half_squared_norm)
+    member = Client(torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), seeds(0))
+    losses = stacked.train(torch.ones(2), [member], training(num_steps=0))
     assert math.isnan(losses[0])
     assert torch.equal(stacked.parameters, torch.ones(1, 2, dtype=torch.float64))
 
@@ -132,17 +136,16 @@ def test_every_client_of_a_round_takes_so_many_steps(client_batching: int) -> No
     torch.testing.assert_close(outcome.parameters, w, rtol=1e-12, atol=1e-12)
 
 
-def members(sizes: Sequence[int] = SIZES) -> list[GroupMember]:
-    return [GroupMember(*examples(client, size), seeds(client)) for client, size in enumerate(sizes)]
+def members(sizes: Sequence[int] = SIZES) -> list[Client]:
+    return [Client(*examples(client, size), seeds(client)) for client, size in enumerate(sizes)]
 
 
-def one_by_one(clients: Sequence[GroupMember], how: LocalTraining) -> tuple[Tensor, list[float]]:
-    """What clients learn with `train_locally`: parameters, a row a client, and losses."""
-    lane, rows, losses = FlatModel(model_with_dropout()), [], []
+def one_by_one(clients: Sequence[Client], how: LocalTraining) -> tuple[Tensor, list[float]]:
+    """What clients learn alone: parameters, a row a client, and losses."""
+    model, rows, losses = FlatModel(model_with_dropout()), [], []
     for client in clients:
-        lane.load(flatten(model_with_dropout()))
-        losses.append(train_locally(lane, client.inputs, client.labels, how, client.seeds))
-        rows.append(lane.parameters.clone())
+        losses += model.train(flatten(model_with_dropout()), [client], how)
+        rows.append(model.vector.clone())
     return torch.stack(rows), losses
 
 
@@ -151,12 +154,12 @@ def one_by_one(clients: Sequence[GroupMember], how: LocalTraining) -> tuple[Tens
     "counted", [{"num_epochs": 2}, {"num_steps": 2}, {"num_steps": 7}], ids=["2 epochs", "2 steps", "7 steps"]
 )
 def test_a_group_is_its_clients_one_by_one(counted: dict[str, int], optimizer: str) -> None:
-    """In whatever order they are given; two steps are less than an epoch of some clients, and more of others."""
-    how, clients = training(**counted, optimizer=OPTIMIZERS[optimizer]), members()[::-1]
+    """Two steps are less than an epoch of some clients, and more of others."""
+    how, clients = training(**counted, optimizer=OPTIMIZERS[optimizer]), members()
     expected, expected_losses = one_by_one(clients, how)
     stacked = StackedModel(model_with_dropout(), len(clients) + 1)
-    losses = train_together(stacked, flatten(model_with_dropout()), clients, how)
-    torch.testing.assert_close(stacked.parameters[: len(clients)], expected, rtol=1e-9, atol=1e-10)
+    losses = stacked.train(flatten(model_with_dropout()), clients, how)
+    torch.testing.assert_close(stacked.parameters, expected, rtol=1e-9, atol=1e-10)
     assert losses == pytest.approx(expected_losses, rel=1e-9)
     assert (expected - flatten(model_with_dropout())).abs().amax(dim=1).min() > 1e-3, "every client learned something"
 
@@ -165,6 +168,7 @@ def test_a_group_is_what_its_clients_are_at_the_end_of_each_epoch() -> None:
     """Who has fewer batches ends an epoch earlier, and its row is then what it would have learned in so many epochs."""
     stacked = StackedModel(model_with_dropout(), len(SIZES))
     expected = {epoch: one_by_one(members(), training(num_epochs=epoch))[0] for epoch in (1, 2, 3)}
+    expected[0] = flatten(model_with_dropout()).expand(len(SIZES), -1)
     told: dict[int, list[int]] = {client: [] for client in range(len(SIZES))}
 
     def measure(epochs: dict[int, int]) -> None:
@@ -172,17 +176,15 @@ def test_a_group_is_what_its_clients_are_at_the_end_of_each_epoch() -> None:
             torch.testing.assert_close(stacked.parameters[client], expected[epoch][client], rtol=1e-12, atol=1e-12)
             told[client].append(epoch)
 
-    train_together(stacked, flatten(model_with_dropout()), members(), training(3), after_epochs=measure)
-    assert told == {client: [1, 2, 3] for client in range(len(SIZES))}
+    stacked.train(flatten(model_with_dropout()), members(), training(3), after_epochs=measure)
+    assert told == {client: [0, 1, 2, 3] for client in range(len(SIZES))}
 
 
-def test_a_group_that_is_watched_has_the_largest_first() -> None:
-    """Otherwise the numbers of the clients would not be those of the rows."""
+def test_a_group_has_the_largest_first() -> None:
+    """Those that still train are so always the first rows."""
     stacked = StackedModel(model_with_dropout(), len(SIZES))
     with pytest.raises(ValueError, match="largest first"):
-        train_together(
-            stacked, flatten(model_with_dropout()), members()[::-1], training(), after_epochs=lambda told: None
-        )
+        stacked.train(flatten(model_with_dropout()), members()[::-1], training())
 
 
 class UnseenClients:

@@ -21,10 +21,11 @@ from perfedavg.contracts import FederatedDataset
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.settings import OptimizerConfig, PhaseConfig
+from perfedavg.training.client_models import Client, ClientModels, Query
 from perfedavg.training.flat_model import FlatModel, flatten
-from perfedavg.training.group_training import GroupMember, StackedModel
-from perfedavg.training.local_training import LocalTraining, train_locally
-from perfedavg.training.meta_learning import MetaTask, cut_task, fomaml_gradient, maml_gradients
+from perfedavg.training.local_training import LocalTraining
+from perfedavg.training.stacked_model import StackedModel
+from perfedavg.training.support_query import cut_client
 
 RATE = 0.3
 NUM_TRAIN, NUM_EXAMPLES, NUM_FEATURES, NUM_CLASSES = 4, 6, 4, 3
@@ -203,21 +204,27 @@ def expected_gradient(method: str, num_batches: int, rate: float) -> Tensor:
     inputs, labels = examples(0, num_batches)
     training = LocalTraining(OptimizerConfig("sgd", rate), num_epochs=1, batch_size=1)
     orders = [list(order) for order in permutations(range(num_batches))]
-    tasks = [
-        MetaTask(GroupMember(inputs[rest], labels[rest], SEEDS), inputs[[last]], labels[[last]], query_seed=0)
-        for *rest, last in orders
-    ]
+    supports = [Client(inputs[rest], labels[rest], SEEDS) for *rest, _ in orders]
+    queries = [Query(inputs[[last]], labels[[last]], 0) for *_, last in orders]
     if method == "maml":
-        return maml_gradients(StackedModel(NETWORK, len(tasks)), START, tasks, training)[0].mean(0)
-    lane, gradients = FlatModel(NETWORK), []
-    for order, task in zip(orders, tasks, strict=True):
-        lane.load(START)
+        models = StackedModel(NETWORK, len(orders))
+        return models.gradients_through_training(START, supports, queries, training)[0].mean(0)
+    model, gradients = FlatModel(NETWORK), []
+    for order, support, query in zip(orders, supports, queries, strict=True):
         if method == "fomaml":
-            gradients.append(fomaml_gradient(lane, task, training)[0])
+            gradients.append(fomaml(model, START, support, query, training)[0])
         else:
-            train_locally(lane, inputs[order], labels[order], training, SEEDS)
-            gradients.append((START - lane.parameters) / rate)
+            model.train(START, [Client(inputs[order], labels[order], SEEDS)], training)
+            gradients.append((START - model.vector) / rate)
     return torch.stack(gradients).mean(0)
+
+
+def fomaml(
+    model: ClientModels, start: Tensor, support: Client, query: Query, training: LocalTraining
+) -> tuple[Tensor, float]:
+    model.train(start, [support], training)
+    gradients, (loss,) = model.gradients([query])
+    return gradients[0], loss
 
 
 @pytest.mark.parametrize("num_batches", [2, 3, 4])
@@ -285,19 +292,18 @@ def convolutional(dropout: float = 0.0, frozen: bool = False) -> nn.Module:
     "model", [convolutional(), convolutional(dropout=0.4), convolutional(frozen=True)], ids=["cnn", "dropout", "frozen"]
 )
 def test_mamls_gradient_is_that_of_the_loss_after_adapting(model: nn.Module, training: LocalTraining) -> None:
-    """Against central differences of the query loss after `train_locally`, along a random direction of each layer.
+    """Against central differences of the query loss after training, along a random direction of each layer.
 
     The masks of dropout follow from the seeds and not from the parameters, so that the loss is a function of these.
     """
-    start, task = flatten(model), cut_task(*images(12), SEEDS, support_fraction=0.6)
-    lane = FlatModel(model)
+    start, single = flatten(model), FlatModel(model)
+    support, query = cut_client(Client(*images(12), SEEDS), support_fraction=0.6)
     generator = torch.Generator().manual_seed(2)
 
     def loss_after_adapting(parameters: Tensor) -> float:
-        lane.load(parameters)
-        return fomaml_gradient(lane, task, training)[1]
+        return fomaml(single, parameters, support, query, training)[1]
 
-    gradients, losses = maml_gradients(StackedModel(model, 1), start, [task], training)
+    gradients, losses = StackedModel(model, 1).gradients_through_training(start, [support], [query], training)
     assert losses == pytest.approx([loss_after_adapting(start)], rel=1e-12)
     first = 0
     for parameter in model.parameters():
@@ -311,8 +317,7 @@ def test_mamls_gradient_is_that_of_the_loss_after_adapting(model: nn.Module, tra
         slope = (loss_after_adapting(start + step) - loss_after_adapting(start - step)) / 2e-5
         along = (gradients[0] @ step / 1e-5).item()
         assert along == pytest.approx(slope, rel=1e-6, abs=1e-9)
-    lane.load(start)
-    first_order = fomaml_gradient(lane, task, training)[0]
+    first_order = fomaml(single, start, support, query, training)[0]
     if training.num_steps == 0:
         assert_close(first_order, gradients[0])
     else:

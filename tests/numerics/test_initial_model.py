@@ -15,9 +15,10 @@ import torch
 from helpers import Difference, QuadraticClients, half_squared_norm, make_config
 from torch import Tensor
 
-from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
+from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, parameters_sha256, run_experiment
 from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig

@@ -1,4 +1,4 @@
-"""A step of a lane's model is the step that torch takes with the plain model, whatever the layers and the optimizer."""
+"""A step of a client's model is the step that torch takes with the plain model, whatever layers and optimizer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from models.emnist_cnn import EmnistCNN
 from models.lstm import CharLSTM
 from models.mnist_cnn import MnistCNN
 from perfedavg.settings import OptimizerConfig
+from perfedavg.training.client_models import Client
 from perfedavg.training.flat_model import FlatModel, flatten
-from perfedavg.training.local_training import LocalTraining, train_locally
+from perfedavg.training.local_training import LocalTraining
 
 RATE = 0.05
 
@@ -99,7 +100,7 @@ def test_descend_is_a_step_of_sgd(case: tuple[nn.Module, Tensor]) -> None:
     torch_steps(plain, inputs, torch.optim.SGD(plain.parameters(), RATE), 3)
     for _ in range(3):
         model.descend(loss_of(model(inputs)), RATE)
-    torch.testing.assert_close(model.parameters, flatten(plain), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(model.vector, flatten(plain), rtol=1e-12, atol=1e-12)
 
 
 def test_the_gradient_is_autograds(case: tuple[nn.Module, Tensor]) -> None:
@@ -110,7 +111,7 @@ def test_the_gradient_is_autograds(case: tuple[nn.Module, Tensor]) -> None:
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in plain.parameters()]
     torch.testing.assert_close(gradient, nn.utils.parameters_to_vector(parts), rtol=1e-12, atol=1e-12)
     assert gradient.abs().max() > 0
-    assert torch.equal(model.parameters, flatten(plain)), "a gradient changes nothing"
+    assert torch.equal(model.vector, flatten(plain)), "a gradient changes nothing"
 
 
 def test_a_pass_without_a_step_leaves_nothing_behind(case: tuple[nn.Module, Tensor]) -> None:
@@ -120,7 +121,7 @@ def test_a_pass_without_a_step_leaves_nothing_behind(case: tuple[nn.Module, Tens
     loss_of(model(inputs)).backward()
     for each in (model, other):
         each.descend(loss_of(each(inputs)), RATE)
-    assert torch.equal(model.parameters, other.parameters)
+    assert torch.equal(model.vector, other.vector)
 
 
 def skip_where_bf16_is_missing(model: nn.Module, inputs: Tensor) -> None:
@@ -140,14 +141,14 @@ def test_bf16_steps_go_where_float32_ones_do(case: tuple[nn.Module, Tensor]) -> 
     inputs = inputs.float() if inputs.is_floating_point() else inputs
     skip_where_bf16_is_missing(plain.float(), inputs)
     exact, rounded = FlatModel(plain.float()), FlatModel(plain.float(), precision="bf16")
-    start = exact.parameters.clone()
+    start = exact.vector.clone()
     for model in (exact, rounded):
         for _ in range(3):
             model.descend(loss_of(model(inputs)), RATE)
-    assert rounded.parameters.dtype == torch.float32
-    assert not torch.equal(rounded.parameters, exact.parameters)
-    distance = torch.linalg.vector_norm(rounded.parameters - exact.parameters)
-    assert distance < 0.1 * torch.linalg.vector_norm(exact.parameters - start)
+    assert rounded.vector.dtype == torch.float32
+    assert not torch.equal(rounded.vector, exact.vector)
+    distance = torch.linalg.vector_norm(rounded.vector - exact.vector)
+    assert distance < 0.1 * torch.linalg.vector_norm(exact.vector - start)
 
 
 def test_a_bf16_model_is_scored_in_float32() -> None:
@@ -167,5 +168,6 @@ def test_adam_in_bf16_sees_the_weights_that_it_has_changed() -> None:
     for precision in ("float32", "bf16"):
         torch.manual_seed(0)
         model = FlatModel(nn.Linear(784, 10), precision=precision)
-        losses.append(train_locally(model, inputs, labels, LocalTraining(config, 20, 20), np.random.SeedSequence(0)))
+        client = Client(inputs, labels, np.random.SeedSequence(0))
+        losses += model.train(model.vector, [client], LocalTraining(config, 20, 20))
     assert losses[1] == pytest.approx(losses[0], rel=0.05)

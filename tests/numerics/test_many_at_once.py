@@ -15,20 +15,16 @@ from torch.func import functional_call, grad, vmap
 from models import build_model
 from models.lstm import CharLSTM
 from perfedavg.settings import OptimizerConfig
+from perfedavg.training.client_models import SCORING_BATCH_SIZE, Client
 from perfedavg.training.flat_model import FlatModel, flatten
-from perfedavg.training.group_training import (
-    GroupMember,
-    StackedModel,
-    group_memory_bytes,
-    score_together,
-    train_together,
-)
 from perfedavg.training.layers import GroupBatches, GroupDropout, SeededDropout
-from perfedavg.training.local_training import SCORING_BATCH_SIZE, LocalTraining, Loss, score, train_locally
+from perfedavg.training.local_training import LocalTraining, Loss
+from perfedavg.training.memory import group_memory_bytes
+from perfedavg.training.stacked_model import StackedModel
 
 BATCH_SIZE = 5
-SIZES = (3, 10, 1, 7, 5)
-"""Fewer examples than a batch, two whole batches, one example, a smaller last batch, one batch; not in order."""
+SIZES = (10, 7, 5, 3, 1)
+"""Two whole batches, a smaller last batch, one batch, fewer examples than a batch, one example."""
 
 SGD = OptimizerConfig("sgd", 0.05)
 OPTIMIZERS = {
@@ -113,8 +109,8 @@ def examples(client: int, size: int) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(0, 10, (size,), generator=generator)
 
 
-def members(sizes: Sequence[int] = SIZES) -> list[GroupMember]:
-    return [GroupMember(*examples(client, size), seeds(client)) for client, size in enumerate(sizes)]
+def members(sizes: Sequence[int] = SIZES) -> list[Client]:
+    return [Client(*examples(client, size), seeds(client)) for client, size in enumerate(sizes)]
 
 
 def training(optimizer: OptimizerConfig = SGD, num_epochs: int = 2) -> LocalTraining:
@@ -122,24 +118,23 @@ def training(optimizer: OptimizerConfig = SGD, num_epochs: int = 2) -> LocalTrai
 
 
 def one_by_one(
-    model: nn.Module, clients: Sequence[GroupMember], how: LocalTraining, loss_function: Loss = F.cross_entropy
+    model: nn.Module, clients: Sequence[Client], how: LocalTraining, loss_function: Loss = F.cross_entropy
 ) -> tuple[Tensor, Tensor]:
-    """What clients learn with `train_locally`: parameters, a row a client, and losses."""
-    lane, rows, losses = FlatModel(model), [], []
+    """What clients learn alone: parameters, a row a client, and losses."""
+    single, rows, losses = FlatModel(model, loss_function=loss_function), [], []
     for client in clients:
-        lane.load(flatten(model))
-        losses.append(train_locally(lane, client.inputs, client.labels, how, client.seeds, loss_function))
-        rows.append(lane.parameters.clone())
+        losses += single.train(flatten(model), [client], how)
+        rows.append(single.vector.clone())
     return torch.stack(rows), torch.tensor(losses)
 
 
 def together(
-    model: nn.Module, clients: Sequence[GroupMember], how: LocalTraining, loss_function: Loss = F.cross_entropy
+    model: nn.Module, clients: Sequence[Client], how: LocalTraining, loss_function: Loss = F.cross_entropy
 ) -> tuple[Tensor, Tensor]:
-    """What clients learn with `train_together`, from a stack that does not hold the start yet."""
-    stacked = StackedModel(model, len(clients))
+    """What clients learn as a group, from a stack that does not hold the start yet."""
+    stacked = StackedModel(model, len(clients), loss_function=loss_function)
     stacked.parameters.fill_(torch.nan)
-    losses = train_together(stacked, flatten(model), clients, how, loss_function)
+    losses = stacked.train(flatten(model), clients, how)
     return stacked.parameters, torch.tensor(losses)
 
 
@@ -168,7 +163,7 @@ def test_together_is_one_by_one(model: nn.Module, optimizer: str) -> None:
 
 def test_single_precision_differs_by_rounding_only(model: nn.Module) -> None:
     model.float()
-    clients = [GroupMember(client.inputs.float(), client.labels, client.seeds) for client in members()]
+    clients = [Client(client.inputs.float(), client.labels, client.seeds) for client in members()]
     assert_equal_results(together(model, clients, training()), one_by_one(model, clients, training()), 1e-4)
 
 
@@ -182,9 +177,9 @@ def test_the_loss_is_that_of_the_last_epoch(num_epochs: int) -> None:
 def test_any_mean_loss_will_do() -> None:
     """A step of SGD at rate a on 0.5 * ||w - c||^2 is w <- w - a (w - c); n steps leave (1 - a)^n of the way."""
     centres = torch.tensor([[1.0, -2.0], [3.0, 0.5], [-1.0, 4.0]], dtype=torch.float64)
-    sizes, start = (13, 3, 5), torch.tensor([0.5, 0.5], dtype=torch.float64)
+    sizes, start = (13, 5, 3), torch.tensor([0.5, 0.5], dtype=torch.float64)
     clients = [
-        GroupMember(centre.expand(size, -1), torch.zeros(size, dtype=torch.int64), seeds(0))
+        Client(centre.expand(size, -1), torch.zeros(size, dtype=torch.int64), seeds(0))
         for centre, size in zip(centres, sizes, strict=True)
     ]
     parameters, _ = together(Difference(start.tolist()), clients, training(), half_squared_norm)
@@ -197,8 +192,8 @@ def test_the_company_does_not_matter(optimizer: str) -> None:
     model, how = build(), training(OPTIMIZERS[optimizer])
     clients = members()
     rows, losses = together(model, clients, how)
-    backwards = together(model, clients[::-1], how)
-    assert_equal_results((backwards[0].flip(0), backwards[1].flip(0)), (rows, losses))
+    others = together(model, clients[::2], how)
+    assert_equal_results(others, (rows[::2], losses[::2]))
     for place, client in enumerate(clients):
         assert_equal_results(together(model, [client], how), (rows[place : place + 1], losses[place : place + 1]))
 
@@ -207,11 +202,11 @@ def test_a_group_may_have_fewer_clients_than_places() -> None:
     model, clients = build(), members()
     for optimizer in OPTIMIZERS.values():
         stacked = StackedModel(model, len(clients) + 2)
-        train_together(stacked, flatten(model), clients, training(optimizer))
+        stacked.train(flatten(model), clients, training(optimizer))
         expected, _ = together(model, clients, training(optimizer))
-        torch.testing.assert_close(stacked.parameters[: len(clients)], expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(stacked.parameters, expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match=r"8 clients do not fit a group of 7"):
-        train_together(stacked, flatten(model), members((1,) * 8), training())
+        stacked.train(flatten(model), members((1,) * 8), training())
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
@@ -234,7 +229,7 @@ def test_nothing_passes_from_one_group_to_the_next() -> None:
     stacked = StackedModel(model, len(SIZES))
     runs = []
     for _ in range(2):
-        train_together(stacked, flatten(model), members(), training(OPTIMIZERS["adam"]))
+        stacked.train(flatten(model), members(), training(OPTIMIZERS["adam"]))
         runs.append(stacked.parameters.clone())
     assert torch.equal(runs[0], runs[1])
 
@@ -253,18 +248,18 @@ def test_the_global_generator_is_neither_read_nor_moved() -> None:
 def assert_scores_are_those_of_one_by_one(model: nn.Module, sizes: Sequence[int]) -> None:
     """With each row another model, which is right about its client's last example and every other before it."""
     tests = [examples(client, size) for client, size in enumerate(sizes)]
-    stacked, lane = StackedModel(model, len(sizes) + 1), FlatModel(model)
+    stacked, single = StackedModel(model, len(sizes) + 1), FlatModel(model)
     generator = torch.Generator().manual_seed(1)
-    stacked.parameters += 0.01 * torch.randn(stacked.parameters.shape, generator=generator, dtype=torch.float64)
+    stacked.parameters.add_(torch.randn(stacked.parameters.shape, generator=generator, dtype=torch.float64), alpha=0.01)
     for row, (inputs, labels) in zip(stacked.parameters, tests, strict=False):
-        lane.load(row)
+        single.load(row)
         right = torch.arange(len(labels) - 1, -1, -2)
-        labels[right] = lane.module.eval()(inputs).argmax(dim=1)[right]
-    scores = score_together(stacked, tests)
+        labels[right] = single.module.eval()(inputs).argmax(dim=1)[right]
+    scores = stacked.score(tests)
     assert len(scores) == len(sizes)
     for (loss, accuracy), row, (inputs, labels) in zip(scores, stacked.parameters, tests, strict=False):
-        lane.load(row)
-        expected_loss, expected_accuracy = score(lane, inputs, labels)
+        single.load(row)
+        ((expected_loss, expected_accuracy),) = single.score([(inputs, labels)])
         assert loss == pytest.approx(expected_loss, rel=1e-12)
         assert accuracy == expected_accuracy
 
@@ -324,7 +319,7 @@ def test_dropout_whose_first_dimension_is_not_the_batch_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (CharLSTM(11), "LSTM cannot be trained many at once, nor by maml; use --client_batching 1"),
+        (CharLSTM(11), "LSTM cannot be trained many at once, nor differentiated twice; use --client_batching 1"),
         (nn.GRUCell(3, 3), "GRUCell cannot be trained many at once"),
         (nn.BatchNorm1d(3, track_running_stats=False), "BatchNorm1d mixes the examples of a batch"),
         (nn.BatchNorm1d(3), "running_mean"),
@@ -350,7 +345,10 @@ def test_a_row_is_a_model_and_the_original_is_left_alone() -> None:
     row = {name: part.view_as(original.get_parameter(name)) for name, part in row.items()}
     assert torch.equal(flatten(original), stacked.parameters[1])
     inputs, _ = examples(0, 3)
-    torch.testing.assert_close(stacked(inputs[None])[0], functional_call(original.eval(), row, (inputs,)))
+    labels = torch.tensor([1, 0, 2])
+    expected = F.cross_entropy(functional_call(original.eval(), row, (inputs,)), labels)
+    (_, (loss, _)) = stacked.score([(inputs, labels)] * 2)
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_the_memory_estimate_counts_everything_that_a_client_holds() -> None:

@@ -16,17 +16,19 @@ from datasets.clients.split import SplitDataset
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
-from perfedavg.training import meta_learning
+from perfedavg.training import client_models
+from perfedavg.training.client_models import Client, ClientModels, Query
 from perfedavg.training.flat_model import FlatModel, flatten
-from perfedavg.training.group_training import StackedModel
 from perfedavg.training.local_training import LocalTraining
-from perfedavg.training.meta_learning import MetaTask, cut_task, fomaml_gradient, fomaml_gradients, maml_gradients
+from perfedavg.training.stacked_model import StackedModel
+from perfedavg.training.support_query import cut_client
 
 SGD = OptimizerConfig("sgd", 0.1)
 ADAM = OptimizerConfig("adam", 0.01)
 LEFT_OUT = PhaseConfig(0, 1, SGD, SGD)
-SIZES = (9, 3, 1, 14, 6)
-"""Not in order; of one example, support and query part are the same."""
+SIZES = (14, 9, 6, 3, 1)
+"""Of one example, support and query part are the same."""
+Task = tuple[Client, Query]
 
 TRAININGS = {
     "epochs": LocalTraining(SGD, num_epochs=2, batch_size=4),
@@ -62,33 +64,40 @@ def examples(client: int, size: int) -> tuple[Tensor, Tensor]:
     return inputs, torch.randint(0, 3, (size,), generator=generator)
 
 
-def tasks(sizes: Sequence[int] = SIZES, support_fraction: float = 0.6) -> list[MetaTask]:
-    return [cut_task(*examples(client, size), seeds(client), support_fraction) for client, size in enumerate(sizes)]
+def cut(client: int, size: int, support_fraction: float) -> Task:
+    return cut_client(Client(*examples(client, size), seeds(client)), support_fraction)
+
+
+def tasks(sizes: Sequence[int] = SIZES, support_fraction: float = 0.6) -> list[Task]:
+    return [cut(client, size, support_fraction) for client, size in enumerate(sizes)]
+
+
+def differentiate(
+    method: str, models: ClientModels, start: Tensor, clients: Sequence[Task], training: LocalTraining
+) -> tuple[Tensor, list[float]]:
+    supports, queries = [support for support, _ in clients], [query for _, query in clients]
+    if method == "maml":
+        return models.gradients_through_training(start, supports, queries, training)
+    models.train(start, supports, training)
+    return models.gradients(queries)
 
 
 def together(
-    method: str, model: nn.Module, clients: Sequence[MetaTask], training: LocalTraining
+    method: str, model: nn.Module, clients: Sequence[Task], training: LocalTraining
 ) -> tuple[Tensor, list[float]]:
     """A group's gradients and losses, with a place more than clients, from a stack that does not hold the start yet."""
     stacked = StackedModel(model, len(clients) + 1)
     stacked.parameters.fill_(torch.nan)
-    return {"fomaml": fomaml_gradients, "maml": maml_gradients}[method](stacked, flatten(model), clients, training)
+    return differentiate(method, stacked, flatten(model), clients, training)
 
 
 def one_by_one(
-    method: str, model: nn.Module, clients: Sequence[MetaTask], training: LocalTraining
+    method: str, model: nn.Module, clients: Sequence[Task], training: LocalTraining
 ) -> tuple[Tensor, list[float]]:
     """Each client's, FOMAML's with the model for one client, which is trained by other code."""
-    if method == "maml":
-        alone = [maml_gradients(StackedModel(model, 1), flatten(model), [client], training) for client in clients]
-        return torch.cat([gradients for gradients, _ in alone]), [loss for _, (loss,) in alone]
-    lane, gradients, losses = FlatModel(model), [], []
-    for client in clients:
-        lane.load(flatten(model))
-        gradient, loss = fomaml_gradient(lane, client, training)
-        gradients.append(gradient)
-        losses.append(loss)
-    return torch.stack(gradients), losses
+    models = StackedModel(model, 1) if method == "maml" else FlatModel(model)
+    alone = [differentiate(method, models, flatten(model), [client], training) for client in clients]
+    return torch.cat([gradients for gradients, _ in alone]), [loss for _, (loss,) in alone]
 
 
 @pytest.mark.parametrize("method", ["fomaml", "maml"])
@@ -127,7 +136,7 @@ def test_a_client_that_diverges_diverges_alone(method: str, poison: float) -> No
     gradients, losses = together(method, model, tasks(), training)
     for place in (SIZES.index(max(SIZES)), SIZES.index(min(SIZES))):
         clients = tasks()
-        clients[place].support.inputs.mul_(poison)
+        clients[place][0].inputs.mul_(poison)
         sick_gradients, sick_losses = together(method, model, clients, training)
         others = [other for other in range(len(SIZES)) if other != place]
         assert not sick_gradients[place].isfinite().all()
@@ -140,16 +149,13 @@ def test_bf16_points_where_float32_does(method: str) -> None:
     """bfloat16 keeps 8 bits; the second derivatives survive that."""
     model, training = convolutional(0.4).float(), TRAININGS["epochs"]
     clients = [
-        dataclasses.replace(
-            task,
-            support=dataclasses.replace(task.support, inputs=task.support.inputs.float()),
-            query_inputs=task.query_inputs.float(),
-        )
-        for task in tasks()
+        (dataclasses.replace(support, inputs=support.inputs.float()), query._replace(inputs=query.inputs.float()))
+        for support, query in tasks()
     ]
-    differentiate = {"fomaml": fomaml_gradients, "maml": maml_gradients}[method]
     exact, rounded = (
-        differentiate(StackedModel(model, len(SIZES), precision=precision), flatten(model), clients, training)[0]
+        differentiate(method, StackedModel(model, len(SIZES), precision=precision), flatten(model), clients, training)[
+            0
+        ]
         for precision in ("float32", "bf16")
     )
     assert rounded.dtype == torch.float32
@@ -161,33 +167,29 @@ def test_bf16_points_where_float32_does(method: str) -> None:
 @pytest.mark.parametrize("size", [2, 3, 10, 31])
 def test_the_cut_loses_and_repeats_nothing(size: int, support_fraction: float) -> None:
     inputs, labels = torch.arange(size)[:, None], 100 + torch.arange(size)
-    task = cut_task(inputs, labels, seeds(0), support_fraction)
-    assert len(task.support.labels) == min(max(round(size * support_fraction), 1), size - 1)
-    assert sorted([*task.support.labels.tolist(), *task.query_labels.tolist()]) == labels.tolist()
-    for part_inputs, part_labels in (
-        (task.support.inputs, task.support.labels),
-        (task.query_inputs, task.query_labels),
-    ):
-        assert torch.equal(part_inputs[:, 0] + 100, part_labels)
+    support, query = cut_client(Client(inputs, labels, seeds(0)), support_fraction)
+    assert len(support.labels) == min(max(round(size * support_fraction), 1), size - 1)
+    assert sorted([*support.labels.tolist(), *query.labels.tolist()]) == labels.tolist()
+    for part in (support, query):
+        assert torch.equal(part.inputs[:, 0] + 100, part.labels)
 
 
 def test_the_cut_follows_from_the_clients_seeds() -> None:
     """And is random: sorted labels must not end up in one part."""
-    parts = [cut_task(*examples(0, 30), seeds(client), 0.5).query_inputs for client in (0, 0, 1)]
+    parts = [cut_client(Client(*examples(0, 30), seeds(client)), 0.5)[1].inputs for client in (0, 0, 1)]
     assert torch.equal(parts[0], parts[1])
     assert not torch.equal(parts[0], parts[2])
     labels = torch.arange(1000)
-    assert 400 < cut_task(labels[:, None], labels, seeds(0), 0.5).query_labels.double().mean() < 600
+    _, query = cut_client(Client(labels[:, None], labels, seeds(0)), 0.5)
+    assert 400 < query.labels.double().mean() < 600
 
 
 @pytest.mark.parametrize(("size", "support_fraction"), [(1, 0.5), (1, 1.0), (10, 1.0)])
 def test_both_parts_may_be_all_examples(size: int, support_fraction: float) -> None:
     inputs, labels = examples(0, size)
-    task = cut_task(inputs, labels, seeds(0), support_fraction)
-    for part in (task.support.inputs, task.query_inputs):
-        assert torch.equal(part, inputs)
-    for part in (task.support.labels, task.query_labels):
-        assert torch.equal(part, labels)
+    for part in cut_client(Client(inputs, labels, seeds(0)), support_fraction):
+        assert torch.equal(part.inputs, inputs)
+        assert torch.equal(part.labels, labels)
 
 
 START = [2.0, -1.0]
@@ -225,15 +227,15 @@ def dense_with_dropout() -> nn.Module:
 
 
 @cache
-def run(config: ExperimentConfig, num_lanes: int) -> ExperimentOutcome:
-    executor = LocalExecutor(config, dense_with_dropout(), digits(), num_lanes=num_lanes)
+def run(config: ExperimentConfig, num_slots: int) -> ExperimentOutcome:
+    executor = LocalExecutor(config, dense_with_dropout(), digits(), num_slots=num_slots)
     state = ExperimentState.fresh(config, flatten(dense_with_dropout()))
     return run_experiment(config, executor, digits(), state)
 
 
 @pytest.mark.parametrize("client_batching", [1, 4])
 @pytest.mark.parametrize("method", ["fomaml", "maml"])
-def test_lanes_do_not_change_a_bit(method: str, client_batching: int) -> None:
+def test_slots_do_not_change_a_bit(method: str, client_batching: int) -> None:
     """Six clients a round, in groups of four and two. What a client sends is float32."""
     fine_tune = PhaseConfig(2, 1, SGD, OptimizerConfig("adam", 0.01), method=method)
     config = make_config(cohort_size=6, client_batching=client_batching, fine_tune=fine_tune, num_curve_epochs=2)
@@ -259,7 +261,7 @@ def test_a_clients_task_follows_from_its_round(method: str) -> None:
         def __getattr__(self, name: str) -> object:
             return lambda *told: None
 
-    executor = LocalExecutor(config, dense_with_dropout(), digits(), num_lanes=2)
+    executor = LocalExecutor(config, dense_with_dropout(), digits(), num_slots=2)
     state = ExperimentState.fresh(config, flatten(dense_with_dropout()))
     run_experiment(config, executor, digits(), state, [Listener()])
     assert losses[0] != losses[1]
@@ -280,31 +282,26 @@ class Watched(nn.Module):
         return outputs
 
 
-def gradients_of(way: str, network: nn.Module, tasks: Sequence[MetaTask]) -> tuple[Tensor, Tensor]:
+def gradients_of(way: str, network: nn.Module, tasks: Sequence[Task]) -> tuple[Tensor, Tensor]:
     """way: `fomaml`, one by one, or with all tasks as a group `fomaml group` or `maml group`."""
-    how = LocalTraining(SGD, 1, 10, num_steps=3)
-    if way == "fomaml":
-        lane, found = FlatModel(network), []
-        for task in tasks:
-            lane.load(flatten(network))
-            found.append(fomaml_gradient(lane, task, how))
-        return torch.stack([gradient for gradient, _ in found]), torch.tensor([loss for _, loss in found])
-    together = maml_gradients if way == "maml group" else fomaml_gradients
-    gradients, losses = together(StackedModel(network, len(tasks)), flatten(network), tasks, how)
+    method, _, is_group = way.partition(" ")
+    gradients, losses = (together if is_group else one_by_one)(
+        method, network, tasks, LocalTraining(SGD, 1, 10, num_steps=3)
+    )
     return gradients, torch.tensor(losses)
 
 
-def tasks_of(*sizes: int) -> list[MetaTask]:
+def tasks_of(*sizes: int) -> list[Task]:
     generator = torch.Generator().manual_seed(0)
-    return [
-        cut_task(
+    clients = [
+        Client(
             torch.rand(size, 4, generator=generator, dtype=torch.float64),
             torch.randint(0, 3, (size,), generator=generator),
             np.random.SeedSequence(client),
-            support_fraction=0.5,
         )
         for client, size in enumerate(sizes)
     ]
+    return [cut_client(client, support_fraction=0.5) for client in clients]
 
 
 @pytest.mark.parametrize("way", ["fomaml", "fomaml group", "maml group"])
@@ -317,6 +314,6 @@ def test_a_query_part_of_any_size_is_run_in_pieces(way: str, monkeypatch: pytest
     seen_rows.clear()
     gradients, losses = gradients_of(way, network, tasks)
     assert max(seen_rows) <= 1024
-    monkeypatch.setattr(meta_learning, "QUERY_BATCH_SIZE", 5000)
+    monkeypatch.setattr(client_models, "QUERY_BATCH_SIZE", 5000)
     torch.testing.assert_close((gradients, losses), gradients_of(way, network, tasks), rtol=1e-10, atol=1e-12)
     assert max(seen_rows) == 2500

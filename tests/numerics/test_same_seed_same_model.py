@@ -11,8 +11,9 @@ from helpers import digits_dataset, make_config
 from torch import Tensor, nn
 
 from datasets.clients.split import SplitDataset
-from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask, cut_into_groups
+from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, parameters_sha256, run_experiment
+from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
 from perfedavg.settings import ExperimentConfig, Phase
 from perfedavg.training.flat_model import flatten
 
@@ -38,24 +39,24 @@ def model_with_dropout() -> nn.Module:
         )
 
 
-def executor(num_lanes: int, config: ExperimentConfig = CONFIG) -> LocalExecutor:
-    return LocalExecutor(config, model_with_dropout(), dataset(), num_lanes=num_lanes)
+def executor(num_slots: int, config: ExperimentConfig = CONFIG) -> LocalExecutor:
+    return LocalExecutor(config, model_with_dropout(), dataset(), num_slots=num_slots)
 
 
-def train(lanes: int, client_ids: tuple[int, ...], capacity: int, round_number: int = 1) -> CohortUpdate:
+def train(slots: int, client_ids: tuple[int, ...], capacity: int, round_number: int = 1) -> CohortUpdate:
     task = CohortTask(Phase.FEDAVG, round_number, client_ids, capacity)
-    return executor(lanes).train(task, flatten(model_with_dropout()))
+    return executor(slots).train(task, flatten(model_with_dropout()))
 
 
 @cache
-def final_model(lanes: int, config: ExperimentConfig = CONFIG) -> Tensor:
+def final_model(slots: int, config: ExperimentConfig = CONFIG) -> Tensor:
     state = ExperimentState.fresh(config, flatten(model_with_dropout()))
-    return run_experiment(config, executor(lanes, config), dataset(), state).parameters
+    return run_experiment(config, executor(slots, config), dataset(), state).parameters
 
 
 @pytest.mark.parametrize("config", [CONFIG, IN_GROUPS, dataclasses.replace(CONFIG, precision="bf16")])
-def test_lanes_do_not_change_a_bit(config: ExperimentConfig) -> None:
-    models = [final_model(lanes, config) for lanes in (1, 2, 3)]
+def test_slots_do_not_change_a_bit(config: ExperimentConfig) -> None:
+    models = [final_model(slots, config) for slots in (1, 2, 3)]
     assert torch.equal(models[0], models[1])
     assert torch.equal(models[0], models[2])
     assert parameters_sha256(models[0]) == parameters_sha256(models[2])
@@ -93,7 +94,7 @@ def test_a_cohort_may_be_cut_anywhere(cut: int) -> None:
     whole = train(1, clients, capacity)
     part, rest = train(1, clients[cut:], capacity), train(2, clients[:cut], capacity)
     part.sum.merge(rest.sum)
-    assert torch.equal(part.sum.mean(), whole.sum.mean())
+    assert torch.equal(part.sum.finish(), whole.sum.finish())
     losses = [
         {report.client_id: report.loss for report in reports}
         for reports in (part.reports + rest.reports, whole.reports)
@@ -110,10 +111,10 @@ def test_a_sum_may_be_taken_out_in_the_middle_of_a_round() -> None:
     for part in (clients[:2], clients[2:]):
         for client_id in part:
             training.train((client_id,))
-        taken.append(training.take_sum())
+        taken.append(training.take_update().sum)
     taken[0].merge(taken[1])
     assert torch.equal(taken[0].total, train(1, clients, capacity).sum.total)
-    assert training.take_sum().weight == 0
+    assert training.take_update().sum.weight == 0
 
 
 def test_a_clients_work_follows_from_its_round() -> None:
@@ -122,7 +123,7 @@ def test_a_clients_work_follows_from_its_round() -> None:
     assert not torch.equal(train(1, (3,), capacity, 1).sum.total, train(1, (3,), capacity, 2).sum.total)
 
 
-def test_scores_do_not_depend_on_order_or_lanes() -> None:
+def test_scores_do_not_depend_on_order_or_slots() -> None:
     clients = tuple(dataset().unseen_client_ids)
     start = flatten(model_with_dropout())
     one = executor(1).score(ScoringTask(Phase.FEDAVG, 1, clients), start)

@@ -18,9 +18,10 @@ import torch
 from helpers import Difference, QuadraticClients, half_squared_norm, make_config
 from torch import Tensor
 
-from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
+from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
 from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
 from perfedavg.recording import checkpoint
 from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
 from perfedavg.recording.run_folder import RunFolder

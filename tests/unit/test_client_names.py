@@ -18,7 +18,8 @@ from datasets.clients.split import SplitDataset
 from datasets.clients.views import JointView, ValidationView
 from datasets.describe import describe, plot
 from perfedavg.contracts import client_label, client_name
-from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.tasks import CohortTask, CohortUpdate
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.recording.runs import FinishedRun
 from perfedavg.run import run_and_record

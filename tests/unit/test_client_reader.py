@@ -14,7 +14,8 @@ from helpers import Difference, QuadraticClients, half_squared_norm, make_config
 from perfedavg.contracts import ClientData
 from perfedavg.engine.client_reader import ClientReader
 from perfedavg.engine.cohorts import draw_cohort, draw_next_cohort
-from perfedavg.engine.executor import CohortTask, LocalExecutor
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.tasks import CohortTask
 from perfedavg.settings import OptimizerConfig, Phase, PhaseConfig
 
 SGD = OptimizerConfig("sgd", 0.1)

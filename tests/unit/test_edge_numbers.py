@@ -8,7 +8,8 @@ from helpers import digits_dataset, make_config
 
 import personalize
 import utils
-from perfedavg.engine.executor import CohortTask, LocalExecutor, ScoringTask
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.tasks import CohortTask, ScoringTask
 from perfedavg.settings import HIGHEST_RATE, OPTIMIZERS, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.flat_model import flatten
 

@@ -12,8 +12,9 @@ import pytest
 from helpers import digits_dataset, make_config, read_result
 from torch import Tensor, nn
 
-from perfedavg.engine.executor import CohortTask, CohortUpdate, LocalExecutor, ScoringTask
+from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
 from perfedavg.recording.files import GrowingFile, replace_file
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from models.lstm import CharLSTM
 from perfedavg.settings import OptimizerConfig
+from perfedavg.training.client_models import Client
 from perfedavg.training.flat_model import FlatModel, flatten
-from perfedavg.training.local_training import LocalTraining, score, train_locally
+from perfedavg.training.local_training import LocalTraining
 
 TRAINING = LocalTraining(OptimizerConfig("sgd", 0.5), num_epochs=1, batch_size=3)
 
@@ -65,10 +66,10 @@ def test_loading_the_flat_vector_changes_every_layer(model: FlatModel, tokens: T
     first = 0
     for name, parameter in model.module.named_parameters():
         outputs = model.module(tokens)
-        model.parameters[first : first + parameter.numel()] += 0.01 * torch.randn(parameter.numel())
+        model.vector[first : first + parameter.numel()] += 0.01 * torch.randn(parameter.numel())
         assert not torch.equal(model.module(tokens), outputs), f"{name} is not read from the vector"
         first += parameter.numel()
-    assert first == len(model.parameters)
+    assert first == len(model.vector)
 
 
 def test_training_writes_the_flat_vector(model: FlatModel, tokens: Tensor) -> None:
@@ -76,24 +77,25 @@ def test_training_writes_the_flat_vector(model: FlatModel, tokens: Tensor) -> No
     labels = torch.arange(6) * 13
     reference = CharLSTM(80)
     FlatModel(reference)
-    torch.nn.utils.vector_to_parameters(model.parameters.clone(), reference.parameters())
+    torch.nn.utils.vector_to_parameters(model.vector.clone(), reference.parameters())
     F.cross_entropy(reference(tokens), labels).backward()
     gradient = torch.cat([parameter.grad.ravel() for parameter in reference.parameters() if parameter.grad is not None])
-    before = model.parameters.clone()
+    before = model.vector.clone()
     whole = LocalTraining(TRAINING.optimizer, num_epochs=1, batch_size=6)
-    train_locally(model, tokens, labels, whole, np.random.SeedSequence(0))
-    torch.testing.assert_close(model.parameters, before - 0.5 * gradient, rtol=1e-4, atol=1e-6)
-    assert torch.equal(flatten(model.module), model.parameters)
+    model.train(before, [Client(tokens, labels, np.random.SeedSequence(0))], whole)
+    torch.testing.assert_close(model.vector, before - 0.5 * gradient, rtol=1e-4, atol=1e-6)
+    assert torch.equal(flatten(model.module), model.vector)
 
 
 def test_training_learns_and_repeats_bit_for_bit(model: FlatModel, tokens: Tensor) -> None:
     labels = torch.tensor([0, 79, 0, 79, 0, 79])
-    start, results = model.parameters.clone(), []
+    start, results = model.vector.clone(), []
     for _ in range(2):
         model.load(start)
-        loss_before, _ = score(model, tokens, labels)
+        ((loss_before, _),) = model.score([(tokens, labels)])
         for epoch in range(3):
-            train_locally(model, tokens, labels, TRAINING, np.random.SeedSequence(epoch))
-        assert score(model, tokens, labels)[0] < loss_before
-        results.append(model.parameters.clone())
+            model.train(model.vector, [Client(tokens, labels, np.random.SeedSequence(epoch))], TRAINING)
+        ((loss_after, _),) = model.score([(tokens, labels)])
+        assert loss_after < loss_before
+        results.append(model.vector.clone())
     assert torch.equal(results[0], results[1])

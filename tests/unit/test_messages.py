@@ -36,8 +36,8 @@ from multi_process.messages import (
     to_line,
     to_package,
 )
-from perfedavg.engine.executor import ClientReport
 from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.tasks import ClientReport
 from perfedavg.settings import ExperimentConfig
 
 IDS = st.integers(0, 2**62)

@@ -18,7 +18,8 @@ import utils
 from datasets import DatasetRequest, load_federated_dataset
 from datasets.clients.split import SplitDataset
 from datasets.describe import describe
-from perfedavg.engine.executor import LocalExecutor, ScoringTask
+from perfedavg.engine.executor import LocalExecutor
+from perfedavg.engine.tasks import ScoringTask
 from perfedavg.training.flat_model import flatten
 
 CLIENT = 2

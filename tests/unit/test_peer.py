@@ -25,8 +25,8 @@ from multi_process.transport import peer as peer_module
 from multi_process.transport import tensors as tensors_module
 from multi_process.transport.control import ControlConnection, FinishedError
 from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError, RunEndedError
-from perfedavg.engine.executor import ClientReport
 from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.tasks import ClientReport
 
 REPORT = ClientReport(5, 16, 0.25, 1.5)
 NEVER = 1000.0
@@ -141,17 +141,17 @@ def test_a_word_about_a_large_group_arrives(connect: Connect) -> None:
 
 
 def test_messages_of_several_threads_stay_whole(connect: Connect) -> None:
-    """A worker's lanes report side by side; parts of two messages that mix on the wire would be neither."""
+    """A worker's slots report side by side; parts of two messages that mix on the wire would be neither."""
     ends = connect()
     num_threads, num_messages = 4, 25
 
-    def report(lane: int) -> None:
+    def report(slot: int) -> None:
         for number in range(num_messages):
-            total = torch.full((1000,), lane * num_messages + number)
-            ends.worker.send(PartialSum(lane, number + 1, [REPORT], total))
+            total = torch.full((1000,), slot * num_messages + number)
+            ends.worker.send(PartialSum(slot, number + 1, [REPORT], total))
 
     with contextlib.ExitStack() as stack:
-        failures = [stack.enter_context(beside(lambda lane=lane: report(lane))) for lane in range(num_threads)]  # type: ignore[misc]
+        failures = [stack.enter_context(beside(lambda slot=slot: report(slot))) for slot in range(num_threads)]  # type: ignore[misc]
         received = [ends.server.receive() for _ in range(num_threads * num_messages)]
     assert failures == [[]] * num_threads
     seen = set()
@@ -289,8 +289,8 @@ def test_drain_does_not_wait_for_who_is_gone(connect: Connect) -> None:
     assert time.monotonic() - started < 10
 
 
-def test_an_error_of_a_lane_reaches_the_thread_that_receives(connect: Connect) -> None:
-    """The main thread of a worker waits for messages while its lanes work."""
+def test_an_error_of_a_slot_reaches_the_thread_that_receives(connect: Connect) -> None:
+    """The main thread of a worker waits for messages while its slots work."""
     ends = connect()
     with beside(ends.worker.receive) as errors:
         ends.worker.interrupt(ArithmeticError("client 3"))

@@ -25,7 +25,7 @@ from multi_process.transport import tensors as tensors_module
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError
 from multi_process.transport.tensors import sizes_of
-from perfedavg.engine.executor import ClientReport
+from perfedavg.engine.tasks import ClientReport
 
 NUM_STRANGERS = 1500
 NUM_PARAMETERS = 1000

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from helpers import Difference, QuadraticClients, make_config
+from torch import Tensor
 
 from multi_process.messages import GroupTrained, StartTraining
 from multi_process.worker import PersonalizationTrainer
-from perfedavg.engine.executor import ClientReport, CohortTraining
+from perfedavg.methods import FedAvg
 
 
 def test_a_sum_that_leaves_while_a_client_trains_takes_no_report_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,16 +29,17 @@ def test_a_sum_that_leaves_while_a_client_trains_takes_no_report_twice(monkeypat
     def send() -> None:
         sent.append([_client_of(report) for report in trainer.uplink_package.reports])
 
-    def train(training: CohortTraining, group: Sequence[int]) -> list[ClientReport]:
-        if group == [1]:
-            send()
-        return [ClientReport(client_id, 3, 0.5, 0.1) for client_id in group]
+    update = FedAvg.update
 
-    monkeypatch.setattr(CohortTraining, "train", train)
+    def update_while_sums_leave(*arguments: Any) -> tuple[Tensor, list[float]]:
+        send()
+        return update(*arguments)
+
+    monkeypatch.setattr(FedAvg, "update", update_while_sums_leave)
     assert trainer._train([0]) == GroupTrained(0)
     assert trainer._train([1]) == GroupTrained(1)
     send()
-    assert sent == [[0], [1]]
+    assert sent == [[], [0], [1]]
 
 
 def _client_of(report: Any) -> int:

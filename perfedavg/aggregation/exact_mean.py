@@ -1,4 +1,4 @@
-"""Sums that do not depend on their order.
+"""A mean that does not depend on the order of its parts.
 
 Floating-point addition is not associative, so the sum of the clients' updates would depend on which process added
 which of them first. Here each weighted vector is rounded once to a fixed-point grid of 64-bit integers; integer
@@ -23,18 +23,9 @@ PIECE = 2**17
 """Entries that a CPU adds at once."""
 
 
-def refusal_of(client_id: int) -> str:
-    """How every reason begins for which a client's update is not added."""
-    return f"client {client_id}: its update is refused, because "
-
-
-class BadUpdateError(ValueError):
-    """A client's update cannot be added: it has a wrong shape, or an entry that is not finite or too large."""
-
-
 @dataclass
-class ExactSum:
-    """The running sum of weight * vector over clients.
+class ExactMean:
+    """The weighted mean of vectors over clients, as a running sum of weight * vector.
 
     total: (num_parameters,) int64, the sum in units of 2 ** -fraction_bits.
     weight: sum of the weights added so far.
@@ -47,7 +38,7 @@ class ExactSum:
     capacity: int
 
     @classmethod
-    def zeros(cls, num_parameters: int, capacity: int, device: torch.device | str = "cpu") -> ExactSum:
+    def zeros(cls, num_parameters: int, capacity: int, device: torch.device | str = "cpu") -> ExactMean:
         """An empty sum. Raises ValueError where capacity is outside 1 .. MAX_CAPACITY."""
         if not 1 <= capacity <= MAX_CAPACITY:
             raise ValueError(f"a round's total weight of {capacity} is outside 1 .. 2^28; draw fewer clients a round")
@@ -63,25 +54,14 @@ class ExactSum:
         """Absolute value that no entry of the total can exceed, given the weight that was added."""
         return self.weight << (MAX_ENTRY_BITS + self.fraction_bits)
 
-    def add(self, vector: Tensor, weight: int, client_id: int) -> None:
+    def add(self, vector: Tensor, weight: int) -> None:
         """Add weight * vector, in place.
 
-        vector: (num_parameters,), floating point.  weight: 1 or more.  client_id: named in errors.
-        Leaves the sum as it was and raises BadUpdateError where the vector has a wrong shape, or an entry that is not
-        finite or exceeds MAX_ENTRY, and ValueError where the capacity would be exceeded.
+        vector: (num_parameters,), floating point, no entry beyond MAX_ENTRY.  weight: 1 or more.
+        Leaves the sum as it was and raises ValueError where the capacity would be exceeded.
         """
-        if vector.shape != self.total.shape:
-            raise BadUpdateError(
-                f"{refusal_of(client_id)}it has shape {tuple(vector.shape)}, the model {tuple(self.total.shape)}"
-            )
-        largest = vector.abs().max().item()
-        if not largest <= MAX_ENTRY:  # also true of NaN
-            raise BadUpdateError(
-                f"{refusal_of(client_id)}its largest entry is {largest:g} (the limit is {MAX_ENTRY:g}): "
-                "training diverged; lower the client's learning rate"
-            )
         if weight < 1 or self.weight + weight > self.capacity:
-            raise ValueError(f"client {client_id}: weight {weight} on top of {self.weight} exceeds {self.capacity}")
+            raise ValueError(f"a weight of {weight} on top of {self.weight} exceeds {self.capacity}")
         # A float32 mantissa has 24 bits and the weight at most 28, so the float64 product is exact before rounding.
         # Piece by piece, what is in between stays in a CPU's cache: a third of the time for a vector of 13 MB.
         scale = weight * 2.0**self.fraction_bits
@@ -90,7 +70,7 @@ class ExactSum:
             total += part.to(torch.float64).mul_(scale).round_().to(torch.int64)
         self.weight += weight
 
-    def merge(self, other: ExactSum) -> None:
+    def merge(self, other: ExactMean) -> None:
         """Add another part of the cohort's sum, in place. Raises ValueError where the two do not belong together."""
         if other.capacity != self.capacity or other.total.shape != self.total.shape:
             raise ValueError(
@@ -102,7 +82,7 @@ class ExactSum:
         self.total += other.total.to(self.total.device)
         self.weight += other.weight
 
-    def mean(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def finish(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weighted mean, (num_parameters,). Raises ValueError where nothing was added."""
         if self.weight == 0:
             raise ValueError("the mean of no updates is undefined")

@@ -1,0 +1,192 @@
+"""A round and a scoring as one process does them, group by group."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from perfedavg.aggregation.base import RefusedUpdateError
+from perfedavg.aggregation.exact_mean import ExactMean
+from perfedavg.engine.client_reader import ClientReader
+from perfedavg.engine.cohorts import draw_cohort, draw_next_cohort
+from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.slots import SlotPool, TrainingSlot
+from perfedavg.engine.tasks import (
+    ClientReport,
+    ClientStates,
+    CohortTask,
+    CohortUpdate,
+    ScoringTask,
+    cut_into_groups,
+)
+from perfedavg.methods import method_of
+from perfedavg.seeding import Purpose, seed_sequence
+from perfedavg.settings import ExperimentConfig
+from perfedavg.training.client_models import Client
+from perfedavg.training.local_training import LocalTraining, local_training_of
+
+
+class CohortTraining:
+    """A round's training. What was trained so far can be taken out at any time.
+
+    task: whose clients need not be known yet.  start: the global model, (num_parameters,), on the slots' device.
+    """
+
+    def __init__(
+        self, config: ExperimentConfig, pool: SlotPool, reader: ClientReader, task: CohortTask, start: Tensor
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._reader = reader
+        self._task = task
+        self._start = start
+        self._training = local_training_of(config, task.phase)
+        self._method = method_of(config, task.phase)
+        self._aggregation = self._method.aggregation()
+        self._sums: dict[TrainingSlot, ExactMean] = {}
+        self._reports: list[ClientReport] = []
+        self._new_states: ClientStates = {}
+        self._likely_next = self._likely_next_groups() if reader.reads_ahead else {}
+
+    def expect(self, group: Sequence[int]) -> None:
+        """Begin to read the clients of a group that will be trained here, and then those likely to follow them."""
+        self._reader.read_ahead([*group, *self._likely_next.get(group[0], ())])
+
+    def train(self, group: Sequence[int]) -> list[ClientReport]:
+        """Add the clients' updates to the sum, or refuse one and say why. May be called from several threads."""
+        return self._pool.run(group, lambda slot: self._train(slot, group))
+
+    def take_update(self) -> CohortUpdate:
+        """Of the clients trained since the last call, on the CPU. None may be in training meanwhile."""
+        sums = list(self._sums.values()) or [self._aggregation.begin(len(self._start), self._task.capacity)]
+        self._sums.clear()
+        first, *others = sums
+        for other in others:
+            first.merge(other)
+        first.total = first.total.cpu()
+        reports, self._reports = self._reports, []
+        states, self._new_states = self._new_states, {}
+        return CohortUpdate(first, reports, states=states)
+
+    def _train(self, slot: TrainingSlot, group: Sequence[int]) -> list[ClientReport]:
+        started = time.monotonic()
+        models = slot.models(len(group), self._method.differentiates_training)
+        clients = [self._client(client_id) for client_id in group]
+        updates, losses = self._method.update(models, self._start, clients, self._training)
+        if slot not in self._sums:
+            self._sums[slot] = self._aggregation.begin(len(self._start), self._task.capacity, self._start.device)
+        refusals = [
+            self._add(self._sums[slot], update, len(client.labels), client_id)
+            for client_id, client, update in zip(group, clients, updates, strict=True)
+        ]
+        seconds = (time.monotonic() - started) / len(group)
+        reports = []
+        for client_id, client, loss, refused in zip(group, clients, losses, refusals, strict=True):
+            reports.append(ClientReport(client_id, len(client.labels), loss, seconds, refused))
+            if client.state and refused is None:
+                self._new_states[client_id] = client.state
+        self._reports += reports
+        return reports
+
+    def _client(self, client_id: int) -> Client:
+        data = self._reader.client_data(client_id)
+        seeds = _seeds(self._config, Purpose.LOCAL_TRAINING, self._task, client_id)
+        state = {name: value.clone() for name, value in self._task.states.get(client_id, {}).items()}
+        return Client(data.train_inputs, data.train_labels, seeds, state)
+
+    def _add(self, running: ExactMean, update: Tensor, num_examples: int, client_id: int) -> str | None:
+        """Add a client's update to a sum. Returns why it is refused, or None."""
+        try:
+            added = self._aggregation.before_add(update, len(self._start), client_id)
+        except RefusedUpdateError as error:
+            return str(error)
+        running.add(added, self._method.weight(num_examples))
+        return None
+
+    def _likely_next_groups(self) -> dict[int, tuple[int, ...]]:
+        """By the first client of a group, the group at the same place in the next round's order.
+
+        Work is handed out in that order, so who trains the one now, alone or among others, is likely to train the other
+        then. Drops what was read ahead for rounds before this one.
+        """
+        dataset = self._reader.dataset
+        cohorts = [
+            draw(self._config, dataset.train_client_ids, self._task.phase, self._task.round_number)
+            for draw in (draw_cohort, draw_next_cohort)
+        ]
+        self._reader.keep_only([*cohorts[0], *cohorts[1]])
+        present, following = (
+            cut_into_groups(cohort, dataset.num_train_examples, self._config.client_batching or 1) for cohort in cohorts
+        )
+        return {group[0]: next_group for group, next_group in zip(present, following, strict=False)}
+
+
+class UnseenScoring:
+    """Scores unseen clients before and after adapting. Arguments as `CohortTraining` takes them."""
+
+    def __init__(
+        self, config: ExperimentConfig, pool: SlotPool, reader: ClientReader, task: ScoringTask, start: Tensor
+    ) -> None:
+        self._config = config
+        self._pool = pool
+        self._reader = reader
+        self._task = task
+        self._start = start
+        self._method = method_of(config, task.phase)
+        # Longer training begins as shorter training does, so one run of it gives the whole curve: to the bit for a
+        # client alone, in a group up to rounding, because others may then still train beside it.
+        num_epochs = max(task.num_curve_epochs, config.num_personalization_epochs)
+        self._training = LocalTraining(config.fedavg.client_optimizer, num_epochs, config.batch_size)
+        self._measured_epochs: Sequence[int] = (
+            range(num_epochs + 1) if task.num_curve_epochs else (0, config.num_personalization_epochs)
+        )
+
+    def score(self, group: Sequence[int]) -> list[ClientScore]:
+        """The scores of clients. May be called from several threads."""
+        return self._pool.run(group, lambda slot: self._score(slot, group))
+
+    def _score(self, slot: TrainingSlot, group: Sequence[int]) -> list[ClientScore]:
+        models = slot.models(len(group))
+        parts = [self._reader.client_data(client_id) for client_id in group]
+        device = self._start.device
+        tests = [(data.test_inputs.to(device), data.test_labels.to(device)) for data in parts]
+        clients = [
+            Client(
+                data.train_inputs,
+                data.train_labels,
+                _seeds(self._config, Purpose.PERSONALIZATION, self._task, client_id),
+            )
+            for client_id, data in zip(group, parts, strict=True)
+        ]
+        measured: list[dict[int, tuple[float, float]]] = [{} for _ in group]
+
+        def measure(epochs: dict[int, int]) -> None:
+            due = {client: epoch for client, epoch in epochs.items() if epoch in self._measured_epochs}
+            if due:
+                scores = models.score(tests[: max(due) + 1])
+                for client, epoch in due.items():
+                    measured[client][epoch] = scores[client]
+
+        self._method.personalize(models, self._start, clients, self._training, measure)
+        return [
+            ClientScore(
+                client_id,
+                len(data.train_labels),
+                len(data.test_labels),
+                *scores[0],
+                *scores[self._config.num_personalization_epochs],
+                tuple(scores[epoch] for epoch in range(self._task.num_curve_epochs + 1))
+                if self._task.num_curve_epochs
+                else (),
+            )
+            for client_id, data, scores in zip(group, parts, measured, strict=True)
+        ]
+
+
+def _seeds(
+    config: ExperimentConfig, purpose: Purpose, task: CohortTask | ScoringTask, client_id: int
+) -> np.random.SeedSequence:
+    return seed_sequence(config.seed, purpose, phase=task.phase, round_number=task.round_number, client_id=client_id)
