@@ -46,6 +46,8 @@ class Setting:
     unset: what its flag calls None.
     implied: what its flag means without a value; None where it needs one.
     kinds: of a choice, the dataclasses that it is between, by name.
+    reported: when a report names its value: `differing`, where it differs from that of other runs; `always`, unless it
+        is the default; `never`, because runs that differ in nothing else are one experiment.
     """
 
     help: str
@@ -63,6 +65,7 @@ class Setting:
     unset: str | None = None
     implied: str | None = None
     kinds: Mapping[str, type] | None = None
+    reported: str = "differing"
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, to be read behind the flag and the value; None where nothing is."""

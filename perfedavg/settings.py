@@ -182,8 +182,11 @@ class ClientsConfig:
         "order of a client's examples before they are cut 80/20 into its training and test parts: tail sorts them by "
         "label, as the code behind the published figures does",
         choices=LOCAL_SPLITS,
+        reported="always",
     )
-    seed: int = setting(0, "everything random follows from it; same seed, same model", at_least=0, at_most=2**63 - 1)
+    seed: int = setting(
+        0, "everything random follows from it; same seed, same model", at_least=0, at_most=2**63 - 1, reported="never"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +212,7 @@ class ExperimentConfig(ClientsConfig):
     validation: bool = setting(
         False,
         "hold a share of the training clients out and score them in place of the unseen ones, to choose settings by",
+        reported="always",
     )
     eval_every: int = setting(50, "communication rounds between two points of the accuracy curve", at_least=1)
     eval_clients: int = setting(100, "unseen clients behind a point of the curve; results take all", at_least=1)
@@ -222,6 +226,7 @@ class ExperimentConfig(ClientsConfig):
         at_least=1,
         unset="auto",
         metavar="auto|N",
+        reported="never",
     )
     portable_kernels: str = setting(
         "false",
@@ -261,6 +266,7 @@ class ExperimentConfig(ClientsConfig):
         flag="pers_curve",
         title=_PHASE_3,
         at_least=0,
+        reported="never",
     )
 
     @property

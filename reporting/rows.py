@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from perfedavg.fields import flags_of
 from perfedavg.recording.runs import KINDS, FinishedRun, PhaseResult
-from perfedavg.settings import Phase
+from perfedavg.settings import ExperimentConfig, Phase
 from reporting.figures import counted
 
-_IGNORED = ("seed", "client_batching", "num_curve_epochs")
-"""Settings in which the runs of a row may differ: who is drawn, how sums are rounded, and what else is measured."""
-_ALWAYS_SHOWN = {"local_split": "tail", "validation": True}
-"""What changes the meaning of the figures is said even where all rows have it in common."""
 _IN_THE_NAME = ("cohort_size", "joint", "fedavg", "fedavg num_local_epochs", "fedavg num_local_steps")
 _SHOWN_DIGITS = 12
 """Of an initial model's digest, where rows are told apart by it."""
+
+_FLAGS = {path[0]: flag for path, flag in flags_of(ExperimentConfig).items() if len(path) == 1}
+_IGNORED = {name for name, flag in _FLAGS.items() if flag.setting.reported == "never"}
 
 Settings = Mapping[str, Any]
 """Of an experiment, as config.json holds them; flat ones have names such as `fine_tune method`."""
@@ -141,7 +141,7 @@ def flat_settings(settings: Settings) -> dict[str, Any]:
     personalizer = phases["fedavg"].pop("client_optimizer")
     if not phases["fedavg"]["num_rounds"]:
         phases["fedavg"] = {}
-    idle = {*_IGNORED, *(() if any(phases.values()) else ("cohort_size",))}
+    idle = _IGNORED | (set() if any(phases.values()) else {"cohort_size"})
     flat = {name: value for name, value in settings.items() if name not in phases and name not in idle}
     flat |= {"client_optimizer": personalizer, "initial_model": settings["initial_model"] is not None}
     for name, phase in phases.items():
@@ -188,8 +188,13 @@ def _nickname(row: Row) -> str:
     folder = _common_folder(row)
     if not folder or (row.has_cohort_and_epochs and not row.differences):
         return ""
-    shown = {name: value for name, value in _ALWAYS_SHOWN.items() if row.settings[name] == value != folder}
+    shown = {name: value for name, value in row.settings.items() if _is_always_shown(name, value) and value != folder}
     return ", ".join([folder, *(word for name, value in shown.items() for word in _words(name, value, []))])
+
+
+def _is_always_shown(name: str, value: Any) -> bool:
+    """Whether the value changes what the figures mean, and so is said even where all rows have it."""
+    return name in _FLAGS and _FLAGS[name].setting.reported == "always" and value != _FLAGS[name].default
 
 
 def _sort_key(row: Row) -> tuple[bool, bool, tuple[int, int], str]:
@@ -220,7 +225,7 @@ def _differences(all_flat: Sequence[Settings]) -> list[list[str]]:
         common = _most_common(name, all_flat)
         values = [flat.get(name, _NOTHING) for flat in all_flat]
         for value, flat, words in zip(values, all_flat, differences, strict=True):
-            is_shown = value != common or _ALWAYS_SHOWN.get(name, _NOTHING) == value
+            is_shown = value != common or _is_always_shown(name, value)
             is_untrained = name == "fine_tune" and not flat["fedavg"] and not flat["fine_tune"]
             if is_shown and value is not _NOTHING and not is_untrained:
                 words += _words(name, value, values)
