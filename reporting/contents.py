@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+from datasets.registry import DATA_SETS, USERS_OWN
 from perfedavg.recording.runs import FinishedRun, find_runs
 from perfedavg.terminal.console import reason_of, say
 from reporting import plots, tables
@@ -14,11 +15,6 @@ from reporting.figures import ACCURACY, Measure, counted
 from reporting.rows import Row, common_settings, group_rows, leave_out_repeats
 from reporting.tables import Table
 
-_SYNTHETIC = "synthetic_writers"
-_SYNTHETIC_NOTE = (
-    "Synthetic: these clients are rendered from fonts, nobody wrote them. No result on them is a result on FEMNIST, "
-    "and no published figure stands beside them."
-)
 _VALIDATION_NOTE = (
     "Rows with validation are scored on training clients that were held out, not on the unseen ones: they are there to "
     "choose settings by, and are no result."
@@ -27,8 +23,6 @@ _CHANGES = (
     "The difference between the results after fine-tuning and those after FedAvg, taken within each seed, where the "
     "clients are the same; then the mean over seeds and their sample deviation."
 )
-_LOSS_NAMES = {"sine": "MSE"}
-"""Of data sets whose loss has a name of its own."""
 _SHARED = {
     "fedavg num_rounds": "rounds of FedAvg",
     "fine_tune num_rounds": "rounds of fine-tuning",
@@ -166,7 +160,7 @@ def _drawn(block: Block) -> Block:
 
 
 def _section(dataset: str, rows: Sequence[Row], target: float) -> Section:
-    measures = [Measure("loss", _LOSS_NAMES.get(dataset, "loss"))]
+    measures = [Measure("loss", DATA_SETS.get(dataset, USERS_OWN).loss_name)]
     if any(row.has_accuracy for row in rows):
         measures.append(ACCURACY)
     measure = measures[-1]
@@ -191,11 +185,12 @@ def _section(dataset: str, rows: Sequence[Row], target: float) -> Section:
     for heading, table, caveats in tables.published_tables(dataset, rows):
         blocks += [Heading(heading), table, *map(Paragraph, caveats)]
     blocks += [Heading("Runs"), tables.runs_table(rows)]
-    return Section(f"{dataset} (synthetic)" if dataset == _SYNTHETIC else dataset, blocks)
+    return Section(dataset, blocks)
 
 
 def _notes(dataset: str, rows: Sequence[Row], measure: Measure) -> list[str]:
-    notes = [_SYNTHETIC_NOTE] if dataset == _SYNTHETIC else []
+    about = DATA_SETS.get(dataset, USERS_OWN).note
+    notes = [f"{about[0].upper()}{about[1:]}."] if about else []
     if any(row.settings["validation"] for row in rows):
         notes.append(_VALIDATION_NOTE)
     if not measure.is_accuracy:

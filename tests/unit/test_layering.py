@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "datasets": {"compat", "perfedavg.contracts", "perfedavg.seeding"},
     "perfedavg": set(),
     "multi_process": {"compat", "perfedavg"},
-    "reporting": {"perfedavg"},
+    "reporting": {"perfedavg", "datasets.registry"},
     "experiments": {"perfedavg", "utils", "quick_start"},
     "utils": {"paths", "perfedavg", "models", "datasets"},
 }
