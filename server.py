@@ -23,6 +23,7 @@ def main() -> None:
     from perfedavg.settings import ExperimentConfig
     from perfedavg.training.client_batching import settle_client_batching
     from perfedavg.training.compute import resolve_device, return_freed_memory, use_reproducible_kernels
+    from reporting.run_plots import draw_run_plots
 
     use_reproducible_kernels()
     return_freed_memory()
@@ -59,7 +60,7 @@ def main() -> None:
         args.worker_wait_seconds,
         utils.worker_command(args),
     ).run()
-    folder.draw_plots()  # now that no worker waits
+    draw_run_plots(folder.path)  # now that no worker waits
 
 
 if __name__ == "__main__":

@@ -178,8 +178,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
 
-    from perfedavg.recording.drawing import png
     from reporting import plots, sine_errors
+    from reporting.drawing import png
 
     rows = sine_errors.read_rows(args.folder)
     if not rows:

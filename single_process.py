@@ -19,6 +19,7 @@ def main() -> None:
     from perfedavg.run import run_and_record
     from perfedavg.training.client_batching import default_num_slots, say_idle_slots, settle_client_batching
     from perfedavg.training.compute import describe_device, resolve_device, use_reproducible_kernels
+    from reporting.run_plots import draw_run_plots
 
     device = resolve_device(args.device)
     use_reproducible_kernels()
@@ -34,7 +35,7 @@ def main() -> None:
         say(warning)
     run_settings = {"command": sys.argv, "world_size": 1, "device": str(device), "threads": num_slots}
     run_and_record(config, executor, dataset, model, folder, run_settings)
-    folder.draw_plots()
+    draw_run_plots(folder.path)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 import utils
 from perfedavg.contracts import FederatedDataset, client_label
-from perfedavg.recording.drawing import png
 from perfedavg.recording.files import replace_file
 from perfedavg.terminal.console import run_entry_point, show
+from reporting.drawing import png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -32,8 +32,8 @@ def run_and_record(
     """Run the experiment from the model's weights, or from where the folder's run was stopped.
 
     Shows it, records it in the folder, and prints the result table. Whatever ends it early, a signal or an error,
-    leaves a checkpoint and a line that tells how to go on. The plots are left to `RunFolder.draw_plots`, for when no
-    worker waits for the end.
+    leaves a checkpoint and a line that tells how to go on. Plots are left to the caller, for when no worker waits for
+    the end.
     model: with the weights to start from, which are not needed where the folder has a checkpoint.
     run_settings: as `RunFolder.begin` takes them; `world_size` among them.
     """

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from perfedavg.recording.drawing import png
 from perfedavg.recording.runs import KINDS, PhaseResult
 from perfedavg.settings import Phase
+from reporting.drawing import png
 from reporting.figures import Measure, confidence_95, steps_per_epoch
 from reporting.rows import Row
 

@@ -231,9 +231,9 @@ def report_ends(reports: dict[int, int]) -> None:
 def become(request: dict[str, Any]) -> None:
     """In a fork: be the process that was asked for, up to the first line of its script."""
     from perfedavg.machine.forking import begin_anew
-    from perfedavg.recording import run_folder
+    from reporting import run_plots
 
-    run_folder.write_plots = lambda *told: None  # half the time of a short run; new processes' plots are tested
+    run_plots.draw_run_plots = lambda *told: None  # half the time of a short run; new processes' plots are tested
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])

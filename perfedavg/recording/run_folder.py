@@ -24,7 +24,6 @@ from perfedavg.recording.events import EventFile
 from perfedavg.recording.files import GrowingFile, replace_file
 from perfedavg.recording.folders import ClaimedFolder
 from perfedavg.recording.model_file import ModelFacts, model_file
-from perfedavg.recording.plots import write_plots
 from perfedavg.recording.results import clients_csv, to_json
 from perfedavg.recording.runs import (
     CLIENTS_FILE,
@@ -36,7 +35,7 @@ from perfedavg.recording.runs import (
     read_unfinished_run,
 )
 from perfedavg.settings import ExperimentConfig, Phase
-from perfedavg.terminal.console import LOGGER, command_line, optional, reason_of, say
+from perfedavg.terminal.console import LOGGER, command_line, reason_of, say
 from perfedavg.training.flat_model import unflatten_into
 
 CHECKPOINT_FOLDER = "checkpoint"
@@ -54,7 +53,7 @@ class RunFolder:
     checkpoint/        the last states from which the run can go on; gone when it has ended
     model.safetensors  the final global model
     result.json        the summary, written when all that was measured is there: without it, the run is unfinished
-    plots/             the accuracy curve, and the accuracy of unseen clients before and after, as PNG; drawn last
+    plots/             the accuracy curve, and the accuracy of unseen clients before and after; drawn by `reporting`
     tensorboard/       the same curve and what is known of each round, written as the round ends
     log.txt            what was logged
     .lock              held by the process that writes here
@@ -87,8 +86,6 @@ class RunFolder:
         self._resumes = resume
         self._restart_command = restart_command
         self._metrics = GrowingFile(path / METRICS_FILE)
-        self._curve: list[RoundRecord] = []
-        self._scores: dict[Phase, list[ClientScore]] = {}
         self._failing: set[str] = set()
         self._saved: tuple[Phase, int, bool, int] | None = None
         if resume:
@@ -181,7 +178,7 @@ class RunFolder:
         return state
 
     def _cut_metrics_back(self, expected: Sequence[tuple[Phase, int]]) -> None:
-        """Keep the lines of these rounds, and restore the curve from them."""
+        """Keep the lines and the events of these rounds only."""
         lines: list[str] = []
         records: list[RoundRecord] = []
         with contextlib.suppress(ValueError):  # of the first line that is damaged
@@ -199,7 +196,6 @@ class RunFolder:
             )
         self._metrics.replace("".join(f"{line}\n" for line in lines).encode())
         self._write_events(lambda events: events.replace(records))
-        self._curve = [record for record in records if record.evaluation is not None]
 
     def phase_started(self, phase: Phase, num_rounds: int, num_recorded: int) -> None:
         LOGGER.info("%s: %d rounds, %d of them done", phase.label, num_rounds, num_recorded)
@@ -213,8 +209,6 @@ class RunFolder:
         line = to_json({**record.to_dict(), **({_NAMES: known} if known else {})})
         self._attempt(METRICS_FILE, lambda: self._metrics.append(line))
         self._write_events(lambda events: events.append(record))
-        if record.evaluation is not None:
-            self._curve.append(record)
 
     def settled(self, state: ExperimentState) -> None:
         if state.num_rounds % self._checkpoint_every == 0 or state.phase in state.scores:
@@ -265,14 +259,7 @@ class RunFolder:
                 f"the results cannot be written to {self.path} ({error.strerror}); make room there, then continue "
                 f"with: {self.continue_command}"
             ) from error
-        self._scores = outcome.scores
         self._checkpoints.remove()
-
-    def draw_plots(self) -> None:
-        """Draw the plots of the run, whose results have been written. Where that fails, a line says so."""
-        plots = self.path / "plots"
-        with optional(f"no plots in {plots} (the results are complete; report.py draws the same)"):
-            write_plots(plots, self._curve, self._scores)
 
     def _write_clients(self, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
         replace_file(self.path / CLIENTS_FILE, clients_csv(scores, self._clients))

@@ -13,7 +13,7 @@ from helpers import ROOT
 DRAW = """
 import os, sys
 sys.path.insert(0, {root!r})
-from perfedavg.recording.drawing import png
+from reporting.drawing import png
 
 def draw():
     from matplotlib.figure import Figure

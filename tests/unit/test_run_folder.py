@@ -21,6 +21,7 @@ from perfedavg.recording.folders import make_default_folder
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record
 from perfedavg.training.flat_model import flatten
+from reporting.run_plots import draw_run_plots
 
 CONFIG = make_config(fedavg=make_config().fedavg, eval_every=1)
 
@@ -32,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
     dataset = digits_dataset(20)
     model = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     run_and_record(CONFIG, LocalExecutor(CONFIG, model, dataset), dataset, model, folder, {"world_size": 1})
-    folder.draw_plots()
+    draw_run_plots(folder.path)
     return folder.path, model
 
 

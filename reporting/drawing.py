@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_VARIABLES = ("MPLBACKEND", "MATPLOTLIBRC")
-"""By which a user's settings reach matplotlib when it is imported."""
+_VARIABLES = ("MPLBACKEND", "MATPLOTLIBRC", "MPLCONFIGDIR")
+"""By which a user's settings reach matplotlib."""
 
 
 def png(draw: Callable[[], Figure], dots_per_inch: int, settings: Mapping[str, Any] | None = None) -> bytes:
@@ -28,8 +28,8 @@ def png(draw: Callable[[], Figure], dots_per_inch: int, settings: Mapping[str, A
     Raises whatever matplotlib fails with.
     """
     image = io.BytesIO()
-    with _quiet(), _cache_folder():
-        with _away_from_settings():
+    with _quiet(), _own_variables():
+        with _own_folder():
             import matplotlib
             import matplotlib.backends.backend_agg  # which draws PNG files, whatever the backend
         defaults = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
@@ -53,44 +53,13 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _away_from_settings() -> Iterator[None]:
-    """Let matplotlib be imported where the first settings that it finds are its own defaults.
-
-    It reads the file matplotlibrc of the current folder before any other, and fails where it cannot; so the current
-    folder is that of its own for the moment. This project's threads, of which there may be others, name files from the
-    root.
+def _own_variables() -> Iterator[None]:
+    """Without the user's variables, and with a folder for the list of fonts: where the user's programs keep theirs, or
+    where that cannot be written one for the moment.
     """
-    spec = importlib.util.find_spec("matplotlib")
-    if spec is None or spec.origin is None:
-        raise ImportError("matplotlib is not installed")
-    kept = {name: os.environ.pop(name) for name in _VARIABLES if name in os.environ}
-    here = _open_current_folder()
-    try:
-        os.chdir(Path(spec.origin).parent / "mpl-data")
-        yield
-    finally:
-        os.environ.update(kept)
-        if here is not None:
-            os.fchdir(here)
-            os.close(here)
-
-
-def _open_current_folder() -> int | None:
-    """None where it may be entered, but not read, or has been removed."""
-    try:
-        return os.open(".", os.O_PATH | os.O_DIRECTORY)
-    except OSError:
-        return None
-
-
-@contextlib.contextmanager
-def _cache_folder() -> Iterator[None]:
-    """Let matplotlib keep its list of fonts where the user's programs keep theirs, or where that cannot be written in a
-    folder for the moment.
-    """
-    named = os.environ.get("MPLCONFIGDIR")
+    folder = _users_cache_folder()
+    users = {name: os.environ.pop(name) for name in _VARIABLES if name in os.environ}
     with contextlib.ExitStack() as stack:
-        folder = _users_cache_folder()
         if folder is None:
             made = tempfile.TemporaryDirectory(prefix="matplotlib-", ignore_cleanup_errors=True)
             folder = Path(stack.enter_context(made))
@@ -99,8 +68,7 @@ def _cache_folder() -> Iterator[None]:
             yield
         finally:
             del os.environ["MPLCONFIGDIR"]
-            if named is not None:
-                os.environ["MPLCONFIGDIR"] = named
+            os.environ.update(users)
 
 
 def _users_cache_folder() -> Path | None:
@@ -111,3 +79,24 @@ def _users_cache_folder() -> Path | None:
         return folder if os.access(folder, os.W_OK | os.X_OK) else None
     except (OSError, RuntimeError):  # RuntimeError: the user has no home
         return None
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[None]:
+    """Let matplotlib be imported in its own folder: it reads matplotlibrc of the current one before any other file.
+
+    This project's threads, of which there may be others, name files from the root.
+    """
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is None or spec.origin is None:
+        raise ImportError("matplotlib is not installed")
+    here = None
+    with contextlib.suppress(OSError):  # it may be entered, but not read, or has been removed
+        here = os.open(".", os.O_PATH | os.O_DIRECTORY)
+    try:
+        os.chdir(Path(spec.origin).parent / "mpl-data")
+        yield
+    finally:
+        if here is not None:
+            os.fchdir(here)
+            os.close(here)

@@ -1,0 +1,32 @@
+"""The plots of a single run, in its own folder, drawn when its results are there."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from perfedavg.recording.files import replace_file
+from perfedavg.recording.runs import KINDS, FinishedRun
+from perfedavg.terminal.console import optional
+from reporting.figures import ACCURACY, Measure
+from reporting.plots import LIGHT, Panel, draw_clients, draw_lines, mean_curve, render
+from reporting.rows import group_rows
+
+
+def draw_run_plots(run_folder: Path) -> None:
+    """Write plots/accuracy.png, the learning curve, and plots/clients.png, the unseen clients before and after.
+
+    Of a regression, which has no accuracies, they are of losses, and the first is loss.png. Where drawing fails, for
+    whatever reason, a line says so.
+    """
+    folder = run_folder / "plots"
+    with optional(f"no plots in {folder} (the results are complete; report.py draws the same)"):
+        (row,) = group_rows([FinishedRun.read(run_folder)])
+        measure = ACCURACY if row.has_accuracy else Measure("loss", "loss")
+        lines = [(number, kind, mean_curve(row, kind, measure)) for number, kind in enumerate(KINDS)]
+        boundaries = [row.settings["fedavg"]["num_rounds"]] if len(row.results) > 1 else []
+        curve = partial(draw_lines, [Panel("", lines)], "round", measure, boundaries=boundaries)
+        folder.mkdir(exist_ok=True)
+        for name, draw in ((measure.field, curve), ("clients", draw_clients([row], measure))):
+            if draw is not None:
+                replace_file(folder / f"{name}.png", render(draw, LIGHT))
