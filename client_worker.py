@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import utils
 from perfedavg.machine.kernels import UnpinnedKernelsError, restart_pinned
-from perfedavg.terminal.console import run_entry_point, say
+from perfedavg.terminal.console import say
+from perfedavg.terminal.entry_point import run_entry_point
 
 if TYPE_CHECKING:
     from torch import nn

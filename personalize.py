@@ -13,7 +13,8 @@ import paths
 import utils
 from perfedavg.machine.kernels import pin_kernels
 from perfedavg.recording.runs import RecordedRun
-from perfedavg.terminal.console import run_entry_point, say, show
+from perfedavg.terminal.console import say, show
+from perfedavg.terminal.entry_point import run_entry_point
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn

@@ -24,7 +24,8 @@ import utils
 from perfedavg.machine.forking import ForkedProcess, load
 from perfedavg.machine.kernels import pin_kernels_or_restart
 from perfedavg.recording.folders import make_default_folder, remove_empty
-from perfedavg.terminal.console import EXIT_BAD_INPUT, command_line, end_process, prepare_process, report
+from perfedavg.terminal.console import command_line
+from perfedavg.terminal.entry_point import EXIT_BAD_INPUT, end_process, prepare_process, report
 
 GRACE_SECONDS = 0.5
 """From a worker that gave up to what is done about it, so that the end of the server is seen as its cause."""

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import paths
-from perfedavg.terminal.console import run_entry_point, say, show
+from perfedavg.terminal.console import say, show
+from perfedavg.terminal.entry_point import run_entry_point
 
 
 def main() -> None:

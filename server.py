@@ -7,7 +7,7 @@ from functools import partial
 
 import utils
 from perfedavg.machine.kernels import pin_kernels_or_restart
-from perfedavg.terminal.console import run_entry_point
+from perfedavg.terminal.entry_point import run_entry_point
 
 
 def main() -> None:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 import paths
 import utils
-from perfedavg.terminal.console import command_line, optional, run_entry_point, say, show
+from perfedavg.terminal.console import command_line, optional, say, show
+from perfedavg.terminal.entry_point import run_entry_point
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     import numpy as np

@@ -6,7 +6,8 @@ import sys
 
 import utils
 from perfedavg.machine.kernels import pin_kernels_or_restart
-from perfedavg.terminal.console import run_entry_point, say
+from perfedavg.terminal.console import say
+from perfedavg.terminal.entry_point import run_entry_point
 
 
 def main() -> None:

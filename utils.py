@@ -28,7 +28,8 @@ from perfedavg.settings import (
     ExperimentConfig,
     num_unseen_clients,
 )
-from perfedavg.terminal.console import EXIT_BAD_INPUT, at_early_end, command_line, say
+from perfedavg.terminal.console import command_line, say
+from perfedavg.terminal.entry_point import EXIT_BAD_INPUT, at_early_end
 
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from perfedavg.settings import Phase  # noqa: E402
-from perfedavg.terminal.console import run_entry_point  # noqa: E402
+from perfedavg.terminal.entry_point import run_entry_point  # noqa: E402
 
 
 @dataclass

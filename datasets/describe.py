@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 import utils
 from perfedavg.contracts import FederatedDataset, client_label
 from perfedavg.recording.files import replace_file
-from perfedavg.terminal.console import run_entry_point, show
+from perfedavg.terminal.console import show
+from perfedavg.terminal.entry_point import run_entry_point
 from reporting.drawing import png
 
 if TYPE_CHECKING:

@@ -43,7 +43,8 @@ from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_in
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.methods import method_of
 from perfedavg.settings import ExperimentConfig
-from perfedavg.terminal.console import LOGGER, at_early_end, say
+from perfedavg.terminal.console import LOGGER, say
+from perfedavg.terminal.entry_point import at_early_end
 from perfedavg.training.client_batching import default_num_slots, say_idle_slots
 from perfedavg.training.compute import ComputeDevice, describe_kernels
 

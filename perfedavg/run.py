@@ -13,8 +13,9 @@ from perfedavg.recording.model_file import ModelFacts
 from perfedavg.recording.results import summarize_run
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.settings import ExperimentConfig
-from perfedavg.terminal.console import at_early_end, optional, say, show
+from perfedavg.terminal.console import optional, say, show
 from perfedavg.terminal.display import ProgressDisplay, result_table
+from perfedavg.terminal.entry_point import at_early_end
 from perfedavg.training.flat_model import flatten
 
 SAVE_TIMEOUT_SECONDS = 30.0

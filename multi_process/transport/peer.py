@@ -38,7 +38,8 @@ from multi_process.messages import (
 from multi_process.transport.control import ControlConnection, FinishedError, ProtocolError
 from multi_process.transport.tensors import FORMATION_SECONDS, SERVER, WORKER, TensorConnection
 from perfedavg.machine.descriptors import num_spare
-from perfedavg.terminal.console import LOGGER, is_shortage
+from perfedavg.terminal.console import LOGGER
+from perfedavg.terminal.entry_point import is_shortage
 
 __all__ = ["SERVER", "WORKER", "Peer", "PeerLostError", "RunEndedError"]
 

@@ -23,7 +23,8 @@ from perfedavg.terminal.display import ProgressDisplay
 PROGRAM = """
 import os, sys
 sys.path.insert(0, {root!r})
-from perfedavg.terminal.console import run_entry_point, say, show
+from perfedavg.terminal.console import say, show
+from perfedavg.terminal.entry_point import run_entry_point
 def main():
     {body}
 run_entry_point(main)

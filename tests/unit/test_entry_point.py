@@ -8,12 +8,13 @@ import sys
 import pytest
 from helpers import ROOT, Launched, Process, finish, wait_for_line
 
-from perfedavg.terminal import console
+from perfedavg.terminal.entry_point import report
 
 PROGRAM = """
 import sys, time, threading
 sys.path.insert(0, {root!r})
-from perfedavg.terminal.console import at_early_end, run_entry_point, say
+from perfedavg.terminal.console import say
+from perfedavg.terminal.entry_point import at_early_end, run_entry_point
 def main():
     {body}
 run_entry_point(main)
@@ -95,7 +96,7 @@ def test_a_shortage_of_memory_or_threads_is_one_line(
     error: Exception, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It is nothing that a traceback would help with."""
-    assert console.report(error) == 2
+    assert report(error) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: memory or threads run short")
     assert text in line
