@@ -11,15 +11,24 @@ from pathlib import Path
 from helpers import ENDS_WITHIN_SECONDS, ROOT, TINY, Launched, Process, assert_ended, children_of, finish, read_result
 
 PROGRAM = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from experiments import runner
 from perfedavg.machine.forking import ForkedProcess
+from perfedavg.terminal.entry_point import prepare_process
 from quick_start import SignalWatch
-def fork(command, output=None):
-    return ForkedProcess("run", runner.ROOT / command[1], command[2:], output)
+prepare_process()
 if sys.argv[6] == "forks":
+    from perfedavg.recording.run_folder import RunFolder
+    end_round = RunFolder.round_ended
+    def end_round_and_wait(folder, record):
+        end_round(folder, record)
+        while record.round_number == 2 and (folder.path.parent / "hold").exists():
+            time.sleep(0.01)
+    RunFolder.round_ended = end_round_and_wait
+    def fork(command, output=None):
+        return ForkedProcess("run", runner.ROOT / command[1], command[2:], output)
     runner.start_process = fork
 rows, runs, results = json.loads(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
 jobs = runner.plan_jobs(rows, [0], runs, results)
@@ -27,8 +36,7 @@ machine, num_at_once = ["--device", "cpu", "--threads", "1"], int(sys.argv[5])
 sys.exit(runner.run_jobs(jobs, machine, SignalWatch(), num_at_once))
 """
 SHORT = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
-LONG = {**SHORT, "inner_loops": "12", "epochs": "10", "eval_every": "100"}
-"""A round takes long enough to be stopped in its middle."""
+LONG = {**SHORT, "epochs": "5"}
 ROWS = {"short": SHORT, "long": LONG}
 
 
@@ -45,13 +53,22 @@ def start(
     return launched.start(folder / "program.py", *words, cwd=folder)
 
 
-def wait_for_rounds(process: Process, path: Path, count: int) -> None:
-    """Until so many rounds stand in metrics.jsonl."""
+def hold(folder: Path, *rows: str) -> list[Path]:
+    """Let these rows wait in their second round, as forks, until the files that are returned are removed."""
+    files = [folder / "runs" / row / "hold" for row in rows]
+    for file in files:
+        file.parent.mkdir(parents=True)
+        file.touch()
+    return files
+
+
+def wait_until_held(process: Process, file: Path) -> None:
+    metrics = file.parent / "seed0" / "metrics.jsonl"
     deadline = time.monotonic() + ENDS_WITHIN_SECONDS
-    while not (path / "metrics.jsonl").exists() or (path / "metrics.jsonl").read_bytes().count(b"\n") < count:
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 2:
         assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"round {count} never came"
-        time.sleep(0.002)
+        assert time.monotonic() < deadline, f"the second round of {file.parent.name} never came"
+        time.sleep(0.01)
 
 
 def test_stopped_in_the_middle_it_goes_on_to_the_same_model(launched: Launched, tmp_path: Path) -> None:
@@ -61,8 +78,9 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_model(launched: Launched, 
     status, _, errors = finish(undisturbed)
     assert status == 0, errors
 
+    (held,) = hold(tmp_path, "long")
     first = start(launched, tmp_path)
-    wait_for_rounds(first, tmp_path / "runs" / "long" / "seed0", 3)
+    wait_until_held(first, held)
     (child,) = children_of(first.pid)
     first.send_signal(signal.SIGTERM)
     status, output, errors = finish(first)
@@ -77,6 +95,7 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_model(launched: Launched, 
     assert (tmp_path / "results" / "short" / "seed0" / "result.json").exists()
     assert not (tmp_path / "results" / "long").exists()
 
+    held.unlink()
     status, output, errors = finish(start(launched, tmp_path))
     assert status == 0, errors
     assert "[1/2] short, seed 0: done before, in " in output
@@ -115,9 +134,10 @@ def test_a_run_that_fails_shows_why_and_costs_nothing_else(launched: Launched, t
 def test_runs_side_by_side_are_stopped_together_and_gone_on_with(launched: Launched, tmp_path: Path) -> None:
     """Ctrl-C stops all that run, not only the first; the rest waits its turn, and each comes to its own result."""
     rows = {"a": LONG, "b": LONG, "c": SHORT}
+    all_held = hold(tmp_path, "a", "b")
     first = start(launched, tmp_path, rows, 2)
-    for row in ("a", "b"):
-        wait_for_rounds(first, tmp_path / "runs" / row / "seed0", 1)
+    for held in all_held:
+        wait_until_held(first, held)
     children = children_of(first.pid)
     assert len(children) == 2
     first.send_signal(signal.SIGINT)
@@ -131,6 +151,8 @@ def test_runs_side_by_side_are_stopped_together_and_gone_on_with(launched: Launc
         assert_ended(child)
     assert not (tmp_path / "runs" / "c").exists()
 
+    for held in all_held:
+        held.unlink()
     status, output, errors = finish(start(launched, tmp_path, rows, 2))
     assert status == 0, errors
     ended = [line for line in output.splitlines() if line.endswith(" to go")]
@@ -144,8 +166,8 @@ def test_a_run_that_fails_lets_the_others_save_what_they_have(launched: Launched
     place = tmp_path / "runs" / "bad"
     place.mkdir(parents=True)
     (place / "seed0").write_text("a file where the run's folder should be")
-    forever = {**LONG, "epochs": "100000"}
-    status, _, errors = finish(start(launched, tmp_path, {"long": forever, "bad": SHORT}, 2))
+    hold(tmp_path, "long")
+    status, _, errors = finish(start(launched, tmp_path, {"long": LONG, "bad": SHORT}, 2))
     assert status == 2
     assert errors.splitlines()[0] == "long, seed 0: stopped"
     assert "bad, seed 0: ended with status 2" in errors
