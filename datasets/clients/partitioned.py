@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.clients.partition import Partition
+from datasets.clients.partition import Labels, Partition
 from datasets.clients.raw import ConsecutiveClients, Examples
 from perfedavg.seeding import Purpose, data_stream
 
@@ -49,8 +49,9 @@ class PartitionedClients(ConsecutiveClients):
         self.num_classes = splits.num_classes
         self.class_names = splits.class_names
         dealt: list[NDArray[np.int64]] = []
-        for first, labels, count in ((0, splits.train_labels, num_train), (num_train, splits.test_labels, num_unseen)):
-            dealt += partition.deal(labels, count, splits.num_classes, data_stream(seed, Purpose.PARTITION, first))
+        for first, values, count in ((0, splits.train_labels, num_train), (num_train, splits.test_labels, num_unseen)):
+            labels = Labels(values, splits.num_classes)
+            dealt += partition.deal(labels, count, data_stream(seed, Purpose.PARTITION, first))
         super().__init__(np.concatenate([[0], np.cumsum([len(indices) for indices in dealt])]))
         self._indices = np.concatenate(dealt)
 

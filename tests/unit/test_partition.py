@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datasets import DatasetRequest, load_federated_dataset
-from datasets.clients.partition import Partition
+from datasets.clients.partition import Labels, Partition
 from datasets.clients.partitioned import ImageSplits, PartitionedClients
 from datasets.clients.split import SplitDataset
 
@@ -48,7 +48,7 @@ def indices(inputs: object) -> list[int]:
 
 
 def deal(labels: np.ndarray, num_clients: int, partition: str, seed: int = 0) -> list[np.ndarray]:
-    return Partition.parse(partition).deal(labels, num_clients, 5, np.random.SeedSequence(seed))
+    return Partition.parse(partition).deal(Labels(labels, 5), num_clients, np.random.SeedSequence(seed))
 
 
 @pytest.mark.parametrize("partition", SCHEMES)
