@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import sys
 import types
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ def import_fedlab(module: str) -> None:
     process, of which nothing is used. So that package's own code waits until somebody imports the package itself, and
     pandas, in which fedlab's partitions write reports, until it is used.
     """
+    # torch imports the pynvml package, a requirement of fedlab, and then warns that it is deprecated.
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
     import torch  # noqa: F401 (before pandas is only promised: what torch imports looks into it)
 
     root = logging.getLogger()
