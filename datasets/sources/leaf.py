@@ -6,22 +6,20 @@ in every message, and nothing in them is executed. They are read once, into a ca
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import reprlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datasets.clients.stored import NamedClient, StoredClients, cached_clients
 from datasets.sources.class_names import BYCLASS
-from datasets.sources.image_files import read_image
+from datasets.sources.femnist_parquet import clients_of_parquet
 from datasets.storage import tell
 
 LEAF_FILES = "all_data*.json"
@@ -29,18 +27,36 @@ LEAF_FILES = "all_data*.json"
 
 PARQUET_FILES = "*.parquet"
 
-IMAGE_SHAPE = (28, 28)
 NUM_PIXELS = 28 * 28
-FEMNIST_CLASSES = 62
 VOCABULARY = "\n !\"&'(),-.0123456789:;>?ABCDEFGHIJKLMNOPQRSTUVWXYZ[]abcdefghijklmnopqrstuvwxyz}"
 """LEAF's 80 characters of Shakespeare; a token is an index into them."""
 
 SEQUENCE_LENGTH = 80
-ROWS_PER_BATCH = 1024
 
 _UNKNOWN = 255
 _TOKEN_OF_CODE = np.full(128, _UNKNOWN, dtype=np.uint8)
 _TOKEN_OF_CODE[[ord(character) for character in VOCABULARY]] = np.arange(len(VOCABULARY))
+
+
+@dataclass(frozen=True)
+class _LeafFile:
+    """A file with users' examples, or a pair of files with LEAF's split of each user's examples.
+
+    whole: the file, or the one with the training parts.  test: the one with the test parts, or None.
+    """
+
+    whole: Path
+    test: Path | None = None
+
+
+@dataclass(frozen=True)
+class _LeafUser:
+    """What LEAF's JSON says of one user, not yet checked. place: the file and the user, for messages."""
+
+    name: str
+    place: str
+    x: list[Any]
+    y: list[Any]
 
 
 def load_femnist(data_root: Path) -> StoredClients:
@@ -59,14 +75,10 @@ def load_femnist(data_root: Path) -> StoredClients:
             f"{folder} has both {sources[0].whole.name} and {parquet_files[0].name}, which hold the same writers; keep "
             "one"
         )
-    if sources:
-        clients = _clients_of_json(sources, _images, _image_labels)
-    elif parquet_files:
-        clients = _clients_of_parquet(parquet_files)
-    else:
-        raise _missing("femnist", folder, "all_data_*.json of LEAF's FEMNIST, or the *.parquet of the femnist data set")
-    files = [path for source in sources for path in source.paths] or parquet_files
-    return cached_clients(data_root / "cache", "femnist", files, clients, BYCLASS)
+    if not (sources or parquet_files):
+        raise _missing(folder, "all_data_*.json of LEAF's FEMNIST, or the *.parquet of the femnist data set")
+    clients = _clients(sources, _images, _image_labels) if sources else clients_of_parquet(parquet_files)
+    return cached_clients(data_root / "cache", "femnist", _paths(sources) or parquet_files, clients, BYCLASS)
 
 
 def load_shakespeare(data_root: Path) -> StoredClients:
@@ -79,31 +91,20 @@ def load_shakespeare(data_root: Path) -> StoredClients:
     folder = data_root / "shakespeare"
     sources = _leaf_files(folder, data_root)
     if not sources:
-        raise _missing("shakespeare", folder, "all_data*.json of LEAF's Shakespeare")
-    clients = _clients_of_json(sources, _sequences, _next_characters)
-    files = [path for source in sources for path in source.paths]
+        raise _missing(folder, "all_data*.json of LEAF's Shakespeare")
     if sources[0].test is not None:
         tell(
             f"shakespeare: {sources[0].test.name} is of LEAF's own split, which draws windows at random: roles are "
             "scored on text that they trained on; LEAF's files from before its split are cut here with a gap"
         )
+    clients = _clients(sources, _sequences, _next_characters)
     # LEAF's windows begin at every character, so that one and its label end where the window 80 places on begins.
-    return cached_clients(data_root / "cache", "shakespeare", files, clients, VOCABULARY, overlap=SEQUENCE_LENGTH)
+    overlap = SEQUENCE_LENGTH
+    return cached_clients(data_root / "cache", "shakespeare", _paths(sources), clients, VOCABULARY, overlap)
 
 
-@dataclass(frozen=True)
-class _LeafFile:
-    """A file with users' examples, or a pair of files with LEAF's split of each user's examples.
-
-    whole: the file, or the one with the training parts.  test: the one with the test parts, or None.
-    """
-
-    whole: Path
-    test: Path | None = None
-
-    @property
-    def paths(self) -> list[Path]:
-        return [self.whole] if self.test is None else [self.whole, self.test]
+def _paths(sources: Sequence[_LeafFile]) -> list[Path]:
+    return [path for source in sources for path in (source.whole, source.test) if path is not None]
 
 
 def _leaf_files(folder: Path, data_root: Path) -> list[_LeafFile]:
@@ -127,34 +128,38 @@ def _leaf_files(folder: Path, data_root: Path) -> list[_LeafFile]:
 
 def _paired(files: Sequence[Path]) -> list[_LeafFile]:
     """Files with LEAF's split in pairs. Raises ValueError where one lacks its other, or some files are not split."""
-    parts: dict[Path, dict[str, Path]] = {}
+    whole, pairs = [], []
     for path in files:
-        for part, other in (("train", "test"), ("test", "train")):
-            if (counterpart := _counterpart(path, part, other)) is not None:
-                parts.setdefault(path if part == "train" else counterpart, {})[part] = path
-                if counterpart not in files:
-                    raise ValueError(
-                        f"{path} lacks {counterpart}, the other part of the same users; put it there or, if LEAF split "
-                        "by user (-t user), use its files from before the split"
-                    )
-    whole = [path for path in files if not any(path in pair.values() for pair in parts.values())]
-    if whole and parts:
-        raise ValueError(f"{whole[0]} and {next(iter(parts))} hold the same users, one before LEAF's split; keep one")
-    return [_LeafFile(path) for path in whole] + [_LeafFile(pair["train"], pair["test"]) for pair in parts.values()]
+        train, test = _counterpart(path, "test", "train"), _counterpart(path, "train", "test")
+        other = train or test
+        if other is None:
+            whole.append(_LeafFile(path))
+        elif other not in files:
+            raise ValueError(
+                f"{path} lacks {other}, the other part of the same users; put it there or, if LEAF split by user "
+                "(-t user), use its files from before the split"
+            )
+        elif test is not None:
+            pairs.append(_LeafFile(path, test))
+    if whole and pairs:
+        raise ValueError(
+            f"{whole[0].whole} and {pairs[0].whole} hold the same users, one before LEAF's split; keep one"
+        )
+    return whole or pairs
 
 
 def _counterpart(path: Path, part: str, other: str) -> Path | None:
-    """Where a file with LEAF's split, known by its folder or its name, has its other part; None for other files."""
+    """Where a file of that part of LEAF's split, known by its folder or its name, has its other part; else None."""
     folder = path.parent.with_name(other) if path.parent.name == part else path.parent
     name = re.sub(rf"_{part}(_\d+)?\.json$", rf"_{other}\1.json", path.name)
-    return None if (folder, name) == (path.parent, path.name) else folder / name
+    return None if folder / name == path else folder / name
 
 
-def _missing(name: str, folder: Path, files: str) -> ValueError:
+def _missing(folder: Path, files: str) -> ValueError:
     others = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     instead = f" (there is {', '.join(others[:3])}{', ...' if others[3:] else ''})" if others else ""
     return ValueError(
-        f"--dataset {name} has no files: put {files}, into {folder.absolute()}{instead}; "
+        f"--dataset {folder.name} has no files: put {files}, into {folder.absolute()}{instead}; "
         "--dataset digits and --dataset synthetic_writers need no download"
     )
 
@@ -162,62 +167,51 @@ def _missing(name: str, folder: Path, files: str) -> ValueError:
 def _files(folder: Path, pattern: str, data_root: Path) -> list[Path]:
     """The files of a folder in the order of their names; a link out of data_root could make a user's file public."""
     files = sorted(folder.glob(pattern))
-    root = data_root.resolve()
     for path in files:
         if not path.is_file():
             raise ValueError(f"{path} is no file that can be read; remove it or replace it with the file itself")
-        target = path.resolve()
-        if not target.is_relative_to(root):
-            raise ValueError(f"{path} leads out of {data_root}, to {target}; put the file itself there, not a link")
+        if not path.resolve().is_relative_to(data_root.resolve()):
+            raise ValueError(
+                f"{path} leads out of {data_root}, to {path.resolve()}; put the file itself there, not a link"
+            )
     return files
 
 
-@dataclass(frozen=True)
-class _LeafUser:
-    """What LEAF's JSON says of one user, not yet checked. place: the file and the user, for messages."""
-
-    name: str
-    place: str
-    x: list[Any]
-    y: list[Any]
-
-
-def _clients_of_json(
+def _clients(
     sources: Sequence[_LeafFile],
     read_x: Callable[[_LeafUser], NDArray[np.uint8]],
     read_y: Callable[[_LeafUser], NDArray[np.int64]],
 ) -> Iterator[NamedClient]:
     file_of: dict[str, Path] = {}
     for source in sources:
-        for train, test in _users_in_parts(source):
-            if train.name in file_of:
+        for parts in _users_in_parts(source):
+            name, num_train = parts[0].name, len(parts[0].y)
+            if name in file_of:
                 raise ValueError(
-                    f"{train.place} comes twice, first in {file_of[train.name]}; keep one of the two files there"
+                    f"{parts[0].place} comes twice, first in {file_of[name]}; keep one of the two files there"
                 )
-            file_of[train.name] = source.whole
-            parts = [train] if test is None else [train, test]
+            file_of[name] = source.whole
             inputs = np.concatenate([read_x(part) for part in parts])
             labels = np.concatenate([read_y(part) for part in parts])
-            yield NamedClient(train.name, inputs, labels, None if test is None else len(train.y))
+            yield NamedClient(name, inputs, labels, None if source.test is None else num_train)
 
 
-def _users_in_parts(source: _LeafFile) -> Iterator[tuple[_LeafUser, _LeafUser | None]]:
-    """Each user of a file, with None; or the two parts of each user of a pair of files, one of which may be empty."""
+def _users_in_parts(source: _LeafFile) -> Iterator[list[_LeafUser]]:
+    """Each user of a file; or the two parts of each user of a pair of files, one of which may be empty."""
     if source.test is None:
-        for user in _users_of(source.whole):
-            yield user, None
+        yield from ([user] for user in _users_of(source.whole))
         return
     tests = {user.name: user for user in _users_of(source.test)}
     num_tests = len(tests)
     for train in _users_of(source.whole):
-        yield train, tests.pop(train.name, _LeafUser(train.name, train.place, [], []))
+        yield [train, tests.pop(train.name, _LeafUser(train.name, train.place, [], []))]
     if len(tests) == num_tests:
         raise ValueError(
             f"{source.whole} and {source.test} have no user in common: LEAF split them by user (-t user), while here "
             "--unseen_fraction says how many never train; use LEAF's files from before the split, or split by sample"
         )
     for name, test in tests.items():
-        yield _LeafUser(name, test.place, [], []), test
+        yield [_LeafUser(name, test.place, [], []), test]
 
 
 def _users_of(path: Path) -> Iterator[_LeafUser]:
@@ -241,9 +235,9 @@ def _users_of(path: Path) -> Iterator[_LeafUser]:
         place = f"{path}: user {name!r}"
         if name in seen:
             raise ValueError(f'{place} comes twice in "users"')
-        seen.add(name)
         if name not in user_data:
             raise ValueError(f'{place} is in "users" but not in "user_data"')
+        seen.add(name)
         user = _user(name, place, user_data.pop(name))
         if count != len(user.y):
             raise ValueError(f'{place} has {len(user.y)} labels, but "num_samples" says {reprlib.repr(count)}')
@@ -290,26 +284,24 @@ def _images(user: _LeafUser) -> NDArray[np.uint8]:
         if not isinstance(row, list) or len(row) != NUM_PIXELS:
             what = f"has {len(row)} pixels" if isinstance(row, list) else f"is {reprlib.repr(row)}"
             raise ValueError(f"{user.place}: x[{index}] {what}, not a list of {NUM_PIXELS}")
-        # Types are looked at, because an array would take "0.5" and true for numbers.
-        if not set(map(type, row)) <= {float, int} or not all(0 <= pixel <= 1 for pixel in row):
+        if not (set(map(type, row)) <= {float, int} and all(0 <= pixel <= 1 for pixel in row)):
             column = next(column for column, pixel in enumerate(row) if not _is_brightness(pixel))
-            raise ValueError(
-                f"{user.place}: x[{index}][{column}] is {reprlib.repr(row[column])}, not a finite number in 0..1"
-            )
-    brightness = np.array(user.x, dtype=np.float64).reshape(-1, *IMAGE_SHAPE)
+            shown = reprlib.repr(row[column])
+            raise ValueError(f"{user.place}: x[{index}][{column}] is {shown}, not a finite number in 0..1")
+    brightness = np.array(user.x, dtype=np.float64).reshape(-1, 28, 28)
     return np.rint(255 * (1 - brightness)).astype(np.uint8)
 
 
-def _is_brightness(pixel: object) -> bool:
-    return type(pixel) in (float, int) and isinstance(pixel, (float, int)) and 0 <= pixel <= 1
+def _is_brightness(pixel: Any) -> bool:
+    """Types are looked at, because an array would take "0.5" and true for numbers."""
+    return type(pixel) in (float, int) and 0 <= pixel <= 1
 
 
 def _image_labels(user: _LeafUser) -> NDArray[np.int64]:
     for index, label in enumerate(user.y):
-        if type(label) is not int or not 0 <= label < FEMNIST_CLASSES:
-            raise ValueError(
-                f"{user.place}: y[{index}] is {reprlib.repr(label)}, not a whole number in 0..{FEMNIST_CLASSES - 1}"
-            )
+        if type(label) is not int or not 0 <= label < len(BYCLASS):
+            shown = reprlib.repr(label)
+            raise ValueError(f"{user.place}: y[{index}] is {shown}, not a whole number in 0..{len(BYCLASS) - 1}")
     return np.array(user.y, dtype=np.int64)
 
 
@@ -337,94 +329,3 @@ def _tokens(texts: Sequence[Any], length: int, place: str) -> NDArray[np.uint8]:
             f"{place}[{index}][{column}] is {texts[index][column]!r}, not among LEAF's {len(VOCABULARY)} characters"
         )
     return tokens.reshape(-1, length)
-
-
-class _EncodedImage(NamedTuple):
-    """One row of a parquet file. place: the file and the row, for messages."""
-
-    content: bytes
-    label: int
-    path: Path
-    row: int
-
-
-def _clients_of_parquet(files: Sequence[Path]) -> Iterator[NamedClient]:
-    """Clients in the order of their names. Images wait for their writer as they are in the file: decoded, they would
-    take three times as much memory."""
-    rows_of: defaultdict[str, list[_EncodedImage]] = defaultdict(list)
-    for path in files:
-        for writer, image in _parquet_rows(path):
-            rows_of[writer].append(image)
-    for writer in sorted(rows_of):
-        rows = rows_of.pop(writer)
-        images = np.stack(
-            [
-                read_image(io.BytesIO(image.content), f"{image.path}: the image of row {image.row}", True)
-                for image in rows
-            ]
-        )
-        yield NamedClient(writer, images, np.array([image.label for image in rows], dtype=np.int64))
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[str, _EncodedImage]]:
-    """(writer, image) of each row, with writers and labels checked and images not yet decoded."""
-    row = -1
-    for contents, writers, labels in _parquet_batches(path):
-        for content, writer, label in zip(contents, writers, labels, strict=True):
-            row += 1
-            if content is None or writer in (None, "") or label is None:
-                empty = "image" if content is None else "character" if writer not in (None, "") else "writer_id"
-                raise ValueError(f"{path}: row {row} has no {empty}")
-            if not 0 <= label < FEMNIST_CLASSES:
-                raise ValueError(f"{path}: row {row} has character {label}, not in 0..{FEMNIST_CLASSES - 1}")
-            yield str(writer), _EncodedImage(content, label, path, row)
-    if row < 0:
-        raise ValueError(f"{path} has no rows")
-
-
-def _parquet_batches(path: Path) -> Iterator[tuple[list[Any], list[Any], list[Any]]]:
-    """(encoded images, writers, labels) of some rows after the other; an empty cell is None."""
-    # Only the process that builds the cache pays for this import.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    # One thread: the decoder is the slow part, and other processes of the machine wait for their share.
-    try:
-        with pq.ParquetFile(path) as file:
-            _check_columns(file.schema_arrow, path)
-            of_bytes = not pa.types.is_struct(file.schema_arrow.field("image").type)
-            columns = ["image" if of_bytes else "image.bytes", "writer_id", "character"]
-            for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns, use_threads=False):
-                batch.validate(full=True)
-                contents = batch.column("image") if of_bytes else batch.column("image").flatten()[0]
-                yield contents.to_pylist(), batch.column("writer_id").to_pylist(), batch.column("character").to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} is damaged or no parquet file: {reason}") from error
-
-
-def _check_columns(schema: Any, path: Path) -> None:
-    from pyarrow import types
-
-    def is_bytes(kind: Any) -> bool:
-        return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-    def is_image(kind: Any) -> bool:
-        has_bytes = types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        return is_bytes(kind.field("bytes").type if has_bytes else kind)
-
-    def is_name(kind: Any) -> bool:
-        kind = kind.value_type if types.is_dictionary(kind) else kind
-        return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_integer(kind))
-
-    for name, fits, expected in (
-        ("image", is_image, "bytes, or a struct with binary bytes"),
-        ("writer_id", is_name, "a string or an integer"),
-        ("character", types.is_integer, "an integer, the label"),
-    ):
-        if schema.get_field_index(name) < 0:
-            raise ValueError(
-                f"{path} has no column {name!r}; its columns are {schema.names}; rename the one that has it"
-            )
-        if not fits(schema.field(name).type):
-            raise ValueError(f"{path}: column {name!r} is {str(schema.field(name).type)!r}, not {expected}")
