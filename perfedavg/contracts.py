@@ -102,7 +102,7 @@ class Observer(Protocol):
 
     def round_ended(self, record: RoundRecord) -> None: ...
 
-    def settled(self, state: ExperimentState) -> None:
+    def checkpoint_due(self, state: ExperimentState) -> None:
         """A round has been recorded, and nothing is under way: the time to save the state."""
 
     def scoring_started(self, phase: Phase, num_clients: int) -> None: ...

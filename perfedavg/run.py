@@ -113,7 +113,7 @@ class _StateKeeper:
         if not state.has_begun:
             say("no round has ended yet, so there is nothing to save")
             return
-        if state.torn:
+        if state.step_failed:
             say(f"{state.label} failed in its middle; continue from the checkpoint before it with: {command}")
             return
         try:

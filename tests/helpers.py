@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import json
 import os
@@ -14,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,7 +26,10 @@ from datasets.clients.partition import Partition
 from datasets.clients.partitioned import PartitionedClients
 from datasets.clients.split import SplitDataset
 from datasets.sources.digits import load_digits_images
-from perfedavg.settings import ExperimentConfig, OptimizerConfig, PhaseConfig
+from perfedavg.methods import FedAvg, Method
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
+from perfedavg.training.client_models import Client, ClientModels
+from perfedavg.training.local_training import LocalTraining
 from quick_start import hold_free_port
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -293,6 +297,23 @@ def half_squared_norm(outputs: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * outputs.square().sum(dim=1).mean()
 
 
+@dataclass(frozen=True)
+class CountingFedAvg(FedAvg):
+    """FedAvg whose clients count their rounds, and in the n-th send an n-th of their update."""
+
+    name: ClassVar[str] = "counting_fedavg"
+    keeps_state: ClassVar[bool] = True
+
+    def update(
+        self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining
+    ) -> tuple[Tensor, list[float]]:
+        updates, losses = super().update(models, start, clients, training)
+        for client, update in zip(clients, updates, strict=True):
+            client.state["rounds"] = client.state.get("rounds", torch.zeros(1, dtype=torch.int64)) + 1
+            update /= client.state["rounds"]
+        return updates, losses
+
+
 def digits_dataset(num_clients: int, seed: int = 0) -> SplitDataset:
     """The real digits in label-sorted shards, a fifth of the clients unseen."""
     clients = PartitionedClients(
@@ -328,3 +349,11 @@ def make_config(**changes: Any) -> ExperimentConfig:
         "portable_kernels": "false",
     }
     return ExperimentConfig(**{**fields, **changes})
+
+
+def with_method(config: ExperimentConfig, phase: Phase, method: Method) -> ExperimentConfig:
+    """The experiment with another method in a phase."""
+    changed, phase_config = copy.copy(config), copy.copy(config.phases[phase])
+    object.__setattr__(phase_config, "method", method)
+    object.__setattr__(changed, phase.field, phase_config)
+    return changed

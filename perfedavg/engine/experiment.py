@@ -21,7 +21,7 @@ from torch import Tensor
 from perfedavg.contracts import ClientDirectory, Executor, Observer
 from perfedavg.engine.cohorts import draw_cohort, draw_eval_clients
 from perfedavg.engine.scores import ClientScore, check_summary, mean, summarize
-from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
+from perfedavg.engine.tasks import ClientStates, CohortTask, CohortUpdate, ScoringTask
 from perfedavg.methods import method_of
 from perfedavg.plain_values import from_plain, shown
 from perfedavg.seeding import Purpose, seed_sequence
@@ -81,21 +81,24 @@ class ExperimentState:
     It changes in short steps under `lock`, between which it is consistent; another thread that holds the lock may
     save it as it is, so nobody needs copies of it. A state that was saved and loaded goes on to the same result.
 
-    phase: the one that runs.  num_rounds: of it, whose step the server has taken.
+    phase: current phase.
+    num_rounds: completed rounds of the current phase.
     server: the global model and the state of the server's optimizer.
-    trained: the last of these rounds, until it has been evaluated and the observers have been told of it.
+    client_states: what the phase's method lets clients keep between rounds.
+    pending_record: the last round, until it has been evaluated and the observers have been told of it.
     scores: of all unseen clients after each phase whose last round they are scored after.
     phase_seconds: wall time of each phase so far, over all processes that took part in the run.
-    torn: whether a step has failed in its middle (out of memory), so that the state must not be saved.
+    step_failed: whether a step has failed in its middle (out of memory), so that the state must not be saved.
     """
 
     phase: Phase
     num_rounds: int
     server: ServerOptimizer
-    trained: RoundRecord | None = None
+    client_states: ClientStates = field(default_factory=dict)
+    pending_record: RoundRecord | None = None
     scores: dict[Phase, list[ClientScore]] = field(default_factory=dict)
     phase_seconds: dict[Phase, float] = field(default_factory=dict)
-    torn: bool = False
+    step_failed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _clock: float | None = field(default=None, repr=False)
 
@@ -108,17 +111,17 @@ class ExperimentState:
     @property
     def num_recorded(self) -> int:
         """Rounds of the present phase that the observers have been told of."""
-        return self.num_rounds - (self.trained is not None)
+        return self.num_rounds - (self.pending_record is not None)
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is anything in it that a fresh state has not."""
+        """Whether any work has been done."""
         return self.num_rounds > 0 or bool(self.scores)
 
     @property
     def progress(self) -> tuple[Phase, int, bool, int]:
         """Equal for two states of one run where neither is ahead of the other."""
-        return self.phase, self.num_rounds, self.trained is None, len(self.scores)
+        return self.phase, self.num_rounds, self.pending_record is None, len(self.scores)
 
     @property
     def label(self) -> str:
@@ -136,18 +139,21 @@ class ExperimentState:
             self.phase_seconds[self.phase] = self.phase_seconds.get(self.phase, 0.0) + now - self._clock
             self._clock = now
 
-    def end_round(self, mean_update: Tensor | None, rate_factor: float, record: RoundRecord) -> None:
+    def end_round(
+        self, mean_update: Tensor | None, rate_factor: float, record: RoundRecord, client_states: ClientStates
+    ) -> None:
         """Take the server's step, or none where every update was refused; the round then waits to be recorded.
 
-        rate_factor: see `PhaseConfig.server_rate_factor`.
+        rate_factor: see `PhaseConfig.server_rate_factor`.  client_states: what clients of the round keep now.
         """
         with self.lock:
-            self.torn = True
+            self.step_failed = True
             if mean_update is not None:
                 self.server.step(mean_update, rate_factor)
+            self.client_states |= client_states
             self.num_rounds += 1
-            self.trained = record
-            self.torn = False
+            self.pending_record = record
+            self.step_failed = False
             self.read_clock()
 
     def add_scores(self, scores: list[ClientScore]) -> None:
@@ -159,15 +165,15 @@ class ExperimentState:
     def mark_recorded(self) -> None:
         """The observers have been told of the last round."""
         with self.lock:
-            self.trained = None
+            self.pending_record = None
             self.read_clock()
 
     def begin_phase(self, phase: Phase, settings: PhaseConfig) -> None:
-        """Go on to the next phase, with the same model and a fresh server optimizer."""
+        """Go on to the next phase, with the same model, a fresh server optimizer, and clients that keep nothing."""
         with self.lock:
             self.read_clock()
             self.server = ServerOptimizer(settings.server_optimizer, self.server.parameters)
-            self.phase, self.num_rounds = phase, 0
+            self.phase, self.num_rounds, self.client_states = phase, 0, {}
 
 
 @dataclass(frozen=True)
@@ -210,7 +216,7 @@ def run_experiment(
         for observer in observers:
             observer.phase_started(phase, settings.num_rounds, state.num_recorded)
         while state.num_recorded < settings.num_rounds:
-            if state.trained is None:
+            if state.pending_record is None:
                 _train_round(config, executor, clients, state)
             _record_round(config, executor, clients, state, observers)
         if phase not in state.scores:
@@ -229,7 +235,8 @@ def _train_round(
     method = method_of(config, phase)
     cohort = draw_cohort(config, clients.train_client_ids, phase, round_number)
     capacity = sum(method.weight(clients.num_train_examples(client_id)) for client_id in cohort)
-    update = executor.train(CohortTask(phase, round_number, cohort, capacity), state.server.parameters)
+    kept = {client_id: state.client_states[client_id] for client_id in cohort if client_id in state.client_states}
+    update = executor.train(CohortTask(phase, round_number, cohort, capacity, kept), state.server.parameters)
     update.reports.sort(key=lambda report: report.client_id)
     assert tuple(report.client_id for report in update.reports) == cohort, "every client of the cohort trains once"
     accepted = [report for report in update.reports if report.refused is None]
@@ -240,7 +247,7 @@ def _train_round(
         seeds = seed_sequence(config.seed, Purpose.AGGREGATION, phase=phase, round_number=round_number)
         mean_update = method.aggregation().after_mean(update.sum.finish(state.server.dtype), len(accepted), seeds)
     record = _record(phase, round_number, update, mean_update, time.monotonic() - started)
-    state.end_round(mean_update, config.phases[phase].server_rate_factor(round_number), record)
+    state.end_round(mean_update, config.phases[phase].server_rate_factor(round_number), record, update.states)
 
 
 def _record(
@@ -271,7 +278,7 @@ def _record_round(
     observers: Sequence[Observer],
 ) -> None:
     """Score the unseen clients for which the round that has been trained is a time to, and tell of the round."""
-    record, unseen = state.trained, clients.unseen_client_ids
+    record, unseen = state.pending_record, clients.unseen_client_ids
     assert record is not None, "a round has been trained"
     if state.num_rounds == config.phases[state.phase].num_rounds:
         if state.phase not in state.scores:
@@ -286,7 +293,7 @@ def _record_round(
         observer.round_ended(record)
     state.mark_recorded()
     for observer in observers:
-        observer.settled(state)
+        observer.checkpoint_due(state)
 
 
 def _score_unseen(

@@ -87,7 +87,9 @@ class CohortTraining:
         for client_id, client, loss, refused in zip(group, clients, losses, refusals, strict=True):
             reports.append(ClientReport(client_id, len(client.labels), loss, seconds, refused))
             if client.state and refused is None:
-                self._new_states[client_id] = client.state
+                # Copies, because a value may be a part of the slot's models.
+                kept = {name: value.detach().cpu().clone().contiguous() for name, value in client.state.items()}
+                self._new_states[client_id] = kept
         self._reports += reports
         return reports
 

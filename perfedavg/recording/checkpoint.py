@@ -1,7 +1,7 @@
 """Checkpoints: the state of a run in a file, from which it goes on to the same result, to the bit.
 
-A checkpoint is a safetensors file: parameters, state of the server's optimizer and scores as tensors, all else as JSON
-in the file's metadata. Nothing in it is executed when it is read.
+A checkpoint is a safetensors file: parameters, states of the server's optimizer and of clients, and scores as tensors,
+all else as JSON in the file's metadata. Nothing in it is executed when it is read.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from perfedavg.engine.experiment import ExperimentState, RoundRecord
 from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.tasks import ClientStates
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.plain_values import differences, from_plain, parse_json, shown
 from perfedavg.recording.files import read_tensors, remove_partial_files, replace_file
@@ -45,7 +46,7 @@ class _DamagedError(Exception):
 
 @dataclass(frozen=True)
 class _Content:
-    """The JSON of a checkpoint. Phases by their `field`; `trained` as `RoundRecord.to_dict` gives it."""
+    """The JSON of a checkpoint. Phases by their `field`; `pending_record` as `RoundRecord.to_dict` gives it."""
 
     format_version: int
     config: dict[str, Any]
@@ -54,7 +55,7 @@ class _Content:
     kernels: dict[str, list[str]]
     phase: str
     num_rounds: int
-    trained: dict[str, Any] | None
+    pending_record: dict[str, Any] | None
     scores: list[str]
     phase_seconds: dict[str, float]
 
@@ -88,7 +89,7 @@ class Checkpoints:
 
         Raises OSError, and leaves those that are there, where it cannot be written.
         """
-        assert not state.torn, "a step has failed in its middle"
+        assert not state.step_failed, "a step has failed in its middle"
         state.read_clock()
         self._folder.mkdir(exist_ok=True)
         name = f"{state.phase.field}-{state.num_rounds:06d}.safetensors"
@@ -176,6 +177,8 @@ class Checkpoints:
 def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
     """The content of the file."""
     tensors = {f"server.{name}": tensor for name, tensor in state.server.tensors().items()}
+    for client_id, kept in state.client_states.items():
+        tensors |= {f"client.{client_id}.{name}": tensor for name, tensor in kept.items()}
     for phase, scores in state.scores.items():
         tensors[f"scores.{phase.field}"] = _encode_scores(scores)
     content = _Content(
@@ -186,7 +189,7 @@ def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
         kernels=identity.kernels.to_dict(),
         phase=state.phase.field,
         num_rounds=state.num_rounds,
-        trained=None if state.trained is None else state.trained.to_dict(),
+        pending_record=None if state.pending_record is None else state.pending_record.to_dict(),
         scores=[phase.field for phase in state.scores],
         phase_seconds={phase.field: seconds for phase, seconds in state.phase_seconds.items()},
     )
@@ -218,8 +221,9 @@ def _decode(content: _Content, tensors: Mapping[str, Tensor], config: Experiment
         return ExperimentState(
             phase=phase,
             num_rounds=content.num_rounds,
+            client_states=_decode_states(tensors),
             server=ServerOptimizer.from_tensors(settings.server_optimizer, server),
-            trained=None if content.trained is None else RoundRecord.from_dict(content.trained),
+            pending_record=None if content.pending_record is None else RoundRecord.from_dict(content.pending_record),
             scores={Phase.of_field(name): _decode_scores(tensors[f"scores.{name}"]) for name in content.scores},
             phase_seconds={Phase.of_field(name): seconds for name, seconds in content.phase_seconds.items()},
         )
@@ -239,6 +243,15 @@ def _decode_scores(rows: Tensor) -> list[ClientScore]:
         score = ClientScore(int(client_id), int(num_train), int(num_test), *measures[:4])
         scores.append(replace(score, by_epoch=tuple(zip(measures[4::2], measures[5::2], strict=True))))
     return scores
+
+
+def _decode_states(tensors: Mapping[str, Tensor]) -> ClientStates:
+    states: ClientStates = {}
+    for name, tensor in tensors.items():
+        if name.startswith("client."):
+            _, client_id, kept = name.split(".", 2)
+            states.setdefault(int(client_id), {})[kept] = tensor
+    return states
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -210,7 +210,7 @@ class RunFolder:
         self._attempt(METRICS_FILE, lambda: self._metrics.append(line))
         self._write_events(lambda events: events.append(record))
 
-    def settled(self, state: ExperimentState) -> None:
+    def checkpoint_due(self, state: ExperimentState) -> None:
         if state.num_rounds % self._checkpoint_every == 0 or state.phase in state.scores:
             with state.lock:
                 self._attempt("a checkpoint", lambda: self.save_checkpoint(state))

@@ -88,7 +88,7 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.set_postfix_str(f"scoring {num_clients} unseen clients")
 
-    def settled(self, state: ExperimentState) -> None:
+    def checkpoint_due(self, state: ExperimentState) -> None:
         pass
 
     @_costs_nothing

@@ -166,13 +166,13 @@ class ClientModels(ABC):
 
         optimizer: of `parameters`, whose rows of clients that have ended stay as they are.
         """
-        own = self.parameters[: len(batch.sizes)]
-        pull = None if penalty is None else penalty(own)  # before the step, which changes `own`
+        # Before the step, which changes the parameters.
+        pull = None if penalty is None else penalty(self.parameters[: len(batch.sizes)])
         rate = optimizer.rate_of_plain_sgd
         if rate is not None:
             losses = self.descend_on(batch, rate)
             if pull is not None:
-                own.add_(pull, alpha=-rate)
+                self.parameters[: len(pull)].add_(pull, alpha=-rate)
                 self.refresh()
             return losses
         gradients, losses = self.differentiate(batch)

@@ -96,7 +96,7 @@ class StoppingObserver:
     def round_ended(self, *told: object) -> None:
         self._happened()
 
-    def settled(self, *told: object) -> None:
+    def checkpoint_due(self, *told: object) -> None:
         self._happened()
 
     def scoring_started(self, *told: object) -> None:
@@ -276,8 +276,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
         {"phase": "fine_tune", "num_rounds": 99},
         {"num_rounds": "2"},
         {"num_rounds": -1},
-        {"trained": {"phase": 3}},
-        {"trained": [1]},
+        {"pending_record": {"phase": 3}},
+        {"pending_record": [1]},
         {"scores": {}},
         {"scores": ["fedavg"]},
         {"phase_seconds": [1]},
