@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn
 
     from perfedavg.contracts import ClientData
-    from perfedavg.personalizing import RunModel, Score
+    from perfedavg.personal_model import RunModel, Score
     from perfedavg.training.local_training import LocalTraining, Loss
 
 IMAGE_SHAPE = (1, 28, 28)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from datasets.clients.person import load_person
     from perfedavg.engine.experiment import parameters_sha256
-    from perfedavg.personalizing import RunModel, export, personalize, write_personalized
+    from perfedavg.personal_model import RunModel, export, personalize, write_personalized
     from perfedavg.training.compute import use_reproducible_kernels
     from perfedavg.training.flat_model import flatten
 

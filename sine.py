@@ -67,7 +67,7 @@ def load_models(rows: Sequence[Row], models: Path) -> list[TrainedModel]:
 def _load_model(label: str, run: FinishedRun, folder: Path) -> TrainedModel:
     from datasets.sources.sine import SineTasks
     from perfedavg.engine.experiment import parameters_sha256
-    from perfedavg.personalizing import RunModel
+    from perfedavg.personal_model import RunModel
     from perfedavg.training.flat_model import flatten
 
     trained = RunModel.read(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,25 @@ MAY_IMPORT = {
     "experiments": {"perfedavg", "utils", "quick_start"},
     "utils": {"paths", "perfedavg", "models", "datasets"},
 }
+ROOMS = (
+    "machine",
+    "plain_values",
+    "seeding",
+    "fields",
+    "terminal",
+    "aggregation",
+    "methods",
+    "settings",
+    "contracts",
+    "training",
+    "engine",
+    "recording",
+    "terminal.display",
+    "personal_model",
+    "run",
+)
+"""The rooms and modules of perfedavg: each imports only those before it, but for the names of types."""
+MOST_MODULES = 12
 ENTRY_POINTS_INSIDE = {ROOT / "datasets" / "describe.py"}
 ONLY_MULTI_PROCESS = ("torch.distributed", "fedlab.core")
 
@@ -31,8 +51,12 @@ def modules(package: str) -> list[Path]:
 
 
 def imports(path: Path) -> set[str]:
+    return imported(ast.walk(ast.parse(path.read_text())))
+
+
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -64,3 +88,51 @@ def test_only_multi_process_speaks_to_the_network() -> None:
             if path.is_relative_to(ROOT / "benchmarks" / "rivals"):
                 continue  # other systems, with which this one is compared
             assert not any(name.startswith(ONLY_MULTI_PROCESS) for name in imports(path)), path
+
+
+def place(module: str) -> int:
+    """Where a module of perfedavg, by its name there, stands among the rooms; the most special entry counts."""
+    fitting = [number for number, room in enumerate(ROOMS) if f"{module}.".startswith(f"{room}.")]
+    assert fitting, f"perfedavg.{module} is in none of ROOMS"
+    return max(fitting)
+
+
+def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes below one, without what is there for type checkers alone."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from run_time_nodes(child)
+
+
+def upward_imports(module: str, source: str) -> set[str]:
+    """What a module of perfedavg imports of rooms above its own."""
+    names = {name for name in imported(run_time_nodes(ast.parse(source))) if name.startswith("perfedavg.")}
+    return {name for name in names if place(name.removeprefix("perfedavg.")) > place(module)}
+
+
+def test_rooms_import_only_rooms_below_them() -> None:
+    for path in modules("perfedavg"):
+        module = ".".join(path.relative_to(ROOT / "perfedavg").with_suffix("").parts).removesuffix("__init__")
+        if module:
+            upward = upward_imports(module.rstrip("."), path.read_text())
+            assert not upward, f"{path} imports {upward}, which lies above it"
+
+
+def test_an_upward_import_is_seen_wherever_it_stands() -> None:
+    source = "def f():\n    from perfedavg.recording.runs import FinishedRun\n"
+    assert "perfedavg.recording.runs" in upward_imports("engine.experiment", source)
+    assert not upward_imports("run", source)
+    assert upward_imports("terminal.console", "import perfedavg.terminal.display")
+    assert not upward_imports("engine.experiment", f"if TYPE_CHECKING:\n    {source.splitlines()[1].strip()}")
+
+
+def test_a_folder_is_a_room_with_few_modules_and_one_subject() -> None:
+    packages = [ROOT / name for name in OWN if (ROOT / name).is_dir()]
+    folders = {path.parent for package in packages for path in package.rglob("*.py")}
+    for folder in folders | {ROOT}:
+        names = sorted(path.name for path in folder.glob("*.py") if path.name != "__init__.py")
+        assert len(names) <= MOST_MODULES, f"{folder} has {len(names)} modules: {names}"
+        if folder != ROOT:
+            subject = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+            assert subject, f"{folder}/__init__.py does not say what the folder is for"

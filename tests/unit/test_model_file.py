@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import utils
 from perfedavg.engine.experiment import parameters_sha256
-from perfedavg.personalizing import export
+from perfedavg.personal_model import export
 from perfedavg.recording.model_file import ModelFacts, check_can_be_saved, model_file, read_model_file
 from perfedavg.settings import UNREAD
 from perfedavg.training.flat_model import flatten

@@ -23,7 +23,7 @@ from datasets.clients.split import SplitDataset
 from datasets.sources.digits import load_digits_images
 from datasets.sources.image_folder import load_image_folder
 from models import build_model
-from perfedavg import personalizing
+from perfedavg import personal_model
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import parameters_sha256
 from perfedavg.recording.run_folder import RunFolder
@@ -93,7 +93,7 @@ def test_the_result_is_that_of_the_model_that_is_saved(run: Path, images: Path) 
 
 
 def read_run_model(run: Path) -> dict[str, Tensor]:
-    return personalizing.RunModel.read(run).state
+    return personal_model.RunModel.read(run).state
 
 
 def test_a_person_is_cut_as_an_unseen_client_of_the_run_is(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_an_exported_model_takes_any_number_of_images(architecture: str) -> None
     inputs = torch.rand(9, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     model = build_model(architecture, 5)
     names: dict[str, Any] = {"class_names.json": ""}
-    program = torch.export.load(io.BytesIO(personalizing.export(model, inputs, "abcde")), extra_files=names)
+    program = torch.export.load(io.BytesIO(personal_model.export(model, inputs, "abcde")), extra_files=names)
     assert json.loads(names["class_names.json"]) == list("abcde")
     with torch.no_grad():
         for size in (1, 2, 9):
@@ -172,7 +172,7 @@ class IsRandom(nn.Linear):
 )
 def test_a_program_that_is_not_the_model_is_refused(model: nn.Module, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
-        personalizing.export(model, torch.rand(9, 1, 28, 28), DIGITS)
+        personal_model.export(model, torch.rand(9, 1, 28, 28), DIGITS)
 
 
 def test_bad_images_leave_nothing_behind(run: Path, images: Path, tmp_path: Path) -> None:
@@ -277,14 +277,14 @@ def test_a_disk_that_fills_up_leaves_no_result(
 ) -> None:
     """A new model beside an earlier one's result would be taken for a pair."""
     personalize.main([str(run), str(images), "--output", str(tmp_path / "out")])
-    write = personalizing.replace_file
+    write = personal_model.replace_file
 
     def fill_up(path: Path, parts: Any) -> None:
         if path.suffix == ".pt2":
             raise OSError(28, "No space left on device")
         write(path, parts)
 
-    monkeypatch.setattr(personalizing, "replace_file", fill_up)
+    monkeypatch.setattr(personal_model, "replace_file", fill_up)
     with pytest.raises(OSError, match="No space left on device"):
         personalize.main([str(run), str(images), "--output", str(tmp_path / "out"), "--epochs", "2"])
     assert not (tmp_path / "out" / "result.json").exists()
@@ -440,7 +440,7 @@ def test_dark_images_on_a_bright_ground_are_pointed_out(
 
 
 def test_the_table_says_when_it_got_worse() -> None:
-    good, bad = personalizing.Score(0.1, 9, 10), personalizing.Score(0.4567, 8, 10)
+    good, bad = personal_model.Score(0.1, 9, 10), personal_model.Score(0.4567, 8, 10)
     assert "fewer images right" not in personalize.score_table(bad, good, 5)
     table = personalize.score_table(good, bad, 1)
     assert "after 1 epoch " in table

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from perfedavg.engine.experiment import RoundRecord
 from perfedavg.engine.scores import ClientScore
-from perfedavg.personalizing import RunModel
+from perfedavg.personal_model import RunModel
 from perfedavg.plain_values import from_plain, parse_json, parse_toml
 from perfedavg.recording.model_file import ModelFacts
 from perfedavg.recording.runs import RecordedRun, read_unfinished_run
