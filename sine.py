@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import paths
 import utils
+from experiments.rows import select_rows
 from perfedavg.terminal.console import command_line, optional, say, show
 from perfedavg.terminal.entry_point import run_entry_point
 
@@ -182,7 +183,7 @@ def main() -> None:
     from reporting import plots, sine_errors
     from reporting.drawing import png
 
-    rows = sine_errors.read_rows(args.folder)
+    rows = sine_errors.read_rows(args.folder, list(select_rows("sine")))
     if not rows:
         raise ValueError(
             f"{args.folder} holds no finished run of the sine task (<method>/seed<k>/result.json); make them with: "

@@ -15,14 +15,12 @@ from reporting.plots import Curve, Draw, Panel, draw_lines
 from reporting.rows import Row, group_rows, leave_out_repeats
 from reporting.tables import SHOWN_STEPS
 
-METHODS = ("maml", "fomaml", "reptile", "joint")
-"""The order of the rows; any others come behind."""
 
-
-def read_rows(folder: Path) -> list[Row]:
+def read_rows(folder: Path, order: Sequence[str] = ()) -> list[Row]:
     """The finished runs of the sine task; none where there is none.
 
     folder: in it, at any depth, <method>/seed<k>/ with what a run leaves; runs of other data sets are passed over.
+    order: of the methods; any others come behind.
     Raises ValueError where one of them is damaged, did not measure the errors that are shown, or repeats another one.
     """
     found = map(FinishedRun.read, sorted(path.parent for path in folder.resolve().rglob("seed*/result.json")))
@@ -38,8 +36,7 @@ def read_rows(folder: Path) -> list[Row]:
                 f"{run.path}: an epoch of its personalization is not known to be one step on all given points; run it "
                 "with --batch_size 10"
             )
-    order = {method: place for place, method in enumerate(METHODS)}
-    return sorted(group_rows(runs), key=lambda row: (order.get(row.label, len(order)), row.label))
+    return sorted(group_rows(runs), key=lambda row: [row.label != method for method in order])
 
 
 def errors_by_step(run: FinishedRun) -> NDArray[np.float64]:
