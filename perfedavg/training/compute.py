@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass
-from importlib.metadata import version
 
+import numpy as np
 import torch
 
 from perfedavg.machine.kernels import kernels_are_pinned, mkl_branch, onednn_instruction_set
@@ -82,7 +82,7 @@ def describe_kernels(device: torch.device | None) -> dict[str, str]:
     """
     described = {
         "torch": str(torch.__version__),
-        "numpy": version("numpy"),
+        "numpy": np.__version__,
         "torch's kernels": torch.backends.cpu.get_cpu_capability(),
     }
     if device is None:

@@ -16,9 +16,8 @@ PAGE = (ROOT / "docs" / "personalize.md").read_text()
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "run"
     with Launched() as launched:
-        status, _, errors = finish(
-            launched.start("single_process.py", *TINY, "--run_dir", path, fresh=True)
-        )  # it draws plots
+        run = launched.start("single_process.py", *TINY, "--run_dir", path, draws_plots=True)
+        status, _, errors = finish(run)
     assert status == 0, errors
     return path
 

@@ -40,23 +40,29 @@ def entry_point(script: str, *flags: str | Path) -> str:
     return shlex.join([sys.executable, str(ROOT / script), *map(str, flags)])
 
 
-@pytest.mark.parametrize("closed", [">&- 2>&-", ">/dev/full 2>/dev/full"])
-def test_a_run_without_a_terminal(closed: str, launched: Launched, tmp_path: Path) -> None:
+def test_a_run_without_a_terminal(launched: Launched, tmp_path: Path) -> None:
     """As a service manager or a job queue may start it. Its log says what the terminal would have shown."""
-    command = entry_point("single_process.py", *TINY, "--local_lr", "1e30", "--run_dir", tmp_path / "run")
-    status, output, errors = finish(launched.start("sh", "-c", f"exec {command} {closed}"))
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert (status, output, errors) == (0, "", ""), log
-    assert "refused 5 of 5 updates" in log
-    assert read_result(tmp_path / "run")["after_fine_tune"]
+    words = ("single_process.py", *TINY, "--local_lr", "1e30", "--run_dir")
+    closed = launched.start("sh", "-c", f"exec {entry_point(*words, tmp_path / 'closed')} >&- 2>&-")
+    with open("/dev/full", "wb") as full:
+        disk_is_full = launched.start(*words, tmp_path / "full", output=full)
+    for name, process in (("closed", closed), ("full", disk_is_full)):
+        status, output, errors = finish(process)
+        log = (tmp_path / name / "log.txt").read_text()
+        assert (status, output, errors) == (0, "", ""), log
+        assert "refused 5 of 5 updates" in log
+        assert read_result(tmp_path / name)["after_fine_tune"]
 
 
-@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
-def test_a_quick_start_without_a_terminal(closed: str, launched: Launched, tmp_path: Path) -> None:
+def test_a_quick_start_without_a_terminal(launched: Launched, tmp_path: Path) -> None:
     """The server and the workers get no terminal either."""
-    command = entry_point("quick_start.py", *TINY, "--run_dir", tmp_path / "run")
-    assert finish(launched.start("sh", "-c", f"exec {command} {closed}"))[0] == 0
-    assert read_result(tmp_path / "run")["world_size"] == 3
+    words = ("quick_start.py", *TINY, "--run_dir")
+    closed = launched.start("sh", "-c", f"exec {entry_point(*words, tmp_path / 'closed')} <&- >&- 2>&-")
+    with open("/dev/full", "wb") as full:
+        disk_is_full = launched.start(*words, tmp_path / "full", output=full)
+    for name, process in (("closed", closed), ("full", disk_is_full)):
+        assert finish(process)[0] == 0
+        assert read_result(tmp_path / name)["world_size"] == 3
 
 
 def test_an_error_without_a_terminal_keeps_its_status(launched: Launched, tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from datasets.clients.split import SplitDataset
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, parameters_sha256, run_experiment
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
-from perfedavg.settings import ExperimentConfig, Phase
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.flat_model import flatten
 
-CONFIG = make_config(cohort_size=6)
+SGD = OptimizerConfig("sgd", 0.1)
+CONFIG = make_config(cohort_size=6, fedavg=PhaseConfig(2, 1, SGD, OptimizerConfig("momentum", 1.0)), eval_every=100)
 IN_GROUPS = dataclasses.replace(CONFIG, client_batching=4)  # four clients, then two
 
 

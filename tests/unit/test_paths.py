@@ -94,7 +94,7 @@ def test_the_data_folder_of_the_environment_is_read_as_the_flags(
 def test_a_run_in_a_folder_whose_name_is_no_text(launched: Launched, tmp_path: Path) -> None:
     """Every file that names it must be written all the same, and its report too."""
     folder = tmp_path / os.fsdecode(b"caf\xe9 \n x")
-    status, _, errors = finish(launched.start("single_process.py", *TINY, "--run_dir", folder, fresh=True))
+    status, _, errors = finish(launched.start("single_process.py", *TINY, "--run_dir", folder, draws_plots=True))
     assert status == 0, errors
     assert read_result(folder)["after_fine_tune"]
     assert {path.name for path in (folder / "plots").iterdir()} == {"accuracy.png", "clients.png"}
