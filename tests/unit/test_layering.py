@@ -40,7 +40,9 @@ ROOMS = (
     "run",
 )
 """The rooms and modules of perfedavg: each imports only those before it, but for the names of types."""
-MOST_MODULES = 12
+COMPUTE_LATER = "methods"
+"""The room whose modules are settings when they are imported, and import what they compute with when they compute."""
+MOST_MODULES = 13
 ENTRY_POINTS_INSIDE = {ROOT / "datasets" / "describe.py"}
 ONLY_MULTI_PROCESS = ("torch.distributed", "fedlab.core")
 
@@ -97,17 +99,19 @@ def place(module: str) -> int:
     return max(fitting)
 
 
-def run_time_nodes(node: ast.AST) -> Iterator[ast.AST]:
+def nodes_at_run_time(node: ast.AST, with_functions: bool) -> Iterator[ast.AST]:
     """All nodes below one, without what is there for type checkers alone."""
     for child in ast.iter_child_nodes(node):
-        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+        for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        if not for_types and (with_functions or not isinstance(child, ast.FunctionDef)):
             yield child
-            yield from run_time_nodes(child)
+            yield from nodes_at_run_time(child, with_functions)
 
 
 def upward_imports(module: str, source: str) -> set[str]:
     """What a module of perfedavg imports of rooms above its own."""
-    names = {name for name in imported(run_time_nodes(ast.parse(source))) if name.startswith("perfedavg.")}
+    nodes = nodes_at_run_time(ast.parse(source), with_functions=module.partition(".")[0] != COMPUTE_LATER)
+    names = {name for name in imported(nodes) if name.startswith("perfedavg.")}
     return {name for name in names if place(name.removeprefix("perfedavg.")) > place(module)}
 
 
@@ -124,6 +128,8 @@ def test_an_upward_import_is_seen_wherever_it_stands() -> None:
     assert "perfedavg.recording.runs" in upward_imports("engine.experiment", source)
     assert not upward_imports("run", source)
     assert upward_imports("terminal.console", "import perfedavg.terminal.display")
+    assert not upward_imports("methods.maml", source)
+    assert upward_imports("methods.maml", "from perfedavg.training import layers")
     assert not upward_imports("engine.experiment", f"if TYPE_CHECKING:\n    {source.splitlines()[1].strip()}")
 
 
