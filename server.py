@@ -16,11 +16,9 @@ def main() -> None:
     pin_kernels_or_restart(config.portable_kernels, utils.ROOT / "server.py", sys.argv[1:])
     utils.check_num_workers(utils.config_from_args(args), args.world_size - 1)
 
-    from multi_process.server import CohortHandler, WorkerPoolManager
+    from multi_process.server import WorkerPool
     from multi_process.transport.network import ServerNetwork
-    from perfedavg.contracts import Executor
     from perfedavg.run import run_and_record
-    from perfedavg.settings import ExperimentConfig
     from perfedavg.training.client_batching import settle_client_batching
     from perfedavg.training.compute import resolve_device, return_freed_memory, use_reproducible_kernels
     from reporting.run_plots import draw_run_plots
@@ -44,22 +42,16 @@ def main() -> None:
     model = utils.get_model(config, dataset)
     config = utils.load_initial_model(args, config, model, folder.has_checkpoint)
     run_settings = {"command": sys.argv, "world_size": args.world_size, "backend": args.backend}
-
-    def experiment(settled: ExperimentConfig, executor: Executor) -> None:
-        run_and_record(settled, executor, dataset, model, folder, run_settings)
-
-    handler = CohortHandler(model)
-    settle = partial(settle_client_batching, config, model, dataset)
-    WorkerPoolManager(
+    with WorkerPool(
         network,
-        handler,
-        settle,
         dataset,
-        experiment,
+        partial(settle_client_batching, config, model, dataset),
+        sum(parameter.numel() for parameter in model.parameters()),
         args.join_timeout_seconds,
         args.worker_wait_seconds,
         utils.worker_command(args),
-    ).run()
+    ) as pool:
+        run_and_record(pool.config, pool, dataset, model, folder, run_settings)
     draw_run_plots(folder.path)  # now that no worker waits
 
 

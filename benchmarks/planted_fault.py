@@ -72,13 +72,13 @@ def follow_worker(fault: Fault) -> None:
 
 def follow_server(fault: Fault) -> None:
     """Keep the context in the server."""
-    from multi_process.server import WorkerPoolManager
+    from multi_process.server import WorkerPool
 
-    def begin(manager: object, task: Any, parameters: object) -> None:
+    def begin(pool: object, task: Any, parameters: object) -> None:
         fault.doing = task.phase, task.round_number
 
-    before(WorkerPoolManager, "train", begin)
-    before(WorkerPoolManager, "score", begin)
+    before(WorkerPool, "train", begin)
+    before(WorkerPool, "score", begin)
 
 
 def worker_joining(fault: Fault) -> None:
@@ -118,8 +118,7 @@ def worker_training(fault: Fault) -> None:
 
 def worker_sending(fault: Fault) -> None:
     """In the middle of sending the round's sum: announced, header sent, content not."""
-    from fedlab.utils import MessageCode
-
+    from multi_process.fedlab_adapter import MessageCode
     from multi_process.transport.tensors import SERVER, TensorConnection
 
     follow_worker(fault)
@@ -142,23 +141,23 @@ def worker_scoring(fault: Fault) -> None:
 
 def server_joining(fault: Fault) -> None:
     """Between two workers' joining."""
-    from multi_process.server import WorkerPoolManager
+    from multi_process.server import WorkerPool
 
-    before(WorkerPoolManager, "_take_join", lambda *args: fault.strike())
+    before(WorkerPool, "_take_join", lambda *args: fault.strike())
 
 
 def server_waiting(fault: Fault) -> None:
     """While its workers train: a client of the round has been reported, others have not."""
     from multi_process.messages import GroupTrained
-    from multi_process.server import WorkerPoolManager
+    from multi_process.work_item import WorkItem
 
     follow_server(fault)
 
-    def strike(manager: object, worker: object, message: object, item: object) -> None:
+    def strike(item: object, worker: object, message: object) -> None:
         if isinstance(message, GroupTrained):
             fault.strike_if_due()
 
-    before(WorkerPoolManager, "_take_answer", strike)
+    before(WorkItem, "take_answer", strike)
 
 
 def server_stepping(fault: Fault) -> None:
@@ -172,15 +171,15 @@ def server_stepping(fault: Fault) -> None:
 def server_scoring(fault: Fault) -> None:
     """While its workers score unseen clients."""
     from multi_process.messages import GroupScored
-    from multi_process.server import WorkerPoolManager
+    from multi_process.work_item import WorkItem
 
     follow_server(fault)
 
-    def strike(manager: object, worker: object, message: object, item: object) -> None:
+    def strike(item: object, worker: object, message: object) -> None:
         if isinstance(message, GroupScored):
             fault.strike_if_due()
 
-    before(WorkerPoolManager, "_take_answer", strike)
+    before(WorkItem, "take_answer", strike)
 
 
 def server_saving(fault: Fault) -> None:

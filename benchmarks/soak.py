@@ -42,13 +42,8 @@ from faults import (  # noqa: E402
     run_undisturbed,
 )
 
-from multi_process.transport.control import (  # noqa: E402
-    PROTOCOL_VERSION,
-    ControlConnection,
-    JoinRequest,
-    ProtocolError,
-    receive_hello,
-)
+from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection, ProtocolError  # noqa: E402
+from multi_process.transport.handshake import JoinRequest, receive_hello  # noqa: E402
 from perfedavg.machine.forking import ForkedProcess, load  # noqa: E402
 from quick_start import load_everything  # noqa: E402
 

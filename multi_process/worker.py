@@ -1,4 +1,4 @@
-"""A worker's side: a FedLab client manager that answers the server, and the trainer that does the work."""
+"""A worker's side: joins, takes over the server's configuration, and does what it is asked for."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from concurrent.futures import Future, wait
 from pathlib import Path
 
 import torch
-from fedlab.core.client.manager import PassiveClientManager
-from fedlab.core.client.trainer import SerialClientTrainer
-from fedlab.core.network_manager import NetworkManager
 from torch import nn
 
 from multi_process.boundary import check_start, clean_text
+from multi_process.fedlab_adapter import ClientManager, SerialTrainer
 from multi_process.messages import (
     AssignGroups,
     Configure,
@@ -30,7 +28,7 @@ from multi_process.messages import (
     StartScoring,
     StartTraining,
 )
-from multi_process.transport.control import FinishedError
+from multi_process.transport.handshake import FinishedError
 from multi_process.transport.network import WorkerNetwork
 from multi_process.transport.peer import PeerLostError, RunEndedError
 from perfedavg.contracts import FederatedDataset
@@ -39,7 +37,7 @@ from perfedavg.engine.local_work import CohortTraining
 from perfedavg.engine.tasks import CohortTask, ScoringTask
 from perfedavg.machine.cores import usable_cores
 from perfedavg.settings import ExperimentConfig, Phase
-from perfedavg.terminal.console import say
+from perfedavg.terminal.console import reason_of, say
 from perfedavg.training.compute import describe_device, describe_kernels
 
 FAREWELL_SECONDS = 5.0
@@ -49,8 +47,8 @@ BuildWorkload = Callable[[ExperimentConfig], tuple[nn.Module, FederatedDataset]]
 """Builds the model and reads the data set that a configuration names."""
 
 
-class PersonalizationTrainer(SerialClientTrainer):
-    """FedLab's serial trainer: simulates many clients in one process, by means of a `LocalExecutor`.
+class PersonalizationTrainer(SerialTrainer):
+    """Trains and scores clients by means of a `LocalExecutor`.
 
     send: is given each answer as soon as there is one, in the thread of a slot.
     report_failure: is given what went wrong with a group of clients, and the first one's id.
@@ -66,20 +64,17 @@ class PersonalizationTrainer(SerialClientTrainer):
         send: Callable[[Message], None],
         report_failure: Callable[[Exception, int], None],
     ) -> None:
-        num_clients = len(dataset.train_client_ids) + len(dataset.unseen_client_ids)
-        super().__init__(model, num_clients, cuda=False)
+        super().__init__(model, len(dataset.train_client_ids) + len(dataset.unseen_client_ids))
         self.dataset = dataset
+        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._phases = config.phases
-        self._executor = LocalExecutor(config, self._model, dataset, device, num_slots)
+        self._executor = LocalExecutor(config, model, dataset, device, num_slots)
+        self.warnings = self._executor.warnings
         self._send = send
         self._report_failure = report_failure
         self._work: Callable[[Sequence[int]], Message] | None = None
         self._training: CohortTraining | None = None
         self._futures: list[Future[None]] = []
-
-    @property
-    def num_slots(self) -> int:
-        return self._executor.num_slots
 
     @property
     def has_begun(self) -> bool:
@@ -90,26 +85,21 @@ class PersonalizationTrainer(SerialClientTrainer):
     def is_training(self) -> bool:
         return self._training is not None
 
-    @property
-    def warnings(self) -> list[str]:
-        return self._executor.warnings
-
     def begin(self, payload: StartTraining | StartScoring) -> None:
         """Take over the global model. What the clients of `local_process` do from now on is train, or be scored.
 
         Raises ValueError where it is not of the experiment.
         """
         self.abandon()
-        num_parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        check_start(payload.phase, payload.parameters, self._phases, num_parameters)
-        phase = Phase(payload.phase)
+        check_start(payload.phase, payload.parameters, self._phases, self.num_parameters)
+        phase, parameters = Phase(payload.phase), payload.parameters.clone()
         if isinstance(payload, StartTraining):
             task = CohortTask(phase, payload.round_number, (), payload.capacity)
-            self._training = self._executor.begin_training(task, payload.parameters.clone())
+            self._training = self._executor.begin_training(task, parameters)
             self._work = self._train
         else:
             scoring = ScoringTask(phase, payload.round_number, (), payload.num_curve_epochs)
-            score = self._executor.begin_scoring(scoring, payload.parameters.clone()).score
+            score = self._executor.begin_scoring(scoring, parameters).score
             self._work = lambda group: GroupScored(score(group))
 
     def local_process(self, payload: AssignGroups, id_list: list[list[int]]) -> None:
@@ -135,7 +125,7 @@ class PersonalizationTrainer(SerialClientTrainer):
         self._training = self._work = None
 
     def _process(self, group: Sequence[int]) -> None:
-        assert self._work is not None, "a piece of work was begun before its clients came"
+        assert self._work is not None, "work was begun before its clients came"
         try:
             answer = self._work(group)
         except Exception as error:  # whatever it is, the worker's main thread must hear of it
@@ -150,7 +140,7 @@ class PersonalizationTrainer(SerialClientTrainer):
 
 
 class _ClientError(Exception):
-    """What went wrong with a client, on its way from the slot to the main thread."""
+    """What went wrong with a client, on its way from a slot to the main thread."""
 
     def __init__(self, error: Exception, client_id: int) -> None:
         super().__init__(str(error))
@@ -158,10 +148,8 @@ class _ClientError(Exception):
         self.client_id = client_id
 
 
-class WorkerManager(PassiveClientManager):
-    """FedLab's passive client manager: joins, takes over the server's configuration, and does what it is asked for.
-
-    A server that is lost is waited for, and joined again.
+class WorkerManager(ClientManager):
+    """The life of a worker. A server that is lost is waited for, and joined again.
 
     build_workload: turns the configuration into model and data, once it is known.
     threads: clients side by side that the user asked for, or None for this worker's share of the machine.
@@ -170,7 +158,7 @@ class WorkerManager(PassiveClientManager):
     def __init__(
         self, network: WorkerNetwork, build_workload: BuildWorkload, device: torch.device, threads: int | None
     ) -> None:
-        super().__init__(network, trainer=None)
+        super().__init__(network)
         self._network: WorkerNetwork = network
         self._build_workload = build_workload
         self._device = device
@@ -180,25 +168,19 @@ class WorkerManager(PassiveClientManager):
 
     def run(self) -> None:
         """Join, work, leave. Where this worker fails, the server is told why before the error goes on its way."""
-        try:
-            self._work()
-        except FinishedError as over:
-            say(f"worker {self._network.rank}: {over}")
-        self.shutdown()
-
-    def _work(self) -> None:
-        """Until the run is over, which is told with Finish, or by FinishedError where this worker joined too late."""
         while True:
-            NetworkManager.setup(self)  # not ClientManager's, which reports a number of clients before it knows them
             try:
-                self._configure()
-                self.main_loop()
-                break
+                super().run()  # setup, main_loop, shutdown
+                return
             except PeerLostError as error:
                 say(f"worker {self._network.rank}: {error}; joining anew")
                 if self._trainer is not None:
                     self._trainer.abandon()
-            except (RunEndedError, FinishedError):
+            except FinishedError as over:  # it joined too late for any work
+                say(f"worker {self._network.rank}: {over}")
+                self.shutdown()
+                return
+            except RunEndedError:
                 raise  # the server knows
             except _ClientError as failed:
                 self._send_failure(failed.error, failed.client_id)
@@ -207,41 +189,24 @@ class WorkerManager(PassiveClientManager):
                 self._send_failure(error, None)
                 raise
 
-    def main_loop(self) -> None:
-        trainer = self._trainer
-        assert trainer is not None, "the worker is configured before it works"
-        while not isinstance(request := self._network.peer.receive(), Finish):
-            match request:
-                case StartTraining() | StartScoring():
-                    trainer.begin(request)
-                case AssignGroups() if trainer.has_begun:
-                    trainer.local_process(request, request.groups)
-                case RequestPartialSum() if trainer.is_training:
-                    self.synchronize()
-                case _:
-                    raise ValueError(f"the server sent {type(request).__name__} where work was expected")
-
-    def synchronize(self) -> None:
-        """Send the sum up."""
-        assert self._trainer is not None, "the worker is configured before it works"
-        self._send(self._trainer.uplink_package)
-
-    def _configure(self) -> None:
-        device = describe_device(self._device, self._threads)
-        num_cores = usable_cores()
+    def setup(self) -> None:
+        """Join the server, and set up the model and data that it names, unless they are there from before."""
+        super().setup()
+        network, device = self._network, describe_device(self._device, self._threads)
+        kernels, num_cores = describe_kernels(self._device), usable_cores()
         self._send(
             Join(
-                self._network.ticket,
+                network.ticket,
                 machine_identity(),
                 num_cores,
                 self._threads,
                 device.kind,
                 device.memory_bytes,
-                describe_kernels(self._device),
+                kernels,
             )
         )
-        answer = self._network.peer.receive()
-        if not isinstance(answer, Configure) or answer.ticket != self._network.ticket:
+        answer = network.peer.receive()
+        if not isinstance(answer, Configure) or answer.ticket != network.ticket:
             raise ValueError("what speaks on the tensors' connection is not the server")
         if self._trainer is None or self._configured is None or not _same_work(answer, self._configured):
             config = ExperimentConfig.from_dict(answer.experiment)
@@ -250,15 +215,29 @@ class WorkerManager(PassiveClientManager):
                 config, model, dataset, self._device, answer.num_slots, self._send, self._report_failure
             )
         self._configured = answer
-        self._network.peer.num_parameters = sum(parameter.numel() for parameter in self._trainer.model.parameters())
+        network.peer.num_parameters = self._trainer.num_parameters
         say(
-            f"worker {self._network.rank}: joined {self._network.address[0]}:{self._network.address[1]}, "
+            f"worker {network.rank}: joined {network.address[0]}:{network.address[1]}, "
             f"{clean_text(answer.experiment['dataset'])} on {self._device}, {answer.num_slots} client(s) side by side"
         )
         self._send(Ready(self._trainer.dataset.fingerprint, str(self._device), self._trainer.warnings))
 
+    def main_loop(self) -> None:
+        trainer = self._trainer
+        assert trainer is not None, "the worker is set up before it works"
+        while not isinstance(request := self._network.peer.receive(), Finish):
+            match request:
+                case StartTraining() | StartScoring():
+                    trainer.begin(request)
+                case AssignGroups() if trainer.has_begun:
+                    trainer.local_process(request, request.groups)
+                case RequestPartialSum() if trainer.is_training:
+                    self._send(trainer.uplink_package)
+                case _:
+                    raise ValueError(f"the server sent {type(request).__name__} where work was expected")
+
     def _send(self, message: Message) -> None:
-        """Send to the server. Where it is gone, the main thread hears of it when it next receives."""
+        """Send to the server. Where it is lost, the main thread hears of it when it next receives."""
         with contextlib.suppress(PeerLostError, RunEndedError, FinishedError):
             self._network.peer.send(message)
 
@@ -267,7 +246,7 @@ class WorkerManager(PassiveClientManager):
         self._network.peer.interrupt(_ClientError(error, client_id))
 
     def _send_failure(self, error: Exception, client_id: int | None) -> None:
-        self._send(Failed(" ".join(str(error).split()) or type(error).__name__, client_id))
+        self._send(Failed(reason_of(error), client_id))
         self._network.peer.drain(FAREWELL_SECONDS)
 
 

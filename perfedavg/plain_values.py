@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import sys
 import types
@@ -55,7 +56,8 @@ def from_plain(kind: type[Value], value: Any, name: str = "", ignore_unknown: bo
     """A dataclass, or a value of another type, from what `json.loads` gave; the inverse of `dataclasses.asdict`.
 
     Known are bool, int, float, str, None, Any, unions, tuples, lists, dicts (whose keys may be whole numbers, as text)
-    and dataclasses of these. Fields with a default may be absent.
+    and dataclasses of these. Fields with a default may be absent. The rules of an `Annotated[type, rule, ...]` are
+    functions (value, name) -> value that check further, or change, what has this type.
     name: of the value in errors; empty for the content of a whole file.
     ignore_unknown: pass over fields that the dataclass does not have, as in a file of a later version.
     Raises ValueError where a value is of another type, or where a dataclass itself refuses it.
@@ -87,6 +89,11 @@ def _convert(kind: Any, value: Any, name: str, ignore_unknown: bool) -> Any:
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any:
         return value
+    if origin is typing.Annotated:
+        value = _convert(parts[0], value, name, ignore_unknown)
+        for rule in parts[1:]:
+            value = rule(value, name)
+        return value
     if dataclasses.is_dataclass(kind) and isinstance(value, dict):
         return _convert_fields(kind, value, name, ignore_unknown)
     if origin in (typing.Union, types.UnionType):
@@ -110,8 +117,13 @@ def _convert(kind: Any, value: Any, name: str, ignore_unknown: bool) -> Any:
     raise _refusal([kind], value, name)
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind, include_extras=True)
+
+
 def _convert_fields(kind: Any, values: dict[str, Any], name: str, ignore_unknown: bool) -> Any:
-    hints = typing.get_type_hints(kind)
+    hints = _hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
     prefix = f"{name}." if name else ""
     for key in values:

@@ -16,9 +16,10 @@ from typing import Any, cast
 import pytest
 import torch
 from helpers import QuadraticClients, make_config
-from torch import Tensor, nn
+from torch import Tensor
 
-from multi_process import messages, server
+from multi_process import messages, server, work_item
+from multi_process.fedlab_adapter import BytePackage, MessageCode, split_content
 from multi_process.messages import (
     AssignGroups,
     Configure,
@@ -29,7 +30,7 @@ from multi_process.messages import (
     from_line,
     from_package,
 )
-from multi_process.server import CohortHandler, WorkerPoolManager
+from multi_process.server import WorkerPool
 from multi_process.transport.network import ConnectedWorker
 from multi_process.transport.peer import PeerLostError
 from perfedavg.aggregation.exact_mean import ExactMean
@@ -65,25 +66,27 @@ def arrive(kind: str, values: Values) -> Message | Exception:
     """What the server has of a message: one of the protocol, or the error that says that it is none."""
     try:
         if kind in messages._CONTROL_MESSAGES:
-            return from_line({"word": kind, "values": json.loads(json.dumps(values))})
+            return from_line({"control": kind, "values": json.loads(json.dumps(values))})
         return from_package(getattr(messages, kind).code, package_of(kind, values))
     except ValueError as error:
         return error
 
 
 def package_of(kind: str, values: Values) -> list[Tensor]:
-    """The tensors of the package that carries a message of any fields. Padding is left empty."""
-    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    header = {
-        "kind": kind,
-        "values": {name: value for name, value in values.items() if name not in tensors},
-        "tensors": {
-            name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in tensors.items()
-        },
-    }
-    parts = [torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.int8)]
-    parts += [tensor.contiguous().view(-1).view(torch.int8) for tensor in tensors.values()]
-    return [tensor for part in parts for tensor in (part, torch.empty(0, dtype=torch.int8))][:-1]
+    """The tensors of the package that carries a message of any fields."""
+    tensors: list[Tensor] = []
+
+    def plain(tensor: Tensor) -> Values:
+        tensors.append(tensor)
+        return {"$tensor": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]}
+
+    header = json.dumps({"kind": kind, "values": values}, default=plain)
+    return package_of_bytes(header, *tensors)
+
+
+def package_of_bytes(header: str, *tensors: Tensor) -> list[Tensor]:
+    package = BytePackage(MessageCode.SetUp, header.encode(), tensors)
+    return split_content(package.slices, package.content)
 
 
 class Member:
@@ -233,21 +236,17 @@ class Pool:
         self._num_gets = 0
 
     def start(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(server, "time", self.clock)
+        for module in (server, work_item):
+            monkeypatch.setattr(module, "time", self.clock)
         monkeypatch.setattr(server, "say", self.said.append)
-        manager = WorkerPoolManager(
-            cast(Any, self),
-            CohortHandler(nn.Linear(NUM_PARAMETERS - 1, 1)),
-            lambda devices: make_config(),
-            cast(Any, CLIENTS),
-            lambda config, executor: None,
-            600.0,
-            self._wait_seconds,
+        config = make_config()
+        pool = WorkerPool(
+            cast(Any, self), cast(Any, CLIENTS), lambda _: config, NUM_PARAMETERS, 600.0, self._wait_seconds
         )
         for member in self.members:
             self.admit(member)
-        manager.setup()
-        self.manager = manager
+        pool.setup()
+        self.pool = pool
 
     def admit(self, member: Member) -> None:
         member.connect(self, next(self._generations))
@@ -255,10 +254,10 @@ class Pool:
     def train(self, round_number: int = 1) -> CohortUpdate:
         capacity = sum(SIZES[client_id] for client_id in COHORT)
         task = CohortTask(Phase.FEDAVG, round_number, COHORT, capacity)
-        return self.manager.train(task, torch.zeros(NUM_PARAMETERS))
+        return self.pool.train(task, torch.zeros(NUM_PARAMETERS))
 
     def score(self, num_curve_epochs: int = 0) -> list[ClientScore]:
-        return self.manager.score(ScoringTask(Phase.FEDAVG, 1, UNSEEN, num_curve_epochs), torch.zeros(NUM_PARAMETERS))
+        return self.pool.score(ScoringTask(Phase.FEDAVG, 1, UNSEEN, num_curve_epochs), torch.zeros(NUM_PARAMETERS))
 
     def put(self, connected: ConnectedWorker, at: float, event: Message | Exception) -> None:
         heapq.heappush(self._pending, (at, next(self._order), (connected, event)))

@@ -1,14 +1,14 @@
-"""How server and workers find each other: FedLab's networks, each with the links that it has.
+"""How server and workers find each other: FedLab's networks, each with its peers.
 
-The server listens on --ip's address only. Whoever connects is greeted in a thread of its own, and becomes a link or is
+The server listens on --ip's address only. Each connection has a thread of its own, in which it becomes a worker's or is
 dropped; neither disturbs the run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import queue
+import secrets
 import socket
 import threading
 import time
@@ -17,22 +17,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
-from fedlab.core.network import DistNetwork
 
 from multi_process.boundary import clean_text
+from multi_process.fedlab_adapter import Network
 from multi_process.messages import Message
-from multi_process.transport.control import (
-    MAX_RANK,
+from multi_process.transport.addresses import check_interface, listen_on, resolve
+from multi_process.transport.control import ControlConnection, ProtocolError
+from multi_process.transport.handshake import (
     MAX_SILENCE_SECONDS,
-    ControlConnection,
     Hello,
     JoinRequest,
-    ProtocolError,
     RefusedError,
     accept,
-    finish,
     read_token,
     receive_hello,
     receive_join_request,
@@ -48,19 +45,47 @@ POLL_SECONDS = 0.05
 REMINDER_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
 """For one attempt to connect, at most."""
+MAX_RANK = 2**31 - 1
 MAX_PENDING_HANDSHAKES = 64
-"""Connections that may be in their greeting at the same time; for a further one, the oldest has to go."""
+"""Connections that may be in their handshake at the same time; for a further one, the oldest has to go."""
 MAX_COUNTED_HOSTS = 1000
 """Hosts whose dropped connections are counted and logged one by one; those of all others are counted together."""
 MAX_EVENTS = 10_000
 """That wait for the experiment's thread, before the workers that say more have to wait."""
 PEER_DESCRIPTORS = 8
-"""Of a link: its control connection, gloo's connection (and ours to it), port, poll and pipe, and one to spare."""
+"""Of a peer: its control connection, gloo's connection (and ours to it), port, poll and pipe, and one to spare."""
 CLOSING_SECONDS = 1.0
-"""For those in their greeting to hear that the run is over."""
+"""For those in their handshake to hear that the run is over."""
 BEATS = 4
 """Signs of life within the silence that counts as death, so that a lost one does not matter."""
 MAX_BEAT_SECONDS = 1.0
+
+
+class _CheckedNetwork(Network):
+    """A network whose settings have been checked. Raises ValueError where they cannot be."""
+
+    def __init__(
+        self,
+        address: tuple[str, int],
+        world_size: int | None,
+        rank: int,
+        ethernet: str | None,
+        backend: str,
+        device: torch.device,
+        token_file: Path | None,
+    ) -> None:
+        super().__init__(address, world_size, rank, ethernet, backend)
+        if world_size is not None and world_size < 2:
+            raise ValueError(f"--world_size {world_size} leaves no worker; it counts the server too, so use 2 or more")
+        check_interface(ethernet)
+        if backend == "nccl" and device.type != "cuda":
+            raise ValueError(
+                f"--backend nccl needs a GPU for each process, this one computes on {device} "
+                f"(GPUs found: {torch.cuda.device_count()}); use --backend gloo"
+            )
+        self._nccl_device = device if backend == "nccl" else None
+        self._gpu = "" if self._nccl_device is None else gpu_identity(self._nccl_device)
+        self._token = read_token(token_file)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,18 +99,22 @@ class ConnectedWorker:
     gpu: str
 
 
-class ServerNetwork(DistNetwork):
-    """The server's FedLab network: listens, greets, and puts what its workers say into one queue.
+class ServerNetwork(_CheckedNetwork):
+    """The server's network: lets workers in, and puts what they say into one queue.
 
-    address: (host, port) to listen on.  world_size: the server and the workers to start with.
-    ethernet: interface for tensors, or None for the one by which a worker is reached.  backend: `gloo` or `nccl`.
-    device: with nccl, whose memory tensors are sent from.  token_file: see `control.read_token`.
-    silence_seconds: after which a worker without a sign of life counts as dead.
-    portable_kernels: see `config.ExperimentConfig`; workers must do the same.
+    address: (host, port) to listen on.
+    world_size: the server and the workers to start with.
+    ethernet: interface for tensors, or None for the one by which a worker is reached.
+    backend: `gloo` or `nccl`.
+    device: with nccl, whose memory tensors are sent from.
+    token_file: see `handshake.read_token`.
+    silence_seconds: of silence after which a worker is declared dead.
+    portable_kernels: see `ExperimentConfig`; workers must do the same.
 
     events: what the workers say, as it comes. Of each worker the first is a `Join`; an exception is the last.
-    Raises ValueError where these cannot be.
     """
+
+    world_size: int
 
     def __init__(
         self,
@@ -98,27 +127,20 @@ class ServerNetwork(DistNetwork):
         silence_seconds: float,
         portable_kernels: str = "false",
     ) -> None:
-        super().__init__(address, world_size, 0, ethernet, backend)
-        if world_size < 2:
-            raise ValueError(f"--world_size {world_size} leaves no worker; it counts the server too, so use 2 or more")
+        super().__init__(address, world_size, 0, ethernet, backend, device, token_file)
         if not 0 < silence_seconds <= MAX_SILENCE_SECONDS:
             raise ValueError(
                 f"--worker_timeout_seconds {silence_seconds:g} must be above 0, and {MAX_SILENCE_SECONDS:g} at most"
             )
-        _check_interface(ethernet)
-        self._nccl_device = _nccl_device(backend, device)
-        self._token = read_token(token_file)
-        self._silence_seconds = silence_seconds
-        self._portable_kernels = portable_kernels
+        self._silence_seconds = float(silence_seconds)
         self._beat_seconds = min(MAX_BEAT_SECONDS, silence_seconds / BEATS)
+        self._portable_kernels = portable_kernels
         self.events: queue.SimpleQueue[tuple[ConnectedWorker, Message | Exception]] = queue.SimpleQueue()
         self.num_refused_for_room = 0
         self._listener: socket.socket | None = None
-        self._handshakes: dict[
-            ControlConnection, str
-        ] = {}  # those that have not proven yet who they are, and their hosts
+        self._handshakes: dict[ControlConnection, str] = {}  # with the hosts that they come from
         self._admission_lock = threading.Lock()
-        self._connected: dict[int, ConnectedWorker] = {}  # by rank; those that are not gone
+        self._connected: dict[int, ConnectedWorker] = {}  # by rank; those that are not lost
         self._over: tuple[str, str] | None = None  # how and why, as `Peer.close` takes it
         self._num_admitted = 0
         self._counting = threading.Lock()
@@ -126,7 +148,7 @@ class ServerNetwork(DistNetwork):
 
     def listen(self) -> None:
         """Open the port and let workers in. Raises ValueError where the address is not this machine's or is in use."""
-        self._listener = _listen(self.address)
+        self._listener = listen_on(self.address)
         threading.Thread(target=self._accept, args=(self._listener,), name="accept", daemon=True).start()
         say(f"server: listening on {self.address[0]}:{self.address[1]} for {self.world_size - 1} worker(s)")
 
@@ -159,15 +181,18 @@ class ServerNetwork(DistNetwork):
 
     @property
     def num_connected(self) -> int:
-        """Workers that were admitted and are not gone."""
-        return sum(connected.peer.lost_reason is None for connected in list(self._connected.values()))
+        """Workers that were admitted and are not lost."""
+        return len(self._present())
+
+    def _present(self) -> list[ConnectedWorker]:
+        return [worker for worker in list(self._connected.values()) if worker.peer.lost_reason is None]
 
     def _end(self, farewell: str, reason: str) -> None:
         with self._admission_lock:
             self._over = self._over or (farewell, reason)
             connected = list(self._connected.values())
-        for each in connected:
-            each.peer.close(reason, farewell=farewell)
+        for worker in connected:
+            worker.peer.close(reason, farewell=farewell)
         self._forget(connected)
 
     def _accept(self, listener: socket.socket) -> None:
@@ -189,12 +214,12 @@ class ServerNetwork(DistNetwork):
                 self._drop(control, host, str(error))
 
     def _limit_handshakes(self) -> None:
-        """Where too many are in their hello, let the first of them go: a worker's takes next to no time."""
+        """Where too many are in their handshake, let the first of them go: a worker's takes next to no time."""
         most = max(1, min(MAX_PENDING_HANDSHAKES, num_spare() + len(self._handshakes)))
-        while len(greeting := list(self._handshakes.items())) >= most:
-            control, host = greeting[0]
+        while len(pending := list(self._handshakes.items())) >= most:
+            control, host = pending[0]
             if self._handshakes.pop(control, None) is not None:  # or its own thread has just seen to it
-                self._log_dropped(host, f"{most} others came while it was greeted")
+                self._log_dropped(host, f"{most} others came during its handshake")
                 control.end()
 
     def _drop(self, control: ControlConnection, host: str, reason: str) -> None:
@@ -203,38 +228,39 @@ class ServerNetwork(DistNetwork):
         control.close()
 
     def _serve(self, control: ControlConnection, host: str) -> None:
-        """Make a link of a connection, or drop it; then pass on what comes over the link."""
+        """Make a worker of a connection, or drop it; then pass on what comes from the worker."""
         try:
-            connected = self._handshake(control)
+            worker = self._handshake(control, host)
         except Exception as error:  # whatever it is: a stranger ends nothing
             self._drop(control, host, str(error))
             return
         try:
-            connected.peer.connect(self.ethernet, self._nccl_device)
+            worker.peer.connect(self.ethernet, self._nccl_device)
             while True:
-                event = connected.peer.receive()
-                while self.events.qsize() >= MAX_EVENTS and connected.peer.lost_reason is None:
+                event = worker.peer.receive()
+                while self.events.qsize() >= MAX_EVENTS and worker.peer.lost_reason is None:
                     time.sleep(POLL_SECONDS)
-                self.events.put((connected, event))
+                self.events.put((worker, event))
         except Exception as error:  # whatever it is, the experiment's thread must hear of it
-            self.events.put((connected, error))
+            self.events.put((worker, error))
         finally:
-            self._forget([connected])
+            self._forget([worker])
 
-    def _handshake(self, control: ControlConnection) -> ConnectedWorker:
+    def _handshake(self, control: ControlConnection, host: str) -> ConnectedWorker:
         """Raises RefusedError, ProtocolError or ConnectionError where it is not let in."""
-        hello, request = receive_join_request(
-            control,
-            self._token,
+        hello = Hello(
+            secrets.token_hex(32),
+            self._token is not None,
             self.world_size,
             self.dist_backend,
             self._beat_seconds,
             self._silence_seconds,
             self._portable_kernels,
         )
+        request = receive_join_request(control, self._token, hello)
         if not 1 <= request.rank <= MAX_RANK:
             refuse(control, f"--rank {request.rank} is not a worker's; use 1 or more")
-        host = self._handshakes.pop(control, "")
+        self._handshakes.pop(control, None)
         try:
             while True:
                 self._wait_for_rank(control, request.rank)
@@ -248,24 +274,24 @@ class ServerNetwork(DistNetwork):
     def _admit(self, control: ControlConnection, hello: Hello, request: JoinRequest) -> ConnectedWorker:
         """Take the worker in, whose rank is free."""
         if self._over is not None:
-            (finish if self._over[0] == "finished" else refuse)(control, f"{self._over[1]}")
+            refuse(control, self._over[1], is_finished=self._over[0] == "finished")
         self._check_descriptors(control)
         self._check_gpu(control, request)
         self._num_admitted += 1
         accepted = accept(control, self._token, hello, request, self._num_admitted)
         peer = Peer(control, SERVER, f"worker {request.rank}", self._beat_seconds, self._silence_seconds)
-        connected = ConnectedWorker(peer, request.rank, accepted.generation, accepted.ticket, request.gpu)
-        self._connected[request.rank] = connected
-        return connected
+        worker = ConnectedWorker(peer, request.rank, accepted.generation, accepted.ticket, request.gpu)
+        self._connected[request.rank] = worker
+        return worker
 
-    def _forget(self, gone: Sequence[ConnectedWorker]) -> None:
-        """Forget these workers, but what went over their links."""
+    def _forget(self, lost: Sequence[ConnectedWorker]) -> None:
+        """Forget these workers, but not how much was sent and received."""
         with self._admission_lock:
-            for connected in gone:
-                if self._connected.get(connected.rank) is connected:
-                    del self._connected[connected.rank]
-                    self.send_volume_intotal += connected.peer.bytes_sent
-                    self.recv_volume_intotal += connected.peer.bytes_received
+            for worker in lost:
+                if self._connected.get(worker.rank) is worker:
+                    del self._connected[worker.rank]
+                    self.send_volume_intotal += worker.peer.bytes_sent
+                    self.recv_volume_intotal += worker.peer.bytes_received
 
     def _wait_for_rank(self, control: ControlConnection, rank: int) -> None:
         """Refuse a rank that is in use. Where its worker gives no sign of life, wait until one comes, or it is lost.
@@ -283,10 +309,8 @@ class ServerNetwork(DistNetwork):
 
     def _check_descriptors(self, control: ControlConnection) -> None:
         """Refuse a worker for which there are too few file descriptors: gloo ends a process that runs out of them."""
-        num_forming = sum(
-            not other.peer.is_connected for other in self._connected.values() if other.peer.lost_reason is None
-        )
-        if num_spare() < PEER_DESCRIPTORS * (num_forming + 1):
+        num_connecting = sum(not worker.peer.is_connected for worker in self._present())
+        if num_spare() < PEER_DESCRIPTORS * (num_connecting + 1):
             self.num_refused_for_room += 1
             say(f"server: no room for more than {self.num_connected} worker(s): file descriptors run short (ulimit -n)")
             refuse(
@@ -295,11 +319,8 @@ class ServerNetwork(DistNetwork):
 
     def _check_gpu(self, control: ControlConnection, request: JoinRequest) -> None:
         """Refuse a GPU that another process of the run sends from; nccl cannot share one."""
-        if self._nccl_device is None:
-            return
-        users = {_gpu_identity(self._nccl_device): "the server"}
-        users |= {other.gpu: other.peer.name for other in self._connected.values() if other.peer.lost_reason is None}
-        if request.gpu in users:
+        users = {self._gpu: "the server"} | {worker.gpu: worker.peer.name for worker in self._present()}
+        if self._nccl_device is not None and request.gpu in users:
             refuse(
                 control,
                 f"it computes on the GPU of {users[request.gpu]} ({request.gpu}), and nccl needs a GPU for "
@@ -317,14 +338,15 @@ class ServerNetwork(DistNetwork):
             say(f"server: dropped a connection from {host} (number {times}): {clean_text(reason)}")
 
 
-class WorkerNetwork(DistNetwork):
-    """A worker's FedLab network: finds the server, and finds it again.
+class WorkerNetwork(_CheckedNetwork):
+    """A worker's network: finds the server, and finds it again.
 
-    address: (host, port) of the server.  world_size: that of the server, or None to take whatever it is.
-    rank: 1 or more, this worker's own.  ethernet, backend, device, token_file: see `ServerNetwork`.
-    join_seconds: how long the server is tried for at first.  server_wait_seconds: how long after it was lost.
-
-    Raises ValueError where these cannot be.
+    address: (host, port) of the server.
+    world_size: that of the server, or None to take whatever it is.
+    rank: this worker's own, 1 or more.
+    ethernet, backend, device, token_file: see `ServerNetwork`.
+    join_seconds: how long the server is tried for at first.
+    server_wait_seconds: how long after it was lost.
     """
 
     def __init__(
@@ -339,14 +361,9 @@ class WorkerNetwork(DistNetwork):
         join_seconds: float,
         server_wait_seconds: float,
     ) -> None:
-        super().__init__(address, world_size, rank, ethernet, backend)
         if rank < 1:
             raise ValueError(f"--rank {rank} is not a worker's; use 1 or more (0 is the server)")
-        if world_size is not None and world_size < 2:
-            raise ValueError(f"--world_size {world_size} leaves no worker; it counts the server too, so use 2 or more")
-        _check_interface(ethernet)
-        self._nccl_device = _nccl_device(backend, device)
-        self._token = read_token(token_file)
+        super().__init__(address, world_size, rank, ethernet, backend, device, token_file)
         self._join_seconds = join_seconds
         self._server_wait_seconds = server_wait_seconds
         self._peer: Peer | None = None
@@ -354,7 +371,7 @@ class WorkerNetwork(DistNetwork):
 
     @property
     def peer(self) -> Peer:
-        """The present link to the server."""
+        """The server, as it was joined last."""
         assert self._peer is not None, "the network is connected before it is used"
         return self._peer
 
@@ -364,16 +381,14 @@ class WorkerNetwork(DistNetwork):
         Raises ValueError where it does not want this worker, FinishedError where the run is over, ConnectionError
         where it cannot be reached, UnpinnedKernelsError where this process must start again with portable kernels.
         """
-        seconds, flag = (
-            (self._join_seconds, "--join_timeout_seconds")
-            if self._peer is None
-            else (self._server_wait_seconds, "--server_wait_seconds")
-        )
-        if self._peer is not None:
+        if self._peer is None:
+            seconds, flag = self._join_seconds, "--join_timeout_seconds"
+        else:
+            seconds, flag = self._server_wait_seconds, "--server_wait_seconds"
             self._peer.close("this worker joins anew")
         where = f"{self.address[0]}:{self.address[1]}"
         deadline = time.monotonic() + seconds
-        next_word = time.monotonic()
+        next_reminder = time.monotonic()
         while True:
             try:
                 self._peer = self._join(min(CONNECT_SECONDS, max(POLL_SECONDS, deadline - time.monotonic())))
@@ -388,9 +403,9 @@ class WorkerNetwork(DistNetwork):
                     f"no server at {where} within {seconds:g} s ({reason}); start server.py there first, or check "
                     f"--ip, --port, {flag} and the firewall"
                 )
-            if now >= next_word:
+            if now >= next_reminder:
                 say(f"worker {self.rank}: no server at {where} yet ({reason}); trying for {deadline - now:.0f} s more")
-                next_word = now + REMINDER_SECONDS
+                next_reminder = now + REMINDER_SECONDS
             time.sleep(POLL_SECONDS)
 
     def close_network_connection(self) -> None:
@@ -401,39 +416,24 @@ class WorkerNetwork(DistNetwork):
     def _join(self, connect_seconds: float) -> Peer:
         """One attempt.
 
-        Raises FinishedError, RefusedError, ProtocolError or ConnectionError, and ValueError as `_resolve` does or where
+        Raises FinishedError, RefusedError, ProtocolError or ConnectionError, and ValueError as `resolve` does or where
         there are not enough file descriptors.
         """
         if num_spare() < PEER_DESCRIPTORS:
             raise ValueError(f"worker {self.rank} has too few file descriptors left; raise its limit with ulimit -n")
         try:
-            address = _resolve(self.address)
+            address = resolve(self.address)
         except ValueError as error:
             if self._peer is None:
                 raise
             raise ConnectionError(str(error)) from error  # it was known before, so names are out of order for a while
         try:
-            connected = socket.create_connection(address, timeout=connect_seconds)
+            control = ControlConnection(socket.create_connection(address, timeout=connect_seconds))
         except OSError as error:
             raise ConnectionError(error.strerror or "no answer") from error
-        control = ControlConnection(connected)
         try:
-            try:
-                hello = receive_hello(control)
-            except (ConnectionError, ProtocolError) as error:
-                raise ProtocolError(f"what answers there is not a server of this project: {error}") from error
-            for name, own, other in (
-                ("--world_size", self.world_size, hello.world_size),
-                ("--backend", self.dist_backend, hello.backend),
-            ):
-                if own is not None and own != other:
-                    raise RefusedError(f"its {name} is {clean_text(other)}, this worker's {own}; make them equal")
-            if hello.portable_kernels not in PORTABLE_KERNELS:
-                raise ProtocolError("what answers there asks for kernels that there are not")
-            if not kernels_are_pinned(hello.portable_kernels):
-                raise UnpinnedKernelsError(hello.portable_kernels)
-            gpu = "" if self._nccl_device is None else _gpu_identity(self._nccl_device)
-            accepted = request_to_join(control, self._token, hello, self.rank, gpu)
+            hello = self._receive_hello(control)
+            accepted = request_to_join(control, self._token, hello, self.rank, self._gpu)
             peer = Peer(control, WORKER, "the server", hello.beat_seconds, hello.silence_seconds)
         except Exception:
             control.close()
@@ -448,66 +448,24 @@ class WorkerNetwork(DistNetwork):
         self.ticket = accepted.ticket
         return peer
 
+    def _receive_hello(self, control: ControlConnection) -> Hello:
+        """Raises ProtocolError where it is no server's, RefusedError or UnpinnedKernelsError where its terms differ."""
+        try:
+            hello = receive_hello(control)
+        except (ConnectionError, ProtocolError) as error:
+            raise ProtocolError(f"what answers there is not a server of this project: {error}") from error
+        for name, own, other in (
+            ("--world_size", self.world_size, hello.world_size),
+            ("--backend", self.dist_backend, hello.backend),
+        ):
+            if own is not None and own != other:
+                raise RefusedError(f"its {name} is {clean_text(other)}, this worker's {own}; make them equal")
+        if hello.portable_kernels not in PORTABLE_KERNELS:
+            raise ProtocolError("what answers there asks for kernels that there are not")
+        if not kernels_are_pinned(hello.portable_kernels):
+            raise UnpinnedKernelsError(hello.portable_kernels)
+        return hello
 
-def _check_interface(ethernet: str | None) -> None:
-    if ethernet is not None and ethernet not in psutil.net_if_addrs():
-        raise ValueError(f"--ethernet {ethernet} is not here; use one of {', '.join(psutil.net_if_addrs())}")
 
-
-def _nccl_device(backend: str, device: torch.device) -> torch.device | None:
-    """The GPU that nccl sends from, None with gloo. Raises ValueError where there is no GPU to send from."""
-    if backend != "nccl":
-        return None
-    if device.type != "cuda":
-        raise ValueError(
-            f"--backend nccl needs a GPU for each process, this one computes on {device} "
-            f"(GPUs found: {torch.cuda.device_count()}); use --backend gloo"
-        )
-    return device
-
-
-def _gpu_identity(device: torch.device) -> str:
+def gpu_identity(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
-
-
-def _listen(address: tuple[str, int]) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(_resolve(address))
-        listener.listen(1024)
-    except OSError as error:
-        listener.close()
-        raise ValueError(
-            f"cannot listen on --ip {address[0]} --port {address[1]} ({error.strerror}); "
-            "use an address of this machine and a port that is free"
-        ) from error
-    return listener
-
-
-def _resolve(address: tuple[str, int]) -> tuple[str, int]:
-    """The IPv4 address and port. Raises ValueError for what other machines could not reach, or nobody knows.
-
-    Many systems give their own host name an address of the loopback network (127.0.1.1); what listens or connects
-    there finds no other machine, so only `localhost` and plain addresses may mean this machine alone.
-    """
-    name, port = address
-    try:
-        host = socket.gethostbyname(name)
-    except OSError as error:
-        raise ValueError(f"--ip {name} is neither an IPv4 address nor a known host name") from error
-    if host == "0.0.0.0":
-        raise ValueError(f"--ip {name} is not an address that workers can reach; name the server's own")
-    if ipaddress.ip_address(host).is_loopback and name not in (host, "localhost"):
-        raise ValueError(
-            f"--ip {name} means {host} on this machine, which other machines cannot reach; give the server's address "
-            f"as a number (this machine has {', '.join(_own_addresses()) or 'none'}), or 127.0.0.1 for it alone"
-        )
-    return host, port
-
-
-def _own_addresses() -> list[str]:
-    """This machine's IPv4 addresses that are not for itself alone."""
-    entries = (entry for entries in psutil.net_if_addrs().values() for entry in entries)
-    hosts = [entry.address for entry in entries if entry.family == socket.AF_INET]
-    return [host for host in hosts if not ipaddress.ip_address(host).is_loopback]

@@ -35,7 +35,8 @@ from multi_process.messages import (
     to_line,
     to_package,
 )
-from multi_process.transport.control import ControlConnection, FinishedError, ProtocolError
+from multi_process.transport.control import ControlConnection, ProtocolError
+from multi_process.transport.handshake import FinishedError
 from multi_process.transport.tensors import FORMATION_SECONDS, SERVER, WORKER, TensorConnection
 from perfedavg.machine.descriptors import num_spare
 from perfedavg.terminal.console import LOGGER
@@ -46,12 +47,12 @@ __all__ = ["SERVER", "WORKER", "Peer", "PeerLostError", "RunEndedError"]
 ARRIVAL_SECONDS = 1.0
 """For the rest of a message to arrive that was coming when the peer left."""
 SLOWEST_BYTES_PER_SECOND = 4 * 1024
-"""Who sends a message more slowly than this, after a first silence, counts as gone. 30 may share one megabit."""
+"""A peer that sends a message more slowly than this, after a first silence, is lost. 30 may share one megabit."""
 CLOCK_SECONDS = 0.05
 """By which gloo's clock, in milliseconds, may be ahead."""
 WATCH_SECONDS = 0.02
-"""Between two looks at how many descriptors are left, because who connects to gloo's port takes one. All links that
-are being formed share these looks: hundreds that each looked so often would leave no time to form any."""
+"""Between two looks at how many descriptors are left, because who connects to gloo's port takes one. All peers that
+are being connected share these looks: hundreds that each looked so often would leave no time to connect any."""
 MAX_PLAIN_BYTES = 2**20
 """In a message without parameters."""
 MAX_REPORT_BYTES = 1024
@@ -63,13 +64,12 @@ MAX_UNSENT_BYTES = 2**30
 
 WITH_PARAMETERS = frozenset(kind.__name__ for kind in (StartTraining, StartScoring, PartialSum))
 
-
-_forming: set[Peer] = set()
-"""Those of this process that are being formed."""
+_connecting: set[Peer] = set()
+"""Those of this process that are forming their process group."""
 
 
 class PeerLostError(ConnectionError):
-    """The peer of a link is gone: it died, it fell silent, or it ended the link."""
+    """The peer died, fell silent, or ended the connection."""
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name} is gone: {reason}")
@@ -77,7 +77,7 @@ class PeerLostError(ConnectionError):
 
 
 class RunEndedError(ValueError):
-    """The server wants no more of this worker, or ended the run, and said why."""
+    """The server sent this worker away for good, or ended the run, and said why."""
 
 
 _FAREWELLS: dict[str, Callable[[str], Exception]] = {
@@ -86,29 +86,27 @@ _FAREWELLS: dict[str, Callable[[str], Exception]] = {
     "ended": lambda reason: RunEndedError(f"the server ended the run: {reason}"),
     "finished": lambda reason: FinishedError(reason),
 }
-"""What the server says when it ends a link, see `Peer.close`; and what a worker makes of it."""
+"""What the server says at the end, see `Peer.close`; and what a worker makes of it."""
+
+_Lost = Callable[[], Exception]
+"""Why a peer is lost. Whoever asks gets an error of its own: one that was raised keeps alive who raised it."""
 
 
 @dataclass(frozen=True)
 class _Announcement:
-    """Of a package that comes over the pair. kind: the message's."""
+    """A package is coming over the tensors' connection. kind: the message's."""
 
     kind: str
     num_bytes: int
 
 
-@dataclass(frozen=True)
-class _Lost:
-    """Why the peer is gone. Whoever asks gets an error of its own: one that was raised keeps alive who raised it."""
-
-    error: Callable[[], Exception]
-
-
 class Peer:
-    """One end of a link. Messages may be sent and received in different threads; each is sent by the link's own.
+    """The other side, as seen from this one. Messages may be sent and received in different threads.
 
-    control: the connection, greeted.  side: SERVER or WORKER, which this end is.  name: of the peer, for errors.
-    beat_seconds, silence_seconds: see `control.Hello`.
+    control: the connection, after the handshake.
+    side: SERVER or WORKER, which this side is.
+    name: of the peer, for errors.
+    beat_seconds, silence_seconds: see `handshake.Hello`.
 
     num_parameters: of the model, once it is known; no message with parameters is taken before.
     num_clients: of which such a message may report, at most.
@@ -128,14 +126,14 @@ class Peer:
         self._beat_seconds = beat_seconds
         self._silence_seconds = silence_seconds
         self._tensors = TensorConnection(control, side)
-        self._announced: queue.SimpleQueue[Exception | Message | _Announcement | _Lost] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[Message | _Announcement | Exception | _Lost] = queue.SimpleQueue()
         self._outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: nothing more will come
         self._changed = threading.Condition()
         self._farewell_lock = threading.Lock()
         self._num_coming = 0
         self._unsent_bytes = 0
-        self._is_lost: Future[Any] = Future()
         self._lost: _Lost | None = None
+        self._is_lost: Future[Any] = Future()
         self._threads: dict[str, threading.Thread] = {}
         try:
             self._start("beat", self._beat_loop)
@@ -146,8 +144,8 @@ class Peer:
 
     @property
     def lost_reason(self) -> Exception | None:
-        """Why the peer is gone, or None while it lives."""
-        return None if self._lost is None else self._lost.error()
+        """Why the peer is lost, or None while it lives."""
+        return None if self._lost is None else self._lost()
 
     @property
     def last_heard(self) -> float:
@@ -162,11 +160,11 @@ class Peer:
     def connect(self, ethernet: str | None, nccl_device: torch.device | None) -> None:
         """Form the process group, together with the peer. See `TensorConnection.form`.
 
-        Raises PeerLostError where the peer is gone meanwhile, ConnectionError where the two cannot reach each other.
+        Raises PeerLostError where the peer is lost meanwhile, ConnectionError where the two cannot reach each other.
         """
         formation: Future[str | None] = Future()
 
-        def form() -> None:  # in a thread of its own: gloo does not hear that the peer is gone
+        def form() -> None:  # in a thread of its own: gloo does not hear that the peer is lost
             failure = None
             try:
                 self._tensors.form(ethernet, nccl_device)
@@ -174,12 +172,12 @@ class Peer:
                 failure = _first_line(error)  # and not the error, which holds on to gloo's sockets
             formation.set_result(failure)
 
-        _forming.add(self)
+        _connecting.add(self)
         try:
             self._start("form", form)
             deadline = time.monotonic() + FORMATION_SECONDS
             while not formation.done() and self._lost is None and time.monotonic() < deadline:
-                watch_seconds = min(WATCH_SECONDS * len(_forming), deadline - time.monotonic())
+                watch_seconds = min(WATCH_SECONDS * len(_connecting), deadline - time.monotonic())
                 wait([formation, self._is_lost], max(0.0, watch_seconds), FIRST_COMPLETED)
                 if formation.done():
                     break
@@ -198,12 +196,12 @@ class Peer:
         except RuntimeError as error:
             raise ConnectionError(f"no thread can be started for it ({error})") from None
         finally:
-            _forming.discard(self)
+            _connecting.discard(self)
 
     def send(self, message: Message) -> None:
         """Send a message, without waiting until it has left; its tensors must not change meanwhile.
 
-        Raises PeerLostError, RunEndedError or FinishedError where the peer is known to be gone.
+        Raises PeerLostError, RunEndedError or FinishedError where the peer is known to be lost.
         """
         num_bytes = _tensor_bytes(message)
         with self._changed:
@@ -214,7 +212,7 @@ class Peer:
         self._outgoing.put(message)
 
     def drain(self, timeout_seconds: float) -> None:
-        """Wait until everything has been sent, or the peer is gone, or the time is over. The last thing to be done."""
+        """Wait until everything has been sent, or the peer is lost, or the time is over. The last thing to be done."""
         self._outgoing.put(None)
         if "send" in self._threads:
             self._threads["send"].join(timeout_seconds)
@@ -222,29 +220,29 @@ class Peer:
     def receive(self) -> Message:
         """The next message, for which it waits as long as the peer lives. Its tensors are valid until the next one.
 
-        Raises PeerLostError where the peer is gone, RunEndedError or FinishedError where the server ended the link for
-        good, ValueError for a message that is not one.
+        Raises PeerLostError where the peer is lost, RunEndedError or FinishedError where the server ended the
+        connection for good, ValueError for a message that is not one.
         """
-        announced = self._announced.get()
-        if isinstance(announced, _Announcement):
+        incoming = self._incoming.get()
+        if isinstance(incoming, _Announcement):
             try:
-                return self._receive_package(announced)
+                return self._receive_package(incoming)
             finally:
                 with self._changed:
                     self._num_coming -= 1
                     self._changed.notify_all()
-        if isinstance(announced, _Lost):
-            self._announced.put(announced)  # for whoever receives next
-            raise announced.error()
-        if isinstance(announced, Exception):
-            raise announced
-        return announced
+        if isinstance(incoming, Exception):
+            raise incoming
+        if isinstance(incoming, Message):
+            return incoming
+        self._incoming.put(incoming)  # for whoever receives next
+        raise incoming()
 
     def close(self, reason: str, farewell: str | None = None) -> None:
-        """End the link, so that both ends have it gone for this reason, unless it was already.
+        """End the connections, so that both sides have lost each other for this reason, unless they had already.
 
-        farewell: what the server tells the worker with the reason: that this link was `dropped` (join anew), that this
-        worker is `dismissed` (leave for good), or that the run has `ended` before its time or is `finished` for all.
+        farewell: what the server tells the worker with the reason: that it was `dropped` (join anew), that it is
+        `dismissed` (leave for good), or that the run has `ended` before its time or is `finished` for all.
         """
         with self._farewell_lock:
             is_first = self._set_lost(partial(PeerLostError, self.name, reason))
@@ -254,19 +252,19 @@ class Peer:
         self._control.end()
 
     def interrupt(self, error: Exception) -> None:
-        """Let whoever receives on this end raise an error of its own side."""
-        self._announced.put(error)
+        """Let whoever receives on this side raise an error of its own."""
+        self._incoming.put(error)
 
     def _start(self, name: str, body: Callable[[], None]) -> None:
-        """Raises RuntimeError where the system has no thread left, or as `send` does where the link has ended."""
+        """Raises RuntimeError where the system has no thread left, or as `send` does where the peer is lost."""
         thread = threading.Thread(target=body, name=f"{self.name}: {name}", daemon=True)
-        with self._changed:  # so that what ends the link waits for every thread that was started
+        with self._changed:  # so that _beat_loop waits for every thread that was started
             self._raise_if_lost()
             thread.start()
             self._threads[name] = thread
 
     def _receive_loop(self) -> None:
-        """Take in what comes over the control connection, until the peer is gone."""
+        """Handle what comes over the control connection, until the peer is lost."""
         try:
             while True:
                 self._handle_control(self._control.receive(self._silence_seconds))
@@ -278,20 +276,20 @@ class Peer:
             self.close(str(error), farewell="dismissed" if self._side == SERVER else None)
 
     def _handle_control(self, fields: dict[str, Any]) -> None:
-        if self._announced.qsize() > MAX_UNRECEIVED:
+        if self._incoming.qsize() > MAX_UNRECEIVED:
             raise ProtocolError(f"it sent {MAX_UNRECEIVED} messages at once")
-        if "word" in fields:
+        if "control" in fields:
             try:
-                self._announced.put(from_line(fields))
+                self._incoming.put(from_line(fields))
             except ValueError as error:
-                self._announced.put(error)  # for whoever receives to send its sender away, as for a wrong package
+                self._incoming.put(error)  # for whoever receives to send its sender away, as for a wrong package
         elif "message" in fields:
             self._announce(fields["message"], fields.get("num_bytes"))
         elif "key" in fields:
             self._tensors.store.set_by_peer(fields["key"], fields.get("value"))
-        elif self._side == WORKER and (farewell := set(_FAREWELLS) & set(fields)):
-            name = farewell.pop()
-            raise _FAREWELLS[name](clean_text(fields[name]))
+        elif self._side == WORKER and (farewells := set(_FAREWELLS) & set(fields)):
+            farewell = farewells.pop()
+            raise _FAREWELLS[farewell](clean_text(fields[farewell]))
         else:
             raise ProtocolError("it said what is not of this protocol")
 
@@ -301,7 +299,7 @@ class Peer:
             raise ProtocolError(f"it announces a message {clean_text(kind, 40)} of {clean_text(num_bytes, 40)} bytes")
         with self._changed:
             self._num_coming += 1
-        self._announced.put(_Announcement(kind, num_bytes))
+        self._incoming.put(_Announcement(kind, num_bytes))
 
     def _most_bytes(self, kind: str) -> int:
         """In a message of this kind."""
@@ -312,26 +310,26 @@ class Peer:
         return MAX_PLAIN_BYTES + MAX_REPORT_BYTES * self.num_clients + 8 * self.num_parameters
 
     def _receive_package(self, announced: _Announcement) -> Message:
-        seconds = self._silence_seconds + announced.num_bytes / SLOWEST_BYTES_PER_SECOND
+        num_bytes = announced.num_bytes
+        seconds = self._silence_seconds + num_bytes / SLOWEST_BYTES_PER_SECOND
         began = time.monotonic()
         with self._connection_errors():
             try:
-                code, content = self._tensors.receive(announced.num_bytes, seconds)
+                code, content = self._tensors.receive(num_bytes, seconds)
             except RuntimeError:
                 if time.monotonic() - began < seconds - CLOCK_SECONDS:
                     raise
-                late = (
-                    f"a message of {announced.num_bytes} bytes was announced and did not arrive within {seconds:.0f} s"
-                )
-                raise ConnectionError(late) from None
-        self.bytes_received += sum(part.nbytes for part in content)
+                raise ConnectionError(
+                    f"a message of {num_bytes} bytes was announced and did not arrive within {seconds:.0f} s"
+                ) from None
+        self.bytes_received += num_bytes
         message = from_package(code, content)
         if type(message).__name__ != announced.kind:
             raise ValueError(f"a {announced.kind} message was announced, and a {type(message).__name__} came")
         return message
 
     def _send_loop(self) -> None:
-        """Announce and send what is to be sent, one message after the other."""
+        """Send what is to be sent, one message after the other."""
         while (message := self._outgoing.get()) is not None and self._lost is None:
             try:
                 with self._connection_errors():
@@ -354,7 +352,7 @@ class Peer:
             self._unsent_bytes -= _tensor_bytes(message)
 
     def _beat_loop(self) -> None:
-        """Give signs of life while the peer lives; then give back all that the link had."""
+        """Give signs of life while the peer lives; then give back all that it had."""
         while self._lost is None:
             try:
                 self._control.beat()
@@ -375,16 +373,16 @@ class Peer:
         self._tensors.close()
 
     def _lose(self, reason: str) -> None:
-        """The peer is gone. A worker that is not may come again."""
+        """The peer is lost. A worker that lives may join again."""
         self.close(reason, farewell="dropped" if self._side == SERVER else None)
 
-    def _set_lost(self, error: Callable[[], Exception]) -> bool:
-        """Whether this call was the one that ended the link."""
+    def _set_lost(self, lost: _Lost) -> bool:
+        """Whether this call was the first to find the peer lost."""
         with self._changed:
             if self._lost is not None:
                 return False
-            self._lost = _Lost(error)
-        self._announced.put(self._lost)
+            self._lost = lost
+        self._incoming.put(lost)
         self._outgoing.put(None)
         self._is_lost.set_result(None)
         self._tensors.store.close()
@@ -392,7 +390,7 @@ class Peer:
 
     @contextmanager
     def _connection_errors(self) -> Iterator[None]:
-        """Whatever way the peer is found to be gone, the link is ended and PeerLostError raised."""
+        """Whatever way the peer is found to be lost, the connections are ended and PeerLostError raised."""
         try:
             yield
         except ConnectionError as error:
@@ -401,7 +399,7 @@ class Peer:
             if is_shortage(error):  # this process's own, which joining anew would not end
                 raise
             LOGGER.info("%s: %s", self.name, error)
-            wait([self._is_lost], ARRIVAL_SECONDS)  # for the other connection, which knows better why
+            wait([self._is_lost], ARRIVAL_SECONDS)  # for the control connection, which knows better why
             self._lose("the tensors' connection was closed")
         else:
             return
@@ -409,7 +407,7 @@ class Peer:
 
     def _raise_if_lost(self) -> None:
         if self._lost is not None:
-            raise self._lost.error()
+            raise self._lost()
 
 
 def _tensor_bytes(message: Message) -> int:

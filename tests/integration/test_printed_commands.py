@@ -17,7 +17,7 @@ from PIL import Image
 
 import reproduce
 import utils
-from multi_process.transport.control import read_token
+from multi_process.transport.handshake import read_token
 from perfedavg.terminal.console import command_line
 
 LONG = ["--dataset", "folder", "--struct", "mlp", "--client_num_per_round", "2", "--epochs", "6"]

@@ -20,14 +20,8 @@ from torch import nn
 
 import utils
 from multi_process.messages import Message, PartialSum
-from multi_process.transport.control import (
-    PROTOCOL_VERSION,
-    ControlConnection,
-    Hello,
-    JoinAccepted,
-    JoinRequest,
-    receive_hello,
-)
+from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection
+from multi_process.transport.handshake import Hello, JoinAccepted, JoinRequest, receive_hello
 from multi_process.transport.network import MAX_PENDING_HANDSHAKES, WorkerNetwork
 from multi_process.transport.peer import RunEndedError
 from multi_process.worker import WorkerManager
@@ -198,7 +192,7 @@ def test_strangers_neither_disturb_a_run_nor_learn_of_it(
         assert reason in line
     assert log.count(f"dropped a connection from {SCANNER}") == NUM_SCANS.bit_length(), "the 1st, 2nd, 4th, 8th .."
     assert (
-        f"dropped a connection from {IDLERS} (number 1): {MAX_PENDING_HANDSHAKES} others came while it was greeted"
+        f"dropped a connection from {IDLERS} (number 1): {MAX_PENDING_HANDSHAKES} others came during its handshake"
         in log
     )
     for host in STRANGERS:
@@ -285,7 +279,7 @@ def impostor(answer: Callable[[ControlConnection], None]) -> Iterator[int]:
 
 
 def greeting(**changes: object) -> dict[str, object]:
-    spoken = Hello("personalized-fedavg", PROTOCOL_VERSION, "0" * 64, True, 2, "gloo", 1.0, 30.0)
+    spoken = Hello("0" * 64, True, 2, "gloo", 1.0, 30.0)
     return {**asdict(spoken), **changes}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import socket
 import threading
 import time
@@ -14,14 +15,12 @@ from typing import Any
 
 import pytest
 
-from multi_process.transport import control
-from multi_process.transport.control import (
-    PROTOCOL_VERSION,
-    ControlConnection,
+from multi_process.transport import handshake
+from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection, ProtocolError
+from multi_process.transport.handshake import (
     Hello,
     JoinAccepted,
     JoinRequest,
-    ProtocolError,
     RefusedError,
     accept,
     read_token,
@@ -73,7 +72,8 @@ def beside(body: Callable[[], Any]) -> Iterator[list[Any]]:
 
 
 def serve(end: ControlConnection, token: bytes | None) -> tuple[JoinRequest, JoinAccepted]:
-    hello, request = receive_join_request(end, token, 3, "gloo", 1.0, 30.0)
+    hello = Hello(secrets.token_hex(32), token is not None, 3, "gloo", 1.0, 30.0)
+    request = receive_join_request(end, token, hello)
     return request, accept(end, token, hello, request, 7)
 
 
@@ -109,17 +109,17 @@ def test_a_server_that_asks_for_no_token_is_refused_by_a_worker_that_has_one(pai
 
 def test_a_proof_is_good_for_one_conversation_and_one_side() -> None:
     """It depends on both nonces, the rank and the terms, so none that was overheard is of use elsewhere."""
-    hello = Hello("personalized-fedavg", PROTOCOL_VERSION, "a", True, 3, "gloo", 1.0, 30.0)
+    hello = Hello("a", True, 3, "gloo", 1.0, 30.0)
     request = JoinRequest(PROTOCOL_VERSION, "b", 1, "", "")
     proofs = {
-        control._worker_proof(token, said, answered)
+        handshake._worker_proof(token, said, answered)
         for token in (TOKEN, OTHER)
         for said in (hello, replace(hello, nonce="c"), replace(hello, world_size=4))
         for answered in (request, replace(request, nonce="d"), replace(request, rank=2))
     }
     assert len(proofs) == 18
     from_server = {
-        control._server_proof(TOKEN, hello, request, generation, ticket)
+        handshake._server_proof(TOKEN, hello, request, generation, ticket)
         for generation in (1, 2)
         for ticket in ("e", "f")
     }
@@ -158,10 +158,10 @@ def line(**changes: Any) -> bytes:
         (b"[1, 2]\n", "not a JSON object"),
         (b"{}\n", "no JoinRequest"),
         (line(extra=1), "no JoinRequest"),
-        (line(rank="1"), "rank is not int"),
-        (line(rank=1.5), "rank is not int"),
-        (line(nonce=None), "nonce is not str"),
-        (line(proof=["proof"]), "proof is not str"),
+        (line(rank="1"), "rank is"),
+        (line(rank=1.5), "rank is"),
+        (line(nonce=None), "nonce is null, must be a text"),
+        (line(proof=["proof"]), "proof is an array, must be a text"),
         (b"A" * 70_000, "more than 65536 bytes"),
     ],
     ids=lambda value: repr(value[:20]) if isinstance(value, bytes) else "",
@@ -206,7 +206,7 @@ def test_what_is_no_server_of_ours_is_told_from_one(pair: Pair, said: dict[str, 
 
 def test_nobody_stays_in_the_greeting_longer_than_is_due(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte now and then gains no time, or a few such connections would keep the workers out for good."""
-    monkeypatch.setattr(control, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(handshake, "HANDSHAKE_SECONDS", 0.5)
     with beside(lambda: serve(pair.server, TOKEN)) as served:
         deadline = time.monotonic() + 30
         while not served and time.monotonic() < deadline:
@@ -270,9 +270,9 @@ def test_the_addresses_are_those_of_the_two_ends(pair: Pair) -> None:
 
 
 def test_the_token_comes_from_the_file_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(control.TOKEN_VARIABLE, raising=False)
+    monkeypatch.delenv(handshake.TOKEN_VARIABLE, raising=False)
     assert read_token(None) is None
-    monkeypatch.setenv(control.TOKEN_VARIABLE, OTHER.decode())
+    monkeypatch.setenv(handshake.TOKEN_VARIABLE, OTHER.decode())
     assert read_token(None) == OTHER
     file = tmp_path / "token"
     file.write_bytes(b"\n" + TOKEN + b"\r\n")
@@ -291,6 +291,6 @@ def test_a_token_that_is_no_secret_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
         read_token(tmp_path)
     for value in ("", "short"):
-        monkeypatch.setenv(control.TOKEN_VARIABLE, value)
+        monkeypatch.setenv(handshake.TOKEN_VARIABLE, value)
         with pytest.raises(ValueError, match=f"in PERFEDAVG_TOKEN has {len(value)} characters"):
             read_token(None)

@@ -13,21 +13,15 @@ from typing import Any, cast
 
 import pytest
 import torch
-from fedlab.utils import MessageCode
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from members import COHORT, UNSEEN, Faulty, Member, Pool, Values, assert_whole
 
+from multi_process.fedlab_adapter import MessageCode
 from multi_process.messages import Message, from_line, from_package
 from multi_process.transport import control
-from multi_process.transport.control import (
-    PROTOCOL_VERSION,
-    ControlConnection,
-    JoinRequest,
-    ProtocolError,
-    RefusedError,
-    receive_join_request,
-)
+from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection, ProtocolError
+from multi_process.transport.handshake import Hello, JoinRequest, RefusedError, receive_join_request
 
 KINDS = (
     "Join",
@@ -84,7 +78,7 @@ few_and_many = pytest.mark.parametrize("num_examples", [150, pytest.param(1500, 
 
 @few_and_many
 def test_any_line_is_a_word_or_is_refused(num_examples: int) -> None:
-    lines = st.fixed_dictionaries({}, optional={"word": st.sampled_from(KINDS) | JSON, "values": JSON, "more": JSON})
+    lines = st.fixed_dictionaries({}, optional={"control": st.sampled_from(KINDS) | JSON, "values": JSON, "more": JSON})
 
     def body(fields: dict[str, Any]) -> None:
         heard = outcome(lambda: from_line(fields))
@@ -96,12 +90,13 @@ def test_any_line_is_a_word_or_is_refused(num_examples: int) -> None:
 @few_and_many
 def test_any_package_is_a_message_or_is_refused(num_examples: int) -> None:
     """Bytes of any kind in place of its header, headers of any content, tensors of any type and shape."""
+    shapes = st.lists(st.integers(-2, 5) | st.integers(), max_size=3) | JSON
+    placeholders = st.fixed_dictionaries({"$tensor": st.tuples(st.sampled_from(["int64", "float32"]) | JSON, shapes)})
     headers = st.fixed_dictionaries(
         {},
         optional={
             "kind": st.sampled_from(KINDS) | JSON,
-            "values": JSON,
-            "tensors": JSON | st.dictionaries(st.text(max_size=5), st.tuples(st.sampled_from(["int64", "x"]), JSON)),
+            "values": JSON | st.dictionaries(st.text(max_size=8), JSON | placeholders, max_size=3),
         },
     )
     parts = headers.map(lambda header: torch.tensor(list(json.dumps(header).encode()), dtype=torch.int8)) | TENSORS
@@ -118,7 +113,7 @@ def test_a_header_of_thousands_of_brackets_is_refused() -> None:
     """Python's parser gives up on it with an error of its own."""
     header = torch.tensor(list(b"[" * 100_000), dtype=torch.int8)
     with pytest.raises(ValueError, match="is not a message"):
-        from_package(MessageCode.SetUp, [header])
+        from_package(MessageCode.SetUp, [header, header[:0]])
 
 
 class Stranger:
@@ -142,14 +137,14 @@ def test_anybody_may_say_anything_to_the_port(token: bytes | None, num_examples:
     fields = st.fixed_dictionaries(
         {}, optional={**{name: st.just(value) | JSON for name, value in honest.items()}, "more": JSON}
     )
+    hello = Hello("nonce", token is not None, 3, "gloo", 1.0, 30.0)
     lines = st.binary(max_size=50) | (fields | JSON).map(lambda said: json.dumps(said).encode())
 
     def body(line: bytes) -> None:
         stranger = cast(ControlConnection, Stranger(line))
-        heard = outcome(lambda: receive_join_request(stranger, token, 3, "gloo", 1.0, 30.0))
-        if isinstance(heard, tuple):
+        heard = outcome(lambda: receive_join_request(stranger, token, hello))
+        if isinstance(heard, JoinRequest):
             assert token is None, "nobody is taken in who cannot prove that it knows the token"
-            assert isinstance(heard[1], JoinRequest)
         else:
             assert type(heard) in (ProtocolError, RefusedError)
 

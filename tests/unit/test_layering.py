@@ -142,3 +142,15 @@ def test_a_folder_is_a_room_with_few_modules_and_one_subject() -> None:
         if folder != ROOT:
             subject = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
             assert subject, f"{folder}/__init__.py does not say what the folder is for"
+
+
+def test_fedlab_is_used_in_one_module() -> None:
+    """Whatever of it does not fit is fitted there, and the rest can be read without knowing it."""
+    users = {path.name for path in modules("multi_process") if any(name.startswith("fedlab") for name in imports(path))}
+    assert users == {"fedlab_adapter.py"}
+
+
+def test_the_transport_knows_neither_the_server_nor_the_work() -> None:
+    for path in (ROOT / "multi_process" / "transport").glob("*.py"):
+        own = {name.split(".")[1] for name in imports(path) if name.startswith("multi_process.")}
+        assert own <= {"transport", "messages", "boundary", "fedlab_adapter"}, path

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from fedlab.core.communicator import Package
-from fedlab.utils import MessageCode
 from helpers import make_config
 from hypothesis import given
 from hypothesis import strategies as st
 
 from multi_process import messages
 from multi_process.boundary import MAX_LINES, clean_text
+from multi_process.fedlab_adapter import BytePackage, MessageCode, read_header, split_content
 from multi_process.messages import (
     AssignGroups,
     Configure,
@@ -99,9 +98,11 @@ KINDS: dict[type[Message], st.SearchStrategy[Any]] = {
 def travel(message: Message) -> Message:
     """Over the control connection or in a FedLab package, as a link does it."""
     if isinstance(message, ControlMessage):
-        return from_line(json.loads(json.dumps(to_line(message))))
+        return from_line(json.loads(json.dumps(to_line(message), default=vars)))
     package = to_package(message)
-    return from_package(MessageCode(int(package.header[3])), Package.parse_content(package.slices, package.content))
+    code, _, dtype = read_header(package.parts(receiver=1)[0])
+    assert dtype is torch.int8
+    return from_package(code, split_content(package.slices, package.content))
 
 
 def bits(tensor: torch.Tensor) -> list[int]:
@@ -151,14 +152,23 @@ def test_a_part_of_a_tensor_is_sent_as_that_part() -> None:
     assert received.parameters.tolist() == [0, 3, 6, 9]
 
 
-def package_of(header: dict[str, Any], *parts: torch.Tensor) -> list[torch.Tensor]:
-    content = [torch.frombuffer(bytearray(json.dumps(header).encode()), dtype=torch.int8)]
-    for part in parts:
-        content += [torch.empty(0, dtype=torch.int8), part.view(torch.int8)]
-    return content
+def package_of(header: dict[str, Any], *tensors: torch.Tensor) -> list[torch.Tensor]:
+    package = BytePackage(MessageCode.SetUp, json.dumps(header).encode(), tensors)
+    return split_content(package.slices, package.content)
+
+
+def scoring(*tensor: Any) -> dict[str, Any]:
+    """The header of a StartScoring with this in place of its parameters' type and shape."""
+    values = {"phase": 1, "round_number": 1, "num_curve_epochs": 0, "parameters": {"$tensor": tensor}}
+    return {"kind": "StartScoring", "values": values}
 
 
 FOUR = torch.zeros(4, dtype=torch.float32)
+
+
+def test_the_headers_below_are_refused_for_what_is_wrong_with_them() -> None:
+    with pytest.raises(ValueError, match="came with code SetUp"):
+        from_package(MessageCode.SetUp, package_of(scoring("float32", [4]), FOUR))
 
 
 @pytest.mark.parametrize(
@@ -166,15 +176,23 @@ FOUR = torch.zeros(4, dtype=torch.float32)
     [
         [torch.arange(8, dtype=torch.int8)],
         package_of({}),
-        package_of({"kind": "Nothing", "values": {}, "tensors": {}}),
-        package_of({"kind": "Finish", "values": {"extra": 1}, "tensors": {}}),
-        package_of({"kind": "Ready", "values": {}, "tensors": {}}),
-        package_of({"kind": "GroupTrained", "values": {"first": 1}, "tensors": {}}),
-        package_of({"kind": "StartScoring", "values": {}, "tensors": {"parameters": ["float32", [4]]}}),
-        package_of({"kind": "StartScoring", "values": {}, "tensors": {"parameters": ["float32", [5]]}}, FOUR),
-        package_of({"kind": "StartScoring", "values": {}, "tensors": {"parameters": ["load", [4]]}}, FOUR),
-        package_of({"kind": "StartScoring", "values": {}, "tensors": {"parameters": ["no_type", [4]]}}, FOUR),
-        package_of({"kind": "StartScoring", "values": {}, "tensors": {}}, FOUR),
+        package_of({"kind": "Nothing", "values": {}}),
+        package_of({"kind": "Finish", "values": {"extra": 1}}),
+        package_of({"kind": "Ready", "values": {}}),
+        package_of({"kind": "GroupTrained", "values": {"first": 1}}),
+        package_of({"kind": "Finish", "values": {}}, FOUR),
+        package_of(scoring("float32", [4])),
+        package_of(scoring("float32", [5]), FOUR),
+        package_of(scoring("float32", [2]), FOUR),
+        package_of(scoring("float32", [-4]), FOUR),
+        package_of(scoring("float32", [2, 2]), FOUR),
+        package_of(scoring("float32", 4), FOUR),
+        package_of(scoring("float32", ["4"]), FOUR),
+        package_of(scoring("float32", [2**70]), FOUR),
+        package_of(scoring("float32"), FOUR),
+        package_of(scoring("load", [4]), FOUR),
+        package_of(scoring(["float32"], [4]), FOUR),
+        package_of(scoring("int64", [2]), FOUR),
     ],
 )
 def test_what_is_not_a_message_is_refused(content: list[torch.Tensor]) -> None:
@@ -186,23 +204,23 @@ def test_what_is_not_a_message_is_refused(content: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"word": "Nothing", "values": {}},
-        {"word": ["GroupTrained"], "values": {"first": 1}},
-        {"word": "GroupTrained", "values": {}},
-        {"word": "GroupTrained", "values": {"first": 1, "extra": 1}},
-        {"word": "GroupTrained", "values": 1},
-        {"word": "GroupTrained"},
-        {"word": "Finish", "values": {}},
+        {"control": "Nothing", "values": {}},
+        {"control": ["GroupTrained"], "values": {"first": 1}},
+        {"control": "GroupTrained", "values": {}},
+        {"control": "GroupTrained", "values": {"first": 1, "extra": 1}},
+        {"control": "GroupTrained", "values": 1},
+        {"control": "GroupTrained"},
+        {"control": "Finish", "values": {}},
     ],
 )
-def test_a_line_that_is_not_a_word_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="a line is not a word of protocol"):
+def test_a_line_that_is_not_a_control_message_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a line is not a control message of protocol"):
         from_line(fields)
 
 
 def test_a_package_that_is_empty_or_comes_with_another_code_is_refused() -> None:
-    with pytest.raises(ValueError, match="no content"):
+    with pytest.raises(ValueError, match="is not a message"):
         from_package(MessageCode.SetUp, [])
     package = to_package(Finish())
     with pytest.raises(ValueError, match="Finish message came with code SetUp"):
-        from_package(MessageCode.SetUp, Package.parse_content(package.slices, package.content))
+        from_package(MessageCode.SetUp, split_content(package.slices, package.content))

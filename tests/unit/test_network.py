@@ -22,15 +22,9 @@ from helpers import free_port
 from torch import device
 
 from multi_process.messages import Finish, Join, Message
-from multi_process.transport import network
-from multi_process.transport.control import (
-    PROTOCOL_VERSION,
-    ControlConnection,
-    FinishedError,
-    Hello,
-    JoinRequest,
-    receive_hello,
-)
+from multi_process.transport import addresses, network
+from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection
+from multi_process.transport.handshake import FinishedError, Hello, JoinRequest, receive_hello
 from multi_process.transport.network import (
     BEATS,
     MAX_BEAT_SECONDS,
@@ -281,7 +275,7 @@ def test_no_more_than_so_many_are_greeted_at_once_and_the_first_ones_have_to_go(
     with pytest.raises(ConnectionError):
         early[1].receive(10)
     assert list(server._handshakes.values()) == ["127.0.0.1"], "the last one is still welcome"
-    assert "server: dropped a connection from 127.0.0.1 (number 1): 2 others came while it was greeted" in run.said
+    assert "server: dropped a connection from 127.0.0.1 (number 1): 2 others came during its handshake" in run.said
 
 
 def test_room_is_made_while_those_in_their_greeting_see_to_themselves(
@@ -301,7 +295,7 @@ def test_room_is_made_while_those_in_their_greeting_see_to_themselves(
     server = run.server()
     server._handshakes = Vanishing({cast(Any, "a connection"): "its host"})
     server._limit_handshakes()
-    assert not any("others came while it was greeted" in line for line in run.said)
+    assert not any("others came during its handshake" in line for line in run.said)
 
 
 def test_a_sign_of_life_from_before_a_worker_asked_anew_does_not_keep_it_out(run: Run) -> None:
@@ -373,7 +367,7 @@ def test_an_address_or_port_that_cannot_be_had(run: Run) -> None:
     with pytest.raises(ValueError, match=rf"--port {run.address[1]} \(Address already in use\)"):
         run.server()
     with pytest.raises(ValueError, match=r"--ip 203\.0\.113\.77 .*use an address of this machine"):
-        network._listen(("203.0.113.77", run.address[1]))
+        addresses.listen_on(("203.0.113.77", run.address[1]))
 
 
 @pytest.mark.parametrize(
@@ -400,27 +394,27 @@ def test_settings_that_cannot_be_are_named_before_anything_is_opened(make: Calla
 )
 def test_addresses_mean_what_they_say(name: str, host: str) -> None:
     """Who gives a loopback address as such, or `localhost`, wants this machine alone."""
-    assert network._resolve((name, 5)) == (host, 5)
+    assert addresses.resolve((name, 5)) == (host, 5)
 
 
 def test_a_name_that_means_the_loopback_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian gives a machine's own name 127.0.1.1: a server there waits for workers that cannot come."""
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
-    monkeypatch.setattr(network, "_own_addresses", lambda: ["10.1.2.3", "192.168.0.7"])
+    monkeypatch.setattr(addresses, "own_addresses", lambda: ["10.1.2.3", "192.168.0.7"])
     text = r"--ip node7 means 127\.0\.1\.1 on this machine.*this machine has 10\.1\.2\.3, 192\.168\.0\.7\), or 127\."
     with pytest.raises(ValueError, match=text):
-        network._resolve(("node7", 5))
+        addresses.resolve(("node7", 5))
 
 
 def test_names_and_addresses_that_lead_nowhere_are_refused() -> None:
     with pytest.raises(ValueError, match=r"--ip no\.such\.host\.invalid is neither"):
-        network._resolve(("no.such.host.invalid", 5))
+        addresses.resolve(("no.such.host.invalid", 5))
     with pytest.raises(ValueError, match=r"--ip 0\.0\.0\.0 is not an address that workers can reach"):
-        network._resolve(("0.0.0.0", 5))
+        addresses.resolve(("0.0.0.0", 5))
 
 
 def test_own_addresses_are_those_that_others_may_reach() -> None:
-    assert "127.0.0.1" not in network._own_addresses()
+    assert "127.0.0.1" not in addresses.own_addresses()
 
 
 def test_a_paused_worker_keeps_its_rank_for_as_long_as_the_timeout_asked_for(run: Run) -> None:
@@ -535,4 +529,4 @@ def wait_until_settled() -> tuple[int, int]:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_has_an_identity() -> None:
-    assert network._gpu_identity(device("cuda", 0))
+    assert network.gpu_identity(device("cuda", 0))

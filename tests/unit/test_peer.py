@@ -22,8 +22,10 @@ from multi_process.messages import (
     StartTraining,
 )
 from multi_process.transport import peer as peer_module
+from multi_process.transport import store
 from multi_process.transport import tensors as tensors_module
-from multi_process.transport.control import ControlConnection, FinishedError
+from multi_process.transport.control import ControlConnection
+from multi_process.transport.handshake import FinishedError
 from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError, RunEndedError
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import ClientReport
@@ -131,13 +133,13 @@ def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -
     assert ends.worker.bytes_sent == ends.server.bytes_received > total.nbytes
 
 
-def test_a_word_about_a_large_group_arrives(connect: Connect) -> None:
+def test_a_message_about_a_large_group_arrives(connect: Connect) -> None:
     """A GPU may score a thousand clients at once; in a greeting, nobody may say so much."""
     ends = connect()
     curve = tuple((1 / 3, epoch / 7) for epoch in range(7))
-    word = GroupScored([ClientScore(number, 16, 4, 1.5, 0.5, 1.25, 0.75, curve) for number in range(1000)])
-    ends.worker.send(word)
-    assert ends.server.receive() == word
+    message = GroupScored([ClientScore(number, 16, 4, 1.5, 0.5, 1.25, 0.75, curve) for number in range(1000)])
+    ends.worker.send(message)
+    assert ends.server.receive() == message
 
 
 def test_messages_of_several_threads_stay_whole(connect: Connect) -> None:
@@ -255,11 +257,11 @@ def test_a_peer_that_says_what_is_not_of_the_protocol_is_gone(connect: Connect, 
     assert isinstance(hear_of_the_end(ends.server), PeerLostError)
 
 
-def test_who_receives_a_wrong_word_hears_what_is_wrong_and_may_tell_its_sender(connect: Connect) -> None:
+def test_who_receives_a_wrong_message_hears_what_is_wrong_and_may_tell_its_sender(connect: Connect) -> None:
     """As with a wrong package: the sender is sent away for good, not asked to join anew."""
     ends = connect(is_connected=False)
-    ends.worker_control.send(word="GroupTrained", values={"first": -1})
-    with pytest.raises(ValueError, match="first is -1, not a whole number"):
+    ends.worker_control.send(control="GroupTrained", values={"first": -1})
+    with pytest.raises(ValueError, match="first is -1, must be in 0"):
         ends.server.receive()
     assert ends.server.lost_reason is None
 
@@ -319,6 +321,7 @@ def test_a_peer_that_does_not_answer_is_not_waited_for_in_vain(
 ) -> None:
     monkeypatch.setattr(peer_module, "FORMATION_SECONDS", 0.5)
     monkeypatch.setattr(tensors_module, "FORMATION_SECONDS", 0.5)
+    monkeypatch.setattr(store, "WAIT_SECONDS", 0.5)
     ends = connect(is_connected=False)
     with pytest.raises(ConnectionError, match="no process group with worker 1 could be formed; check --ethernet"):
         ends.server.connect(None, None)

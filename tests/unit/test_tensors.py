@@ -19,12 +19,13 @@ from typing import Any, cast
 import pytest
 import torch
 
+from multi_process.fedlab_adapter import sizes_of
 from multi_process.messages import AssignGroups, Finish, Message, PartialSum, StartTraining, to_package
 from multi_process.transport import peer as peer_module
 from multi_process.transport import tensors as tensors_module
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError
-from multi_process.transport.tensors import sizes_of
+from multi_process.transport.store import MAX_KEYS
 from perfedavg.engine.tasks import ClientReport
 
 NUM_STRANGERS = 1500
@@ -324,18 +325,18 @@ def test_links_that_are_formed_at_once_share_the_looks_at_the_descriptors(
         return wait(futures, timeout, *how)
 
     monkeypatch.setattr(peer_module, "wait", recorded)
-    monkeypatch.setattr(peer_module, "_forming", {cast(Any, number) for number in range(100)})
+    monkeypatch.setattr(peer_module, "_connecting", {cast(Any, number) for number in range(100)})
     connect().form()
     assert waits
     assert min(waits) > 100 * peer_module.WATCH_SECONDS
-    assert peer_module._forming == set(range(100)), "it is formed, and looks no more"
+    assert peer_module._connecting == set(range(100)), "it is formed, and looks no more"
 
 
 def test_a_shortage_of_memory_is_not_taken_for_a_lost_peer(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker would join anew for ever, and nobody would hear why."""
     ends = connect().form()
 
-    def refuse(connection: tensors_module.TensorConnection, size: int, dtype: torch.dtype) -> torch.Tensor:
+    def refuse(connection: tensors_module.TensorConnection, size: int) -> torch.Tensor:
         raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes")
 
     monkeypatch.setattr(tensors_module.TensorConnection, "_receive_buffer", refuse)
@@ -344,7 +345,7 @@ def test_a_shortage_of_memory_is_not_taken_for_a_lost_peer(connect: Connect, mon
         ends.worker.receive()
 
 
-def test_words_may_follow_however_large_a_model(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_messages_may_follow_however_large_a_model(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """Work is handed out right after the parameters, which are still on their way then."""
     monkeypatch.setattr(peer_module, "MAX_UNSENT_BYTES", 100)
     ends = connect()  # not formed, so nothing leaves
@@ -395,7 +396,7 @@ def test_a_peer_that_says_more_than_anybody_hears_does_not_fill_the_memory(
     ends = connect()
     with contextlib.suppress(ConnectionError):
         for _ in range(200):
-            ends.worker_control.send(word="GroupTrained", values={"first": 1})
+            ends.worker_control.send(control="GroupTrained", values={"first": 1})
     wait_until(lambda: ends.server.lost_reason is not None)
     assert str(ends.server.lost_reason) == "worker 1 is gone: it sent 50 messages at once"
 
@@ -420,7 +421,7 @@ def test_keys_that_no_group_needs_are_refused(connect: Connect, key: object, val
 
 def test_too_many_keys_are_refused(connect: Connect) -> None:
     store = connect().server._tensors.store
-    for number in range(tensors_module.MAX_KEYS):
+    for number in range(MAX_KEYS):
         store.set_by_peer(str(number), "AAAA")
     with pytest.raises(ProtocolError, match="more than 16 keys"):
         store.set_by_peer("one more", "AAAA")

@@ -1,0 +1,214 @@
+"""The handshake with which a control connection begins: who may join.
+
+    server -> worker   Hello: protocol, nonce, the terms of the run, whether a token is asked for
+    worker -> server   JoinRequest: protocol, nonce, rank, GPU, proof that it knows the token
+    server -> worker   JoinAccepted: generation, ticket, proof that the server knows the token too; or a refusal
+
+A proof is an HMAC-SHA256 (RFC 2104) under the token over both nonces and everything else that was said, so it is good
+for this one conversation. What does not speak this protocol is dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from multi_process.boundary import clean_text
+from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection, ProtocolError
+from perfedavg.plain_values import from_plain
+from perfedavg.terminal.console import command_line
+
+HANDSHAKE_SECONDS = 10.0
+"""For each line of it. A peer that takes longer is dropped."""
+MAX_SILENCE_SECONDS = 24 * 3600.0
+TOKEN_VARIABLE = "PERFEDAVG_TOKEN"
+_SERVICE = "personalized-fedavg"
+_MIN_TOKEN_CHARACTERS = 16
+
+Handshake = TypeVar("Handshake", "Hello", "JoinRequest", "JoinAccepted")
+
+
+class RefusedError(ValueError):
+    """The server will not have this worker, and says why."""
+
+
+class FinishedError(Exception):
+    """The run has come to its end, and has no more work for this worker."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """The terms of a run.
+
+    nonce: fresh for each connection.
+    asks_token: whether a worker must prove that it knows the server's token.
+    beat_seconds: between two signs of life.
+    silence_seconds: after which a peer without one is declared dead.
+    portable_kernels: see `ExperimentConfig`; a worker must know it before it loads torch.
+    """
+
+    nonce: str
+    asks_token: bool
+    world_size: int
+    backend: str
+    beat_seconds: float
+    silence_seconds: float
+    portable_kernels: str = "false"
+    service: str = _SERVICE
+    protocol: int = PROTOCOL_VERSION
+
+
+@dataclass(frozen=True)
+class JoinRequest:
+    """gpu: identity of the GPU from which the worker sends, with nccl; empty otherwise."""
+
+    protocol: int
+    nonce: str
+    rank: int
+    gpu: str
+    proof: str
+
+
+@dataclass(frozen=True)
+class JoinAccepted:
+    """generation: counts admissions.  ticket: what the worker shows on the tensors' connection, to be known there."""
+
+    generation: int
+    ticket: str
+    proof: str
+
+
+def receive_join_request(control: ControlConnection, token: bytes | None, hello: Hello) -> JoinRequest:
+    """Server: say hello to whoever connected, and return what it asks for once it has proven who it is.
+
+    token: from `read_token`; None where every worker is welcome.
+    Raises RefusedError, having told the other side, where it is a worker that cannot join, ProtocolError or
+    ConnectionError where it is none.
+    """
+    control.send(**vars(hello))
+    fields = control.receive_handshake(HANDSHAKE_SECONDS)
+    if isinstance(fields.get("protocol"), int) and fields["protocol"] != PROTOCOL_VERSION:
+        version = clean_text(fields["protocol"], 20)
+        refuse(control, f"its protocol version {version} differs from the server's {PROTOCOL_VERSION}")
+    request = _parse(JoinRequest, fields)
+    if token is not None and not _is_proof(request.proof, _worker_proof(token, hello, request)):
+        refuse(control, "it does not know the server's token; give both the same --token_file or PERFEDAVG_TOKEN")
+    return request
+
+
+def refuse(control: ControlConnection, reason: str, is_finished: bool = False) -> NoReturn:
+    """Tell a worker why it cannot join, or that the run is finished. Raises RefusedError with the same reason."""
+    with contextlib.suppress(ConnectionError):
+        control.send(**{"finished" if is_finished else "refused": reason})
+    raise RefusedError(reason)
+
+
+def accept(
+    control: ControlConnection, token: bytes | None, hello: Hello, request: JoinRequest, generation: int
+) -> JoinAccepted:
+    """Server: take the worker in. Raises ConnectionError where it has left."""
+    ticket = secrets.token_hex(32)
+    proof = "" if token is None else _server_proof(token, hello, request, generation, ticket)
+    accepted = JoinAccepted(generation, ticket, proof)
+    control.send(**vars(accepted))
+    return accepted
+
+
+def receive_hello(control: ControlConnection) -> Hello:
+    """Worker: what the server says first.
+
+    Raises ProtocolError or ConnectionError where it is no server of this project, RefusedError where it is one of
+    another version.
+    """
+    fields = control.receive_handshake(HANDSHAKE_SECONDS)
+    if fields.get("service") != _SERVICE:
+        raise ProtocolError("what answers there says something else")
+    if fields.get("protocol") != PROTOCOL_VERSION:
+        raise RefusedError(
+            f"this worker's protocol version {PROTOCOL_VERSION} differs from the server's "
+            f"{clean_text(fields.get('protocol'), 20)}; use the same version of this project on both"
+        )
+    hello = _parse(Hello, fields)
+    if not 0 < hello.beat_seconds <= hello.silence_seconds <= MAX_SILENCE_SECONDS:
+        raise ProtocolError("what it says of its signs of life cannot be")
+    return hello
+
+
+def request_to_join(control: ControlConnection, token: bytes | None, hello: Hello, rank: int, gpu: str) -> JoinAccepted:
+    """Worker: ask to be taken in. Raises RefusedError where the server will not, or does not know the token either.
+
+    Raises FinishedError where the run is over.
+    """
+    if hello.asks_token and token is None:
+        raise RefusedError("the server asks for a token; give the server's with --token_file or PERFEDAVG_TOKEN")
+    request = JoinRequest(PROTOCOL_VERSION, secrets.token_hex(32), rank, gpu, "")
+    if hello.asks_token and token is not None:
+        request = replace(request, proof=_worker_proof(token, hello, request))
+    control.send(**vars(request))
+    fields = control.receive_handshake(hello.silence_seconds + HANDSHAKE_SECONDS)
+    if "finished" in fields:
+        raise FinishedError(clean_text(fields["finished"]))
+    if "refused" in fields:
+        raise RefusedError(clean_text(fields["refused"]))
+    accepted = _parse(JoinAccepted, fields)
+    if token is not None:
+        expected = _server_proof(token, hello, request, accepted.generation, accepted.ticket)
+        if not _is_proof(accepted.proof, expected):
+            raise RefusedError(
+                "the server does not know this worker's token; give both the same --token_file or PERFEDAVG_TOKEN"
+            )
+    return accepted
+
+
+def read_token(token_file: Path | None) -> bytes | None:
+    """The token in a file, else in the environment's PERFEDAVG_TOKEN; None where there is neither.
+
+    Raises ValueError where the file cannot be read or the token is too short to be a secret.
+    """
+    if token_file is not None:
+        source = f"--token_file {token_file}"
+        try:
+            token = token_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{source} cannot be read ({getattr(error, 'strerror', 'not text')})") from error
+    elif TOKEN_VARIABLE in os.environ:
+        source, token = TOKEN_VARIABLE, os.environ[TOKEN_VARIABLE].strip()
+    else:
+        return None
+    if len(token) < _MIN_TOKEN_CHARACTERS:
+        raise ValueError(
+            f"the token in {source} has {len(token)} characters, fewer than {_MIN_TOKEN_CHARACTERS}; make one with: "
+            f"{command_line([sys.executable, '-c', 'import secrets; print(secrets.token_hex(32))'])}"
+        )
+    return token.encode()
+
+
+def _worker_proof(token: bytes, hello: Hello, request: JoinRequest) -> str:
+    return _proof(token, "worker", vars(hello), {**vars(request), "proof": ""})
+
+
+def _server_proof(token: bytes, hello: Hello, request: JoinRequest, generation: int, ticket: str) -> str:
+    return _proof(token, "server", vars(hello), {**vars(request), "proof": ""}, [generation, ticket])
+
+
+def _proof(token: bytes, *said: Any) -> str:
+    return hmac.new(token, json.dumps(said, sort_keys=True).encode(), hashlib.sha256).hexdigest()
+
+
+def _is_proof(said: str, expected: str) -> bool:
+    return hmac.compare_digest(said.encode(errors="replace"), expected.encode())
+
+
+def _parse(kind: type[Handshake], fields: dict[str, Any]) -> Handshake:
+    try:
+        return from_plain(kind, fields)
+    except ValueError as error:
+        raise ProtocolError(f"what it sent is no {kind.__name__} of this protocol: {clean_text(error)}") from error

@@ -1,0 +1,194 @@
+"""A piece of work that the pool does together: who has which of its clients, and for how long."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from multi_process.messages import (
+    AssignGroups,
+    GroupScored,
+    GroupTrained,
+    Join,
+    Message,
+    PartialSum,
+    RequestPartialSum,
+    StartScoring,
+    StartTraining,
+)
+from multi_process.pace import LEAST_SECONDS, Pace
+from multi_process.schedule import Schedule
+from multi_process.transport.handshake import FinishedError
+from multi_process.transport.network import ConnectedWorker
+from perfedavg.terminal.console import LOGGER
+
+
+@dataclass(eq=False)
+class Worker:
+    """A worker as the pool knows it, from its Join until it is lost.
+
+    num_slots: clients that it trains side by side; 0 until it is configured.
+    is_ready: it may be given work.
+    has_begun: it was told of the present work item.
+    is_sum_requested: it was asked for the sum over the clients that it has trained.
+    ready_since: when it could begin on the present work item, on the clock of `time.monotonic`.
+    progress_at: when it last delivered anything of what it has in hand, or was given it.
+    is_called_slow: the user has been told that nothing has come since.
+    """
+
+    connected: ConnectedWorker
+    join: Join
+    num_slots: int = 0
+    is_ready: bool = False
+    has_begun: bool = False
+    is_sum_requested: bool = False
+    ready_since: float = 0.0
+    progress_at: float = 0.0
+    is_called_slow: bool = False
+
+    @property
+    def rank(self) -> int:
+        return self.connected.rank
+
+    @property
+    def number(self) -> int:
+        """By which the schedule knows it: no later worker of the same rank has the same."""
+        return self.connected.generation
+
+    def note_progress(self, now: float) -> None:
+        self.progress_at, self.is_called_slow = now, False
+
+    def send(self, message: Message) -> None:
+        try:
+            self.connected.peer.send(message)
+        except (ConnectionError, ValueError, FinishedError):  # its end is on its way to the pool
+            LOGGER.info("worker %d cannot be sent %s", self.rank, type(message).__name__)
+
+
+@dataclass(eq=False)
+class WorkItem:
+    """A round's training, or a scoring.
+
+    start: tells a worker of it.
+    groups: of clients that are worked on at once, by the first client of each; in the order of handing out.
+    num_examples: a client's training examples, by its id.
+    accept_result: takes the results that an answer has, or raises ValueError and takes none.
+    pace, sum_pace: how long a group takes, and sending a sum.
+    lost: why each worker that was lost meanwhile is gone, by its rank.
+    slot_seconds: see `tasks.CohortUpdate`.
+    num_given_up: times that a rank was given up in it.
+    """
+
+    start: StartTraining | StartScoring
+    groups: dict[int, tuple[int, ...]]
+    num_examples: Callable[[int], int]
+    accept_result: Callable[[Message], None]
+    pace: Pace
+    sum_pace: Pace
+    lost: dict[int, str]
+    slot_seconds: float = 0.0
+    num_given_up: Counter[int] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.schedule = Schedule(list(self.groups))
+        self._handed_out_at: dict[int, float] = {}
+
+    def hand_out(self, workers: Sequence[Worker]) -> None:
+        """Give each worker as many groups as it has slots, and one to go on with while there are plenty.
+
+        Where there are fewer groups than slots, each worker gets its share, and one at least while there are any.
+        Where none is left for it, ask for the sum over those that it has trained.
+        """
+        schedule, now = self.schedule, time.monotonic()
+        num_slots = sum(worker.num_slots for worker in workers)
+        num_unfinished = schedule.num_unfinished  # which handing out leaves as it is
+        num_idle = sum(not schedule.in_work(worker.number) for worker in workers)
+        for worker in workers:
+            num_in_work = len(schedule.in_work(worker.number))
+            share = -(-num_unfinished * worker.num_slots // num_slots)
+            in_hand = min(worker.num_slots, share) + (1 if schedule.num_waiting > 2 * num_slots else 0)
+            num_others_idle = num_idle if num_in_work else num_idle - 1
+            to_spare = max(schedule.num_waiting - num_others_idle, 0 if num_in_work else 1)
+            firsts = schedule.take(worker.number, min(in_hand - num_in_work, to_spare))
+            if firsts:
+                self._handed_out_at.update(dict.fromkeys(firsts, now))
+                if not num_in_work:
+                    num_idle -= 1
+                    worker.note_progress(now)
+                if not worker.has_begun:
+                    worker.send(self.start)
+                    worker.has_begun = True
+                worker.send(AssignGroups([list(self.groups[first]) for first in firsts]))
+            elif not num_in_work and schedule.num_done(worker.number) and not worker.is_sum_requested:
+                worker.send(RequestPartialSum())
+                worker.is_sum_requested = True
+                worker.note_progress(now)
+
+    def expects(self, message: Message) -> bool:
+        kinds = (GroupTrained, PartialSum) if isinstance(self.start, StartTraining) else (GroupScored,)
+        return isinstance(message, kinds)
+
+    def take_answer(self, worker: Worker, message: Message) -> None:
+        """Raises ValueError, and takes nothing of the answer, where it does not fit what was handed out."""
+        if isinstance(message, GroupTrained):
+            self._finish(worker, message.first)
+        elif isinstance(message, PartialSum):
+            firsts = self.group_keys([report.client_id for report in message.reports])
+            if not worker.is_sum_requested or len(firsts) != self.schedule.num_done(worker.number):
+                raise ValueError("its sum is not the one that it was asked for")
+            self._deliver(worker, firsts, message)
+            self.sum_pace.learn(time.monotonic() - worker.progress_at)
+            worker.is_sum_requested = False
+        elif isinstance(message, GroupScored):
+            firsts = self.group_keys([score.client_id for score in message.scores])
+            for first in firsts:
+                self._finish(worker, first)
+            self._deliver(worker, firsts, message)
+        worker.note_progress(time.monotonic())
+
+    def group_keys(self, client_ids: Sequence[int]) -> list[int]:
+        """The first clients of the groups that these clients are. Raises ValueError where a group is not whole."""
+        firsts = [client_id for client_id in client_ids if client_id in self.groups]
+        whole = [client_id for first in firsts for client_id in self.groups[first]]
+        if sorted(whole) != sorted(client_ids):
+            raise ValueError(f"clients {sorted(set(whole) ^ set(client_ids))} were not delivered as their group")
+        return firsts
+
+    def _finish(self, worker: Worker, first: int) -> None:
+        self.schedule.finish(worker.number, first)
+        self.pace.learn(time.monotonic() - self._handed_out_at[first], self._size(first))
+
+    def _deliver(self, worker: Worker, firsts: Sequence[int], message: Message) -> None:
+        self.schedule.check_done(worker.number, firsts)
+        self.accept_result(message)
+        self.schedule.deliver(worker.number, firsts)
+
+    def overdue_seconds(self, worker: Worker) -> float | None:
+        """For how long it has delivered nothing, where that is far longer than others took; otherwise None."""
+        quiet_seconds = time.monotonic() - worker.progress_at
+        is_overdue = quiet_seconds > LEAST_SECONDS and quiet_seconds > self._limit_seconds(worker)
+        return quiet_seconds if is_overdue else None
+
+    def _limit_seconds(self, worker: Worker) -> float:
+        """How long the worker may take to deliver anything. Infinite where it owes nothing."""
+        in_work = self.schedule.in_work(worker.number)
+        if in_work:
+            return self.pace.limit_seconds(max(map(self._size, in_work)))
+        return self.sum_pace.limit_seconds() if worker.is_sum_requested else math.inf
+
+    def _size(self, first: int) -> int:
+        """The training examples of a group."""
+        return sum(map(self.num_examples, self.groups[first]))
+
+    def lose(self, worker: Worker) -> int:
+        """Let others do what the worker has not delivered. Returns how many clients that are."""
+        self.account(worker)
+        return sum(len(self.groups[first]) for first in self.schedule.lose(worker.number))
+
+    def account(self, worker: Worker) -> None:
+        """Count the time that the worker could work on it."""
+        if worker.is_ready:
+            self.slot_seconds += worker.num_slots * (time.monotonic() - worker.ready_since)
