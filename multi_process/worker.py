@@ -167,7 +167,7 @@ class WorkerManager(ClientManager):
         self._trainer: PersonalizationTrainer | None = None
 
     def run(self) -> None:
-        """Join, work, leave. Where this worker fails, the server is told why before the error goes on its way."""
+        """Join, work, leave."""
         while True:
             try:
                 super().run()  # setup, main_loop, shutdown
@@ -180,18 +180,22 @@ class WorkerManager(ClientManager):
                 say(f"worker {self._network.rank}: {over}")
                 self.shutdown()
                 return
-            except RunEndedError:
-                raise  # the server knows
-            except _ClientError as failed:
-                self._send_failure(failed.error, failed.client_id)
-                raise failed.error from None
-            except Exception as error:
-                self._send_failure(error, None)
-                raise
 
-    def setup(self) -> None:
-        """Join the server, and set up the model and data that it names, unless they are there from before."""
-        super().setup()
+    def main_loop(self) -> None:
+        """Work until the run is over. Where this worker fails, the server is told why before the error is raised."""
+        try:
+            self._answer_requests(self._configure())
+        except (PeerLostError, RunEndedError, FinishedError):
+            raise  # the server knows
+        except _ClientError as failed:
+            self._send_failure(failed.error, failed.client_id)
+            raise failed.error from None
+        except Exception as error:
+            self._send_failure(error, None)
+            raise
+
+    def _configure(self) -> PersonalizationTrainer:
+        """Set up the model and data that the server names, unless they are there from before."""
         network, device = self._network, describe_device(self._device, self._threads)
         kernels, num_cores = describe_kernels(self._device), usable_cores()
         self._send(
@@ -221,10 +225,9 @@ class WorkerManager(ClientManager):
             f"{clean_text(answer.experiment['dataset'])} on {self._device}, {answer.num_slots} client(s) side by side"
         )
         self._send(Ready(self._trainer.dataset.fingerprint, str(self._device), self._trainer.warnings))
+        return self._trainer
 
-    def main_loop(self) -> None:
-        trainer = self._trainer
-        assert trainer is not None, "the worker is set up before it works"
+    def _answer_requests(self, trainer: PersonalizationTrainer) -> None:
         while not isinstance(request := self._network.peer.receive(), Finish):
             match request:
                 case StartTraining() | StartScoring():

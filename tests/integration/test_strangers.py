@@ -153,7 +153,7 @@ STRANGERS = {
     "127.0.0.15": ((b"[" * 60_000 + b"\n",), "is not a line of JSON"),
     "127.0.0.16": ((application(),), "does not know the server's token"),
     "127.0.0.17": ((application(proof="\u00e4\ud800"),), "does not know the server's token"),
-    "127.0.0.18": ((application(rank="1"),), "rank is not int"),
+    "127.0.0.18": ((application(rank="1"),), 'rank is "1", must be a whole number'),
     "127.0.0.19": ((), "no sign of life for 10 s"),
     "127.0.0.20": ((b"{",) * 100, "no sign of life for 10 s"),
     "127.0.0.21": ((b"\n",) * 100, "is not a line of JSON"),
