@@ -44,11 +44,6 @@ class Heading:
 
 
 @dataclass(frozen=True)
-class Paragraph:
-    text: str
-
-
-@dataclass(frozen=True)
 class Plot:
     """A picture, drawn when it is asked for.
 
@@ -71,7 +66,8 @@ class Plot:
         return plots.render(self.draw, plots.DARK)
 
 
-Block = Heading | Paragraph | Table | Plot
+Block = Heading | str | Table | Plot
+"""A text is a paragraph."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +151,7 @@ def _drawn(block: Block) -> Block:
         block.light, block.dark  # noqa: B018, each is drawn when it is first asked for
     except Exception as error:
         say(f"no plot {block.name}: {reason_of(error)}")
-        return Paragraph(f"The plot {block.name} could not be drawn: {reason_of(error)}")
+        return f"The plot {block.name} could not be drawn: {reason_of(error)}"
     return block
 
 
@@ -164,16 +160,19 @@ def _section(dataset: str, rows: Sequence[Row], target: float) -> Section:
     if any(row.has_accuracy for row in rows):
         measures.append(ACCURACY)
     measure = measures[-1]
-    blocks: list[Block] = [Paragraph(note) for note in _notes(dataset, rows, measure)]
+    blocks: list[Block] = [*_notes(dataset, rows, measure)]
     blocks += [Heading("Results"), tables.results_table(rows, measures)]
     if any(row.nickname for row in rows):
-        blocks += [Paragraph("Rows that are called by their folders:"), tables.nicknames_table(rows)]
+        blocks += ["Rows that are called by their folders:", tables.nicknames_table(rows)]
     changes = tables.changes_table(rows, measures)
     if changes.rows:
-        blocks += [Heading("What fine-tuning changes"), Paragraph(_CHANGES), changes]
+        blocks += [Heading("What fine-tuning changes"), _CHANGES, changes]
     if measure.is_accuracy:
-        blocks += [Heading(f"Rounds to an accuracy of {target:g}"), tables.rounds_table(rows, target)]
-        blocks.append(Paragraph(_resolution(rows)))
+        blocks += [
+            Heading(f"Rounds to an accuracy of {target:g}"),
+            tables.rounds_table(rows, target),
+            _resolution(rows),
+        ]
     blocks += _plot(
         f"{dataset}-curves",
         f"The {measure.name} on unseen clients against the round, before and after personalization. A dotted line is "
@@ -183,7 +182,7 @@ def _section(dataset: str, rows: Sequence[Row], target: float) -> Section:
     blocks += _clients(dataset, rows, measure)
     blocks += _personalization(dataset, rows, measure)
     for heading, table, caveats in tables.published_tables(dataset, rows):
-        blocks += [Heading(heading), table, *map(Paragraph, caveats)]
+        blocks += [Heading(heading), table, *caveats]
     blocks += [Heading("Runs"), tables.runs_table(rows)]
     return Section(dataset, blocks)
 
@@ -224,7 +223,7 @@ def _clients(dataset: str, rows: Sequence[Row], measure: Measure) -> list[Block]
     plot = _plot(f"{dataset}-clients", description, plots.draw_clients(rows, measure))
     if not plot:
         return []
-    explanation = Paragraph(f"Percentiles of the {measure.name} over the unseen clients of all seeds together.")
+    explanation = f"Percentiles of the {measure.name} over the unseen clients of all seeds together."
     return [Heading("Unseen clients"), explanation, tables.clients_table(rows, measure), *plot]
 
 
@@ -237,7 +236,7 @@ def _personalization(dataset: str, rows: Sequence[Row], measure: Measure) -> lis
     heading = Heading(f"{measure.name[0].upper()}{measure.name[1:]} against personalization")
     if measure.is_accuracy:
         return [heading, tables.epochs_table(rows), *plot]
-    interval = Paragraph("Behind ± stands the 95 % confidence interval of the mean over unseen clients.")
+    interval = "Behind ± stands the 95 % confidence interval of the mean over unseen clients."
     return [heading, tables.steps_table(rows, measure), interval, *plot]
 
 

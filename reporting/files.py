@@ -9,7 +9,7 @@ from pathlib import Path
 import jinja2
 
 from perfedavg.recording.files import replace_file
-from reporting.contents import Block, Heading, Paragraph, Plot, Report
+from reporting.contents import Block, Heading, Plot, Report
 
 _PLOTS = "plots"
 """The folder, beside report.md, of the pictures that it shows."""
@@ -55,7 +55,6 @@ def to_html(report: Report) -> str:
     )
     environment.filters["png_url"] = _png_url
     environment.tests["heading"] = lambda block: isinstance(block, Heading)
-    environment.tests["paragraph"] = lambda block: isinstance(block, Paragraph)
     environment.tests["plot"] = lambda block: isinstance(block, Plot)
     return environment.get_template("report.html.jinja").render(report=report)
 
@@ -67,8 +66,8 @@ def _png_url(image: bytes) -> str:
 def _markdown(block: Block) -> str:
     if isinstance(block, Heading):
         return f"### {block.text}"
-    if isinstance(block, Paragraph):
-        return block.text
+    if isinstance(block, str):
+        return block
     if isinstance(block, Plot):
         return f"![{block.description}]({_PLOTS}/{block.name}.png)"
     alignment = ["---" if column < block.num_text_columns else "---:" for column in range(len(block.headers))]
