@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import string
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -19,35 +18,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.clients.raw import Examples, RawClients
+from datasets.sources.class_names import BYCLASS
 from perfedavg.seeding import Purpose, data_stream
 
-CHARACTERS = string.digits + string.ascii_uppercase + string.ascii_lowercase
-"""Label i is CHARACTERS[i], the order of EMNIST byclass."""
-
-FONTS = (
-    "DejaVuSans-Bold.ttf",
-    "DejaVuSans-BoldOblique.ttf",
-    "DejaVuSans-Oblique.ttf",
-    "DejaVuSans.ttf",
-    "DejaVuSansMono-Bold.ttf",
-    "DejaVuSansMono-BoldOblique.ttf",
-    "DejaVuSansMono-Oblique.ttf",
-    "DejaVuSansMono.ttf",
-    "DejaVuSerif-Bold.ttf",
-    "DejaVuSerif-BoldItalic.ttf",
-    "DejaVuSerif-Italic.ttf",
-    "DejaVuSerif.ttf",
-    "STIXGeneral.ttf",
-    "STIXGeneralBol.ttf",
-    "STIXGeneralBolIta.ttf",
-    "STIXGeneralItalic.ttf",
-    "cmb10.ttf",
-    "cmmi10.ttf",
-    "cmr10.ttf",
-    "cmss10.ttf",
-    "cmtt10.ttf",
-)
-"""Those of matplotlib's fonts that have all CHARACTERS."""
+_FONTS = """
+    DejaVuSans-Bold DejaVuSans-BoldOblique DejaVuSans-Oblique DejaVuSans DejaVuSansMono-Bold DejaVuSansMono-BoldOblique
+    DejaVuSansMono-Oblique DejaVuSansMono DejaVuSerif-Bold DejaVuSerif-BoldItalic DejaVuSerif-Italic DejaVuSerif
+    STIXGeneral STIXGeneralBol STIXGeneralBolIta STIXGeneralItalic cmb10 cmmi10 cmr10 cmss10 cmtt10
+"""
+FONTS = tuple(f"{name}.ttf" for name in _FONTS.split())
+"""Those of matplotlib's fonts that have all characters. Their order enters the writers' styles."""
 
 ALGORITHM_VERSION = 1
 """Raised with every change that gives any writer other examples."""
@@ -144,7 +124,7 @@ class Style:
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Style:
-        spread, num_classes, num_waves = WRITER_SPREAD, len(CHARACTERS), 2 * len(WAVES)
+        spread, num_classes, num_waves = WRITER_SPREAD, len(BYCLASS), 2 * len(WAVES)
         main_font, second_font = rng.choice(len(FONTS), size=2, replace=False)
         in_main_font = rng.random(num_classes) < spread.main_font_share
         bend = rng.normal(0, spread.bend_std, (2, num_waves))
@@ -167,24 +147,15 @@ class Style:
 class SyntheticWriters(RawClients):
     """Clients that each write in a style of their own, made on demand: nothing is stored for a client.
 
-    Synthetic: results on these clients are not results on FEMNIST. A writer's number of examples, its class mix and
-    style (see WriterSpread) and its examples (see ExampleSpread) follow from (seed, writer) alone, bit for bit on one
-    machine.
-
-    The number of examples is log-normal around the mean, cut off at MIN_EXAMPLES and MAX_EXAMPLES.
+    A writer's number of examples, its class mix and style (see WriterSpread) and its examples (see ExampleSpread)
+    follow from (seed, writer) alone, bit for bit on one machine. The number of examples is log-normal around the mean,
+    cut off at MIN_EXAMPLES and MAX_EXAMPLES.
     """
 
-    num_classes = len(CHARACTERS)
-    class_names = tuple(CHARACTERS)
+    num_classes = len(BYCLASS)
+    class_names = BYCLASS
 
     def __init__(self, num_clients: int, seed: int, mean_num_examples: float = 110) -> None:
-        """Raises ValueError where there would be no client, or where the mean is not among the numbers possible."""
-        if num_clients < 1:
-            raise ValueError(f"{num_clients} clients are none; ask for 1 or more")
-        if not MIN_EXAMPLES <= mean_num_examples <= MAX_EXAMPLES:
-            raise ValueError(
-                f"a mean of {mean_num_examples} examples a client is not in {MIN_EXAMPLES}..{MAX_EXAMPLES}"
-            )
         self.num_clients = num_clients
         self._seed = seed
         self._mean_num_examples = mean_num_examples
@@ -258,12 +229,10 @@ def _source_cells(
     width, height = style.width * varied(1, spread.scale), style.height * varied(1, spread.scale)
     x, y = _PIXEL_X - varied(0, spread.shift), _PIXEL_Y - varied(0, spread.shift)
     upright_x, upright_y = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-    amplitudes = style.bends[labels] + spread.bend * rng.standard_normal(
-        (count, *style.bends.shape[1:]), dtype=np.float32
-    )
-    bend = np.einsum(
-        "naw,wp->anp", amplitudes, _WAVE_FIELDS
-    )  # not a BLAS product, whose bits may vary with its threads
+    varied_bends = rng.standard_normal((count, *style.bends.shape[1:]), dtype=np.float32)
+    amplitudes = style.bends[labels] + spread.bend * varied_bends
+    # Not a BLAS product, whose bits may vary with its threads.
+    bend = np.einsum("naw,wp->anp", amplitudes, _WAVE_FIELDS)
     center, scale = np.float32((GLYPH_CANVAS - 1) / 2), np.float32(CELLS_PER_PIXEL)
     column = center + scale * ((upright_x + slant * upright_y) / width + bend[0])  # y points down, hence the sign
     row = center + scale * (upright_y / height + bend[1])
@@ -288,18 +257,15 @@ def _sample(fields: NDArray[np.float32], column: NDArray[np.float32], row: NDArr
     return upper
 
 
-def _pixel_centers() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    y, x = np.mgrid[:IMAGE_SIDE, :IMAGE_SIDE].reshape(2, 1, -1).astype(np.float32) - np.float32((IMAGE_SIDE - 1) / 2)
-    return x, y
-
-
 def _wave_fields() -> NDArray[np.float32]:
     """(2 * len(WAVES), 28 * 28): sine and cosine of each wave, so that amplitudes set its phase as well."""
     phases = [2 * np.pi / IMAGE_SIDE * (across * _PIXEL_X[0] + down * _PIXEL_Y[0]) for across, down in WAVES]
     return np.stack([wave(phase) for phase in phases for wave in (np.sin, np.cos)]).astype(np.float32)
 
 
-_PIXEL_X, _PIXEL_Y = _pixel_centers()
+_PIXEL_Y, _PIXEL_X = np.mgrid[:IMAGE_SIDE, :IMAGE_SIDE].reshape(2, 1, -1).astype(np.float32) - np.float32(
+    (IMAGE_SIDE - 1) / 2
+)
 _WAVE_FIELDS = _wave_fields()
 
 
@@ -313,8 +279,8 @@ def glyph_fields(font: int) -> NDArray[np.float32]:
     from PIL import Image, ImageDraw, ImageFont  # late, since only a process that reads examples needs it
 
     typeface = ImageFont.truetype(_font_path(FONTS[font]), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
-    ink = np.zeros((len(CHARACTERS), GLYPH_CANVAS, GLYPH_CANVAS), dtype=bool)
-    for label, character in enumerate(CHARACTERS):
+    ink = np.zeros((len(BYCLASS), GLYPH_CANVAS, GLYPH_CANVAS), dtype=bool)
+    for label, character in enumerate(BYCLASS):
         drawn = Image.new("L", (3 * FONT_SIZE, 3 * FONT_SIZE))
         ImageDraw.Draw(drawn).text((FONT_SIZE, FONT_SIZE), character, fill=255, font=typeface)
         box = drawn.getbbox()
