@@ -9,7 +9,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -97,6 +97,7 @@ class Source:
 
     @property
     def file_names(self) -> list[str]:
+        """Images and labels to train on, images and labels to test on."""
         return [
             f"{prefix}-{content}"
             for prefix in (self.train_prefix, self.test_prefix)
@@ -122,18 +123,6 @@ SOURCES = {
 }
 
 
-@dataclass(frozen=True)
-class _Files:
-    """A data set's files, by the names that their makers give them.
-
-    found: as they lie in the folder, which is what messages name.  plain: the same, or what was unpacked from them.
-    """
-
-    folder: Path
-    found: dict[str, Path]
-    plain: dict[str, Path]
-
-
 def load_images(name: str, data_root: Path) -> ImageSplits:
     """A data set's published splits, upright, with labels from 0, read-only and paged in as they are used.
 
@@ -142,42 +131,43 @@ def load_images(name: str, data_root: Path) -> ImageSplits:
     Raises ValueError where the files cannot be had, are damaged, or lie elsewhere.
     """
     source = SOURCES[name]
-    files = _find(name, source, data_root)
-    if files is None:
+    found = _find(name, source, data_root)
+    if found is None:
         _download_missing(name, source, data_root)
-        files = _find(name, source, data_root)
-        assert files is not None, "what was downloaded is there"
+        found = _find(name, source, data_root)
+        assert found is not None, "what was downloaded is there"
     try:
-        train = _read_split(source, source.train_prefix, files)
-        test = _read_split(source, source.test_prefix, files)
+        plain = _plain(name, source, found, data_root)
+        train = _read_split(source, found[:2], plain[:2])
+        test = _read_split(source, found[2:], plain[2:])
     except ValueError as error:
         raise ValueError(
-            f"{error}; replace that file, or move {files.folder} elsewhere to have {name} downloaded anew"
+            f"{error}; replace that file, or move {found[0].parent} elsewhere to have {name} downloaded anew"
         ) from error
     return ImageSplits(*train, *test, source.num_classes, source.class_names)
 
 
-def _find(name: str, source: Source, data_root: Path) -> _Files | None:
-    """The files in the first folder that has them all, unpacked; None where no folder has any of them.
+def _find(name: str, source: Source, data_root: Path) -> list[Path] | None:
+    """The files in the first folder that has them all, as in `Source.file_names`; None where no folder has any.
 
     Raises ValueError where a folder has some of them only, and where those in data_root itself may be another data
     set's.
     """
-    incomplete: tuple[Path, list[str]] | None = None
+    incomplete = ""
     for folder in _folders(source, data_root):
         found = _files_in(folder, source)
         if len(found) == len(source.file_names):
             for path in found.values():
                 _refuse_link_out_of(data_root, path)
-            return _Files(folder, found, _plain(name, found, data_root))
-        if found and incomplete is None:
-            incomplete = folder, [file for file in source.file_names if file not in found]
-    if incomplete is not None:
-        folder, missing = incomplete
-        raise ValueError(
-            f"{folder} has no {missing[0]}, as it is or packed as {missing[0]}.gz; put it there, or move {folder} "
-            f"elsewhere to have {name} downloaded anew"
-        )
+            return list(found.values())
+        if found and not incomplete:
+            missing = next(file for file in source.file_names if file not in found)
+            incomplete = (
+                f"{folder} has no {missing}, as it is or packed as {missing}.gz; put it there, or move {folder} "
+                f"elsewhere to have {name} downloaded anew"
+            )
+    if incomplete:
+        raise ValueError(incomplete)
     if loose := _files_in(data_root, source):
         raise ValueError(
             f"{next(iter(loose.values()))} may be of MNIST or of Fashion-MNIST, whose files have the same names; move "
@@ -221,23 +211,24 @@ def _variants(name: str) -> list[str]:
     return [name, dotted, f"{name}.gz", f"{dotted}.gz"]
 
 
-def _plain(name: str, found: dict[str, Path], data_root: Path) -> dict[str, Path]:
+def _plain(name: str, source: Source, found: Sequence[Path], data_root: Path) -> list[Path]:
     """The same files, of which packed ones are unpacked into a cache, because only plain files can be mapped."""
-    packed = {file: path for file, path in found.items() if _is_packed(path)}
+    packed = {file: path for file, path in zip(source.file_names, found, strict=True) if _is_packed(path)}
     if not packed:
-        return found
+        return list(found)
 
     def build(folder: Path) -> None:
         for file, path in packed.items():
             with open(path, "rb") as content:
                 _unpack_gzip(content, path, folder / file)
 
-    def open_built(folder: Path) -> dict[str, Path]:
+    def open_built(folder: Path) -> Path:
         for file in packed:
             (folder / file).stat()
-        return {file: folder / file for file in packed}
+        return folder
 
-    return found | built_once(data_root / "cache", name, packed.values(), build, open_built)
+    cache = built_once(data_root / "cache", name, packed.values(), build, open_built)
+    return [cache / file if file in packed else path for file, path in zip(source.file_names, found, strict=True)]
 
 
 def _is_packed(path: Path) -> bool:
@@ -262,11 +253,13 @@ def _unpack_gzip(packed: IO[bytes], place: Path, target: Path) -> None:
             file.write(piece)
 
 
-def _read_split(source: Source, prefix: str, files: _Files) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    images_name, labels_name = (name for name in source.file_names if name.startswith(f"{prefix}-"))
-    images_path, labels_path = files.found[images_name], files.found[labels_name]
-    images = map_idx(files.plain[images_name], 3, images_path)
-    labels = map_idx(files.plain[labels_name], 1, labels_path).astype(np.int64)
+def _read_split(
+    source: Source, found: Sequence[Path], plain: Sequence[Path]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Images and labels, each from a plain file; messages name the file that was found."""
+    images_path, labels_path = found
+    images = map_idx(plain[0], 3, images_path)
+    labels = map_idx(plain[1], 1, labels_path).astype(np.int64)
     if images.shape[1:] != IMAGE_SHAPE:
         raise ValueError(f"{images_path} is damaged: its images are {images.shape[1:]}, not {IMAGE_SHAPE}")
     if len(images) != len(labels):
