@@ -1,5 +1,4 @@
-"""Where files that are made from data are kept: beside the data or, where nothing can be written there, in the user's
-cache folder."""
+"""Where files made from data are kept: beside the data or, where nothing can be written there, in the user's cache."""
 
 from __future__ import annotations
 
@@ -21,22 +20,29 @@ LOGGER = logging.getLogger("perfedavg.datasets")
 T = TypeVar("T")
 
 
+def tell(line: str) -> None:
+    """A line on standard error, also into the run's log. A terminal that is gone does not matter."""
+    LOGGER.info("%s", line)
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+
+
 def user_cache_folder() -> Path:
     """`personalized-fedavg` in XDG_CACHE_HOME or, where that is not set to an absolute path, in ~/.cache.
 
     Raises OSError where there is neither that nor a home folder.
     """
     configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if configured.is_absolute():
-        return configured / "personalized-fedavg"
     try:
-        return Path.home() / ".cache" / "personalized-fedavg"
+        parent = configured if configured.is_absolute() else Path.home() / ".cache"
     except RuntimeError as error:
         raise OSError("there is no home folder for a cache; name a folder in XDG_CACHE_HOME") from error
+    return parent / "personalized-fedavg"
 
 
 def places_for(folder: Path) -> list[Path]:
-    """A folder beside the data, and the one in the user's cache folder that stands in for it, in order of preference.
+    """A folder beside the data, and its stand-in in the user's cache, in order of preference.
 
     Two folders never share a stand-in.
     """
@@ -50,15 +56,19 @@ def places_for(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def locked_place(places: Sequence[Path], name: str, what: str) -> Iterator[Path]:
-    """The first of the folders that can be written, created, which no other process has under that name meanwhile.
+    """The first folder that can be written, created if need be, and locked against other processes.
 
-    name: of the lock, a file `.<name>.lock` in the folder.  what: is written, for what is said where the first of the
-    folders will not do. Raises OSError, with the reason and the fix, where none will.
+    name: of the lock, a file `.<name>.lock` in the folder.  what: is written, for messages.
+    Raises OSError, with the reason and the fix, where no folder can be written.
     """
     refusals: list[str] = []
     for place in places:
         try:
-            lock = _lock(place, name)
+            place.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=place):  # a lock that is there already says nothing of the folder
+                pass
+            lock = FileLock(place / f".{name}.lock")
+            lock.acquire()
         except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
             refusals.append(f"{place} ({getattr(error, 'strerror', None) or error})")
             continue
@@ -83,14 +93,14 @@ def built_once(
     open_built: Callable[[Path], T],
     version: int = 1,
 ) -> T:
-    """What a folder holds that is built from files once, and kept until the files change.
+    """The content of a folder that is built from files once, and built anew when the files change.
 
-    cache: folder for such folders, in the folder of the data, created. Where it cannot be written, a finished one in it
-        is used all the same, and a new one is built in the user's cache folder, which is said.
-    name: of the data set, the beginning of the folder's name; folders with that name from other files are removed.
-    sources: the files, in the folder of the data; another name, size or time of one of them means another folder.
+    cache: holds such folders, beside the data. Where it cannot be written, a finished folder in it is used all the
+        same, and a new one is built in the user's cache.
+    name: of the data set; begins the folder's name. Folders of that name from other files are removed.
+    sources: the files; another name, size or time of one means another folder.
     build: fills an empty folder. Where it raises, no folder is left behind.
-    open_built: from the folder; raises OSError, ValueError or KeyError where it is incomplete, which has it built anew.
+    open_built: reads a folder; raises OSError, ValueError or KeyError where it is incomplete and has to be built anew.
     version: to be raised when `build` writes other files.
     Raises OSError where nothing can be written anywhere.
     """
@@ -131,27 +141,9 @@ def _build(place: Path, name: str, folder: str, build: Callable[[Path], None]) -
 
 
 def _sources_digest(sources: Iterable[Path], root: Path, version: int) -> str:
-    """Of names below a folder, and not of the folder, which another machine or a container may mount elsewhere."""
+    """Names count from the root, which another machine or a container may mount elsewhere."""
     digest = hashlib.blake2b(f"version {version}".encode(), digest_size=8)
     for path in sorted(sources):
         status = path.stat()
-        line = f"{os.path.relpath(path, root)} {status.st_size} {status.st_mtime_ns}"
-        digest.update(os.fsencode(line))
+        digest.update(os.fsencode(f"{os.path.relpath(path, root)} {status.st_size} {status.st_mtime_ns}"))
     return digest.hexdigest()
-
-
-def tell(line: str) -> None:
-    """A line on standard error, also into the run's log. A terminal that is gone does not matter."""
-    LOGGER.info("%s", line)
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):
-            print(line, file=sys.stderr, flush=True)
-
-
-def _lock(folder: Path, name: str) -> FileLock:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):  # a lock that is there already says nothing of the folder
-        pass
-    lock = FileLock(folder / f".{name}.lock")
-    lock.acquire()
-    return lock
