@@ -18,7 +18,8 @@ from torch import Tensor
 from perfedavg.aggregation.base import refusal_of
 from perfedavg.aggregation.exact_mean import ExactMean
 from perfedavg.engine.scores import ClientScore
-from perfedavg.engine.tasks import ClientReport
+from perfedavg.engine.tasks import ClientReport, ClientStates
+from perfedavg.methods.base import Method
 from perfedavg.settings import Phase
 
 MAX_TEXT_CHARS = 500
@@ -110,17 +111,16 @@ NamedLines = Annotated[dict[str, str], length(0, MAX_LINES), _clean_entries]
 class ExpectedTraining:
     """What the server knows of a round's training by itself.
 
-    weight_of: a client's weight, by its number of examples.
     capacity: see `tasks.CohortTask`.
     num_train_examples: of a client, by its id.
     """
 
-    weight_of: Callable[[int], int]
+    method: Method
     capacity: int
     num_parameters: int
     num_train_examples: Callable[[int], int]
 
-    def check(self, part: ExactMean, reports: Sequence[ClientReport]) -> None:
+    def check(self, part: ExactMean, reports: Sequence[ClientReport], states: ClientStates) -> None:
         """Raises ValueError where no clients' training can have given this part of the round's sum."""
         if part.capacity != self.capacity or len(part.total) != self.num_parameters:
             raise ValueError(
@@ -132,8 +132,10 @@ class ExpectedTraining:
             between(0, MAX_SECONDS)(report.seconds, "seconds")
             if report.refused is not None and not _is_refusal(report.refused, report.client_id):
                 raise ValueError(f"client {report.client_id} was refused for no reason of this protocol")
-        accepted = [report.num_examples for report in reports if report.refused is None]
-        weight = sum(map(self.weight_of, accepted))
+        accepted = [report for report in reports if report.refused is None]
+        if not states.keys() <= {report.client_id for report in accepted if self.method.keeps_state}:
+            raise ValueError(f"clients {sorted(states)} have no reason to keep anything")
+        weight = sum(self.method.weight(report.num_examples) for report in accepted)
         if part.weight != weight:
             raise ValueError(f"its sum has weight {part.weight}, its clients {weight}")
         lowest, highest = (int(entry) for entry in part.total.aminmax())

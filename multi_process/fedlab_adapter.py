@@ -140,6 +140,7 @@ class CohortHandler(ServerHandler):
         """Merge a worker's part, which has been checked. True when the round is complete."""
         self.cohort_update.sum.merge(payload.part)
         self.cohort_update.reports += payload.reports
+        self.cohort_update.states |= payload.states
         self._num_missing -= len(payload.reports)
         return self.if_stop
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -122,6 +122,14 @@ class StartTraining(Message):
 
 
 @dataclass(frozen=True)
+class KeptStates(Message):
+    """Server to worker: what clients that it is given next keep from earlier rounds; of others, they keep nothing."""
+
+    code = MessageCode.ParameterUpdate
+    states: dict[int, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
 class StartScoring(Message):
     """Server to worker: unseen clients are to be scored next. The fields are those of `tasks.ScoringTask`."""
 
@@ -167,6 +175,7 @@ class PartialSum(Message):
 
     reports: of each client, also of those whose update was refused.
     total: (num_parameters,) int64.
+    states: what clients keep now, of those that keep anything and whose update was not refused.
     """
 
     code = MessageCode.GradientUpdate
@@ -174,6 +183,7 @@ class PartialSum(Message):
     capacity: Annotated[int, between(1, MAX_CAPACITY)]
     reports: Annotated[list[ClientReport], length(1)]
     total: Annotated[Tensor, vector(torch.int64)]
+    states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def part(self) -> ExactMean:

@@ -31,7 +31,15 @@ from multi_process.transport.peer import PeerLostError
 from multi_process.work_item import Worker, WorkItem
 from perfedavg.contracts import FederatedDataset
 from perfedavg.engine.scores import ClientScore
-from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
+from perfedavg.engine.tasks import (
+    ClientStates,
+    CohortTask,
+    CohortUpdate,
+    ScoringTask,
+    copies_of,
+    cut_into_groups,
+    max_states_bytes,
+)
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.methods import method_of
 from perfedavg.settings import ExperimentConfig
@@ -160,18 +168,19 @@ class WorkerPool(PoolManager):
     def train(self, task: CohortTask, parameters: Tensor) -> CohortUpdate:
         self._handler.begin(task, parameters)
         (global_parameters,) = self._handler.downlink_package
-        weight_of = method_of(self.config, task.phase).weight
-        expected = ExpectedTraining(weight_of, task.capacity, parameters.numel(), self._clients.num_train_examples)
+        method = method_of(self.config, task.phase)
+        expected = ExpectedTraining(method, task.capacity, parameters.numel(), self._clients.num_train_examples)
 
         def accept_result(answer: Message) -> None:
             assert isinstance(answer, PartialSum), "a trained client's result comes in a sum"
             # A copy, because the worker's next message would overwrite what has been checked.
-            answer = replace(answer, total=answer.total.clone())
-            expected.check(answer.part, answer.reports)
+            answer = replace(answer, total=answer.total.clone(), states=copies_of(answer.states))
+            expected.check(answer.part, answer.reports, answer.states)
             self._handler.load(answer)
 
         start = StartTraining(int(task.phase), task.round_number, task.capacity, global_parameters)
-        item = self._perform(start, task.client_ids, accept_result, self._paces[StartTraining, task.phase])
+        pace = self._paces[StartTraining, task.phase]
+        item = self._perform(start, task.client_ids, accept_result, pace, task.states)
         assert self._handler.if_stop, "every client was handed out and reported"
         update = self._handler.cohort_update
         update.slot_seconds, update.lost_workers = item.slot_seconds, item.lost
@@ -188,7 +197,7 @@ class WorkerPool(PoolManager):
             scores.extend(answer.scores)
 
         start = StartScoring(int(task.phase), task.round_number, task.num_curve_epochs, parameters)
-        self._perform(start, task.client_ids, accept_result, self._paces[StartScoring, task.num_curve_epochs])
+        self._perform(start, task.client_ids, accept_result, self._paces[StartScoring, task.num_curve_epochs], {})
         return scores
 
     def _has_no_accuracies(self) -> bool:
@@ -204,6 +213,7 @@ class WorkerPool(PoolManager):
         client_ids: Sequence[int],
         accept_result: Callable[[Message], None],
         pace: Pace,
+        states: ClientStates,
     ) -> WorkItem:
         """Hand out the clients, group by group, the largest first, until each one's result has been delivered."""
         assert self.config.client_batching is not None, "the configuration is settled"
@@ -211,7 +221,9 @@ class WorkerPool(PoolManager):
         cut = cut_into_groups(client_ids, num_examples, self.config.client_batching)
         groups = {group[0]: group for group in cut}
         lost, self._lost_between = self._lost_between, {}
-        item = self._item = WorkItem(start, groups, num_examples, accept_result, pace, self._paces[PartialSum], lost)
+        item = self._item = WorkItem(
+            start, groups, num_examples, states, accept_result, pace, self._paces[PartialSum], lost
+        )
         self._checked_at = time.monotonic()
         for worker in self._workers.values():
             worker.has_begun = worker.is_sum_requested = False
@@ -311,6 +323,7 @@ class WorkerPool(PoolManager):
             return
         peer, join = worker.connected.peer, worker.join
         peer.num_parameters, peer.num_clients = self._num_parameters, self._handler.num_clients
+        peer.max_states_bytes = max_states_bytes(self.config, self._num_parameters)
         on_same_machine = sum(other.join.machine == join.machine for other in self._workers.values())
         num_cores = join.num_cores // on_same_machine
         worker.num_slots = join.threads or default_num_slots(self.config, join.device_kind, num_cores)

@@ -13,6 +13,7 @@ from multi_process.messages import (
     GroupScored,
     GroupTrained,
     Join,
+    KeptStates,
     Message,
     PartialSum,
     RequestPartialSum,
@@ -23,6 +24,7 @@ from multi_process.pace import LEAST_SECONDS, Pace
 from multi_process.schedule import Schedule
 from multi_process.transport.handshake import FinishedError
 from multi_process.transport.network import ConnectedWorker
+from perfedavg.engine.tasks import ClientStates
 from perfedavg.terminal.console import LOGGER
 
 
@@ -75,6 +77,7 @@ class WorkItem:
     start: tells a worker of it.
     groups: of clients that are worked on at once, by the first client of each; in the order of handing out.
     num_examples: a client's training examples, by its id.
+    states: what clients kept from earlier rounds.
     accept_result: takes the results that an answer has, or raises ValueError and takes none.
     pace, sum_pace: how long a group takes, and sending a sum.
     lost: why each worker that was lost meanwhile is gone, by its rank.
@@ -85,6 +88,7 @@ class WorkItem:
     start: StartTraining | StartScoring
     groups: dict[int, tuple[int, ...]]
     num_examples: Callable[[int], int]
+    states: ClientStates
     accept_result: Callable[[Message], None]
     pace: Pace
     sum_pace: Pace
@@ -121,7 +125,10 @@ class WorkItem:
                 if not worker.has_begun:
                     worker.send(self.start)
                     worker.has_begun = True
-                worker.send(AssignGroups([list(self.groups[first]) for first in firsts]))
+                groups = [list(self.groups[first]) for first in firsts]
+                if kept := {id: self.states[id] for group in groups for id in group if id in self.states}:
+                    worker.send(KeptStates(kept))
+                worker.send(AssignGroups(groups))
             elif not num_in_work and schedule.num_done(worker.number) and not worker.is_sum_requested:
                 worker.send(RequestPartialSum())
                 worker.is_sum_requested = True

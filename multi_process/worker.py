@@ -21,6 +21,7 @@ from multi_process.messages import (
     GroupScored,
     GroupTrained,
     Join,
+    KeptStates,
     Message,
     PartialSum,
     Ready,
@@ -34,7 +35,7 @@ from multi_process.transport.peer import PeerLostError, RunEndedError
 from perfedavg.contracts import FederatedDataset
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.local_work import CohortTraining
-from perfedavg.engine.tasks import CohortTask, ScoringTask
+from perfedavg.engine.tasks import CohortTask, ScoringTask, copies_of, max_states_bytes
 from perfedavg.machine.cores import usable_cores
 from perfedavg.settings import ExperimentConfig, Phase
 from perfedavg.terminal.console import reason_of, say
@@ -67,7 +68,7 @@ class PersonalizationTrainer(SerialTrainer):
         super().__init__(model, len(dataset.train_client_ids) + len(dataset.unseen_client_ids))
         self.dataset = dataset
         self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._phases = config.phases
+        self.config = config
         self._executor = LocalExecutor(config, model, dataset, device, num_slots)
         self.warnings = self._executor.warnings
         self._send = send
@@ -91,7 +92,7 @@ class PersonalizationTrainer(SerialTrainer):
         Raises ValueError where it is not of the experiment.
         """
         self.abandon()
-        check_start(payload.phase, payload.parameters, self._phases, self.num_parameters)
+        check_start(payload.phase, payload.parameters, self.config.phases, self.num_parameters)
         phase, parameters = Phase(payload.phase), payload.parameters.clone()
         if isinstance(payload, StartTraining):
             task = CohortTask(phase, payload.round_number, (), payload.capacity)
@@ -101,6 +102,11 @@ class PersonalizationTrainer(SerialTrainer):
             scoring = ScoringTask(phase, payload.round_number, (), payload.num_curve_epochs)
             score = self._executor.begin_scoring(scoring, parameters).score
             self._work = lambda group: GroupScored(score(group))
+
+    def take_states(self, payload: KeptStates) -> None:
+        """What clients of the round, which come next, kept from earlier ones."""
+        assert self._training is not None, "a round was begun"
+        self._training.add_states(copies_of(payload.states))
 
     def local_process(self, payload: AssignGroups, id_list: list[list[int]]) -> None:
         """Let the groups of the list train or be scored, each on the next free slot. Does not wait for them."""
@@ -114,7 +120,7 @@ class PersonalizationTrainer(SerialTrainer):
         """The sum over the clients that were trained since the last one. None may be in training."""
         assert self._training is not None, "there is a round before there is a sum"
         taken = self._training.take_update()
-        return PartialSum(taken.sum.weight, taken.sum.capacity, taken.reports, taken.sum.total)
+        return PartialSum(taken.sum.weight, taken.sum.capacity, taken.reports, taken.sum.total, taken.states)
 
     def abandon(self) -> None:
         """Forget the work that was begun. Waits for the clients that are on a slot."""
@@ -220,6 +226,7 @@ class WorkerManager(ClientManager):
             )
         self._configured = answer
         network.peer.num_parameters = self._trainer.num_parameters
+        network.peer.max_states_bytes = max_states_bytes(self._trainer.config, self._trainer.num_parameters)
         say(
             f"worker {network.rank}: joined {network.address[0]}:{network.address[1]}, "
             f"{clean_text(answer.experiment['dataset'])} on {self._device}, {answer.num_slots} client(s) side by side"
@@ -232,6 +239,8 @@ class WorkerManager(ClientManager):
             match request:
                 case StartTraining() | StartScoring():
                     trainer.begin(request)
+                case KeptStates() if trainer.is_training:
+                    trainer.take_states(request)
                 case AssignGroups() if trainer.has_begun:
                     trainer.local_process(request, request.groups)
                 case RequestPartialSum() if trainer.is_training:

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, ClassVar
@@ -301,21 +301,29 @@ def half_squared_norm(outputs: Tensor, labels: Tensor) -> Tensor:
     return 0.5 * outputs.square().sum(dim=1).mean()
 
 
+Update = Callable[[Method, ClientModels, Tensor, Sequence[Client], LocalTraining], tuple[Tensor, list[float]]]
+
+
+def count_rounds(update: Update) -> Update:
+    """A method's `update` whose clients count their rounds, and in the n-th send an n-th of what they would send."""
+
+    def counting(
+        method: Method, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining
+    ) -> tuple[Tensor, list[float]]:
+        updates, losses = update(method, models, start, clients, training)
+        for client, row in zip(clients, updates, strict=True):
+            client.state["rounds"] = client.state.get("rounds", torch.zeros(1, dtype=torch.int64)) + 1
+            row /= client.state["rounds"]
+        return updates, losses
+
+    return counting
+
+
 @dataclass(frozen=True)
 class CountingFedAvg(FedAvg):
-    """FedAvg whose clients count their rounds, and in the n-th send an n-th of their update."""
-
     name: ClassVar[str] = "counting_fedavg"
     keeps_state: ClassVar[bool] = True
-
-    def update(
-        self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining
-    ) -> tuple[Tensor, list[float]]:
-        updates, losses = super().update(models, start, clients, training)
-        for client, update in zip(clients, updates, strict=True):
-            client.state["rounds"] = client.state.get("rounds", torch.zeros(1, dtype=torch.int64)) + 1
-            update /= client.state["rounds"]
-        return updates, losses
+    update = count_rounds(FedAvg.update)  # type: ignore[arg-type]
 
 
 def digits_dataset(num_clients: int, seed: int = 0) -> SplitDataset:

@@ -26,6 +26,7 @@ import torch
 from multi_process.boundary import clean_text
 from multi_process.messages import (
     ControlMessage,
+    KeptStates,
     Message,
     PartialSum,
     StartScoring,
@@ -62,7 +63,7 @@ MAX_UNRECEIVED = 10_000
 MAX_UNSENT_BYTES = 2**30
 """Of tensors that wait to be sent, or four messages. A peer for which more are waiting takes none."""
 
-WITH_PARAMETERS = frozenset(kind.__name__ for kind in (StartTraining, StartScoring, PartialSum))
+WITH_PARAMETERS = frozenset(kind.__name__ for kind in (StartTraining, StartScoring, KeptStates, PartialSum))
 
 _connecting: set[Peer] = set()
 """Those of this process that are forming their process group."""
@@ -110,6 +111,7 @@ class Peer:
 
     num_parameters: of the model, once it is known; no message with parameters is taken before.
     num_clients: of which such a message may report, at most.
+    max_states_bytes: of what these clients keep.
     Raises ConnectionError where there is no thread to be had for it.
     """
 
@@ -121,6 +123,7 @@ class Peer:
         self.bytes_received = 0
         self.num_parameters: int | None = None
         self.num_clients = 0
+        self.max_states_bytes = 0
         self._control = control
         self._side = side
         self._beat_seconds = beat_seconds
@@ -307,7 +310,8 @@ class Peer:
             return MAX_PLAIN_BYTES
         if self.num_parameters is None:
             return 0
-        return MAX_PLAIN_BYTES + MAX_REPORT_BYTES * self.num_clients + 8 * self.num_parameters
+        fixed_bytes = MAX_PLAIN_BYTES + MAX_REPORT_BYTES * self.num_clients + 8 * self.num_parameters
+        return fixed_bytes + self.max_states_bytes
 
     def _receive_package(self, announced: _Announcement) -> Message:
         num_bytes = announced.num_bytes

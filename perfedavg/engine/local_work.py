@@ -15,12 +15,14 @@ from perfedavg.engine.cohorts import draw_cohort, draw_next_cohort
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.slots import SlotPool, TrainingSlot
 from perfedavg.engine.tasks import (
+    KEPT_TYPES,
     ClientReport,
     ClientStates,
     CohortTask,
     CohortUpdate,
     ScoringTask,
     cut_into_groups,
+    max_state_bytes,
 )
 from perfedavg.methods import method_of
 from perfedavg.seeding import Purpose, seed_sequence
@@ -43,6 +45,7 @@ class CohortTraining:
         self._reader = reader
         self._task = task
         self._start = start
+        self._states = dict(task.states)
         self._training = local_training_of(config, task.phase)
         self._method = method_of(config, task.phase)
         self._aggregation = self._method.aggregation()
@@ -54,6 +57,10 @@ class CohortTraining:
     def expect(self, group: Sequence[int]) -> None:
         """Begin to read the clients of a group that will be trained here, and then those likely to follow them."""
         self._reader.read_ahead([*group, *self._likely_next.get(group[0], ())])
+
+    def add_states(self, states: ClientStates) -> None:
+        """What some of the clients kept from earlier rounds, where the task does not say it."""
+        self._states |= states
 
     def train(self, group: Sequence[int]) -> list[ClientReport]:
         """Add the clients' updates to the sum, or refuse one and say why. May be called from several threads."""
@@ -87,17 +94,28 @@ class CohortTraining:
         for client_id, client, loss, refused in zip(group, clients, losses, refusals, strict=True):
             reports.append(ClientReport(client_id, len(client.labels), loss, seconds, refused))
             if client.state and refused is None:
-                # Copies, because a value may be a part of the slot's models.
-                kept = {name: value.detach().cpu().clone().contiguous() for name, value in client.state.items()}
-                self._new_states[client_id] = kept
+                self._new_states[client_id] = self._kept(client_id, client.state)
         self._reports += reports
         return reports
 
     def _client(self, client_id: int) -> Client:
         data = self._reader.client_data(client_id)
         seeds = _seeds(self._config, Purpose.LOCAL_TRAINING, self._task, client_id)
-        state = {name: value.clone() for name, value in self._task.states.get(client_id, {}).items()}
+        state = {name: value.clone() for name, value in self._states.get(client_id, {}).items()}
         return Client(data.train_inputs, data.train_labels, seeds, state)
+
+    def _kept(self, client_id: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copies, because a value may be a part of the slot's models. Raises ValueError where it is too much."""
+        if not self._method.keeps_state:
+            raise ValueError(f"the method {self._method.name} does not say that its clients keep anything: keeps_state")
+        kept = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+        for name, value in kept.items():
+            if value.dtype not in KEPT_TYPES:
+                raise ValueError(f"{self._method.name} keeps {name} as {value.dtype}; keep int64, float32 or float64")
+        num_bytes, most = sum(value.nbytes for value in kept.values()), max_state_bytes(len(self._start))
+        if num_bytes > most:
+            raise ValueError(f"client {client_id} keeps {num_bytes} bytes in {self._method.name}; the most is {most}")
+        return kept
 
     def _add(self, running: ExactMean, update: Tensor, num_examples: int, client_id: int) -> str | None:
         """Add a client's update to a sum. Returns why it is refused, or None."""

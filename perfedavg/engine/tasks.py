@@ -6,13 +6,33 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from perfedavg.aggregation.exact_mean import ExactMean
-from perfedavg.settings import Phase
+from perfedavg.methods import method_of
+from perfedavg.settings import ExperimentConfig, Phase
 
 ClientStates = dict[int, dict[str, Tensor]]
 """By client id, what a method lets the client keep between rounds; clients without any are left out."""
+KEPT_TYPES = (torch.int64, torch.float32, torch.float64)
+MAX_KEPT_MODELS = 4
+"""Models of float64 of which a client may keep as much, and a little more."""
+
+
+def max_state_bytes(num_parameters: int) -> int:
+    """The most that a client of a model may keep."""
+    return 2**20 + 8 * MAX_KEPT_MODELS * num_parameters
+
+
+def max_states_bytes(config: ExperimentConfig, num_parameters: int) -> int:
+    """The most that the clients of a round keep; 0 where no method lets them."""
+    keeps = any(method_of(config, phase).keeps_state for phase in config.phases)
+    return config.cohort_size * max_state_bytes(num_parameters) if keeps else 0
+
+
+def copies_of(states: ClientStates) -> ClientStates:
+    return {client_id: {name: value.clone() for name, value in kept.items()} for client_id, kept in states.items()}
 
 
 @dataclass(frozen=True)

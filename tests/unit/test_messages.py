@@ -24,6 +24,7 @@ from multi_process.messages import (
     GroupScored,
     GroupTrained,
     Join,
+    KeptStates,
     Message,
     PartialSum,
     Ready,
@@ -62,6 +63,7 @@ def int_tensors() -> st.SearchStrategy[torch.Tensor]:
 REPORTS = st.builds(ClientReport, IDS, COUNTS, FLOATS, SECONDS, st.one_of(st.none(), LINES))
 CURVES = st.lists(st.tuples(FLOATS, ACCURACIES), max_size=3).map(tuple)
 SCORES = st.builds(ClientScore, IDS, COUNTS, COUNTS, FLOATS, ACCURACIES, FLOATS, ACCURACIES, CURVES)
+STATES = st.dictionaries(IDS, st.dictionaries(TEXTS, st.one_of(float_tensors(), int_tensors()), max_size=3), max_size=3)
 GROUPS = st.lists(st.lists(IDS, min_size=1, max_size=3), min_size=1, max_size=5)
 ROUNDS = st.integers(1, 2**40)
 KINDS: dict[type[Message], st.SearchStrategy[Any]] = {
@@ -79,6 +81,7 @@ KINDS: dict[type[Message], st.SearchStrategy[Any]] = {
     Ready: st.builds(Ready, TEXTS, LINES, st.lists(LINES, max_size=3)),
     StartTraining: st.builds(StartTraining, st.integers(1, 2), ROUNDS, st.integers(1, 2**28), float_tensors()),
     StartScoring: st.builds(StartScoring, st.integers(1, 2), ROUNDS, st.integers(0, 9), float_tensors()),
+    KeptStates: st.builds(KeptStates, STATES),
     AssignGroups: st.builds(AssignGroups, GROUPS),
     GroupTrained: st.builds(GroupTrained, IDS),
     GroupScored: st.builds(GroupScored, st.lists(SCORES, min_size=1, max_size=3)),
@@ -89,6 +92,7 @@ KINDS: dict[type[Message], st.SearchStrategy[Any]] = {
         st.integers(1, 2**28),
         st.lists(REPORTS, min_size=1, max_size=3),
         int_tensors(),
+        STATES,
     ),
     Failed: st.builds(Failed, LINES, st.one_of(st.none(), IDS)),
     Finish: st.builds(Finish),
@@ -113,12 +117,19 @@ def bits(tensor: torch.Tensor) -> list[int]:
 def assert_equal(sent: Message, received: Message) -> None:
     assert type(received) is type(sent)
     for field in dataclasses.fields(sent):
-        before, after = getattr(sent, field.name), getattr(received, field.name)
-        if isinstance(before, torch.Tensor):
-            assert (after.dtype, after.shape) == (before.dtype, before.shape)
-            assert bits(after) == bits(before)
-        else:
-            assert after == before
+        assert_equal_values(getattr(sent, field.name), getattr(received, field.name))
+
+
+def assert_equal_values(before: Any, after: Any) -> None:
+    if isinstance(before, torch.Tensor):
+        assert (after.dtype, after.shape) == (before.dtype, before.shape)
+        assert bits(after) == bits(before)
+    elif isinstance(before, dict):
+        assert list(after) == list(before)
+        for key, value in before.items():
+            assert_equal_values(value, after[key])
+    else:
+        assert after == before
 
 
 def test_every_kind_of_message_is_tried_below() -> None:

@@ -85,6 +85,8 @@ def assert_sent_away(pool: Pool, honest: Member, faulty: Member, *parts: str) ->
         (each_report(refused="because"), "for no reason of this protocol"),
         (each_report(refused=["because"]), "refused is an array, must be a text"),
         (each_report(extra=1), "reports[0].extra is unknown"),
+        (lambda values: {"states": {0: {"kept": torch.zeros(2)}}}, "clients [0] have no reason to keep anything"),
+        (lambda values: {"states": {"all": {}}}, "must have whole numbers"),
     ],
 )
 def test_an_impossible_sum_changes_nothing(start: Start, change: Callable[[Values], Values], reason: str) -> None:

@@ -1,0 +1,26 @@
+"""Run an entry point whose clients count their rounds, and in the n-th send an n-th of their update.
+
+python tests/counting_run.py server.py|client_worker.py|single_process.py|benchmarks/planted_fault.py [its arguments]
+
+What clients keep is then not nothing, in whatever process they train.
+"""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
+
+from helpers import count_rounds  # noqa: E402
+
+from perfedavg.methods import FedAvg, Reptile  # noqa: E402
+
+if __name__ == "__main__":
+    for method in (FedAvg, Reptile):
+        method.keeps_state = True
+        method.update = count_rounds(method.update)  # type: ignore[method-assign]
+    sys.argv = sys.argv[1:]
+    runpy.run_path(str(ROOT / sys.argv[0]), run_name="__main__")
