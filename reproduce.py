@@ -10,9 +10,9 @@ import utils
 from experiments.rows import dataset_names, select_rows
 from experiments.runner import ROOT, list_jobs, plan_jobs, run_jobs, write_tables
 from perfedavg.machine.cores import usable_cores
+from perfedavg.machine.processes import SignalWatch
 from perfedavg.terminal.console import command_line, show
 from perfedavg.terminal.entry_point import USER_ERRORS, end_process, prepare_process, report
-from quick_start import SignalWatch
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -33,7 +33,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from perfedavg.machine.forking import ForkedProcess, load  # noqa: E402
-from quick_start import hold_free_port, load_everything  # noqa: E402
+from perfedavg.machine.processes import hold_free_port  # noqa: E402
+from quick_start import load_everything  # noqa: E402
 
 POLL_SECONDS = 0.02
 ENDS_WITHIN_SECONDS = 150

@@ -43,7 +43,7 @@ from torch import nn  # noqa: E402
 from datasets.clients.split import SplitDataset  # noqa: E402
 from datasets.sources.synthetic_writers import IMAGE_SIDE, SyntheticWriters  # noqa: E402
 from perfedavg.machine.cores import usable_cores  # noqa: E402
-from quick_start import hold_free_port  # noqa: E402
+from perfedavg.machine.processes import hold_free_port  # noqa: E402
 
 POLL_SECONDS = 0.01
 ENDS_WITHIN_SECONDS = 1800

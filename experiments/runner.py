@@ -15,12 +15,12 @@ from typing import IO, Any
 import utils
 from experiments.rows import Flags
 from perfedavg.fields import values_of
+from perfedavg.machine.processes import SignalWatch, end_processes, exit_status
 from perfedavg.recording.files import replace_file
 from perfedavg.recording.folders import make_folder, remove_empty
 from perfedavg.recording.runs import RecordedRun, read_metrics, read_object
 from perfedavg.settings import num_unseen_clients
 from perfedavg.terminal.console import command_line, say, show
-from quick_start import SignalWatch, end_processes, exit_status
 
 ROOT = utils.ROOT
 NUM_LAST_LINES = 10

@@ -26,11 +26,11 @@ from datasets.clients.partition import Partition
 from datasets.clients.partitioned import PartitionedClients
 from datasets.clients.split import SplitDataset
 from datasets.sources.digits import load_digits_images
+from perfedavg.machine.processes import hold_free_port
 from perfedavg.methods import FedAvg, Method
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.client_models import Client, ClientModels
 from perfedavg.training.local_training import LocalTraining
-from quick_start import hold_free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDS_WITHIN_SECONDS = 240

@@ -17,7 +17,7 @@ sys.path.insert(0, sys.argv[1])
 from experiments import runner
 from perfedavg.machine.forking import ForkedProcess
 from perfedavg.terminal.entry_point import prepare_process
-from quick_start import SignalWatch
+from perfedavg.machine.processes import SignalWatch
 prepare_process()
 if sys.argv[6] == "forks":
     from perfedavg.recording.run_folder import RunFolder

@@ -17,7 +17,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import logging, socket, tempfile
 from pathlib import Path
 from perfedavg.machine.forking import ForkedProcess
-from quick_start import SignalWatch
+from perfedavg.machine.processes import SignalWatch
 watch = SignalWatch()
 logging.getLogger().addHandler(logging.NullHandler())
 listener = socket.create_server(("127.0.0.1", 0))

@@ -18,8 +18,8 @@ import utils
 from experiments import runner
 from experiments.rows import dataset_names, select_rows
 from experiments.runner import Job, Run, check_flags, keep_results, num_passes, plan_jobs, seconds_left
+from perfedavg.machine.processes import SignalWatch, exit_status
 from perfedavg.settings import ExperimentConfig
-from quick_start import SignalWatch, exit_status
 
 IMAGES = ("mnist", "emnist", "synthetic_writers")
 MAIN = {f"E{e}-C{c}": (e, c) for c in (20, 5) for e in (20, 10, 5, 2)}

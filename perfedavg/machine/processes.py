@@ -1,0 +1,188 @@
+"""Processes of this machine: a run's, started, watched and ended together; and signals. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from perfedavg.machine.forking import ForkedProcess
+
+GRACE_SECONDS = 0.5
+"""From a worker that gave up to what is done about it, so that the end of the server is seen as its cause."""
+TERMINATE_SECONDS = 40.0
+"""How long a process has to end by itself after SIGTERM: the server writes a checkpoint."""
+MAX_RESTARTS = 3
+"""Of a worker that died. One that ended with a clear line of its own is not started again."""
+SERVER = "server"
+"""The name of the process without which a run has failed."""
+
+
+@dataclass
+class LocalProcess:
+    """A process that was started, and how to start it again. output: what it prints, where that is not shown."""
+
+    script: Path
+    argv: list[str]
+    process: ForkedProcess
+    output: IO[bytes] | None
+    num_restarts: int = 0
+
+
+class LocalProcesses:
+    """The server and the workers of one run. Leaving the block ends all that still run.
+
+    final_status: with which a worker ends that is not to be started again.
+    """
+
+    def __init__(self, final_status: int) -> None:
+        self._final_status = final_status
+        self._running: dict[str, LocalProcess] = {}
+
+    def __enter__(self) -> LocalProcesses:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self, name: str, script: Path, argv: list[str], shows_output: bool, num_restarts: int = 0) -> None:
+        """Start a process. What it prints is shown as it comes, or else kept to be shown if it fails."""
+        output = None if shows_output else tempfile.TemporaryFile()  # noqa: SIM115, closed in _forget
+        process = ForkedProcess(name, script, argv, output)
+        self._running[name] = LocalProcess(script, argv, process, output, num_restarts)
+
+    def wait(self, signals: SignalWatch) -> int:
+        """Wait until every process has ended well, or the run has failed, or a signal came; return the exit status.
+
+        A worker that dies is started again, a few times; without the server or without any worker the run has failed.
+        """
+        while self._running:
+            if signals.received:
+                print(f"stopped by {signals.received.name}", file=sys.stderr)
+                return 128 + signals.received
+            ended = [name for name, entry in self._running.items() if entry.process.poll() is not None]
+            for name in ended:
+                status = self._take_end(name)
+                if status:
+                    return status
+            if not ended:
+                signals.wait()
+        return 0
+
+    def stop(self) -> None:
+        """SIGTERM to every process that still runs, SIGKILL to those that do not end within TERMINATE_SECONDS."""
+        end_processes([entry.process for entry in self._running.values()])
+        for name in list(self._running):
+            self._forget(name)
+
+    def _take_end(self, name: str) -> int:
+        """Act on the end of a process. Returns the status that the whole run ends with, or 0 where it goes on."""
+        if name not in self._running:
+            return 0
+        entry = self._running[name]
+        if name != SERVER and entry.process.returncode > 0 and self._has_server_ended():
+            return self._take_end(SERVER)  # of which the worker's end is a consequence
+        status = entry.process.returncode
+        if status == 0:
+            self._forget(name)
+            return 0
+        self._explain(name)
+        self._forget(name)
+        if name != SERVER and status != self._final_status and entry.num_restarts < MAX_RESTARTS:
+            print(f"{name} is started again ({entry.num_restarts + 1} of {MAX_RESTARTS} times)", file=sys.stderr)
+            self.start(name, entry.script, entry.argv, False, entry.num_restarts + 1)
+            return 0
+        if name != SERVER and set(self._running) - {SERVER}:
+            return 0  # the run goes on with the other workers
+        return exit_status(entry.process)
+
+    def _has_server_ended(self) -> bool:
+        """Whether the server has ended, or does so within GRACE_SECONDS."""
+        if SERVER not in self._running:
+            return False
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._running[SERVER].process.wait(GRACE_SECONDS)
+            return True
+        return False
+
+    def _explain(self, name: str) -> None:
+        """Say how a process ended, and show what it printed."""
+        entry = self._running[name]
+        status = entry.process.returncode
+        how = f"with status {status}" if status > 0 else f"by signal {signal.Signals(-status).name}"
+        print(f"{name} ended {how}", file=sys.stderr)
+        if entry.output is not None:
+            entry.output.seek(0)
+            print(entry.output.read().decode(errors="replace").rstrip(), file=sys.stderr)
+
+    def _forget(self, name: str) -> None:
+        output = self._running.pop(name).output
+        if output is not None:
+            output.close()
+
+
+class SignalWatch:
+    """Remembers the signal that asks this process to end, so that no process is left between its start and its list.
+
+    received: that signal, or None while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._wake_read, wake_write = os.pipe()
+        for descriptor in (self._wake_read, wake_write):
+            os.set_blocking(descriptor, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, self._remember)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)  # of which only the byte in the pipe is wanted
+
+    def wait(self) -> None:
+        """Until a signal has come since this was called last: one that asks to end, or the end of a child process."""
+        select.select([self._wake_read], [], [])
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._wake_read, 4096):
+                pass
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
+
+
+def end_processes(processes: Sequence[subprocess.Popen[bytes] | ForkedProcess]) -> None:
+    """SIGTERM, upon which a run saves a checkpoint; SIGKILL to those that have not ended within TERMINATE_SECONDS."""
+    for process in processes:
+        process.terminate()  # which does nothing to one that has ended
+    deadline = time.monotonic() + TERMINATE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def exit_status(process: subprocess.Popen[bytes] | ForkedProcess) -> int:
+    """The exit status of a process that has ended, as a shell has it: 128 + n where signal n ended it."""
+    return process.returncode if process.returncode >= 0 else 128 - process.returncode
+
+
+def hold_free_port() -> tuple[socket.socket, int]:
+    """A free TCP port of the loopback interface, and a socket that keeps others from being given it while it is open.
+
+    A server may listen on the port meanwhile, because the socket does not listen.
+    """
+    held = socket.socket()
+    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    held.bind(("127.0.0.1", 0))
+    return held, int(held.getsockname()[1])
