@@ -34,7 +34,7 @@ class LocalProcess:
     """A process that was started, and how to start it again. output: what it prints, where that is not shown."""
 
     script: Path
-    argv: list[str]
+    flags: list[str]
     process: ForkedProcess
     output: IO[bytes] | None
     num_restarts: int = 0
@@ -101,7 +101,7 @@ class LocalProcesses:
         self._forget(name)
         if name != SERVER and status != self._final_status and entry.num_restarts < MAX_RESTARTS:
             print(f"{name} is started again ({entry.num_restarts + 1} of {MAX_RESTARTS} times)", file=sys.stderr)
-            self.start(name, entry.script, entry.argv, False, entry.num_restarts + 1)
+            self.start(name, entry.script, entry.flags, False, entry.num_restarts + 1)
             return 0
         if name != SERVER and set(self._running) - {SERVER}:
             return 0  # the run goes on with the other workers
