@@ -260,9 +260,11 @@ def load_everything() -> None:
 
 
 def import_everything() -> None:
+    import filelock  # noqa: F401
     import fsspec  # noqa: F401
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401
+    import numpy.ctypeslib
     import numpy.random  # noqa: F401
     import PIL.Image
     import tensorboard.compat.proto.summary_pb2
@@ -274,6 +276,7 @@ def import_everything() -> None:
     import multi_process.server
     import multi_process.worker  # noqa: F401
     import perfedavg.run  # noqa: F401
+    import reporting.run_plots  # noqa: F401
     import utils  # noqa: F401
 
     PIL.Image.preinit()
