@@ -1,12 +1,12 @@
 """The fault matrix: which process, which signal, at which point of which phase, and what it costs.
 
-python benchmarks/faults.py [--rows TEXT]
+python benchmarks/faults.py [--rows TEXT | --write README.md]
 
 Each row is a run of real processes, a server and two workers, forked as quick_start.py forks them, with one fault
 planted at an exact point (`planted_fault.py`). Every row must end with the model, the metrics and the scores of the
 undisturbed run, and leave no process behind. Prints for each row how long it took until the fault was noticed, and how
 much longer than the undisturbed run (median of three) the whole took, start-up of new processes included. The last line
-is JSON.
+is JSON. `--write README.md` puts the table, the undisturbed run's seconds and the commit into that page.
 """
 
 from __future__ import annotations
@@ -289,10 +289,19 @@ def read_result(processes: Processes, seconds: float, noticed_s: float | None = 
     return Result(digest, [(line["phase"], line["round_number"]) for line in lines], scores, seconds, noticed_s)
 
 
+BEGIN, END = "<!-- Written by benchmarks/faults.py --write. -->\n", "<!-- End of what benchmarks/faults.py wrote. -->\n"
+"""Lines of a page between which `--write` puts what was measured."""
+FOLLOWS = {"again": "starts again", "others": "others go on", "continued": "continued"}
+HEADER = "| process, doing | in | gets | then | noticed after | time lost | same model |\n|---|---|---|---|---|---|---|"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose name contains TEXT (default: all)")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="a page that takes in the table of all rows")
     args = parser.parse_args()
+    if args.write and (args.rows or BEGIN not in args.write.read_text()):
+        parser.error(f"--write {args.write}: it takes all rows, and a page with the line {BEGIN.strip()}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves no process behind
     rows = [row for row in MATRIX if args.rows in row.name]
     load(load_everything)
@@ -300,27 +309,36 @@ def main() -> None:
         folder = Path(name)
         undisturbed = [run_undisturbed(folder / f"undisturbed {number}") for number in range(3)]
         normal_s = statistics.median(result.seconds for result in undisturbed)
-        print(f"undisturbed: {normal_s:.1f} s from the first process to the last, start-up included\n")
-        print(
-            f"| {'process, doing':16} | {'in':17} | {'gets':7} | {'then':9} | noticed after | time lost | same model |"
-        )
-        print(f"|{'---|' * 7}")
-        summary = []
+        print(f"undisturbed: {normal_s:.1f} s from the first process to the last, start-up included\n\n{HEADER}")
+        lines, summary = [], []
         for number, row in enumerate(rows):
             result = run_row(row, folder / str(number))
-            lost_s = result.seconds - normal_s
-            same = is_same(result, undisturbed[0])
-            when = "start" if row.round_number == 0 else f"{row.phase} {row.round_number}"
-            noticed = "" if result.noticed_s is None else f"{result.noticed_s:.2f} s"
-            print(
-                f"| {row.point:16} | {when:11} | {row.signal:7} | {row.then:9} | {noticed:>13} | {lost_s:>7.1f} s "
-                f"| {'yes' if same else 'NO':10} |",
-                flush=True,
-            )
+            lost_s, same = result.seconds - normal_s, is_same(result, undisturbed[0])
+            lines.append(line_of(row, result, lost_s, same))
+            print(lines[-1], flush=True)
             summary.append({"row": row.name, "noticed_s": result.noticed_s, "lost_s": lost_s, "same": same})
     print(json.dumps({"benchmark": "faults", "undisturbed_s": normal_s, "rows": summary}))
     if not all(entry["same"] for entry in summary):
         sys.exit("a fault changed the result")
+    if args.write:
+        write_into(args.write, normal_s, lines)
+
+
+def line_of(row: Row, result: Result, lost_s: float, same: bool) -> str:
+    when = "start" if row.round_number == 0 else f"{row.phase} {row.round_number}"
+    assert result.noticed_s is not None, "a fault is noticed"
+    measured = f"{result.noticed_s:.2f} s | {lost_s:.1f} s | {'yes' if same else 'NO'}"
+    return f"| {row.point} | {when} | {row.signal} | {FOLLOWS[row.then]} | {measured} |"
+
+
+def write_into(page: Path, normal_s: float, lines: list[str]) -> None:
+    """Put what was measured in place of what the page has between BEGIN and END."""
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    said = f"The run takes {normal_s:.1f} s when nothing happens, start-up included (on commit {commit})."
+    page.write_text("\n".join([before + BEGIN + said, "", HEADER, *lines, END + after]))
 
 
 if __name__ == "__main__":
