@@ -1,1 +1,1 @@
-"""What a process knows of the machine that it runs on: kernels, cores, descriptors, forks."""
+"""What a process knows of the machine that it runs on: kernels, cores, descriptors, forks, versions."""

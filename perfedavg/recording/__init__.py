@@ -1,1 +1,1 @@
-"""What stays of a run: its folder, checkpoints, model, curves and pictures."""
+"""What stays of a run: its folder, checkpoints, model and results, and the reader of all of them."""

@@ -178,7 +178,7 @@ def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
     """The content of the file."""
     tensors = {f"server.{name}": tensor for name, tensor in state.server.tensors().items()}
     for client_id, kept in state.client_states.items():
-        tensors |= {f"client.{client_id}.{name}": tensor for name, tensor in kept.items()}
+        tensors |= {f"client.{client_id}.{name}": tensor.contiguous() for name, tensor in kept.items()}
     for phase, scores in state.scores.items():
         tensors[f"scores.{phase.field}"] = _encode_scores(scores)
     content = _Content(

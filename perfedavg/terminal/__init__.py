@@ -1,1 +1,1 @@
-"""What a person reads while a run goes on and when it ends."""
+"""What a person reads while a run goes on, and how a process begins and ends."""

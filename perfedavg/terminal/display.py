@@ -22,7 +22,7 @@ _Method = TypeVar("_Method", bound=Callable[..., None])
 
 
 def _costs_nothing(method: _Method) -> _Method:
-    """What a method of a display fails at (tqdm takes settings from the environment, say) is in the log alone."""
+    """Let what a method of a display fails at (tqdm takes settings from the environment, say) be in the log alone."""
 
     @functools.wraps(method)
     def shown(*args: Any) -> None:
@@ -35,7 +35,7 @@ def _costs_nothing(method: _Method) -> _Method:
 
 
 class ProgressDisplay:
-    """An observer that shows phase, round, time to go and the latest accuracies of unseen clients.
+    """An observer that shows phase, round, time left and the latest accuracies of unseen clients.
 
     On a terminal it is one line that is redrawn; elsewhere (a file, a pipe) a line for each point of the curve.
     Nothing that it fails at ends the run.
@@ -43,20 +43,17 @@ class ProgressDisplay:
 
     def __init__(self, config: ExperimentConfig, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._live = is_live(self._stream)
         self._phases = config.phases
         self._rounds_here = 0  # in this process: a run that goes on has more behind it
         self._rounds_left = 0
         self._started = time.monotonic()
-        self._phase_rounds = 0
         self._bar: tqdm[Any] | None = None
 
     @_costs_nothing
     def phase_started(self, phase: Phase, num_rounds: int, num_recorded: int) -> None:
-        self._phase_rounds = num_rounds
-        self._rounds_left = sum(self._phases[later].num_rounds for later in self._phases if later >= phase)
-        self._rounds_left -= num_recorded
-        if self._live:
+        to_come = sum(settings.num_rounds for later, settings in self._phases.items() if later >= phase)
+        self._rounds_left = to_come - num_recorded
+        if is_live(self._stream):
             from tqdm import tqdm
 
             self._bar = tqdm(
@@ -65,7 +62,7 @@ class ProgressDisplay:
                 desc=phase.label,
                 unit="round",
                 file=self._stream,
-                bar_format="{desc} {n_fmt}/{total_fmt} |{bar:24}| {elapsed}, {remaining} to go{postfix}",
+                bar_format="{desc} {n_fmt}/{total_fmt} |{bar:24}| {elapsed}, {remaining} left{postfix}",
             )
 
     @_costs_nothing
@@ -79,9 +76,10 @@ class ProgressDisplay:
             self._bar.update()
         elif accuracies is not None:
             elapsed = time.monotonic() - self._started
-            to_go = elapsed / self._rounds_here * self._rounds_left
-            line = f"{record.phase.label} round {record.round_number}/{self._phase_rounds}: {accuracies}, "
-            print(f"{line}{elapsed:.0f} s gone, about {to_go:.0f} s to go", file=self._stream, flush=True)
+            left = elapsed / self._rounds_here * self._rounds_left
+            num_rounds = self._phases[record.phase].num_rounds
+            line = f"{record.phase.label} round {record.round_number}/{num_rounds}: {accuracies}, "
+            print(f"{line}{elapsed:.0f} s elapsed, about {left:.0f} s left", file=self._stream, flush=True)
 
     @_costs_nothing
     def scoring_started(self, phase: Phase, num_clients: int) -> None:

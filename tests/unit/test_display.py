@@ -25,7 +25,7 @@ def record(round_number: int) -> RoundRecord:
     return RoundRecord(Phase.FEDAVG, round_number, (0,), 1, {}, 1.0, 1.0, 1.0, 0.0, {}, evaluation)
 
 
-def test_time_to_go_follows_from_the_rounds_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_follows_from_the_rounds_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round 8 of 10 after 3 s, two rounds of which were here: 2 of this phase and 4 of the next are left, at 1.5 s."""
     clock = iter([100.0, 101.0, 103.0])
     monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
@@ -36,7 +36,7 @@ def test_time_to_go_follows_from_the_rounds_of_this_process(monkeypatch: pytest.
     shown.round_ended(record(8))
     last = stream.getvalue().splitlines()[-1]
     assert last.startswith("FedAvg round 8/10: ")
-    assert last.endswith("3 s gone, about 9 s to go")
+    assert last.endswith("3 s elapsed, about 9 s left")
 
 
 class Terminal(io.StringIO):
