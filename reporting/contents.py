@@ -12,7 +12,7 @@ from perfedavg.recording.runs import FinishedRun, find_runs
 from perfedavg.terminal.console import reason_of, say
 from reporting import plots, tables
 from reporting.figures import ACCURACY, Measure, counted
-from reporting.rows import Row, common_settings, group_rows, leave_out_repeats
+from reporting.rows import Row, common_settings, flat_settings, group_rows, leave_out_repeats
 from reporting.tables import Table
 
 _VALIDATION_NOTE = (
@@ -194,7 +194,7 @@ def _notes(dataset: str, rows: Sequence[Row], measure: Measure) -> list[str]:
         notes.append(_VALIDATION_NOTE)
     if not measure.is_accuracy:
         notes.append("A regression: it has no accuracies, and so no rounds to one.")
-    common = common_settings(rows)
+    common = common_settings([flat_settings(row.settings) for row in rows])
     values = {words: common.get(name) for name, words in _SHARED.items()}
     facts = [
         f"{words}: {value['name'] if isinstance(value, dict) else value}"

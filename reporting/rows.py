@@ -16,9 +16,9 @@ from perfedavg.settings import ExperimentConfig, Phase
 from reporting.figures import counted
 
 _IN_THE_NAME = ("cohort_size", "joint", "fedavg", "fedavg num_local_epochs", "fedavg num_local_steps")
+"""Flat settings that a row's name says."""
 _SHOWN_DIGITS = 12
 """Of an initial model's digest, where rows are told apart by it."""
-
 _FLAGS = {path[0]: flag for path, flag in flags_of(ExperimentConfig).items() if len(path) == 1}
 _IGNORED = {name for name, flag in _FLAGS.items() if flag.setting.reported == "never"}
 
@@ -123,11 +123,27 @@ def group_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     return sorted(rows, key=_sort_key)
 
 
-def common_settings(rows: Sequence[Row]) -> Settings:
-    """The flat settings that more rows have than have any other value."""
-    all_flat = [flat_settings(row.settings) for row in rows]
-    common = {name: _most_common(name, all_flat) for name in _names(all_flat)}
-    return {name: value for name, value in common.items() if value is not _NOTHING}
+def common_settings(all_flat: Sequence[Settings]) -> Settings:
+    """The flat settings of rows that more of them have than have any other value.
+
+    Those of a phase are counted among the rows that have the phase.
+    """
+    common = {}
+    for name in _names(all_flat):
+        phase, is_of_phase, _ = name.partition(" ")
+        texts = [
+            json.dumps(flat[name], sort_keys=True) if name in flat else None
+            for flat in all_flat
+            if not is_of_phase or flat[phase]
+        ]
+        (most, count), *others = Counter(texts).most_common(2)
+        if most is not None and all(number < count for _, number in others):
+            common[name] = json.loads(most)
+    return common
+
+
+def _names(all_flat: Sequence[Settings]) -> list[str]:
+    return list(dict.fromkeys(itertools.chain.from_iterable(all_flat)))
 
 
 def flat_settings(settings: Settings) -> dict[str, Any]:
@@ -151,10 +167,6 @@ def flat_settings(settings: Settings) -> dict[str, Any]:
     return flat
 
 
-_NOTHING = object()
-"""Stands for a setting that is not there, and for a most common value where no value is."""
-
-
 def _row_key(settings: Settings, *which: int | str) -> str:
     return json.dumps([settings["dataset"], flat_settings(settings), *which], sort_keys=True)
 
@@ -165,9 +177,9 @@ def _origin(run: FinishedRun) -> str:
 
 
 def _parted_by_origin(group: list[FinishedRun]) -> list[tuple[list[FinishedRun], list[str]]]:
-    """The runs of a row, and what is to be said of it; several rows where a seed has several initial models.
+    """The runs of a row, with no words; or several rows, each with words for its initial model.
 
-    Each seed may start from a phase 1 of its own.
+    Each seed may start from a model of its own; only where a seed has several, they part the row.
     """
     if len({run.seed for run in group}) == len(group):
         return [(group, [])]
@@ -212,48 +224,29 @@ def _name(settings: Settings) -> str:
     return f"E {fedavg['num_local_epochs']}, {who}" if steps is None else f"{counted(steps, 'local step')}, {who}"
 
 
-def _names(all_flat: Sequence[Settings]) -> list[str]:
-    return list(dict.fromkeys(itertools.chain.from_iterable(all_flat)))
-
-
 def _differences(all_flat: Sequence[Settings]) -> list[list[str]]:
     """For each row, in words, the settings that differ from the value that most rows have."""
-    differences: list[list[str]] = [[] for _ in all_flat]
-    for name in _names(all_flat):
-        if name in _IN_THE_NAME:
-            continue
-        common = _most_common(name, all_flat)
-        values = [flat.get(name, _NOTHING) for flat in all_flat]
-        for value, flat, words in zip(values, all_flat, differences, strict=True):
-            is_shown = value != common or _is_always_shown(name, value)
-            is_untrained = name == "fine_tune" and not flat["fedavg"] and not flat["fine_tune"]
-            if is_shown and value is not _NOTHING and not is_untrained:
-                words += _words(name, value, values)
+    common, differences = common_settings(all_flat), []
+    for flat in all_flat:
+        said = {*_IN_THE_NAME, *(() if flat["fedavg"] or flat["fine_tune"] else ("fine_tune",))}
+        words: list[str] = []
+        for name in _names(all_flat):
+            if name not in flat or name in said:
+                continue
+            if name not in common or flat[name] != common[name] or _is_always_shown(name, flat[name]):
+                words += _words(name, flat[name], [other[name] for other in all_flat if name in other])
+        differences.append(words)
     return differences
 
 
-def _most_common(name: str, all_flat: Sequence[Settings]) -> Any:
-    """The value that more rows have than have any other one; _NOTHING where two are as frequent.
-
-    For the settings of a phase, among the rows that have the phase.
-    """
-    phase, is_of_phase, _ = name.partition(" ")
-    values = [flat.get(name, _NOTHING) for flat in all_flat if not is_of_phase or flat[phase]]
-    counts = Counter("" if value is _NOTHING else json.dumps(value, sort_keys=True) for value in values)
-    (most, count), *others = counts.most_common(2)
-    if (others and others[0][1] == count) or not most:
-        return _NOTHING
-    return json.loads(most)
-
-
 def _words(name: str, value: Any, values: Sequence[Any]) -> list[str]:
-    """A setting as the label shows it: nothing for what is only absent. values: those of all rows."""
+    """A setting as the label shows it: nothing for what is only absent. values: those of all rows that have it."""
     if name in {phase.field for phase in Phase}:
         return [] if value else [f"no {Phase.of_field(name).label}"]
     if isinstance(value, bool):
         return [name] if value else []
     if isinstance(value, dict):
-        return [f"{name} {_choice_words(value, [other for other in values if other is not _NOTHING])}"]
+        return [f"{name} {_choice_words(value, values)}"]
     return [f"{name} {'none' if value is None else value}"]
 
 
