@@ -13,14 +13,14 @@ from datasets.clients.partitioned import ImageSplits
 from datasets.sources.class_names import DIGITS
 
 LARGEST_VALUE = 16
-"""Pixels count the dark points of a 4x4 block, 0..16."""
+"""A pixel counts the dark points of a 4x4 block."""
 
 
 def _table_file() -> Path:
     """A line a digit: 64 pixels, label. `sklearn.datasets` would read it too, but takes a second to import."""
     spec = importlib.util.find_spec("sklearn")
     assert spec is not None, "scikit-learn is installed"
-    assert spec.submodule_search_locations, "and is a package"
+    assert spec.submodule_search_locations is not None, "and is a package"
     return Path(spec.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
 
 

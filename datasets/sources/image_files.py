@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 from typing import IO
 
@@ -16,40 +14,23 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16")
 """Pillow's, of what these formats hold. I;16 is grey with 16 bits."""
 
-DECODER_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    TypeError,
-    KeyError,
-    OverflowError,
-    MemoryError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
-"""What Pillow raises on damaged files."""
-
 FAINT_16_BIT = 4096
 """A 16-bit image without a value so large holds values of 12 bits or fewer, and would come out all but black."""
 
 ONE_INK = 16
-"""Greys by which visible pixels may differ and count as ink of one colour all the same, by rounding or compression."""
+"""Greys by which visible pixels may differ, by rounding or compression, and still count as ink of one colour."""
 
 LOST_CONTRAST = 16
-"""Times by which an image's colours may differ more than their greys do."""
+"""An image whose colours differ by more than this many times what its greys differ by loses its content in grey."""
 
 
 def read_image(source: Path | IO[bytes], place: str, ink_is_dark: bool = False) -> NDArray[np.uint8]:
     """Greys (28, 28), with bright ink on a dark ground.
 
-    place: what the image is called in messages.  ink_is_dark: whether the image holds dark ink on a bright ground, and
-        is to be inverted.
-    16-bit greys are scaled to 8 bits, colours turned into their brightness, images that say how they are to be turned
-    are turned. Transparent pixels are ground: of ink of one colour, whatever it is, the opacity is taken, so that black
-    ink and white ink on a transparent ground are both bright ink on a dark one.
+    place: what the image is called in messages.  ink_is_dark: on a bright ground; the image is inverted.
+    16-bit greys are scaled to 8 bits, colours become their brightness, and an orientation in the file is followed.
+    Transparent pixels are ground: of ink of one colour, whatever it is, the opacity is taken, so that black ink and
+    white ink on a transparent ground are both bright ink on a dark one.
     Raises ValueError, with the place and the fix, for anything that is no such image, and where what it shows could not
     be kept: several colours beside transparency, several frames, contrast in nothing but colour, 16 bits hardly used.
     """
@@ -58,7 +39,7 @@ def read_image(source: Path | IO[bytes], place: str, ink_is_dark: bool = False) 
             fault = _fault_of(image)  # before any pixel is decoded: few bytes can stand for pixels that fill the memory
             colours_of_16_bits = image.mode != "I;16" and any(";16" in str(tile.args) for tile in image.tile)
             turned = None if fault else ImageOps.exif_transpose(image)
-    except DECODER_ERRORS as error:
+    except Exception as error:  # on damaged files, Pillow raises a dozen kinds
         if isinstance(error, OSError) and error.strerror:
             raise ValueError(f"{place} cannot be read ({error.strerror})") from error
         formats = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
@@ -82,7 +63,7 @@ def are_blank(images: NDArray[np.uint8]) -> bool:
 
 
 def _fault_of(image: Image.Image) -> str | None:
-    """What makes it no image to be read, as far as its header says."""
+    """What its header says against reading it, and the fix."""
     if image.size != IMAGE_SIZE:
         return f"is {image.size[0]}x{image.size[1]}, not 28x28; scale it"
     frames = getattr(image, "n_frames", 1)
@@ -113,9 +94,8 @@ def _opacity(image: Image.Image, place: str) -> NDArray[np.uint8] | None:
     opacity = np.asarray(rgba.getchannel("A"))
     if opacity.min() == 255:
         return None
-    colours = rgba.convert("RGB")
     weights = opacity / 255.0
-    greys = np.asarray(colours.convert("L")).astype(np.float64)
+    greys = np.asarray(rgba.convert("RGB").convert("L")).astype(np.float64)
     ink = (greys * weights).sum() / max(weights.sum(), 1.0)
     if (np.abs(greys - ink) * weights).max() > ONE_INK or (not opacity.any() and np.ptp(greys) > ONE_INK):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,11 @@ def load_image_folder(folder: Path) -> StoredClients:
     """
     if not folder.is_dir():
         raise ValueError(f"--data_root {folder} is no folder; --dataset folder reads client/class/image.png below it")
-    images = sorted(path for path in folder.glob("*/*/*") if not _is_hidden(path.relative_to(folder)))
-    for path in images:
-        _check_inside(path, folder, "client/class/image.png")
-    classes = sorted({path.parent.name for path in images})
+    images = _images_below(folder, "client/class/image.png")
     if not images:
         raise ValueError(f"--data_root {folder} holds no client/class/image.png")
-    clients = _read_clients(folder, images, classes)
+    classes = sorted({path.parent.name for path in images})
+    clients = _read_clients(images, classes)
     return cached_clients(folder / ".cache", "folder", images, clients, classes)
 
 
@@ -41,39 +40,39 @@ def read_class_folders(folder: Path) -> dict[str, NDArray[np.uint8]]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; name one that holds class/image.png")
-    images: dict[str, list[NDArray[np.uint8]]] = {}
-    for path in sorted(path for path in folder.glob("*/*") if not _is_hidden(path.relative_to(folder))):
-        _check_inside(path, folder, "class/image.png")
-        images.setdefault(path.parent.name, []).append(_read_image(path))
+    images = {
+        name: np.stack([_read_image(path) for path in paths])
+        for name, paths in groupby(_images_below(folder, "class/image.png"), lambda path: path.parent.name)
+    }
     if not images:
         raise ValueError(f"{folder} holds no class/image.png")
-    if all(are_blank(np.stack(own)) for own in images.values()):
+    if all(map(are_blank, images.values())):
         tell(f"{folder}: each image has one and the same grey all over")
-    return {name: np.stack(own) for name, own in images.items()}
+    return images
 
 
-def _read_clients(folder: Path, images: list[Path], classes: list[str]) -> Iterator[NamedClient]:
-    numbers = {name: number for number, name in enumerate(classes)}
-    owned: dict[str, list[Path]] = {}
-    for path in images:
-        owned.setdefault(path.relative_to(folder).parts[0], []).append(path)
-    for name, paths in owned.items():
-        labels = np.array([numbers[path.parent.name] for path in paths], dtype=np.int64)
-        yield NamedClient(name, np.stack([_read_image(path) for path in paths]), labels)
+def _images_below(folder: Path, layout: str) -> list[Path]:
+    """The files of that layout in sorted order, but for those with a name that begins with a dot."""
+    found = []
+    for path in sorted(folder.glob("/".join("*" for _ in layout.split("/")))):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} leads out of {folder}; replace the link by the file")
+        if not path.is_file():
+            raise ValueError(f"{path} is no file; the layout is {layout}")
+        found.append(path)
+    return found
+
+
+def _read_clients(images: list[Path], classes: list[str]) -> Iterator[NamedClient]:
+    for name, paths in groupby(images, lambda path: path.parents[1].name):
+        own = list(paths)
+        labels = np.array([classes.index(path.parent.name) for path in own], dtype=np.int64)
+        yield NamedClient(name, np.stack([_read_image(path) for path in own]), labels)
 
 
 def _read_image(path: Path) -> NDArray[np.uint8]:
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(f"{path} is no image: its name must end in one of {', '.join(ENDINGS)}")
     return read_image(path, str(path))
-
-
-def _check_inside(path: Path, folder: Path, layout: str) -> None:
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"{path} leads out of {folder}; replace the link by the file")
-    if not path.is_file():
-        raise ValueError(f"{path} is no file; the layout is {layout}")
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
