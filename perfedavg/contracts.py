@@ -58,6 +58,8 @@ class FederatedDataset(ClientDirectory, Protocol):
     class_names: what label i stands for.  num_left_out: clients too small to take part.
     client_name(client_id): what a client is called, a text or None (see `client_name`).
     build_model(): its own model.  loss_function(outputs, labels): its own loss, the mean over a batch.
+    check_model(model): raises ValueError for a model that does not fit it.
+    explain(error, client_ids): what to raise for an error in training or scoring these clients.
     """
 
     @property

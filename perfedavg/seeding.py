@@ -7,11 +7,12 @@ the order in which clients are trained, nor a repeated piece of work can change 
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import IntEnum, unique
 
 import numpy as np
 
 
+@unique
 class Purpose(IntEnum):
     """What a stream of random numbers is for. The values enter the seeds: never reuse one."""
 
