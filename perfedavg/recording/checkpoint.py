@@ -124,17 +124,22 @@ class Checkpoints:
         return None
 
     def _load(self, path: Path) -> ExperimentState:
-        """Raises _DamagedError where it cannot be read, ValueError where it is of another experiment."""
-        raw, tensors = _read(path)
-        if raw.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{path} has format {shown(raw.get('format_version'))}, this version reads {FORMAT_VERSION}; go on "
-                "with the version that the run was begun with"
-            )
+        """Raises _DamagedError where it cannot be read, ValueError where it is of another experiment or version."""
         try:
-            content = from_plain(_Content, raw)
-        except ValueError as error:
+            tensors, metadata = read_tensors(path)
+            text = metadata["checkpoint"]
+            if metadata["crc32"] != _checksum(text, tensors):
+                raise ValueError("its checksum does not fit")
+            values = from_plain(dict[str, Any], parse_json(text))
+            version = values.get("format_version")
+            content = from_plain(_Content, values) if version == FORMAT_VERSION else None
+        except _UNREADABLE as error:
             raise _DamagedError(str(error)) from error
+        if content is None:
+            raise ValueError(
+                f"{path} has format {shown(version)}, this version reads {FORMAT_VERSION}; go on with the version that "
+                "the run was begun with"
+            )
         self._check_identity(content, path)
         return _decode(content, tensors, self._identity.config)
 
@@ -195,18 +200,6 @@ def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
     )
     text = json.dumps(asdict(content))
     return safetensors.torch.save(tensors, {"checkpoint": text, "crc32": _checksum(text, tensors)})
-
-
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The JSON and the tensors of a checkpoint. Raises _DamagedError."""
-    try:
-        tensors, metadata = read_tensors(path)
-        text = metadata["checkpoint"]
-        if metadata["crc32"] != _checksum(text, tensors):
-            raise ValueError("its checksum does not fit")
-        return from_plain(dict[str, Any], parse_json(text)), tensors
-    except _UNREADABLE as error:
-        raise _DamagedError(str(error)) from error
 
 
 def _decode(content: _Content, tensors: Mapping[str, Tensor], config: ExperimentConfig) -> ExperimentState:
