@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import utils
+from launch.flags import ROOT, to_argv
+from launch.settings import Worker
 from perfedavg.machine.kernels import UnpinnedKernelsError, restart_pinned
 from perfedavg.terminal.console import say
 from perfedavg.terminal.entry_point import run_entry_point
@@ -45,7 +47,7 @@ def main() -> None:
         WorkerManager(network, build_workload, device, args.threads).run()
     except UnpinnedKernelsError as error:
         say(f"worker {args.rank}: starts again with --portable_kernels {error.portable}")
-        restart_pinned(error.portable, utils.ROOT / "client_worker.py", utils.to_argv(args, "worker"))
+        restart_pinned(error.portable, ROOT / "client_worker.py", to_argv(args, Worker))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
 """The paths that users name, in flags and in PERFEDAVG_DATA: every entry point reads them in the same way.
 
-The functions are types for argparse, which turns their errors into a line with the flag's name. A path becomes
-absolute, so that it means the same wherever it is printed, kept or used; `~` is the home folder also where the shell
-left it.
+The functions raise ValueError with what is wrong, to be read behind the path. A path becomes absolute, so that it means
+the same wherever it is printed, kept or used; `~` is the home folder also where the shell left it.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 
@@ -15,25 +13,23 @@ DEFAULT_DATA_ROOT = Path(__file__).resolve().parent / "datasets" / "data"
 
 
 def path(text: str) -> Path:
-    """A file or a folder, which need not be there. Raises ArgumentTypeError where nothing can be, now or later."""
+    """A file or a folder, which need not be there. Raises ValueError where nothing can be, now or later."""
     if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"{text!r} is no path; name a file or a folder")
+        raise ValueError("is no path; name a file or a folder")
     try:
         named = Path(os.path.expanduser(text)).absolute()
     except FileNotFoundError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is relative to the current folder, which has been removed; name it from the root"
-        ) from error
+        raise ValueError("is relative to the current folder, which has been removed; name it from the root") from error
     try:
         named.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
         if named.is_symlink():
             target = os.readlink(named)
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is a link to {target!r}, which is not there; mend the link, or name another path"
+            raise ValueError(
+                f"is a link to {target!r}, which is not there; mend the link, or name another path"
             ) from error
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used ({error.strerror}); name another path") from error
+        raise ValueError(f"cannot be used ({error.strerror}); name another path") from error
     return named
 
 
@@ -41,7 +37,7 @@ def folder(text: str) -> Path:
     """As `path`, of a folder."""
     named = path(text)
     if named.exists() and not named.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a file; name a folder")
+        raise ValueError("is a file; name a folder")
     return named
 
 
@@ -49,15 +45,10 @@ def file(text: str) -> Path:
     """As `path`, of a file."""
     named = path(text)
     if named.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder; name a file")
+        raise ValueError("is a folder; name a file")
     return named
 
 
 def shown(named: Path) -> Path:
     """As a person would type it here: relative to the current folder, where it lies in it."""
     return named.relative_to(Path.cwd()) if named.is_relative_to(Path.cwd()) else named
-
-
-def default_data_root() -> str:
-    """What --data_root is where it is not given, as its user might have given it."""
-    return os.environ.get("PERFEDAVG_DATA") or str(DEFAULT_DATA_ROOT)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import paths
 import utils
+from launch.flags import parse
+from launch.settings import Checked
+from perfedavg.fields import setting
 from perfedavg.machine.kernels import pin_kernels
 from perfedavg.recording.runs import RecordedRun
+from perfedavg.settings import refuse_share
 from perfedavg.terminal.console import say, show
 from perfedavg.terminal.entry_point import run_entry_point
 
@@ -30,8 +34,61 @@ OTHER_INPUTS = {"lstm": "text", "sine_mlp": "numbers"}
 """What those of this project's models take that take no images, by architecture."""
 
 
+def _share(text: str) -> Fraction:
+    problem = refuse_share(text)
+    if problem is not None:
+        raise ValueError(problem)
+    return Fraction(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Personalize(Checked):
+    """Adapt the model of a finished run to one person's labelled images, and score it before and after.
+
+    It is scored on images held out. Writes the personalized model, also as a program that needs none of this project.
+    """
+
+    run: Path = setting(
+        MISSING,
+        "folder of a finished run, which the run names when it ends",
+        parse=paths.path,
+        metavar="RUN",
+        positional=True,
+    )
+    images: Path = setting(
+        MISSING,
+        "folder with class/image.png below it: 28x28, bright ink on a dark ground; the classes are the run's",
+        parse=paths.folder,
+        metavar="IMAGES",
+        positional=True,
+    )
+    epochs: int | None = setting(None, "passes over the images", at_least=1, absent="the run's --pers_round, 5")
+    batch_size: int | None = setting(None, "images a step", at_least=1, absent="the run's --batch_size, 20")
+    local_lr: float | None = setting(None, "learning rate of the run's client optimizer", above=0, absent="the run's")
+    test_fraction: Fraction = setting(
+        Fraction(1, 5), "share of the images that is held out, such as 0.2 or 1/3", parse=_share, metavar="X"
+    )
+    seed: int = setting(0, "which images are held out follows from it", at_least=0, at_most=2**63 - 1)
+    output: Path | None = setting(
+        None,
+        "where to write; what an earlier call left there is replaced",
+        parse=paths.folder,
+        metavar="FOLDER",
+        absent="RUN/personalized/<name of the folder IMAGES>",
+    )
+    data_root: Path = setting(
+        paths.DEFAULT_DATA_ROOT,
+        "folder of the run's data, read only where a data set of your own (package.module:factory) brings its own "
+        "model or loss",
+        parse=paths.folder,
+        metavar="FOLDER",
+        environment="PERFEDAVG_DATA",
+        absent="datasets/data",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    args = build_parser().parse_args(argv)
+    args = parse(Personalize, argv)
     pin_kernels(portable_kernels_of(args.run))
 
     from datasets.clients.person import load_person
@@ -73,52 +130,7 @@ def portable_kernels_of(run: Path) -> str:
         return "false"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Adapt the model of a finished run to one person's labelled images, and score it before and after, "
-        "on images held out. Writes the personalized model, also as a program that needs none of this project.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("run", type=paths.path, metavar="RUN", help="folder of a finished run, which the run names when it ends")
-    add(
-        "images",
-        type=paths.folder,
-        metavar="IMAGES",
-        help="folder with class/image.png below it: 28x28, bright ink on a dark ground; the classes are the run's",
-    )
-    add(
-        "--epochs", type=utils.positive, metavar="N", help="passes over the images (default: the run's --pers_round, 5)"
-    )
-    add("--batch_size", type=utils.positive, metavar="N", help="images a step (default: the run's --batch_size, 20)")
-    add("--local_lr", type=float, metavar="X", help="learning rate of the run's client optimizer (default: the run's)")
-    add(
-        "--test_fraction",
-        type=_share,
-        default=Fraction(1, 5),
-        metavar="X",
-        help="share of the images that is held out, such as 0.2 or 1/3 (default: 0.2)",
-    )
-    add("--seed", type=_seed, default=0, metavar="N", help="which images are held out follows from it (default: 0)")
-    add(
-        "--output",
-        type=paths.folder,
-        metavar="FOLDER",
-        help="where to write; what an earlier call left there is replaced "
-        "(default: RUN/personalized/<name of the folder IMAGES>)",
-    )
-    add(
-        "--data_root",
-        type=paths.folder,
-        default=paths.default_data_root(),
-        metavar="FOLDER",
-        help="folder of the run's data, read only where a data set of your own (package.module:factory) brings its own "
-        "model or loss (default: PERFEDAVG_DATA, or datasets/data)",
-    )
-    return parser
-
-
-def local_training(run: RunModel, args: argparse.Namespace) -> LocalTraining:
+def local_training(run: RunModel, args: Personalize) -> LocalTraining:
     """What the run's unseen clients did, where the flags do not say otherwise."""
     from perfedavg.training.local_training import LocalTraining
 
@@ -134,7 +146,7 @@ def local_training(run: RunModel, args: argparse.Namespace) -> LocalTraining:
     )
 
 
-def output_folder(args: argparse.Namespace) -> Path:
+def output_folder(args: Personalize) -> Path:
     """Raises ValueError where it is a run's own folder, whose model and result would be replaced."""
     folder: Path = args.output or args.run / "personalized" / args.images.resolve().name
     if (folder / "config.json").exists():
@@ -205,7 +217,7 @@ def count_images(data: ClientData, class_names: tuple[str, ...]) -> dict[str, An
     }
 
 
-def describe_settings(args: argparse.Namespace, training: LocalTraining, precision: str) -> dict[str, Any]:
+def describe_settings(args: Personalize, training: LocalTraining, precision: str) -> dict[str, Any]:
     return {
         "images": str(args.images.absolute()),
         "test_fraction": float(args.test_fraction),
@@ -234,20 +246,6 @@ def _takes_no_images(run: RunModel, inputs: str) -> ValueError:
     return ValueError(
         f"{run.path} is a run on {run.config.dataset}, whose inputs are {inputs}; name one on 28x28 images"
     )
-
-
-def _seed(text: str) -> int:
-    return utils.whole_number(text, 0, 2**63 - 1)
-
-
-def _share(text: str) -> Fraction:
-    try:
-        share = Fraction(text if len(text) <= 20 and "e" not in text.lower() else 0)  # 1e-999999999 takes all memory
-    except (ValueError, ZeroDivisionError):
-        share = Fraction(0)
-    if not 0 < share < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above 0 and below 1, such as 0.2 or 1/3")
-    return share
 
 
 if __name__ == "__main__":

@@ -6,15 +6,16 @@ import sys
 from functools import partial
 
 import utils
+from launch.flags import ROOT, worker_command
 from perfedavg.machine.kernels import pin_kernels_or_restart
 from perfedavg.terminal.entry_point import run_entry_point
 
 
 def main() -> None:
     args = utils.get_args("server")
-    config = utils.experiment_from_args(args)
-    pin_kernels_or_restart(config.portable_kernels, utils.ROOT / "server.py", sys.argv[1:])
-    utils.check_num_workers(utils.config_from_args(args), args.world_size - 1)
+    config = args.experiment
+    pin_kernels_or_restart(config.portable_kernels, ROOT / "server.py", sys.argv[1:])
+    utils.check_num_workers(args, args.world_size - 1)
 
     from multi_process.server import WorkerPool
     from multi_process.transport.network import ServerNetwork
@@ -37,7 +38,7 @@ def main() -> None:
         config.portable_kernels,
     )
     network.listen()
-    folder = utils.open_run_folder(args, "server")
+    folder = utils.open_run_folder(args)
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset)
     config = utils.load_initial_model(args, config, model, folder.has_checkpoint)
@@ -49,7 +50,7 @@ def main() -> None:
         sum(parameter.numel() for parameter in model.parameters()),
         args.join_timeout_seconds,
         args.worker_wait_seconds,
-        utils.worker_command(args),
+        worker_command(args),
     ) as pool:
         run_and_record(pool.config, pool, dataset, model, folder, run_settings)
     draw_run_plots(folder.path)  # now that no worker waits

@@ -6,17 +6,19 @@ Rows are the methods: MAML and FOMAML (Finn, Abbeel, Levine 2017, arXiv 1703.034
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import paths
 import utils
 from experiments.rows import select_rows
+from launch.flags import ROOT, parse
+from launch.settings import Checked
+from perfedavg.fields import setting
 from perfedavg.terminal.console import command_line, optional, say, show
 from perfedavg.terminal.entry_point import run_entry_point
 
@@ -157,28 +159,29 @@ def _write(image: Callable[[], bytes], path: Path) -> None:
         say(f"plot in {path}")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Print the errors of the sine task's finished runs as a Markdown table, and draw them (mse.png) "
-        "and how the models adapt (adaptation.png).",
-        allow_abbrev=False,
+@dataclass(frozen=True, kw_only=True)
+class Sine(Checked):
+    """Print the errors of the sine task's finished runs as a Markdown table, and draw them (mse.png) and how the models
+    adapt (adaptation.png).
+    """
+
+    folder: Path = setting(
+        MISSING, "with <method>/seed<k>/result.json in it, at any depth", parse=paths.folder, positional=True
     )
-    parser.add_argument("folder", type=paths.folder, help="with <method>/seed<k>/result.json in it, at any depth")
-    parser.add_argument(
-        "--output", type=paths.folder, metavar="FOLDER", help="for the plots (default: the first folder)"
+    output: Path | None = setting(
+        None, "for the plots", parse=paths.folder, metavar="FOLDER", absent="the first folder"
     )
-    parser.add_argument(
-        "--models",
-        type=paths.path,
+    models: Path = setting(
+        ROOT / "runs" / "reproduce" / "sine",
+        "with <method>/seed<k>/, the folders of these runs, for their models",
+        parse=paths.path,
         metavar="FOLDER",
-        default=utils.ROOT / "runs" / "reproduce" / "sine",
-        help="with <method>/seed<k>/, the folders of these runs, for their models (default: runs/reproduce/sine)",
+        absent="runs/reproduce/sine",
     )
-    return parser
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    args = parse(Sine)
 
     from reporting import plots, sine_errors
     from reporting.drawing import png
@@ -187,7 +190,7 @@ def main() -> None:
     if not rows:
         raise ValueError(
             f"{args.folder} holds no finished run of the sine task (<method>/seed<k>/result.json); make them with: "
-            f"{command_line([sys.executable, utils.ROOT / 'reproduce.py', '--dataset', 'sine'])}"
+            f"{command_line([sys.executable, ROOT / 'reproduce.py', '--dataset', 'sine'])}"
         )
     show(sine_errors.to_markdown(rows))
     output = args.output or args.folder

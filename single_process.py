@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import utils
+from launch.flags import ROOT
 from perfedavg.machine.kernels import pin_kernels_or_restart
 from perfedavg.terminal.console import say
 from perfedavg.terminal.entry_point import run_entry_point
@@ -12,8 +13,8 @@ from perfedavg.terminal.entry_point import run_entry_point
 
 def main() -> None:
     args = utils.get_args("single")
-    config = utils.experiment_from_args(args)
-    pin_kernels_or_restart(config.portable_kernels, utils.ROOT / "single_process.py", sys.argv[1:])
+    config = args.experiment
+    pin_kernels_or_restart(config.portable_kernels, ROOT / "single_process.py", sys.argv[1:])
 
     from perfedavg.engine.executor import LocalExecutor
     from perfedavg.machine.cores import usable_cores
@@ -24,7 +25,7 @@ def main() -> None:
 
     device = resolve_device(args.device)
     use_reproducible_kernels()
-    folder = utils.open_run_folder(args, "single")
+    folder = utils.open_run_folder(args)
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset)
     config = utils.load_initial_model(args, config, model, folder.has_checkpoint)

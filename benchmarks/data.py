@@ -55,7 +55,7 @@ def measure(data_root: Path, name: str) -> dict[str, float]:
 
     clients = 3400 if name == "emnist" else 1_000_000
     flags = ["--dataset", name, "--client_num_in_total", str(clients)]
-    config = utils.config_from_args(utils.get_args("single", flags))
+    config = utils.get_args("single", flags).experiment
     process = psutil.Process()
     before = process.memory_full_info().uss
     started = time.perf_counter()

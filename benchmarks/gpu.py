@@ -113,7 +113,7 @@ def compare(
         "--fine_tune",
         "false",
     ]
-    config = utils.config_from_args(utils.get_args("single", [*flags, "--client_num_per_round", str(cohort)]))
+    config = utils.get_args("single", [*flags, "--client_num_per_round", str(cohort)]).experiment
     fitting = settle_client_batching(config, model, dataset, [describe_device(device)]).client_batching or 1
     group_size = fitting if device.type == "cuda" else cohort
     ways = {

@@ -50,7 +50,7 @@ def write(model: str, num_clients: int, folder: Path) -> Path:
     """
     name, num_classes = MODELS[model]
     _write_images(name, num_classes, num_clients, folder)
-    config = utils.config_from_args(utils.get_args("single", experiment_flags(model, num_clients, 1, folder)))
+    config = utils.get_args("single", experiment_flags(model, num_clients, 1, folder)).experiment
     dataset = utils.get_datasets(config, folder)
     clients = [dataset.client_data(client_id) for client_id in dataset.train_client_ids]
     assert len(clients) == num_clients, "every training client takes part"

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import utils
+from launch.settings import NAMED_BY_DATASET
 from perfedavg.contracts import FederatedDataset, client_label
 from perfedavg.recording.files import replace_file
 from perfedavg.terminal.console import show
@@ -134,10 +135,10 @@ def _spread(values: NDArray[np.int64]) -> str:
 
 def main() -> None:
     args = utils.get_args("describe")
-    description = describe(args.dataset, utils.get_described_dataset(args))
+    description = describe(args.dataset, utils.load_clients(args, args.data_root))
     show(description.text())
-    if args.plot:
-        file = Path(f"{args.dataset}.png") if args.plot is True else args.plot
+    if args.plot is not None:
+        file = Path(f"{args.dataset}.png") if args.plot == NAMED_BY_DATASET else args.plot
         image = png(lambda: plot(description), 110)
         try:
             replace_file(file, image)

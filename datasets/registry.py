@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets.clients.partitioned import ImageSplits
@@ -44,6 +44,7 @@ class DataSet:
 
     load: reads it for a request, from a folder.
     models: from each value of --struct that fits to a model's name (see `models`); the first is the default.
+    defaults: of settings, where they are not those of `ExperimentConfig`, by their fields.
     meaningless: from the name of a setting to the reason why only its default goes with this data set.
     note: what has to be said with every result; empty for nothing.
     loss_name: what the loss is called in tables.
@@ -51,6 +52,7 @@ class DataSet:
 
     load: Callable[[DatasetRequest, Path], FederatedDataset]
     models: Mapping[str, str]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     meaningless: Mapping[str, str] = field(default_factory=dict)
     note: str = ""
     loss_name: str = "loss"
@@ -175,6 +177,17 @@ def _split(request: DatasetRequest, clients: RawClients) -> FederatedDataset:
 _FOR_62_CLASSES = {"cnn": "emnist_cnn", "mlp": "mlp"}
 _FOR_10_CLASSES = {"cnn": "mnist_cnn", "mlp": "mlp"}
 _OWN_CLIENTS = {"partition": "its clients are its own"}
+_NATURAL: dict[str, Any] = {"num_clients": None, "partition": None}
+_QUICK = {
+    "num_clients": 50,
+    "cohort_size": 10,
+    "eval_every": 5,
+    "fedavg.num_rounds": 40,
+    "fine_tune.num_rounds": 20,
+    "fine_tune.server_optimizer.name": "adam",
+    "fine_tune.server_schedule": "constant",
+}
+"""Few rounds, in which Adam gets further."""
 
 _EMNIST = DataSet(_load_mnist_family, _FOR_62_CLASSES)
 _MNIST = DataSet(_load_mnist_family, _FOR_10_CLASSES)
@@ -186,23 +199,35 @@ DATA_SETS = {
     "emnist_digits": _EMNIST,
     "mnist": _MNIST,
     "fashion_mnist": _MNIST,
-    "digits": DataSet(_load_digits, _FOR_10_CLASSES),
-    "femnist": DataSet(_load_femnist, _FOR_62_CLASSES, _OWN_CLIENTS),
+    "digits": DataSet(_load_digits, _FOR_10_CLASSES, _QUICK),
+    "femnist": DataSet(
+        _load_femnist,
+        _FOR_62_CLASSES,
+        {**_NATURAL, "unseen_fraction": "9/34"},  # 2,500 of 3,400 writers train
+        _OWN_CLIENTS,
+    ),
     "shakespeare": DataSet(
         _load_shakespeare,
         {"lstm": "lstm"},
+        {
+            **_NATURAL,
+            "fedavg.client_optimizer.learning_rate": 0.8,
+            "fine_tune.client_optimizer.learning_rate": 0.8,
+        },
         {**_OWN_CLIENTS, "local_split": "its examples overlap and stay in order"},
     ),
     "synthetic_writers": DataSet(
         _load_synthetic_writers,
         _FOR_62_CLASSES,
+        {"partition": None},
         _OWN_CLIENTS,
         note="synthetic, rendered from fonts: no result on it is a result on FEMNIST",
     ),
-    "folder": DataSet(_load_folder, _FOR_62_CLASSES, _OWN_CLIENTS),
+    "folder": DataSet(_load_folder, _FOR_62_CLASSES, _NATURAL, _OWN_CLIENTS),
     "sine": DataSet(
         _load_sine,
         {"mlp": "sine_mlp"},
+        {"num_clients": 30_600, "unseen_fraction": "1/51", "partition": None},
         {
             **_OWN_CLIENTS,
             "local_split": "its targets are no classes",
@@ -214,6 +239,7 @@ DATA_SETS = {
 USERS_OWN = DataSet(
     _load_own,
     {**_FOR_62_CLASSES, "lstm": "lstm"},
+    _NATURAL,
     {**_OWN_CLIENTS, "local_split": "it cuts its clients' data itself"},
 )
 """For a data set given as package.module:factory."""

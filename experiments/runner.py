@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -14,15 +13,15 @@ from typing import IO, Any
 
 import utils
 from experiments.rows import Flags
+from launch.flags import ROOT
 from perfedavg.fields import values_of
 from perfedavg.machine.processes import SignalWatch, end_processes, exit_status
 from perfedavg.recording.files import replace_file
 from perfedavg.recording.folders import make_folder, remove_empty
 from perfedavg.recording.runs import RecordedRun, read_metrics, read_object
-from perfedavg.settings import num_unseen_clients
+from perfedavg.settings import ExperimentConfig, num_unseen_clients
 from perfedavg.terminal.console import command_line, say, show
 
-ROOT = utils.ROOT
 NUM_LAST_LINES = 10
 """Lines shown of the output of a run that failed."""
 
@@ -50,8 +49,10 @@ class Job:
         return [word for name, value in self.flags.items() for word in (f"--{name}", value)]
 
     @property
-    def args(self) -> argparse.Namespace:
-        return utils.get_args("single", self.argv)
+    def experiment(self) -> ExperimentConfig:
+        """Raises ValueError where the flags make none."""
+        experiment: ExperimentConfig = utils.get_args("single", self.argv).experiment
+        return experiment
 
     @property
     def is_done(self) -> bool:
@@ -86,7 +87,7 @@ def plan_jobs(rows: Mapping[str, Flags], seeds: Sequence[int], runs: Path, resul
         for row, flags in rows.items()
     ]
     for job in jobs:
-        utils.config_from_args(job.args)
+        job.experiment  # noqa: B018, which raises
         if job.is_done:
             check_flags(job, job.result_dir, "--results")
         elif job.has_begun:
@@ -104,7 +105,7 @@ def check_flags(job: Job, folder: Path, folder_flag: str) -> None:
         recorded = RecordedRun.read(folder).experiment()
     except (ValueError, OSError) as error:
         raise ValueError(f"{place}/config.json is missing or damaged; move that folder away ({error})") from error
-    asked, present = values_of(utils.config_from_args(job.args).settled_as(recorded)), values_of(recorded)
+    asked, present = values_of(job.experiment.settled_as(recorded)), values_of(recorded)
     for name, value in asked.items():
         if present.get(name) != value:
             raise ValueError(
@@ -261,7 +262,7 @@ def num_passes(job: Job) -> int:
 
     A local step counts as a pass.
     """
-    config = utils.config_from_args(job.args)
+    config = job.experiment
     assert config.num_clients is not None, "every row says how many clients it has"
     num_unseen = num_unseen_clients(config.num_clients, config.unseen_fraction)
     passes = 0

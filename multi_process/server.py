@@ -41,7 +41,6 @@ from perfedavg.engine.tasks import (
     max_states_bytes,
 )
 from perfedavg.machine.kernels import KernelLog
-from perfedavg.methods import method_of
 from perfedavg.settings import ExperimentConfig
 from perfedavg.terminal.console import say
 from perfedavg.terminal.entry_point import at_early_end
@@ -168,7 +167,7 @@ class WorkerPool(PoolManager):
     def train(self, task: CohortTask, parameters: Tensor) -> CohortUpdate:
         self._handler.begin(task, parameters)
         (global_parameters,) = self._handler.downlink_package
-        method = method_of(self.config, task.phase)
+        method = self.config.phases[task.phase].method
         expected = ExpectedTraining(method, task.capacity, parameters.numel(), self._clients.num_train_examples)
 
         def accept_result(answer: Message) -> None:

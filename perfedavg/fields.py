@@ -16,7 +16,8 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+from dataclasses import MISSING as MISSING
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 MOST = 2**31 - 1
@@ -44,7 +45,10 @@ class Setting:
     title: the heading that its flag stands under, where it is not that of its class.
     absent: what None means, in words.
     unset: what its flag calls None.
-    implied: what its flag means without a value; None where it needs one.
+    implied: the text that its flag stands for without a value; None where it needs one.
+    environment: the variable that holds its default, as a text.
+    positional: whether its value stands on the command line without a flag.
+    many: whether it is a tuple of values.
     kinds: of a choice, the dataclasses that it is between, by name.
     reported: when a report names its value: `differing`, where it differs from that of other runs; `always`, unless it
         is the default; `never`, because runs that differ in nothing else are one experiment.
@@ -64,6 +68,9 @@ class Setting:
     absent: str = ""
     unset: str | None = None
     implied: str | None = None
+    environment: str = ""
+    positional: bool = False
+    many: bool = False
     kinds: Mapping[str, type] | None = None
     reported: str = "differing"
 
@@ -71,7 +78,7 @@ class Setting:
         """What is wrong with a value, to be read behind the flag and the value; None where nothing is."""
         if self.refuse is not None:
             return self.refuse(value)
-        if self.choices is not None:
+        if self.choices is not None and self.kinds is None:
             return None if value in self.choices else f"is unknown; use one of {', '.join(self.choices)}"
         if isinstance(value, bool) or not isinstance(value, (int, float)) or self._is_allowed(value):
             return None
@@ -80,7 +87,7 @@ class Setting:
     def _is_allowed(self, value: float) -> bool:
         highest = self._highest(type(value))
         return (
-            math.isfinite(value)
+            (isinstance(value, int) or math.isfinite(value))
             and (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
@@ -154,6 +161,7 @@ class Flag:
     kind: type of its values, besides None.
     default: MISSING where there is none.
     title: the heading that it stands under.
+    choices: the texts that it can have, where these are known.
     is_switch: whether it says if a part is there.
     """
 
@@ -164,12 +172,15 @@ class Flag:
     title: str
     help: str
     setting: Setting
+    choices: Sequence[str] | None = None
     is_switch: bool = False
 
     @property
     def label(self) -> str:
         """What an error calls it."""
-        return f"--{self.name}" if self.name else ".".join(self.path)
+        if self.name is None:
+            return ".".join(self.path)
+        return self.setting.metavar or self.name if self.setting.positional else f"--{self.name}"
 
     def value_in(self, settings: Any) -> Any:
         """Its value in an instance of the whole; MISSING where the part that has it is left out."""
@@ -180,8 +191,16 @@ class Flag:
             return value is not None
         return value.name if self.setting.kinds and value is not MISSING else value
 
-    def parse(self, text: str) -> Any:
+    @property
+    def implied(self) -> str | None:
+        return "true" if self.kind is bool else self.setting.implied
+
+    def parse(self, text: str | Sequence[str]) -> Any:
         """The value that a text stands for. Raises ValueError, naming the flag, the text and what is allowed."""
+        if not isinstance(text, str):
+            return tuple(self.parse(one) for one in text)
+        if self.choices is not None and text not in self.choices:
+            raise ValueError(f"{self.label} {text} is unknown; use one of {', '.join(self.choices)}")
         if self.setting.unset is not None and text == self.setting.unset:
             return None
         try:
@@ -191,7 +210,7 @@ class Flag:
         except (ValueError, KeyError) as error:
             numbers = self.setting.allowed(self.kind) if self.kind in (int, float) else "true or false"
             reason = f"must be {numbers}" if self.setting.parse is None else str(error)
-            raise ValueError(f"{self.label} {text} {reason}") from error
+            raise ValueError(f"{self.label} {text if text.isprintable() and text else repr(text)} {reason}") from error
 
 
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
@@ -235,6 +254,23 @@ def label(settings: Any, path: str) -> str:
     return flags_of(kind)[tuple(path.split("."))].label
 
 
+def to_plain(settings: Any) -> dict[str, Any]:
+    """The settings of a dataclass as JSON has them; `plain_values.from_plain` is the inverse."""
+    plain: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value: Any = getattr(settings, field.name)
+        if dataclasses.is_dataclass(value):
+            name = {"name": getattr(value, "name", "")} if kinds_of(field) else {}
+            value = {**name, **to_plain(value)}
+        plain[field.name] = value
+    return plain
+
+
+def kinds_of(field: dataclasses.Field[Any]) -> Mapping[str, type] | None:
+    """The dataclasses that a field is a choice between, by name; None where it is none."""
+    return getattr(field.metadata.get(_KEY), "kinds", None)
+
+
 def check(settings: Any) -> None:
     """Raise ValueError, naming the flag, its value and what is allowed, where a setting is out of bounds.
 
@@ -255,27 +291,38 @@ def _flags(
     defaults: Mapping[str, Any] = types.MappingProxyType({}),
     title: str = "",
     of: str = "",
+    is_optional_part: bool = False,
 ) -> Iterator[Flag]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         described, place = field.metadata.get(_KEY), (*path, field.name)
         heading = title or getattr(described, "title", "") or _heading(kind, field.name)
         if isinstance(described, Part):
-            if described.switch:
+            is_optional = described.switch != ""
+            if is_optional:
                 switch = Setting(described.switch)
-                yield Flag(name_of(field.name), place, bool, True, heading, switch.help, switch, True)
-            inner = functools.partial(_renamed, described, name_of)
-            below = {name.partition(".")[2]: value for name, value in defaults.items() if name.startswith(field.name)}
-            inner_defaults = {**described.defaults, **below}
-            yield from _flags(described.kind, place, inner, inner_defaults, heading, described.of)
+                yield Flag(name_of(field.name), place, bool, True, heading, switch.help, switch, is_switch=True)
+            rename = functools.partial(_renamed, described, name_of)
+            start = f"{field.name}."
+            below = {name[len(start) :]: value for name, value in defaults.items() if name.startswith(start)}
+            inner_title = described.title or title
+            yield from _flags(
+                described.kind, place, rename, {**described.defaults, **below}, inner_title, described.of, is_optional
+            )
         elif isinstance(described, Setting):
             default = defaults.get(field.name, field.default)
-            default = default.name if described.kinds and not isinstance(default, str) else default
-            help = described.help.replace("{of}", of)
+            choices = described.choices
+            if described.kinds is not None:
+                default = default if isinstance(default, str) else default.name
+                choices = (*described.kinds, NONE) if is_optional_part else choices
             own_name = field.name if described.flag is None else described.flag
             name = None if own_name == NO_FLAG else name_of(own_name)
-            yield Flag(name, place, _without_none(hints[field.name]), default, heading, help, described)
-            for kind_of_choice in dict.fromkeys((described.kinds or {}).values()):
+            help, kind_of_value = (
+                described.help.replace("{of}", of),
+                str if described.kinds else _kind_of_value(hints[field.name]),
+            )
+            yield Flag(name, place, kind_of_value, default, heading, help, described, choices)
+            for kind_of_choice in (described.kinds or {}).values():
                 yield from _flags(kind_of_choice, place, name_of, {}, heading, of)
 
 
@@ -291,9 +338,10 @@ def _heading(kind: type, name: str) -> str:
     return next((of["heading"] for of in own if "heading" in of and name in of["__annotations__"]), "")
 
 
-def _without_none(kind: Any) -> Any:
-    others = [one for one in typing.get_args(kind) if one is not types.NoneType]
-    return others[0] if typing.get_origin(kind) in (typing.Union, types.UnionType) and len(others) == 1 else kind
+def _kind_of_value(kind: Any) -> Any:
+    """Of a value that may be None, and of the entries of a tuple."""
+    others = [one for one in typing.get_args(kind) if one not in (types.NoneType, Ellipsis)]
+    return _kind_of_value(others[0]) if others else kind
 
 
 def _build(kind: type, values: Mapping[tuple[str, ...], Any], path: tuple[str, ...]) -> Any:

@@ -16,6 +16,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from perfedavg.fields import kinds_of
+
 Value = TypeVar("Value")
 
 _SHOWN_CHARACTERS = 60
@@ -132,8 +134,21 @@ def _convert_fields(kind: Any, values: dict[str, Any], name: str, ignore_unknown
     for key, field in fields.items():
         if key not in values and field.default is field.default_factory is dataclasses.MISSING:
             raise ValueError(f"it lacks {prefix}{key}")
-    present = [key for key in fields if key in values]
-    return kind(**{key: _convert(hints[key], values[key], f"{prefix}{key}", ignore_unknown) for key in present})
+    converted = {}
+    for key in (key for key in fields if key in values):
+        kinds = kinds_of(fields[key])
+        if kinds is None:
+            converted[key] = _convert(hints[key], values[key], f"{prefix}{key}", ignore_unknown)
+        else:
+            converted[key] = _convert_choice(kinds, values[key], f"{prefix}{key}", ignore_unknown)
+    return kind(**converted)
+
+
+def _convert_choice(kinds: Mapping[str, type], value: Any, name: str, ignore_unknown: bool) -> Any:
+    chosen = value.get("name") if isinstance(value, dict) else None
+    if not isinstance(chosen, str) or chosen not in kinds:
+        raise ValueError(f"{name} is {shown(value)}, must be an object whose name is one of {', '.join(kinds)}")
+    return _convert_fields(kinds[chosen], {key: value[key] for key in value if key != "name"}, name, ignore_unknown)
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, name: str, ignore_unknown: bool) -> Any:

@@ -13,13 +13,14 @@ from enum import IntEnum
 from fractions import Fraction
 from typing import Any
 
-from perfedavg.fields import NO_FLAG, check, label, part, setting
+from perfedavg.fields import NO_FLAG, check, choice, label, part, setting, to_plain
 from perfedavg.machine.kernels import PORTABLE_KERNELS
+from perfedavg.methods import METHODS
+from perfedavg.methods.base import Method
 from perfedavg.plain_values import differences, from_plain, shown
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "yogi", "adagrad")
 SCHEDULES = ("constant", "linear")
-METHODS = ("reptile", "fomaml", "maml")
 LOCAL_SPLITS = ("shuffled", "tail")
 PRECISIONS = ("float32", "bf16")
 BETAS = {"adam": (0.9, 0.999), "yogi": (0.9, 0.99)}
@@ -91,7 +92,7 @@ class OptimizerConfig:
         flag="lr",
         above=0,
         at_most=HIGHEST_RATE,
-        absent=f"{STEP:g}; {GRADIENT_STEP:g} for fomaml and maml; {ADAPTIVE_STEP:g} with adam, yogi and adagrad",
+        absent=f"{STEP:g}; {GRADIENT_STEP:g} where clients send gradients; with adam, yogi, adagrad {ADAPTIVE_STEP:g}",
     )
     momentum: float = setting(0.9, "of {of}, where the optimizer is momentum", at_least=0, below=1)
     epsilon: float = setting(
@@ -130,13 +131,7 @@ class PhaseConfig:
     server_schedule: str = setting(
         "constant", "the server's learning rate over the rounds; linear falls to 0", choices=SCHEDULES
     )
-    method: str = setting("reptile", "what a client sends", choices=METHODS)
-    support_fraction: float = setting(
-        0.5,
-        "of fomaml and maml: share of a client's training part that it adapts to; 1 measures on the same examples",
-        above=0,
-        at_most=1,
-    )
+    method: Method = choice(METHODS, "fedavg", "what a client does and sends")
 
     def __post_init__(self) -> None:
         if self.server_optimizer.learning_rate is None:
@@ -146,7 +141,7 @@ class PhaseConfig:
     def _fitting_server_rate(self) -> float:
         """Where the numbers come from: docs/decisions.md."""
         if self.server_optimizer.name in ("sgd", "momentum"):
-            return GRADIENT_STEP if self.method in ("fomaml", "maml") else STEP
+            return GRADIENT_STEP if self.method.sends_gradients else STEP
         return ADAPTIVE_STEP
 
     def server_rate_factor(self, round_number: int) -> float:
@@ -161,12 +156,15 @@ class ClientsConfig:
     """Who the clients are and what data each has."""
 
     heading = "clients"
-    dataset: str = setting(MISSING, "its name, or package.module:factory for your own; see python -m datasets.describe")
+    dataset: str = setting(
+        MISSING, "{of}, or package.module:factory for your own; see python -m datasets.describe", metavar="NAME"
+    )
     num_clients: int | None = setting(
         3400,
         "clients, those that train and those that are never seen in training",
         flag="client_num_in_total",
         at_least=1,
+        absent="all clients",
     )
     unseen_fraction: str = setting(
         "0.2", "share of the clients that never train, such as 0.2 or 9/34", metavar="X", refuse=refuse_share
@@ -238,7 +236,7 @@ class ExperimentConfig(ClientsConfig):
     fedavg: PhaseConfig = part(
         PhaseConfig,
         title="phase 1, FedAvg",
-        flags={"server_schedule": None, "method": None, "support_fraction": None},
+        flags={"server_schedule": None},
         defaults={
             "server_optimizer.name": "momentum",
             "server_optimizer.learning_rate": STEP,
@@ -251,7 +249,7 @@ class ExperimentConfig(ClientsConfig):
         switch="whether to fine-tune",
         prefix="fine_tune_",
         flags={"epochs": "fine_tune_outer_loops"},
-        defaults={"num_rounds": 100, "num_local_epochs": 10, "server_schedule": "linear"},
+        defaults={"num_rounds": 100, "num_local_epochs": 10, "server_schedule": "linear", "method": "reptile"},
     )
     num_personalization_epochs: int = setting(
         5,
@@ -298,11 +296,11 @@ class ExperimentConfig(ClientsConfig):
         client = phase.client_optimizer.name
         if phase.client_optimizer.learning_rate is None:
             raise ValueError(f"{label(self, f'{name}.client_optimizer.learning_rate')} must be given")
-        if phase.method == "maml" and client != "sgd":
-            method = label(self, f"{name}.method")
+        problem = phase.method.problem_with(phase.client_optimizer)
+        if problem is not None:
             raise ValueError(
-                f"{method} maml differentiates through the clients' steps, which must be plain ones; use "
-                f"{label(self, f'{name}.client_optimizer.name')} sgd, or {method} fomaml"
+                f"{label(self, f'{name}.method')} {phase.method.name} does not go with "
+                f"{label(self, f'{name}.client_optimizer.name')} {client}: {problem}"
             )
         for whose, optimizer in (("client_optimizer", client), ("server_optimizer", phase.server_optimizer.name)):
             if self.portable_kernels == "any_vendor" and optimizer not in ("sgd", "momentum"):
@@ -319,6 +317,30 @@ class ExperimentConfig(ClientsConfig):
                 f"{label(self, 'cohort_size')} {self.cohort_size} exceeds the {num_train_clients} training clients; "
                 f"lower it to {num_train_clients} or less"
             )
+
+    def check_num_workers(self, num_workers: int) -> None:
+        """Raises ValueError where a round has too few groups of clients to give each worker one.
+
+        With client_batching open, the number of groups depends on model and devices; see
+        `client_batching.settle_client_batching`, which shares the clients out, and `say_idle_slots`.
+        """
+        group_size = self.client_batching or 1
+        num_groups = -(-self.cohort_size // group_size)
+        if num_groups >= num_workers:
+            return
+        clients = f"{label(self, 'cohort_size')} {self.cohort_size}"
+        batching = label(self, "client_batching")
+        enough = (num_workers - 1) * group_size + 1
+        groups = (
+            f" makes {num_groups} group(s) of {batching} {group_size}, fewer than"
+            if group_size > 1
+            else " is fewer than"
+        )
+        lower = f", lower {batching}" if group_size > 1 else ""
+        raise ValueError(
+            f"{clients}{groups} the {num_workers} workers, some of which would never work; raise it to {enough} or "
+            f"more{lower}, or start fewer workers"
+        )
 
     def _check_num_clients(self, num_clients: int) -> None:
         step = Fraction(self.unseen_fraction).denominator
@@ -353,12 +375,32 @@ class ExperimentConfig(ClientsConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for JSON; `from_dict` is its inverse."""
-        return dataclasses.asdict(self)
+        return to_plain(self)
 
     @classmethod
     def from_dict(cls, values: Any) -> ExperimentConfig:
         """Raises ValueError, naming the field, where one is missing, unknown, of another type or out of range."""
         return from_plain(cls, values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """What a process computes with, which does not change the result."""
+
+    heading = "compute"
+    device: str = setting("auto", "auto (a GPU where there is one), cpu, cuda or cuda:i")
+    threads: int | None = setting(
+        None,
+        "clients that this process trains side by side, on one core each; does not change the result",
+        at_least=1,
+        at_most=1024,
+        absent="the machine's cores, shared out among the workers on it",
+    )
+
+
+def flag(field: str) -> str:
+    """What a message calls a setting of an experiment, by its field."""
+    return label(ExperimentConfig, field)
 
 
 def num_unseen_clients(num_clients: int, unseen_fraction: str) -> int:

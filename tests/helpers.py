@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import copy
+import dataclasses
 import functools
 import json
 import os
@@ -28,6 +28,7 @@ from datasets.clients.split import SplitDataset
 from datasets.sources.digits import load_digits_images
 from perfedavg.machine.processes import hold_free_port
 from perfedavg.methods import FedAvg, Method
+from perfedavg.methods.reptile import Reptile
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.client_models import Client, ClientModels
 from perfedavg.training.local_training import LocalTraining
@@ -351,7 +352,7 @@ def make_config(**changes: Any) -> ExperimentConfig:
         "cohort_size": 4,
         "batch_size": 10,
         "fedavg": PhaseConfig(2, 2, sgd, OptimizerConfig("momentum", 1.0)),
-        "fine_tune": PhaseConfig(2, 1, sgd, OptimizerConfig("sgd", 0.5)),
+        "fine_tune": PhaseConfig(2, 1, sgd, OptimizerConfig("sgd", 0.5), method=Reptile()),
         "num_personalization_epochs": 1,
         "num_curve_epochs": 0,
         "eval_every": 1,
@@ -365,7 +366,5 @@ def make_config(**changes: Any) -> ExperimentConfig:
 
 def with_method(config: ExperimentConfig, phase: Phase, method: Method) -> ExperimentConfig:
     """The experiment with another method in a phase."""
-    changed, phase_config = copy.copy(config), copy.copy(config.phases[phase])
-    object.__setattr__(phase_config, "method", method)
-    object.__setattr__(changed, phase.field, phase_config)
-    return changed
+    changed: Any = {phase.field: dataclasses.replace(config.phases[phase], method=method)}
+    return dataclasses.replace(config, **changed)

@@ -20,8 +20,7 @@ from perfedavg.engine.slots import Result, SlotPool, TrainingSlot
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
 from perfedavg.machine.cores import usable_cores
 from perfedavg.machine.kernels import KernelLog
-from perfedavg.methods import method_of
-from perfedavg.settings import ExperimentConfig
+from perfedavg.settings import ExperimentConfig, flag
 from perfedavg.training.compute import check_portable, describe_kernels
 from perfedavg.training.flat_model import FlatModel
 from perfedavg.training.local_training import Loss, loss_of
@@ -50,7 +49,7 @@ class LocalExecutor:
         num_readers: int | None = None,
     ) -> None:
         if config.client_batching is None:
-            raise ValueError("--client_batching auto has not been settled; see settle_client_batching")
+            raise ValueError(f"{flag('client_batching')} auto has not been settled; see settle_client_batching")
         self._config = config
         self._group_size = group_size = config.client_batching
         self._dataset = dataset
@@ -71,7 +70,7 @@ class LocalExecutor:
         def build_group() -> StackedModel:
             return StackedModel(model, group_size, device, config.precision, loss)
 
-        if group_size > 1 or any(method_of(config, phase).differentiates_training for phase in config.phases):
+        if group_size > 1 or any(phase.method.differentiates_training for phase in config.phases.values()):
             build_group()  # now, because it may refuse the model
         slots = [TrainingSlot(build_single, build_group) for _ in range(num_slots)]
         self._pool = SlotPool(slots, getattr(dataset, "explain", None))

@@ -22,7 +22,6 @@ from perfedavg.contracts import ClientDirectory, Executor, Observer
 from perfedavg.engine.cohorts import draw_cohort, draw_eval_clients
 from perfedavg.engine.scores import ClientScore, check_summary, mean, summarize
 from perfedavg.engine.tasks import ClientStates, CohortTask, CohortUpdate, ScoringTask
-from perfedavg.methods import method_of
 from perfedavg.plain_values import from_plain, shown
 from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig, Phase, PhaseConfig
@@ -232,7 +231,7 @@ def _train_round(
     """Draw a cohort, let it train, and apply the mean of its updates to the global model."""
     started = time.monotonic()
     phase, round_number = state.phase, state.num_rounds + 1
-    method = method_of(config, phase)
+    method = config.phases[phase].method
     cohort = draw_cohort(config, clients.train_client_ids, phase, round_number)
     capacity = sum(method.weight(clients.num_train_examples(client_id)) for client_id in cohort)
     kept = {client_id: state.client_states[client_id] for client_id in cohort if client_id in state.client_states}

@@ -24,7 +24,6 @@ from perfedavg.engine.tasks import (
     cut_into_groups,
     max_state_bytes,
 )
-from perfedavg.methods import method_of
 from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig
 from perfedavg.training.client_models import Client
@@ -47,7 +46,7 @@ class CohortTraining:
         self._start = start
         self._states = dict(task.states)
         self._training = local_training_of(config, task.phase)
-        self._method = method_of(config, task.phase)
+        self._method = config.phases[task.phase].method
         self._aggregation = self._method.aggregation()
         self._sums: dict[TrainingSlot, ExactMean] = {}
         self._reports: list[ClientReport] = []
@@ -155,7 +154,7 @@ class UnseenScoring:
         self._reader = reader
         self._task = task
         self._start = start
-        self._method = method_of(config, task.phase)
+        self._method = config.phases[task.phase].method
         # Longer training begins as shorter training does, so one run of it gives the whole curve: to the bit for a
         # client alone, in a group up to rounding, because others may then still train beside it.
         num_epochs = max(task.num_curve_epochs, config.num_personalization_epochs)

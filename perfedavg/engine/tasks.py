@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from perfedavg.aggregation.exact_mean import ExactMean
-from perfedavg.methods import method_of
 from perfedavg.settings import ExperimentConfig, Phase
 
 ClientStates = dict[int, dict[str, Tensor]]
@@ -27,7 +26,7 @@ def max_state_bytes(num_parameters: int) -> int:
 
 def max_states_bytes(config: ExperimentConfig, num_parameters: int) -> int:
     """The most that the clients of a round keep; 0 where no method lets them."""
-    keeps = any(method_of(config, phase).keeps_state for phase in config.phases)
+    keeps = any(phase.method.keeps_state for phase in config.phases.values())
     return config.cohort_size * max_state_bytes(num_parameters) if keeps else 0
 
 

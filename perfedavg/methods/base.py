@@ -34,11 +34,9 @@ class Method:
     differentiates_training: ClassVar[bool] = False
     keeps_state: ClassVar[bool] = False
 
-    def check(self, client_optimizer: OptimizerConfig, prefix: str) -> None:
-        """Raise ValueError where the method does not go with the clients' optimizer.
-
-        prefix: of the flags of its phase, `` or `fine_tune_`. The bounds of each setting are checked elsewhere.
-        """
+    def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
+        """Why the method does not go with the clients' optimizer, and what to use; None where it does."""
+        return None
 
     def weight(self, num_examples: int) -> int:
         """A client's weight in the mean of a round, 1 or more. num_examples: size of its training part."""

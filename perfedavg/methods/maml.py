@@ -26,12 +26,10 @@ class MAML(FOMAML):
     name: ClassVar[str] = "maml"
     differentiates_training: ClassVar[bool] = True
 
-    def check(self, client_optimizer: OptimizerConfig, prefix: str) -> None:
-        if client_optimizer.name != "sgd":
-            raise ValueError(
-                f"--{prefix}method maml differentiates through the clients' steps, which must be plain ones; use "
-                f"--{prefix}client_optimizer sgd, or --{prefix}method fomaml"
-            )
+    def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
+        if client_optimizer.name == "sgd":
+            return None
+        return "it differentiates through the clients' steps, which must be plain ones; use sgd, or the method fomaml"
 
     def update(
         self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining

@@ -28,6 +28,7 @@ from perfedavg.recording.results import clients_csv, to_json
 from perfedavg.recording.runs import (
     CLIENTS_FILE,
     CONFIG_FILE,
+    INITIAL_MODEL,
     METRICS_FILE,
     MODEL_FILE,
     RESULT_FILE,
@@ -65,7 +66,7 @@ class RunFolder:
     def __init__(
         self,
         path: Path,
-        flags: Mapping[str, Any] | None = None,
+        initial_model: Path | None = None,
         checkpoint_every: int = 10,
         resume: bool = False,
         restart_command: str = "single_process.py",
@@ -73,7 +74,7 @@ class RunFolder:
     ) -> None:
         """Create the folder, or with `resume` open one that holds an unfinished run; take its lock, open its log.
 
-        flags: the experiment's flags, kept in config.json for whoever resumes it.
+        initial_model: the file or the run that the initial model is read from, kept in config.json for a resumption.
         checkpoint_every: rounds between two checkpoints, 1 or more.
         restart_command: what goes on with the run once --resume stands behind it, for a shell in any folder.
         is_made_for_it: whether the folder, although it is there, was made for this run and by nobody else.
@@ -81,7 +82,7 @@ class RunFolder:
         written, or is in use by another process.
         """
         self.path = path
-        self._flags = dict(flags or {})
+        self._initial_model = initial_model
         self._checkpoint_every = checkpoint_every
         self._resumes = resume
         self._restart_command = restart_command
@@ -155,8 +156,9 @@ class RunFolder:
             state = self._go_on(config, run_settings, environment) if self._resumes else None
             if not self._resumes:
                 self._metrics.replace(b"")  # so that it is there also where there is no round
-                experiment = {"flags": self._flags, "experiment": config.to_dict()}
-                self._write_json(CONFIG_FILE, {**experiment, "run": run_settings, "environment": environment})
+                origin = {} if self._initial_model is None else {INITIAL_MODEL: str(self._initial_model)}
+                settings = {"experiment": config.to_dict(), **origin, "run": run_settings}
+                self._write_json(CONFIG_FILE, {**settings, "environment": environment})
         LOGGER.info("if this ends early, it goes on with: %s", self.continue_command)
         return state
 

@@ -27,6 +27,7 @@ RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
 CLIENTS_FILE = "clients.csv"
 MODEL_FILE = "model.safetensors"
+INITIAL_MODEL = "initial_model_path"
 
 KINDS = ("initial", "personalized")
 """Scores of the global model, and of the same model after a client has adapted it."""
@@ -38,13 +39,13 @@ _MEASURES = ("loss", "accuracy")
 class RecordedRun:
     """A run that has begun, as its config.json tells of it.
 
-    flags: the experiment's flags by name, given or by default.
+    initial_model: the file or the run that its initial model was read from, or None.
     environment: versions and commit.
     content: the whole file.
     """
 
     folder: Path
-    flags: Mapping[str, Any]
+    initial_model: Path | None
     environment: Mapping[str, Any]
     content: Mapping[str, Any]
 
@@ -56,18 +57,19 @@ class RecordedRun:
             raise ValueError(f"{folder} is not the folder of a run (it has no {CONFIG_FILE})")
         content = read_object(path)
         with _naming(path):
-            flags, environment = (
-                from_plain(dict[str, Any], content.get(name) or {}, name) for name in ("flags", "environment")
-            )
-        return cls(folder, flags, environment, content)
+            environment = from_plain(dict[str, Any], content.get("environment") or {}, "environment")
+            initial_model = from_plain(str, content.get(INITIAL_MODEL) or "", INITIAL_MODEL)
+        return cls(folder, Path(initial_model) if initial_model else None, environment, content)
 
     def experiment(self, ignore_unknown: bool = False) -> ExperimentConfig:
-        """The settings that the flags came to, none of them open.
+        """All settings of the experiment, none of them open.
 
         ignore_unknown: read a later version's run without the settings that this version does not know.
         Raises ValueError, naming the setting that is damaged.
         """
         try:
+            if "flags" in self.content:
+                raise ValueError("it has flags, as runs of earlier versions")
             values = from_plain(dict[str, Any], self.content.get("experiment"), "experiment")
             experiment = from_plain(ExperimentConfig, values, ignore_unknown=ignore_unknown)
             if not experiment.is_settled:

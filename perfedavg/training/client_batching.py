@@ -21,8 +21,7 @@ from dataclasses import replace
 from torch import nn
 
 from perfedavg.contracts import FederatedDataset
-from perfedavg.methods import method_of
-from perfedavg.settings import ExperimentConfig, Phase
+from perfedavg.settings import ExperimentConfig, Phase, flag
 from perfedavg.terminal.console import say
 from perfedavg.training.compute import ComputeDevice
 from perfedavg.training.local_training import local_training_of, loss_of
@@ -72,7 +71,7 @@ def say_idle_slots(config: ExperimentConfig, num_slots: int) -> None:
     if groups >= num_slots:
         return
     size = "1 client" if config.client_batching == 1 else f"up to {config.client_batching} clients"
-    advice = "" if config.joint else "; a higher --client_num_per_round gives more of them work"
+    advice = "" if config.joint else f"; a higher {flag('cohort_size')} gives more of them work"
     say(
         f"a round's {config.cohort_size} client(s) are trained in {groups} group(s) of {size}, so that "
         f"{num_slots - groups} of {num_slots} training slots have no work{advice}"
@@ -110,6 +109,6 @@ def _bytes_a_client(config: ExperimentConfig, model: nn.Module, dataset: Federat
         def bytes_of_step(batch_size: int) -> int:
             return group_memory_bytes(model, inputs, labels, replace(training, batch_size=batch_size), loss_function)
 
-        return method_of(config, phase).bytes_per_client(bytes_of_step, training, len(labels))
+        return config.phases[phase].method.bytes_per_client(bytes_of_step, training, len(labels))
 
     return max(map(bytes_in, config.phases))

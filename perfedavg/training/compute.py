@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from perfedavg.fields import label
 from perfedavg.machine.kernels import kernels_are_pinned, mkl_branch, onednn_instruction_set
-from perfedavg.settings import ExperimentConfig
+from perfedavg.settings import Compute, ExperimentConfig, flag
 
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt(3)
 
@@ -24,14 +25,14 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdigit())):
-        raise ValueError(f"--device {name} is unknown; use auto, cpu, cuda or cuda:i with i from 0")
+        raise ValueError(f"{label(Compute, 'device')} {name} is unknown; use auto, cpu, cuda or cuda:i with i from 0")
     if kind == "cpu":
         return torch.device("cpu")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if int(index or 0) >= found:
         raise ValueError(
-            f"--device {name} is not there: torch {torch.__version__} finds {found} GPU(s) on this machine; "
-            "use --device cpu or --device auto"
+            f"{label(Compute, 'device')} {name} is not there: torch {torch.__version__} finds {found} GPU(s) here; "
+            f"use {label(Compute, 'device')} cpu or {label(Compute, 'device')} auto"
         )
     return torch.device("cuda", int(index or 0))
 
@@ -102,12 +103,12 @@ def check_portable(config: ExperimentConfig, device: torch.device) -> None:
         return
     if device.type != "cpu":
         raise ValueError(
-            f"--portable_kernels {config.portable_kernels} holds for processors, and this process trains on {device}; "
-            "use --device cpu, or leave it out"
+            f"{flag('portable_kernels')} {config.portable_kernels} is for processors; this process trains on {device}; "
+            f"use {label(Compute, 'device')} cpu, or leave it out"
         )
     if not kernels_are_pinned(config.portable_kernels) or torch.backends.cpu.get_cpu_capability() != "AVX2":
         raise ValueError(
-            f"--portable_kernels {config.portable_kernels} was not known before torch was loaded; call "
+            f"{flag('portable_kernels')} {config.portable_kernels} was not known before torch was loaded; call "
             "perfedavg.machine.kernels.pin_kernels first"
         )
 

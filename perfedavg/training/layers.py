@@ -10,6 +10,8 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor, nn
 
+from perfedavg.settings import flag
+
 BLOCK_BYTES = 3 * 2**19
 """Of a large weight, worked on at once: what stays in a core's cache between its use for a gradient and its update."""
 
@@ -146,7 +148,7 @@ class _GroupMask(torch.autograd.Function):
         if inputs.shape[:2] != (len(batches.sizes), max(batches.sizes)):
             raise ValueError(
                 f"a dropout's inputs have {inputs.shape[1]} rows where the batch has {max(batches.sizes)}; their first "
-                "dimension must be the batch's; or use --client_batching 1"
+                f"dimension must be the batch's; or use {flag('client_batching')} 1"
             )
         uniform = torch.empty(inputs.shape, device=inputs.device)
         for rows, size, generator in zip(uniform, batches.sizes, batches.generators, strict=False):

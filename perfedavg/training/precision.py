@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from perfedavg.contracts import FederatedDataset
+from perfedavg.settings import flag
 from perfedavg.training.flat_model import FlatModel
 from perfedavg.training.local_training import Loss
 
@@ -36,15 +37,15 @@ def check_precision(
     if error is not None and _error_of_a_step("float32", model, inputs, labels, loss_function) is None:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"--precision {precision}: this machine cannot train the model so on {device} ({reason}); "
-            "use --precision float32"
+            f"{flag('precision')} {precision}: this machine cannot train the model so on {device} ({reason}); "
+            f"use {flag('precision')} float32"
         )
     times = slowdown(device)
     if times < CLEARLY_SLOWER:
         return []
     return [
-        f"--precision {precision} is slower than float32 on this machine: a product of matrices takes about "
-        f"{times:.1f} times as long on {device}; use --precision float32"
+        f"{flag('precision')} {precision} is slower than float32 on this machine: a product of matrices takes about "
+        f"{times:.1f} times as long on {device}; use {flag('precision')} float32"
     ]
 
 

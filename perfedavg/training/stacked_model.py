@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from perfedavg.settings import flag
 from perfedavg.training.client_models import Batch, Client, ClientModels, Query
 from perfedavg.training.flat_model import flatten, refuse_buffers, refuse_too_many, refuse_unseedable
 from perfedavg.training.layers import GroupBatches, GroupDropout, replace_layers
@@ -193,12 +194,12 @@ class StackedModel(ClientModels):
         if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
             raise ValueError(
                 f"{type(layer).__name__} cannot be trained many at once, nor differentiated twice; use "
-                "--client_batching 1, and a method without second derivatives"
+                f"{flag('client_batching')} 1, and a method without second derivatives"
             )
         if isinstance(layer, _BatchNorm):
             raise ValueError(
                 f"{type(layer).__name__} mixes the examples of a batch, so it cannot be trained many at once; "
-                "use --client_batching 1, or GroupNorm in its place"
+                f"use {flag('client_batching')} 1, or GroupNorm in its place"
             )
         refuse_unseedable(layer)
         return GroupDropout(layer.p, self._batches) if isinstance(layer, nn.Dropout) else None

@@ -29,7 +29,7 @@ JOINT += ["--server_optimizer", "sgd"]
 
 def errors_by_step(*flags: str) -> list[float]:
     """Mean test MSE over the unseen tasks after 0 .. 5 steps on their given points, when the training has ended."""
-    config = utils.config_from_args(utils.get_args("single", [*SMALL, *flags]))
+    config = utils.get_args("single", [*SMALL, *flags]).experiment
     dataset = utils.get_datasets(config, Path())
     model = utils.get_model(config, dataset)
     executor = LocalExecutor(config, model, dataset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ from PIL import Image
 
 import reproduce
 import utils
+from launch.flags import parse, restart_command, worker_command
 from multi_process.transport.handshake import read_token
 from perfedavg.terminal.console import command_line
 
@@ -84,12 +86,13 @@ def test_what_starts_a_run_again_has_every_flag_that_was_given(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PERFEDAVG_DATA", "data")
     given = utils.get_args(role, [*argv, "--seed", "3", "--run_dir", "x"])
-    _, script, *words = words_of(utils.restart_command(role, given))
+    _, script, *words = words_of(restart_command(given))
     monkeypatch.chdir("/")
     monkeypatch.delenv("PERFEDAVG_DATA")
     again = utils.get_args(role, words)
     assert Path(script).is_file()
-    assert {**vars(again), "seed": 3, "run_dir": tmp_path / "x"} == vars(given)
+    experiment = dataclasses.replace(again.experiment, seed=3)
+    assert dataclasses.replace(again, experiment=experiment, run_dir=tmp_path / "x") == given
     assert again.data_root == tmp_path / "data"
 
 
@@ -97,7 +100,7 @@ def test_a_server_names_a_worker_that_joins_it(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     argv = ["--ip", "10.0.0.1", "--port", "4000", "--token_file", "t", "--data_root", "d", "--ethernet", "lo"]
     given = utils.get_args("server", [*argv, "--join_timeout_seconds", "9"])
-    _, script, *words = words_of(f"{utils.worker_command(given)} --rank 2")
+    _, script, *words = words_of(f"{worker_command(given)} --rank 2")
     worker = utils.get_args("worker", words)
     assert Path(script).name == "client_worker.py"
     assert (worker.ip, worker.port, worker.rank, worker.ethernet) == ("10.0.0.1", 4000, 2, "lo")
@@ -115,7 +118,9 @@ def test_the_command_that_makes_a_token_makes_one(tmp_path: Path) -> None:
     assert read_token(tmp_path / "long") == answer.stdout.strip().encode()
 
 
-def test_reproduction_goes_on_with_the_flags_it_had(launched: Launched, tmp_path: Path) -> None:
+def test_reproduction_goes_on_with_the_flags_it_had(
+    launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The command that it lists for a row is read by the entry point that it names."""
     flags = ["--dataset", "mnist", "--rows", "E5-C20", "--seeds", "0", "1", "--runs", "my runs", "--threads", "1"]
     status, output, errors = finish(launched.start("reproduce.py", *flags, "--list", cwd=tmp_path))
@@ -123,8 +128,11 @@ def test_reproduction_goes_on_with_the_flags_it_had(launched: Launched, tmp_path
     _, script, *words = words_of(output.splitlines()[1].strip())
     assert script == str(ROOT / "single_process.py")
     assert utils.get_args("single", words).run_dir == tmp_path / "my runs" / "mnist" / "E5-C20" / "seed0"
-    given = reproduce.build_parser().parse_args(flags)
-    assert reproduce.build_parser().parse_args(utils.differing_argv(reproduce.build_parser(), given, ())) == given
+    monkeypatch.chdir(tmp_path)
+    given = parse(reproduce.Reproduce, flags)
+    _, script, *words = words_of(restart_command(given))
+    monkeypatch.chdir("/")
+    assert (script, parse(reproduce.Reproduce, words)) == (str(ROOT / "reproduce.py"), given)
 
 
 def test_words_survive_a_shell() -> None:
@@ -152,7 +160,7 @@ def test_no_command_is_written_by_hand() -> None:
         *ROOT.glob("*.py"),
         *(
             file
-            for name in ("perfedavg", "multi_process", "datasets", "reporting", "models")
+            for name in ("perfedavg", "multi_process", "datasets", "reporting", "models", "launch")
             for file in (ROOT / name).rglob("*.py")
         ),
     ]:

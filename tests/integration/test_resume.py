@@ -145,7 +145,7 @@ def test_clients_that_all_diverge_leave_the_model_as_it_was(launched: Launched, 
     assert status == 0, errors
     assert errors.count("refused 5 of 5 updates") == 3
     assert "lower --local_lr" in errors
-    config = utils.config_from_args(utils.get_args("single", words))
+    config = utils.get_args("single", words).experiment
     untrained = utils.get_model(config, utils.get_datasets(config, tmp_path))
     assert read_result(tmp_path / "run")["model_sha256"] == parameters_sha256(flatten(untrained))
     assert [(len(line["refused"]), line["train_loss"]) for line in metrics(tmp_path / "run")] == [(5, None)] * 3

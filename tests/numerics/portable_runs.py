@@ -46,7 +46,7 @@ def digest(flags: str) -> str:
     from perfedavg.training.flat_model import flatten
 
     args = utils.get_args("single", [*flags.split(), "--portable_kernels", sys.argv[1]])
-    config = utils.config_from_args(args)
+    config = args.experiment
     dataset = utils.get_datasets(config, Path())
     model = utils.get_model(config, dataset)
     config = settle_client_batching(config, model, dataset, [ComputeDevice("cpu", 0)])

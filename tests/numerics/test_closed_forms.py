@@ -14,6 +14,7 @@ from torch import Tensor
 
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
+from perfedavg.methods.reptile import Reptile
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.flat_model import flatten
 
@@ -79,7 +80,7 @@ def test_the_servers_momentum_lives_through_the_rounds() -> None:
 
 def test_reptile_steps_towards_the_unweighted_mean() -> None:
     """theta + step * mean_i(theta_i(K) - theta), from where FedAvg ended, without its momentum."""
-    reptile = PhaseConfig(2, 4, OptimizerConfig("sgd", 0.05), OptimizerConfig("sgd", 0.3))
+    reptile = PhaseConfig(2, 4, OptimizerConfig("sgd", 0.05), OptimizerConfig("sgd", 0.3), method=Reptile())
     w = run(config(2, OptimizerConfig("momentum", 1.0))).parameters
     for _ in range(2):
         w = w + 0.3 * torch.stack(updates(w, 4, 0.05)).mean(dim=0)
@@ -89,7 +90,7 @@ def test_reptile_steps_towards_the_unweighted_mean() -> None:
 
 def test_reptile_with_adam_on_the_server() -> None:
     """Adam's first step (Kingma and Ba 2015) is lr * g / (|g| + eps): the mean update's sign, whatever its size."""
-    reptile = PhaseConfig(1, 1, OptimizerConfig("sgd", 0.05), OptimizerConfig("adam", 0.01))
+    reptile = PhaseConfig(1, 1, OptimizerConfig("sgd", 0.05), OptimizerConfig("adam", 0.01), method=Reptile())
     before = run(config(1, OptimizerConfig("sgd", 1.0))).parameters
     direction = torch.stack(updates(before, 1, 0.05)).mean(dim=0)
     outcome = run(config(1, OptimizerConfig("sgd", 1.0), reptile))
@@ -103,7 +104,8 @@ def test_a_clients_adam_starts_afresh_in_every_round() -> None:
     """
     adam = OptimizerConfig("adam", 0.001, betas=(0.0, 0.999))
     settings = dataclasses.replace(
-        config(1, OptimizerConfig("sgd", 1.0), PhaseConfig(3, 1, adam, OptimizerConfig("sgd", 1.0))), batch_size=50
+        config(1, OptimizerConfig("sgd", 1.0), PhaseConfig(3, 1, adam, OptimizerConfig("sgd", 1.0), method=Reptile())),
+        batch_size=50,
     )
     before = run(dataclasses.replace(settings, fine_tune=None)).parameters
     centres = torch.tensor(CENTRES[:4], dtype=torch.float64)

@@ -17,6 +17,7 @@ from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import ScoringTask
+from perfedavg.methods.reptile import Reptile
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.client_models import Client
 from perfedavg.training.flat_model import FlatModel, flatten
@@ -126,7 +127,12 @@ def test_every_client_of_a_round_takes_so_many_steps(client_batching: int) -> No
     sizes = (25, 7, 12, 40, 18)
     dataset = QuadraticClients([[1.0, 0.0], [3.0, 5.0], [-2.0, 0.5], [4.0, -3.0], [0.25, 1.5]], sizes, num_unseen=1)
     phase = PhaseConfig(1, 1, SGD, OptimizerConfig("sgd", 1.0), num_local_steps=5)
-    config = make_config(num_clients=5, fedavg=phase, fine_tune=phase, client_batching=client_batching)
+    config = make_config(
+        num_clients=5,
+        fedavg=phase,
+        fine_tune=dataclasses.replace(phase, method=Reptile()),
+        client_batching=client_batching,
+    )
     executor = LocalExecutor(config, Difference(START), dataset, loss_function=half_squared_norm)
     outcome = run_experiment(config, executor, dataset, ExperimentState.fresh(config, torch.tensor(START).double()))
     w, centres = torch.tensor(START, dtype=torch.float64), dataset.centres[:4]

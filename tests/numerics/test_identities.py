@@ -20,6 +20,7 @@ from datasets.clients.views import JointView
 from perfedavg.contracts import FederatedDataset
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
+from perfedavg.methods import METHODS
 from perfedavg.settings import OptimizerConfig, PhaseConfig
 from perfedavg.training.client_models import Client, ClientModels, Query
 from perfedavg.training.flat_model import FlatModel, flatten
@@ -118,8 +119,9 @@ def moved(
     return run_experiment(config, executor, clients, ExperimentState.fresh(config, START)).parameters - START
 
 
-def one_round(num_steps: int, server: OptimizerConfig = AVERAGING, method: str = "reptile") -> PhaseConfig:
-    return PhaseConfig(1, 1, SGD, server, num_local_steps=num_steps, method=method, support_fraction=1.0)
+def one_round(num_steps: int, server: OptimizerConfig = AVERAGING, method: str = "fedavg") -> PhaseConfig:
+    settings = {"support_fraction": 1.0} if method == "fomaml" else {}
+    return PhaseConfig(1, 1, SGD, server, num_local_steps=num_steps, method=METHODS[method](**settings))
 
 
 def assert_close(actual: Tensor, expected: Tensor) -> None:
@@ -153,7 +155,7 @@ def test_reptile_is_fedavg_with_equal_weights() -> None:
     """One step of the server, from the same model; FedAvg weighs by examples, Reptile does not."""
     server = OptimizerConfig("sgd", 0.7)
     fedavg = moved(one_round(3, server))
-    assert_close(moved(LEFT_OUT, one_round(3, server), Clients(UNEQUAL)), fedavg)
+    assert_close(moved(LEFT_OUT, one_round(3, server, "reptile"), Clients(UNEQUAL)), fedavg)
     assert distance(moved(one_round(3, server), clients=Clients(UNEQUAL)), fedavg) > 0.05
 
 
@@ -168,10 +170,10 @@ def test_one_local_step_is_fedsgd(repeats: tuple[int, ...]) -> None:
     fedavg = moved(one_round(1), clients=clients)
     assert_close(fedavg, -RATE * weights @ gradients)
     assert_close(moved(one_round(1), clients=JointView(clients)), fedavg)
-    reptile = moved(LEFT_OUT, one_round(1), clients)
+    reptile = moved(LEFT_OUT, one_round(1, method="reptile"), clients)
     assert_close(reptile, -RATE * gradients.mean(0))
-    an_epoch = PhaseConfig(1, 1, SGD, AVERAGING)
-    assert torch.equal(moved(an_epoch, clients=clients), fedavg)
+    an_epoch = PhaseConfig(1, 1, SGD, AVERAGING, method=METHODS["reptile"]())
+    assert torch.equal(moved(PhaseConfig(1, 1, SGD, AVERAGING), clients=clients), fedavg)
     assert torch.equal(moved(LEFT_OUT, an_epoch, clients), reptile)
 
 

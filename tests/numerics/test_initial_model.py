@@ -19,6 +19,7 @@ from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, parameters_sha256, run_experiment
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
+from perfedavg.methods.reptile import Reptile
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
@@ -30,7 +31,7 @@ CLIENTS = QuadraticClients(CENTRES, (25, 7, 12, 40, 18, 9), num_unseen=2)
 SGD = OptimizerConfig("sgd", 0.1)
 LEFT_OUT = PhaseConfig(0, 1, SGD, OptimizerConfig("momentum", 1.0))
 NO_TRAINING = make_config(num_clients=None, fedavg=LEFT_OUT, fine_tune=None, num_curve_epochs=2)
-ONE_STEP = PhaseConfig(2, 1, SGD, OptimizerConfig("sgd", 0.5), num_local_steps=1)
+ONE_STEP = PhaseConfig(2, 1, SGD, OptimizerConfig("sgd", 0.5), num_local_steps=1, method=Reptile())
 RUN = {"world_size": 1}
 
 

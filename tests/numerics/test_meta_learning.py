@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from datasets.clients.split import SplitDataset
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
+from perfedavg.methods import METHODS
+from perfedavg.methods.maml import MAML
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training import client_models
 from perfedavg.training.client_models import Client, ClientModels, Query
@@ -124,8 +126,8 @@ def test_fomaml_takes_any_optimizer_on_the_way() -> None:
     expected, _ = one_by_one("fomaml", model, tasks(), training)
     gradients, _ = together("fomaml", model, tasks(), training)
     torch.testing.assert_close(gradients, expected, rtol=1e-8, atol=1e-10)
-    with pytest.raises(ValueError, match=r"--fine_tune_method maml .* use --fine_tune_client_optimizer sgd"):
-        make_config(fine_tune=PhaseConfig(1, 1, ADAM, SGD, method="maml"))
+    with pytest.raises(ValueError, match=r"--fine_tune_method maml .* --fine_tune_client_optimizer adam: .* use sgd"):
+        make_config(fine_tune=PhaseConfig(1, 1, ADAM, SGD, method=MAML()))
 
 
 @pytest.mark.parametrize("method", ["fomaml", "maml"])
@@ -204,7 +206,7 @@ def test_clients_with_a_quadratic_loss_have_a_closed_form(method: str, times: in
     Two rounds, with equal weights whatever the clients' sizes, and a server rate that falls.
     """
     server = OptimizerConfig("sgd", 0.8)
-    phase = PhaseConfig(2, 1, SGD, server, num_local_steps=3, server_schedule="linear", method=method)
+    phase = PhaseConfig(2, 1, SGD, server, num_local_steps=3, server_schedule="linear", method=METHODS[method]())
     config = make_config(num_clients=5, fedavg=LEFT_OUT, fine_tune=phase, client_batching=client_batching)
     dataset, model = QuadraticClients(CENTRES, (25, 7, 12, 40, 18), num_unseen=1), Difference(START)
     executor = LocalExecutor(config, model, dataset, loss_function=half_squared_norm)
@@ -237,7 +239,7 @@ def run(config: ExperimentConfig, num_slots: int) -> ExperimentOutcome:
 @pytest.mark.parametrize("method", ["fomaml", "maml"])
 def test_slots_do_not_change_a_bit(method: str, client_batching: int) -> None:
     """Six clients a round, in groups of four and two. What a client sends is float32."""
-    fine_tune = PhaseConfig(2, 1, SGD, OptimizerConfig("adam", 0.01), method=method)
+    fine_tune = PhaseConfig(2, 1, SGD, OptimizerConfig("adam", 0.01), method=METHODS[method]())
     config = make_config(cohort_size=6, client_batching=client_batching, fine_tune=fine_tune, num_curve_epochs=2)
     one, two = run(config, 1), run(config, 2)
     assert torch.equal(one.parameters, two.parameters)
@@ -250,7 +252,7 @@ def test_slots_do_not_change_a_bit(method: str, client_batching: int) -> None:
 @pytest.mark.parametrize("method", ["fomaml", "maml"])
 def test_a_clients_task_follows_from_its_round(method: str) -> None:
     """Two rounds at a server rate of almost nothing: another cut, so another loss of the same clients."""
-    fine_tune = PhaseConfig(2, 1, SGD, OptimizerConfig("sgd", 1e-30), method=method)
+    fine_tune = PhaseConfig(2, 1, SGD, OptimizerConfig("sgd", 1e-30), method=METHODS[method]())
     config = make_config(cohort_size=16, fedavg=LEFT_OUT, fine_tune=fine_tune)
     losses: list[float | None] = []
 

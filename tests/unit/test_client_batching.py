@@ -10,6 +10,7 @@ from torch import nn
 
 from models import build_model
 from perfedavg.engine.executor import LocalExecutor
+from perfedavg.methods import METHODS
 from perfedavg.settings import OptimizerConfig, PhaseConfig
 from perfedavg.training.client_batching import (
     TINY_MODEL_CLIENTS,
@@ -19,7 +20,6 @@ from perfedavg.training.client_batching import (
     settle_client_batching,
 )
 from perfedavg.training.compute import ComputeDevice
-from utils import check_num_workers
 
 CPU = ComputeDevice("cpu", 0)
 AUTO = make_config(cohort_size=16, client_batching=None)
@@ -92,7 +92,7 @@ def test_what_a_query_takes_counts() -> None:
 
 def fine_tune(method: str) -> PhaseConfig:
     sgd = OptimizerConfig("sgd", 0.1)
-    return PhaseConfig(2, 1, sgd, sgd, num_local_steps=1, method=method)
+    return PhaseConfig(2, 1, sgd, sgd, num_local_steps=1, method=METHODS[method]())
 
 
 @pytest.mark.parametrize("cohort_size", [2, 3, 5, 8, 10, 16])
@@ -123,15 +123,15 @@ def test_slots_without_work_are_said(capsys: pytest.CaptureFixture[str]) -> None
     [
         (None, 5, "raise it to 5"),
         (1, 5, "raise it to 5"),
-        (2, 3, "makes 2 group(s) of --client_batching 2 for 3 workers, some of which would never work; raise it to 5"),
+        (2, 3, "makes 2 group(s) of --client_batching 2, fewer than the 3 workers"),
         (4, 2, "lower --client_batching"),
     ],
 )
 def test_workers_that_would_never_work_are_refused(client_batching: int | None, num_workers: int, fix: str) -> None:
     config = make_config(cohort_size=4, client_batching=client_batching)
     with pytest.raises(ValueError, match=re.escape(fix)):
-        check_num_workers(config, num_workers)
-    check_num_workers(config, num_workers - 1)
+        config.check_num_workers(num_workers)
+    config.check_num_workers(num_workers - 1)
 
 
 def test_an_executor_asks_for_a_number_and_for_a_model_that_can_be_stacked() -> None:

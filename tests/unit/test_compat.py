@@ -56,7 +56,7 @@ from pathlib import Path
 use_reproducible_kernels()
 flags = "--dataset digits --struct mlp --client_num_in_total 10 --client_num_per_round 1 --epochs 1 --inner_loops 1"
 flags += " --fine_tune_outer_loops 1 --fine_tune_inner_loops 1 --pers_round 1 --fine_tune_client_optimizer adagrad"
-config = utils.config_from_args(utils.get_args("single", [*flags.split(), "--client_batching", "1"]))
+config = utils.get_args("single", [*flags.split(), "--client_batching", "1"]).experiment
 dataset = utils.get_datasets(config, Path())
 model = utils.get_model(config, dataset)
 state = ExperimentState.fresh(config, flatten(model))

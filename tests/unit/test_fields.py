@@ -150,7 +150,7 @@ def test_a_text_becomes_a_value_of_the_fields_type(name: str, text: str, value: 
         ("rank", "x", "--rank x must be a whole number from 1 to 1024"),
         ("rank", "1.5", "--rank 1.5 must be a whole number from 1 to 1024"),
         ("joint", "maybe", "--joint maybe must be true or false"),
-        ("two_server_decay", "", "--two_server_decay  must be a number 0 or more and below 1"),
+        ("two_server_decay", "", "--two_server_decay '' must be a number 0 or more and below 1"),
     ],
 )
 def test_a_text_of_another_type_is_one_line(name: str, text: str, line: str) -> None:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
-import inspect
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT
 
 import utils
+from datasets.registry import DATA_SETS
+from launch.flags import FIRST, build_parser, to_argv
+from launch.settings import ENTRY_POINTS, Server, Worker
+from launch.table import PAGE, to_markdown
+from perfedavg.fields import flags_by_name
 from perfedavg.settings import ExperimentConfig, num_unseen_clients
 
 EXPERIMENT_FLAGS = [
@@ -36,8 +40,12 @@ EXPERIMENT_FLAGS = [
     (["--server_momentum", "0.7"], lambda c: c.fedavg.server_optimizer.momentum),
     (["--local_lr", "0.7"], lambda c: c.fedavg.client_optimizer.learning_rate),
     (["--fine_tune", "false"], lambda c: c.fine_tune),
+    (["--method", "fedprox"], lambda c: c.fedavg.method),
+    (["--mu", "0.7", "--method", "fedprox"], lambda c: c.fedavg.method),
+    (["--support_fraction", "0.7", "--method", "fomaml"], lambda c: c.fedavg.method),
+    (["--fine_tune_mu", "0.7", "--fine_tune_method", "fedprox"], lambda c: c.fine_tune.method),
     (["--fine_tune_method", "maml"], lambda c: c.fine_tune.method),
-    (["--fine_tune_support_fraction", "0.7"], lambda c: c.fine_tune.support_fraction),
+    (["--fine_tune_support_fraction", "0.7", "--fine_tune_method", "maml"], lambda c: c.fine_tune.method),
     (["--fine_tune_inner_steps", "7"], lambda c: c.fine_tune.num_local_steps),
     (["--fine_tune_server_schedule", "linear"], lambda c: c.fine_tune.server_schedule),
     (["--fine_tune_server_epsilon", "0.7"], lambda c: c.fine_tune.server_optimizer.epsilon),
@@ -67,19 +75,19 @@ EXPERIMENT_FLAGS = [
 
 
 def config(*argv: str) -> ExperimentConfig:
-    return utils.config_from_args(utils.get_args("single", argv))
+    experiment: ExperimentConfig = utils.get_args("single", argv).experiment
+    return experiment
 
 
 @pytest.mark.parametrize(("argv", "field"), EXPERIMENT_FLAGS, ids=lambda value: value[0] if type(value) is list else "")
-def test_every_flag_of_the_experiment_changes_it(argv: list[str], field: object) -> None:
+def test_every_flag_of_the_experiment_changes_it(argv: list[str], field: Any) -> None:
     base = [] if "--dataset" in argv else ["--dataset", "digits"]
     assert field(config(*base, *argv)) != field(config("--dataset", "digits"))
 
 
 def test_the_list_above_holds_every_flag_of_the_experiment() -> None:
     listed = {argv[0].removeprefix("--") for argv, _ in EXPERIMENT_FLAGS}
-    settings = {"run_dir", "resume", "checkpoint_every", "data_root", "device", "threads"}
-    assert set(vars(utils.get_args("single", []))) == listed | settings
+    assert set(flags_by_name(ExperimentConfig)) | {"initial_model"} == listed
 
 
 def test_emnist_gets_the_papers_experiment() -> None:
@@ -146,19 +154,21 @@ def test_quick_start_passes_every_flag_on() -> None:
     argv += ["--fine_tune_client_optimizer", "sgd"]  # the only one that goes with maml
     argv += ["--run_dir", "/tmp/x", "--data_root", "/tmp/y", "--device", "cpu", "--threads", "3", "--backend", "gloo"]
     args = utils.get_args("quick_start", argv)
-    server = utils.get_args("server", utils.to_argv(args, "server"))
-    assert utils.config_from_args(server) == utils.config_from_args(args)
+    server = utils.get_args("server", to_argv(args, Server))
+    assert (server.experiment, server.initial_model) == (args.experiment, args.initial_model)
     assert (server.run_dir, server.data_root) == (Path("/tmp/x"), Path("/tmp/y"))
-    args.rank = 1
-    worker = utils.get_args("worker", utils.to_argv(args, "worker"))
+    worker = utils.get_args("worker", to_argv(args, Worker, rank=1))
     assert (worker.device, worker.threads, worker.data_root) == ("cpu", 3, Path("/tmp/y"))
 
 
-def unfinished_run(path: Path, *argv: str) -> Path:
-    """A folder with the config.json that a run with these flags leaves."""
+def begun_run(path: Path, *argv: str, **settled: object) -> Path:
+    """A folder with the config.json that a run with these flags leaves, with what it has settled."""
     path.mkdir()
-    flags = utils.experiment_flags(utils.get_args("single", argv))
-    (path / "config.json").write_text(json.dumps({"flags": flags}))
+    args = utils.get_args("single", argv)
+    content: dict[str, Any] = {"experiment": {**args.experiment.to_dict(), "client_batching": 1, **settled}}
+    if args.initial_model is not None:
+        content["initial_model_path"] = str(args.initial_model)
+    (path / "config.json").write_text(json.dumps(content))
     return path
 
 
@@ -167,94 +177,118 @@ def unfinished_run(path: Path, *argv: str) -> Path:
 def test_resume_takes_the_experiment_from_the_run(base: list[str], role: str, tmp_path: Path) -> None:
     """Also for the processes that quick_start.py starts; how it is run is up to the present command line."""
     argv = [*base, "--epochs", "7", "--local_lr", "0.1", "--server_lr", "0.3333333333333333"]
-    run = unfinished_run(tmp_path / "run", *argv)
+    run = begun_run(tmp_path / "run", *argv)
     args = utils.get_args(role, ["--resume", str(run), "--data_root", "/elsewhere", "--checkpoint_every", "3"])
-    assert utils.config_from_args(args) == config(*argv)
-    server = utils.get_args("server", utils.to_argv(args, "server"))
-    assert utils.config_from_args(server) == config(*argv)
+    recorded = dataclasses.replace(config(*argv), client_batching=1)
+    assert args.experiment == recorded
+    server = utils.get_args("server", to_argv(args, Server))
+    assert server.experiment == recorded
     assert (server.resume, server.data_root, server.checkpoint_every) == (run, Path("/elsewhere"), 3)
 
 
-def test_resume_refuses_another_experiment_but_not_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = str(unfinished_run(tmp_path / "run", "--dataset", "mnist", "--epochs", "7"))
-    for given, recorded in ((["--epochs", "8"], "7"), (["--dataset", "emnist"], "mnist"), (["--seed", "1"], "0")):
-        with pytest.raises(SystemExit) as end:
+def test_resume_refuses_another_experiment_but_not_the_same(tmp_path: Path) -> None:
+    run = str(begun_run(tmp_path / "run", "--dataset", "mnist", "--epochs", "7"))
+    for given, recorded in (
+        (["--epochs", "8"], "7"),
+        (["--dataset", "emnist"], "mnist"),
+        (["--seed", "1"], "0"),
+        (["--initial_model", "/x"], "None"),
+    ):
+        with pytest.raises(ValueError, match="differs") as refusal:
             utils.get_args("single", ["--resume", run, *given])
-        assert end.value.code == 2
-        message = f"error: {' '.join(given)} differs from the run's {recorded}; leave it out, or start a new run\n"
-        assert capsys.readouterr().err == message
-    same = utils.get_args("single", ["--resume", run, "--epochs", "7", "--dataset", "mnist", "--seed", "0"])
-    assert same.epochs == 7
-
-
-def begun_run(path: Path, *argv: str, **settled: object) -> Path:
-    """A folder with the config.json that a run with these flags leaves, with what it has settled."""
-    run = unfinished_run(path, *argv)
-    content = json.loads((run / "config.json").read_text())
-    experiment = {**config(*argv).to_dict(), "client_batching": 1, **settled}
-    (run / "config.json").write_text(json.dumps({**content, "experiment": experiment}))
-    return run
-
-
-def resumed(run: Path, *argv: str) -> ExperimentConfig:
-    return utils.experiment_from_args(utils.get_args("single", ["--resume", str(run), *argv]))
+        message = f"{' '.join(given)} differs from the run's {recorded}; leave it out, or start a new run"
+        assert str(refusal.value) == message
+    same = ["--epochs", "7", "--dataset", "mnist", "--struct", "cnn", "--seed", "0"]
+    assert utils.get_args("single", ["--resume", run, *same]).experiment.fedavg.num_rounds == 7
 
 
 def test_a_resumed_run_keeps_what_it_has_settled(tmp_path: Path) -> None:
     """Settled anew, on another device or from another file, it would be another experiment. The flags fit it."""
     digest = "ab" * 32
-    run = begun_run(tmp_path / "run", "--initial_model", "gone", client_batching=16, initial_model=digest)
-    for given in ([], ["--client_batching", "16"], ["--client_batching", "auto"], ["--initial_model", "gone"]):
-        settled = resumed(run, *given)
-        assert (settled.client_batching, settled.initial_model) == (16, digest)
-    with pytest.raises(SystemExit):
-        resumed(run, "--client_batching", "4")
+    run = begun_run(tmp_path / "run", "--initial_model", "/gone", client_batching=16, initial_model=digest)
+    for given in ([], ["--client_batching", "16"], ["--client_batching", "auto"], ["--initial_model", "/new"]):
+        args = utils.get_args("single", ["--resume", str(run), *given])
+        assert (args.experiment.client_batching, args.experiment.initial_model) == (16, digest)
+        assert args.initial_model == (Path("/new") if "/new" in given else Path("/gone"))
+    with pytest.raises(ValueError, match="--client_batching 4 differs from the run's 16"):
+        utils.get_args("single", ["--resume", str(run), "--client_batching", "4"])
 
 
 @pytest.mark.parametrize(
-    ("part", "name", "value", "said"),
+    ("name", "value", "said"),
     [
-        ("flags", "seed", 5, "seed is 5, was 0"),
-        ("experiment", "seed", 5, "seed is 0, was 5"),
-        ("experiment", "batch_size", 7, "batch_size is 20, was 7"),
-        ("experiment", "client_batching", None, "not settled"),
-        ("experiment", "initial_model", "ab" * 32, "initial_model is None, was abab"),
-        ("flags", "fine_tune", False, "fine_tune is None"),
-        ("experiment", "batch_size", "20", 'batch_size is "20", must be a whole number'),
-        ("experiment", "epochs", 2, "epochs is unknown"),
+        ("client_batching", None, "not settled"),
+        ("batch_size", "20", 'batch_size is "20", must be a whole number'),
+        ("batch_size", 10**30, "--batch_size 1000000000000000000000000000000 must be a whole number from 1"),
+        ("fedavg", [1], "fedavg is an array, must be an object"),
+        ("epochs", 2, "epochs is unknown"),
     ],
 )
-def test_a_config_json_that_was_edited_is_refused(
-    part: str, name: str, value: object, said: str, tmp_path: Path
-) -> None:
-    """Also before the first checkpoint: else the run would silently become another experiment."""
+def test_a_config_json_that_was_damaged_is_refused(name: str, value: object, said: str, tmp_path: Path) -> None:
     run = begun_run(tmp_path / "run", "--dataset", "digits")
     content = json.loads((run / "config.json").read_text())
-    content[part][name] = value
+    content["experiment"][name] = value
     (run / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=re.escape(said)) as refusal:
-        resumed(run)
-    assert str(run) in str(refusal.value)
+        utils.get_args("single", ["--resume", str(run)])
+    assert f"--resume {run}" in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("value", ["12", [12], {"a": 1}, 1.5, True, 10**30])
-def test_a_flag_of_another_type_in_config_json_is_one_line(
-    value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_of_an_earlier_version_is_not_resumed(tmp_path: Path) -> None:
+    """Its settings have other meanings."""
     run = begun_run(tmp_path / "run", "--dataset", "digits")
     content = json.loads((run / "config.json").read_text())
-    content["flags"]["epochs"] = value
-    (run / "config.json").write_text(json.dumps(content))
-    with pytest.raises((SystemExit, ValueError)) as refusal:
-        resumed(run)
-    said = capsys.readouterr().err or str(refusal.value)
-    assert "epochs" in said or "num_rounds" in said
-    assert len(said.strip().splitlines()) == 1
+    (run / "config.json").write_text(json.dumps({"flags": {"dataset": "digits"}, **content}))
+    with pytest.raises(ValueError, match=r"of another version of this project .*; restore it, or start a new run"):
+        utils.get_args("single", ["--resume", str(run)])
+
+
+def test_a_file_gives_flags_and_the_command_line_wins(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(
+        'dataset = "digits"\nepochs = 7\nserver_lr = 0.5\njoint = true\nclient_num_per_round = 1\nport = 4000\n'
+    )
+    args = utils.get_args("server", ["--config", str(file), "--server_lr", "0.7"])
+    assert args.experiment == config(
+        *("--dataset", "digits", "--epochs", "7", "--server_lr", "0.7", "--joint", "--client_num_per_round", "1")
+    )
+    assert args.port == 4000
+    assert utils.get_args("single", ["--config", str(file)]).experiment.fedavg.server_optimizer.learning_rate == 0.5
+
+
+def test_another_runs_config_gives_its_experiment(tmp_path: Path) -> None:
+    given = ("--dataset", "digits", "--fine_tune_method", "maml", "--fine_tune_server_lr", "0.3", "--partition", "iid")
+    run = begun_run(tmp_path / "run", *given)
+    other = config("--config", str(run / "config.json"), "--seed", "5")
+    assert other == dataclasses.replace(config(*given), seed=5, client_batching=1)
+    assert config("--config", str(run / "config.json"), "--dataset", "emnist").architecture == "emnist_cnn"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("colour = 1", "colour is unknown; use the names of flags without dashes"),
+        ("epochs = 7.5", "--epochs 7.5 must be a whole number from 0"),
+        ("epochs = [7]", "--epochs [7] must be a whole number"),
+        ("local_split = 'head'", "--local_split head is unknown; use one of shuffled, tail"),
+        ("epochs = ", "Invalid value"),
+    ],
+)
+def test_an_error_in_a_file_is_one_line_with_the_file_and_the_key(text: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)) as refusal:
+        utils.get_args("single", ["--config", str(file)])
+    assert len(str(refusal.value).splitlines()) == 1
+    assert "local_split" in text or str(refusal.value).startswith(f"--config {file}: ")
+    with pytest.raises(ValueError, match="--config /nowhere"):
+        utils.get_args("single", ["--config", "/nowhere"])
 
 
 def test_quick_start_defaults_to_the_data_that_needs_no_download() -> None:
-    assert utils.get_args("quick_start", []).dataset == "digits"
-    assert utils.get_args("quick_start", []).client_num_in_total == 50
+    experiment = utils.get_args("quick_start", []).experiment
+    assert (experiment.dataset, experiment.num_clients) == ("digits", 50)
 
 
 def test_the_data_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,14 +300,28 @@ def test_the_data_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "argv",
-    [["--dataset", "cifar"], ["--epochs", "x"], ["--threads", "0"], ["--fine_tune", "maybe"], ["--nonsense", "1"]],
+    ("argv", "said"),
+    [
+        (["--dataset", "cifar"], "--dataset cifar is unknown; use one of emnist"),
+        (["--epochs", "x"], "--epochs x must be a whole number from 0"),
+        (["--threads", "0"], "--threads 0 must be a whole number from 1 to 1024"),
+        (["--fine_tune", "maybe"], "--fine_tune maybe must be true or false"),
+        (["--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
+        (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
+    ],
 )
-def test_malformed_flags_end_with_a_line_and_status_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end:
+def test_malformed_flags_are_one_line(argv: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)) as refusal:
         utils.get_args("single", argv)
-    assert end.value.code == 2
-    assert argv[-1] in capsys.readouterr().err
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_malformed_flag_ends_with_a_line_and_status_2() -> None:
+    for entry_point in ("single_process.py", "quick_start.py", "reproduce.py"):
+        command = [sys.executable, str(ROOT / entry_point), "--epochs", "x", "--rows", "--dataset"]
+        answer = subprocess.run(command, capture_output=True, text=True)
+        assert (answer.returncode, answer.stdout, len(answer.stderr.splitlines())) == (2, "", 1), answer.stderr
+        assert answer.stderr.startswith("error: ")
 
 
 @pytest.mark.parametrize("entry_point", ["server.py", "client_worker.py", "single_process.py", "quick_start.py"])
@@ -286,36 +334,41 @@ def test_help_explains_every_flag_without_loading_torch(entry_point: str) -> Non
     explained = answer.stdout.split("\n  --")[1:]
     assert len(explained) > 5
     for text in explained:
-        assert "default" in text or text.startswith("rank"), text
+        assert "default" in text or text.startswith(("rank", "config")), text
+    assert "\n  --".join(explained).index("data_root") < 5000, "what a newcomer looks for comes first"
 
 
-def test_build_parser_says_which_flags_stand_in_two_groups() -> None:
-    """Whoever changes a flag must know that there is another one of its name."""
-    groups = [value for name, value in vars(utils).items() if name.startswith("_add_") and _is_group(value)]
-    names: Counter[str] = Counter()
-    for add in groups:
-        parser = argparse.ArgumentParser(add_help=False)
-        add(parser)
-        names.update(action.option_strings[0] for action in parser._actions)
-    twice = {name for name, count in names.items() if count > 1}
-    documentation = utils.build_parser.__doc__ or ""
-    assert set(re.findall(r"`(--\w+)`", documentation)) == twice
+@pytest.mark.parametrize("role", ENTRY_POINTS)
+def test_the_flags_of_a_newcomer_are_ten_at_most(role: str) -> None:
+    names = flags_by_name(ENTRY_POINTS[role])
+    assert len([name for name in FIRST if name in names]) <= 10
+    assert set(FIRST) <= {name for kind in ENTRY_POINTS.values() for name in flags_by_name(kind)}
+    text = build_parser(ENTRY_POINTS[role]).format_help()
+    assert all(f"--{name} " in text for name in names)
 
 
-def _is_group(value: object) -> bool:
-    return inspect.isfunction(value) and list(inspect.signature(value).parameters) == ["parser"]
-
-
-def test_the_readme_lists_every_flag() -> None:
-    readme = (ROOT / "README.md").read_text()
-    for role in ("server", "worker", "single", "quick_start"):
-        for action in utils.build_parser(role)._actions:
-            assert action.dest == "help" or f"`--{action.dest}`" in readme, action.dest
-
-
-@pytest.mark.parametrize("dataset", utils.DATASET_DEFAULTS)
+@pytest.mark.parametrize("dataset", DATA_SETS)
 def test_describe_shows_the_clients_of_a_run(dataset: str) -> None:
     """Its defaults must be those of a run, or it describes other clients than those that train."""
-    described = vars(utils.get_args("describe", ["--dataset", dataset]))
-    run = vars(utils.get_args("single", ["--dataset", dataset]))
-    assert described == {**{name: run[name] for name in described if name != "plot"}, "plot": None}
+    described = utils.get_args("describe", ["--dataset", dataset])
+    run = utils.get_args("single", ["--dataset", dataset])
+    for name in ("dataset", "num_clients", "unseen_fraction", "partition", "local_split", "seed"):
+        assert getattr(described, name) == getattr(run.experiment, name)
+    assert described.data_root == run.data_root
+
+
+@pytest.mark.parametrize("dataset", DATA_SETS)
+def test_the_defaults_of_a_data_set_name_settings(dataset: str) -> None:
+    """One that is misspelled would silently do nothing."""
+    paths = {".".join(flag.path) for flag in flags_by_name(ExperimentConfig).values()}
+    assert set(DATA_SETS[dataset].defaults) <= paths
+
+
+def test_the_table_of_flags_is_that_of_the_fields() -> None:
+    """`python -m launch.table` writes it."""
+    assert PAGE.read_text() == to_markdown()
+    for kind in ENTRY_POINTS.values():
+        assert all(f"| `--{name}` |" in to_markdown() for name in flags_by_name(kind))
+    readme = (ROOT / "README.md").read_text()
+    named = {name for kind in ENTRY_POINTS.values() for name in flags_by_name(kind)}
+    assert set(re.findall(r"^\| `--(\w+)` \|", readme, re.MULTILINE)) <= named

@@ -62,9 +62,9 @@ def test_optimizers_with_square_roots_hold_for_one_vendor_only(flag: str) -> Non
     import utils
 
     argv = ["--dataset", "mnist", flag, "adam", "--portable_kernels"]
-    assert utils.config_from_args(utils.get_args("single", argv)).portable_kernels == "true"
+    assert utils.get_args("single", argv).experiment.portable_kernels == "true"
     with pytest.raises(ValueError, match=r"any_vendor does not go with .* adam.*use sgd or momentum"):
-        utils.config_from_args(utils.get_args("single", [*argv, "any_vendor"]))
+        utils.get_args("single", [*argv, "any_vendor"])
 
 
 def test_a_run_is_personalized_with_its_own_kernels(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_run_is_personalized_with_its_own_kernels(tmp_path: Path) -> None:
 
     assert personalize.portable_kernels_of(tmp_path) == "false"
     config = make_config(portable_kernels="any_vendor")
-    (tmp_path / "config.json").write_text(json.dumps({"flags": {}, "experiment": config.to_dict()}))
+    (tmp_path / "config.json").write_text(json.dumps({"experiment": config.to_dict()}))
     assert personalize.portable_kernels_of(tmp_path) == "any_vendor"
 
 

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
-OWN = {"perfedavg", "reporting", "experiments", "multi_process", "models", "datasets", "utils", "paths", "compat"}
+OWN = {
+    "perfedavg",
+    "launch",
+    "reporting",
+    "experiments",
+    "multi_process",
+    "models",
+    "datasets",
+    "utils",
+    "paths",
+    "compat",
+}
 OWN |= {"server", "client_worker", "single_process", "quick_start", "reproduce", "report", "sine", "personalize"}
 MAY_IMPORT = {
     "compat": set(),
@@ -19,14 +31,15 @@ MAY_IMPORT = {
     "perfedavg": set(),
     "multi_process": {"compat", "perfedavg"},
     "reporting": {"perfedavg", "datasets.registry"},
-    "experiments": {"perfedavg", "utils", "quick_start"},
-    "utils": {"paths", "perfedavg", "models", "datasets"},
+    "experiments": {"launch", "perfedavg", "utils", "quick_start"},
+    "launch": {"datasets.registry", "paths", "perfedavg"},
+    "utils": {"launch", "paths", "perfedavg", "models", "datasets"},
 }
 ROOMS = (
     "machine",
+    "fields",
     "plain_values",
     "seeding",
-    "fields",
     "terminal",
     "aggregation",
     "methods",
@@ -82,6 +95,23 @@ def test_perfedavg_parses_no_flags_and_imports_no_framework() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 assert node.attr != "argv", f"{path}:{node.lineno} reads the command line"
+
+
+def test_the_algorithm_names_no_flag() -> None:
+    """The flag of a setting is its field's; a message has it from there (`settings.flag`)."""
+    for room in ("aggregation", "engine", "methods", "training", "settings", "contracts"):
+        for path in modules(f"perfedavg/{room}"):
+            tree = ast.parse(path.read_text())
+            docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+                    assert not re.search(r"--\w", node.value), f"{path}:{node.lineno}: {node.value}"
+
+
+def test_a_flag_is_written_once() -> None:
+    """Its name follows from the settings' own names, and is not repeated by whoever names the setting."""
+    product = [path for package in OWN for path in modules(package)]
+    assert sum(path.read_text().count("--fine_tune_server_lr") for path in product) <= 1
 
 
 def test_only_multi_process_speaks_to_the_network() -> None:

@@ -230,7 +230,7 @@ def test_who_is_scored_needs_a_test_part_and_who_only_trains_does_not(monkeypatc
     with pytest.raises(ValueError, match="client 6: its test part is empty, and it is to be scored"):
         read_all(with_client(6, **no_test), monkeypatch)
     read_all(with_client(4, **no_test), monkeypatch)
-    held_out = utils._seen_as(make_config(validation=True), load(with_client(4, **no_test), monkeypatch))
+    held_out = utils.apply_views(make_config(validation=True), load(with_client(4, **no_test), monkeypatch))
     with pytest.raises(ValueError, match=r"--validation true .*client 4 has no test part"):
         held_out.client_data(4)
 

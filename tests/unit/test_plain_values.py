@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from perfedavg.engine.experiment import RoundRecord
 from perfedavg.engine.scores import ClientScore
+from perfedavg.methods.fomaml import FOMAML
 from perfedavg.personal_model import RunModel
 from perfedavg.plain_values import from_plain, parse_json, parse_toml
 from perfedavg.recording.model_file import ModelFacts
@@ -27,7 +28,7 @@ PLAIN = st.recursive(
     max_leaves=6,
 )
 SGD = OptimizerConfig("sgd", 0.1)
-EXPERIMENT = json.loads(json.dumps(make_config(fine_tune=PhaseConfig(2, 1, SGD, SGD, method="fomaml")).to_dict()))
+EXPERIMENT = json.loads(json.dumps(make_config(fine_tune=PhaseConfig(2, 1, SGD, SGD, method=FOMAML())).to_dict()))
 SUMMARY = {"initial": {"loss": 1.0, "accuracy": 0.5}, "personalized": {"loss": 0.5, "accuracy": 0.75}}
 RECORD = json.loads(
     json.dumps(
@@ -166,7 +167,7 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_finished_run(path: Path, experiment: Any, result: Any) -> None:
-    (path / "config.json").write_text(json.dumps({"flags": {}, "experiment": experiment, "environment": {}}))
+    (path / "config.json").write_text(json.dumps({"experiment": experiment, "environment": {}}))
     (path / "result.json").write_text(json.dumps(result))
     (path / "metrics.jsonl").write_text(json.dumps(RECORD) + "\n")
     (path / "clients.csv").write_text("client_id\n1\n")
@@ -195,7 +196,7 @@ def test_every_reader_of_an_edited_finished_run_has_a_line(run_folder: Path, con
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(edits({"flags": {"seed": 1}, "experiment": EXPERIMENT, "resumed": []}))
+@given(edits({"initial_model_path": "/x", "experiment": EXPERIMENT, "resumed": []}))
 def test_a_config_json_is_a_run_or_a_line(run_folder: Path, content: Any) -> None:
     (run_folder / "config.json").write_text(json.dumps(content))
     try:

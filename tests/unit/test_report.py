@@ -20,7 +20,11 @@ from helpers import ROOT, digits_dataset, make_config
 from torch import nn
 
 import report
+from launch.flags import parse
 from perfedavg.engine.executor import LocalExecutor
+from perfedavg.methods.fomaml import FOMAML
+from perfedavg.methods.maml import MAML
+from perfedavg.methods.reptile import Reptile
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.recording.runs import FinishedRun, find_runs
 from perfedavg.run import run_and_record
@@ -50,7 +54,7 @@ def experiment(num_epochs: int = 5, fine_tunes: bool = True, **changes: Any) -> 
         "cohort_size": 20,
         "batch_size": 20,
         "fedavg": PhaseConfig(100, num_epochs, SGD, MOMENTUM),
-        "fine_tune": PhaseConfig(40, 10, SGD, OptimizerConfig("adam", 0.001)) if fine_tunes else None,
+        "fine_tune": PhaseConfig(40, 10, SGD, OptimizerConfig("adam", 0.001), method=Reptile()) if fine_tunes else None,
         "num_personalization_epochs": 5,
         "eval_every": 50,
         "eval_clients": 100,
@@ -96,7 +100,6 @@ def write_run(
     ]
     records.insert(0, {"phase": next(iter(means)), "round_number": 1, "client_ids": [1], "evaluation": None})
     settings = {
-        "flags": {},
         "experiment": config.to_dict(),
         "run": {},
         "environment": {"torch": "2.13.0", "commit": "abc"},
@@ -270,7 +273,7 @@ def test_a_target_is_reached_at_the_first_round_that_has_it(tmp_path: Path) -> N
 def test_a_row_is_called_by_what_tells_it_from_most() -> None:
     reptile = experiment().fine_tune
     assert reptile is not None
-    fomaml = dataclasses.replace(reptile, method="fomaml", num_local_steps=5)
+    fomaml = dataclasses.replace(reptile, method=FOMAML(), num_local_steps=5)
     adam = dataclasses.replace(experiment().fedavg, server_optimizer=OptimizerConfig("adam", 0.01))
     assert labels_of(
         experiment(2),
@@ -501,7 +504,7 @@ def sine_run(path: Path, seed: int = 0, batch_size: int = 10) -> Path:
         batch_size=batch_size,
         partition=None,
         fedavg=PhaseConfig(0, 5, SGD, MOMENTUM),
-        fine_tune=PhaseConfig(40, 5, SGD, OptimizerConfig("sgd", 0.1), method="maml"),
+        fine_tune=PhaseConfig(40, 5, SGD, OptimizerConfig("sgd", 0.1), method=MAML()),
         num_curve_epochs=32,
     )
     return write_run(
@@ -599,7 +602,7 @@ def test_published_figures_stand_only_beside_what_they_are_of(
     [
         {"num_epochs": 3},
         {"fedavg": PhaseConfig(100, 5, SGD, MOMENTUM, num_local_steps=7)},
-        {"fine_tune": PhaseConfig(40, 10, SGD, OptimizerConfig("adam", 0.001), method="fomaml")},
+        {"fine_tune": PhaseConfig(40, 10, SGD, OptimizerConfig("adam", 0.001), method=FOMAML())},
     ],
 )
 def test_a_row_that_is_none_of_the_eight_has_no_published_figures(tmp_path: Path, changes: dict[str, Any]) -> None:
@@ -843,7 +846,7 @@ def test_the_command_refuses_what_it_cannot_report(three_seeds: Path, tmp_path: 
     for words, said in (
         ([tmp_path / "nowhere"], "is not a folder"),
         ([tmp_path / "empty"], "no run was found in"),
-        ([three_seeds, "--target", "80"], "'80' is not an accuracy above 0 and at most 1"),
+        ([three_seeds, "--target", "80"], "--target 80.0 must be a number above 0 and at most 1"),
     ):
         done = run_report(*words, cwd=tmp_path)
         assert done.returncode == 2
@@ -855,7 +858,7 @@ def test_the_command_refuses_what_it_cannot_report(three_seeds: Path, tmp_path: 
 
 
 def test_the_default_target_is_the_papers() -> None:
-    assert report.build_parser().parse_args(["runs"]).target == 0.8
+    assert parse(report.Report, ["runs"]).target == 0.8
 
 
 def test_reads_what_a_run_writes(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ MACHINE = ["--data_root", "data", "--device", "cpu"]
 
 def config_of(flags: Mapping[str, str]) -> ExperimentConfig:
     argv = [word for name, value in flags.items() for word in (f"--{name}", value)]
-    return utils.config_from_args(utils.get_args("single", argv))
+    return utils.get_args("single", argv).experiment
 
 
 @pytest.mark.parametrize("dataset", IMAGES)
@@ -47,7 +47,7 @@ def test_the_main_rows_are_the_papers(dataset: str) -> None:
             num_clients,
         )
         assert (config.fine_tune.num_rounds, config.fine_tune.num_local_epochs) == (100, 10)
-        assert (config.fine_tune.method, config.fedavg.server_optimizer.momentum) == ("reptile", 0.9)
+        assert (config.fine_tune.method.name, config.fedavg.server_optimizer.momentum) == ("reptile", 0.9)
         assert (config.num_clients, config.unseen_fraction) == (3400, "0.2")
         assert config.partition == (None if dataset == "synthetic_writers" else "shards:2")
         assert (config.num_personalization_epochs, config.num_curve_epochs) == (5, 20 if num_clients == 20 else 0)
@@ -71,7 +71,7 @@ def test_the_extra_rows_differ_from_the_main_ones_in_what_they_are_for(dataset: 
     for name in ("fomaml", "maml"):
         settings = configs[name].fine_tune
         assert settings is not None
-        assert settings.method == name
+        assert settings.method.name == name
         assert dataclasses.replace(configs[name], fine_tune=reference.fine_tune) == reference
     for name in ("local-only", "fedsgd", "joint"):
         assert configs[name].fine_tune is None
@@ -103,7 +103,7 @@ def test_the_rows_of_the_sine_task() -> None:
         else:
             assert config.fedavg.num_rounds == 0
             assert config.fine_tune is not None
-            assert config.fine_tune.method == name
+            assert config.fine_tune.method.name == name
 
 
 def test_rows_are_chosen_by_name_and_by_group_in_the_tables_order() -> None:
@@ -130,12 +130,10 @@ def tiny_jobs(folder: Path, *seeds: int, **changes: str) -> list[Job]:
 def leave_run(job: Job, folder: Path, argv: Sequence[str] | None = None, ends: bool = True) -> None:
     """The files that a run with these flags (the job's own unless others are given) leaves in a folder."""
     folder.mkdir(parents=True)
-    args = utils.get_args("single", job.argv if argv is None else argv)
-    experiment = utils.config_from_args(args).to_dict()
+    experiment = utils.get_args("single", job.argv if argv is None else argv).experiment.to_dict()
     command = [str(ROOT / "single_process.py"), *job.argv, "--data_root", "/home/somebody/data", f"--run_dir={folder}"]
     inside = ["single_process.py", "--resume", str(ROOT / "runs" / "x")]
     config = {
-        "flags": utils.experiment_flags(args),
         "experiment": {**experiment, "client_batching": 1},
         "run": {"command": command, "device": "cpu"},
         "resumed": [{"time": "2026", "run": {"command": inside}}],
@@ -157,7 +155,7 @@ def test_all_rows_have_a_seed_before_any_has_the_next(tmp_path: Path) -> None:
     assert [job.label for job in jobs] == ["a, seed 0", "b, seed 0", "a, seed 2", "b, seed 2"]
     assert jobs[3].run_dir == tmp_path / "runs" / "b" / "seed2"
     assert jobs[3].result_dir == tmp_path / "results" / "b" / "seed2"
-    assert utils.get_args("single", jobs[3].argv).seed == 2
+    assert utils.get_args("single", jobs[3].argv).experiment.seed == 2
 
 
 def test_a_command_can_be_pasted_in_any_folder(tmp_path: Path) -> None:
@@ -165,7 +163,7 @@ def test_a_command_can_be_pasted_in_any_folder(tmp_path: Path) -> None:
     _, script, *words = job.command(MACHINE)
     assert (script, words[-2:]) == (str(ROOT / "single_process.py"), ["--run_dir", str(job.run_dir)])
     args = utils.get_args("single", words)
-    assert (args.seed, args.epochs, args.device) == (1, 3, "cpu")
+    assert (args.experiment.seed, args.experiment.fedavg.num_rounds, args.device) == (1, 3, "cpu")
 
 
 def test_an_unfinished_run_goes_on(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def test_all_else_is_the_data_sets_own(view_of: object) -> None:
 
 
 def seen(flags: Sequence[str], folder: Path) -> SplitDataset:
-    config = utils.config_from_args(utils.get_args("single", ["--client_num_in_total", "20", *flags]))
+    config = utils.get_args("single", ["--client_num_in_total", "20", *flags]).experiment
     return utils.get_datasets(config, folder)
 
 

@@ -1,0 +1,244 @@
+"""The command line of an entry point, and what it names with --config or --resume, as an object of its settings."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import paths
+from datasets.registry import DATA_SETS, DataSet, find
+from launch.settings import ENTRY_POINTS, Data, Network, Worker
+from perfedavg.fields import MISSING, Flag, build, flags_by_name, values_of
+from perfedavg.plain_values import parse_toml
+from perfedavg.recording.runs import CONFIG_FILE, RecordedRun, read_unfinished_run
+from perfedavg.settings import ExperimentConfig
+from perfedavg.terminal.console import command_line
+
+Settings = TypeVar("Settings")
+
+ROOT = Path(__file__).resolve().parent.parent
+FIRST: tuple[str, ...] = ("dataset", "client_num_per_round", "epochs", "inner_loops", "fine_tune_method", "seed")
+FIRST += ("workers", "world_size", "rank", "data_root", "run_dir")
+"""Flags that a newcomer looks for."""
+_OF_ONE_RUN = ("run_dir", "resume", "initial_model")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Cuts a command line into flags and their texts, and prints --help."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help shows the flags")
+
+
+def parse(kind: type[Settings], argv: Sequence[str] | None = None) -> Settings:
+    """The settings that a command line gives, `sys.argv` by default.
+
+    What it does not say, a --config file says, then the environment, the data set's own defaults and the fields'. With
+    --resume, the experiment is the one that the run has recorded.
+    Raises ValueError, in a line with the flag, the value and the fix. Ends the process after --help.
+    """
+    flags = flags_by_name(kind)
+    texts = vars(build_parser(kind).parse_args(argv))
+    file = texts.pop("config", None)
+    values = {} if file is None else _read_file(file, flags)
+    values |= {name: flags[name].parse(text) for name, text in texts.items()}
+    for name, flag in flags.items():
+        text = os.environ.get(flag.setting.environment)
+        if text and name not in values:
+            values[name] = flag.parse(text)
+    if values.get("resume") is not None:
+        return _resume(kind, values)
+    if "client_num_in_total" in flags:
+        _complete(flags, values)
+    return build(kind, values)
+
+
+def _complete(flags: Mapping[str, Flag], values: dict[str, Any]) -> None:
+    """Add what follows from the data set."""
+    dataset = values.setdefault("dataset", flags["dataset"].default)
+    data_set = find(dataset)
+    for name, flag in flags.items():
+        values.setdefault(name, _default(flag, data_set))
+    if "struct" in flags:
+        values["struct"] = _architecture(dataset, values["struct"])
+
+
+def _default(flag: Flag, data_set: DataSet) -> Any:
+    defaults = {"architecture": next(iter(data_set.models)), **data_set.defaults}
+    return defaults.get(".".join(flag.path).removeprefix("experiment."), flag.default)
+
+
+def _architecture(dataset: str, struct: str) -> str:
+    models = find(dataset).models
+    struct = _STRUCTS.get(struct, struct)
+    if struct not in models:
+        raise ValueError(f"--struct {struct} does not fit {dataset}; use {' or '.join(models)}")
+    return models[struct]
+
+
+_STRUCTS = {model: struct for data_set in DATA_SETS.values() for struct, model in data_set.models.items()}
+"""What --struct calls each model; for the recorded settings of another run."""
+
+
+def _read_file(text: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
+    """The settings in a TOML file, or in the config.json of another run."""
+    try:
+        path = paths.file(text)
+        if path.name == CONFIG_FILE:
+            run = RecordedRun.read(path.parent)
+            values = values_of(run.experiment())
+            if run.initial_model is not None:
+                values["initial_model"] = run.initial_model
+            return {name: value for name, value in values.items() if name in flags}
+        known = {name for kind in ENTRY_POINTS.values() for name in flags_by_name(kind)}
+        values = {}
+        for name, value in parse_toml(path.read_text(encoding="utf-8")).items():
+            if name not in known:
+                raise ValueError(f"{name} is unknown; use the names of flags without dashes, such as epochs = 100")
+            if name in flags:
+                values[name] = flags[name].parse(str(value))
+        return values
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--config {text}: {error}; mend it, or name another file") from error
+
+
+def _resume(kind: type[Settings], values: dict[str, Any]) -> Settings:
+    """The settings of a run that goes on. Raises ValueError where those that are given are not the run's."""
+    folder = values["resume"]
+    if "run_dir" in values:
+        raise ValueError(
+            f"--run_dir {values['run_dir']} does not go with --resume, which goes on in the folder {folder}; leave one "
+            "of them out"
+        )
+    run = read_unfinished_run(folder)
+    try:
+        recorded = run.experiment()
+    except ValueError as error:
+        raise ValueError(f"--resume {folder}: {error}; restore it, or start a new run") from error
+    present = values_of(recorded)
+    given = {name: value for name, value in values.items() if name in flags_by_name(ExperimentConfig)}
+    if "struct" in given and given.get("dataset", recorded.dataset) == recorded.dataset:
+        given["struct"] = _architecture(recorded.dataset, given["struct"])
+    asked = values_of(build(ExperimentConfig, {**present, **given}).settled_as(recorded))
+    if "initial_model" in values and recorded.initial_model is None:
+        asked["initial_model"] = values["initial_model"]
+    for name, value in asked.items():
+        if value != present.get(name):
+            raise ValueError(
+                f"--{name} {value} differs from the run's {present.get(name)}; leave it out, or start a new run"
+            )
+    values.setdefault("initial_model", run.initial_model)
+    settings: Any = build(kind, {**values, **present})
+    resumed: Settings = replace(settings, experiment=recorded)
+    return resumed
+
+
+def to_argv(settings: Any, kind: type, **more: Any) -> list[str]:
+    """The command line that gives another entry point the same settings, and `more`, as far as it knows them.
+
+    The experiment of a run that goes on is left to its folder.
+    """
+    values = {**values_of(settings), **more}
+    if values.get("resume") is not None:
+        values = {name: value for name, value in values.items() if name not in flags_by_name(ExperimentConfig)}
+    return _words(flags_by_name(kind).values(), values)
+
+
+def restart_command(settings: Any) -> str:
+    """What starts an entry point again, for a shell in any folder; an experiment, or --resume, goes behind it."""
+    kind = type(settings)
+    flags = [
+        flag for flag in flags_by_name(kind).values() if flag.path[0] != "experiment" and flag.name not in _OF_ONE_RUN
+    ]
+    return command_line([sys.executable, ROOT / kind.script, *_words(flags, _differing(settings))])
+
+
+def worker_command(settings: Any) -> str:
+    """What starts a worker of the server with these settings on its machine; --rank goes behind it."""
+    flags = [*flags_by_name(Data).values(), *flags_by_name(Network).values()]
+    return command_line([sys.executable, ROOT / Worker.script, *_words(flags, _differing(settings))])
+
+
+def _differing(settings: Any) -> dict[str, Any]:
+    """What is not the default of its field; the environment may be another one then."""
+    flags = flags_by_name(type(settings))
+    return {name: value for name, value in values_of(settings).items() if value != flags[name].default}
+
+
+def _words(flags: Iterable[Flag], values: Mapping[str, Any]) -> list[str]:
+    words = []
+    for flag in flags:
+        value = values.get(flag.name or "")
+        if value is not None:
+            texts = [str(entry) for entry in value] if isinstance(value, tuple) else [str(value)]
+            words += texts if flag.setting.positional else [f"--{flag.name}", *texts]
+    return words
+
+
+def build_parser(kind: type) -> argparse.ArgumentParser:
+    """Its values are texts, only of flags that are given."""
+    description = " ".join((kind.__doc__ or "").split())
+    program = getattr(kind, "program", None)
+    usage = "%(prog)s [--FLAG VALUE ...]" if kind in ENTRY_POINTS.values() else None
+    parser = _Parser(program, usage, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    groups: dict[str, Any] = {}
+    flags = flags_by_name(kind)
+    if kind in ENTRY_POINTS.values():
+        groups["what to look at first"] = parser.add_argument_group("what to look at first")
+        files = parser.add_argument_group("from a file")
+        files.add_argument(
+            "--config",
+            metavar="FILE",
+            help="TOML file with flags as keys, such as epochs = 100, or the config.json of another run; flags of the "
+            "command line win",
+        )
+    for name, flag in flags.items():
+        title = "what to look at first" if name in FIRST and kind in ENTRY_POINTS.values() else flag.title or "options"
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        options: dict[str, Any] = {
+            "metavar": _metavar(flag),
+            "help": f"{flag.help} {default_words(flag)}".replace("%", "%%"),
+        }
+        if flag.setting.many:
+            options["nargs"] = "+"
+        elif flag.implied is not None:
+            options |= {"nargs": "?", "const": flag.implied}
+        groups[title].add_argument(name if flag.setting.positional else f"--{name}", **options)
+    return parser
+
+
+def _metavar(flag: Flag) -> str:
+    if flag.setting.metavar is not None:
+        return flag.setting.metavar
+    if flag.choices is not None:
+        return f"{{{','.join(flag.choices)}}}"
+    return {int: "N", float: "X", bool: "true|false"}.get(flag.kind, "TEXT")
+
+
+def default_words(flag: Flag) -> str:
+    """The default of a flag, in brackets; of one that follows the data set, the most frequent as `others`."""
+    datasets: dict[str, list[str]] = {}
+    for name, data_set in DATA_SETS.items():
+        datasets.setdefault(_default_word(flag, _default(flag, data_set)), []).append(name)
+    *rare, (common, _) = sorted(datasets.items(), key=lambda entry: len(entry[1]))
+    listed = "".join(f"{word} for {', '.join(names)}; " for word, names in rare)
+    words = f"{listed}{common} for the others" if rare else common
+    environment = flag.setting.environment
+    words = f"{environment}, or {words}" if environment else words
+    return f"(default: {words})" if words else "(must be given)"
+
+
+def _default_word(flag: Flag, value: Any) -> str:
+    if value is MISSING:
+        return ""
+    if isinstance(value, tuple):
+        return " ".join(str(entry) for entry in value)
+    if value is None or isinstance(value, Path):
+        return flag.setting.unset or flag.setting.absent or "none"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,52 @@
+"""`python -m launch.table`: docs/flags.md, the table of all flags, as the fields of the settings make it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launch.flags import ROOT, default_words
+from launch.settings import ENTRY_POINTS
+from perfedavg.fields import Flag, flags_by_name
+
+PAGE = ROOT / "docs" / "flags.md"
+_SHOWN_BOUND = 1_000_000
+"""Bounds beyond it are there to keep machines from harm, and are left to the error."""
+
+
+def to_markdown() -> str:
+    """A table a heading, a row a flag; entry points of which a flag has another meaning have a row each."""
+    rows: dict[str, dict[tuple[str, ...], list[str]]] = {}
+    for role, kind in ENTRY_POINTS.items():
+        for name, flag in flags_by_name(kind).items():
+            row = (f"`--{name}`", default_words(flag).removeprefix("(default: ").strip("()"), _meaning(flag))
+            rows.setdefault(flag.title, {}).setdefault(row, []).append(role)
+    return "".join([_INTRODUCTION, *_tables(rows)])
+
+
+def _tables(rows: dict[str, dict[tuple[str, ...], list[str]]]) -> Iterator[str]:
+    for title, entries in rows.items():
+        yield f"\n## {title[0].upper()}{title[1:]}\n\n| flag | default | what it is | of |\n|---|---|---|---|\n"
+        for row, roles in entries.items():
+            cells = [cell.replace("|", "\\|") for cell in (*row, ", ".join(roles))]
+            yield f"| {' | '.join(cells)} |\n"
+
+
+def _meaning(flag: Flag) -> str:
+    setting = flag.setting
+    if flag.choices is not None:
+        return f"{flag.help}: {', '.join(f'`{choice}`' for choice in flag.choices)}"
+    has_bounds = flag.kind is float or (setting.at_most or 0) in range(1, _SHOWN_BOUND)
+    return f"{flag.help} ({setting.allowed(flag.kind)})" if has_bounds else flag.help
+
+
+_INTRODUCTION = """# Flags
+
+Made by launch/table.py from the fields of the settings; a test holds it to them. Entry points:
+`server` is server.py, `worker` client_worker.py, `single` single_process.py, `quick_start` quick_start.sh, `describe`
+python -m datasets.describe. `--config FILE` reads flags from a TOML file (`epochs = 100`), or the experiment of another
+run from its config.json; what the command line says wins. A file may hold flags of several entry points, each of which
+takes its own.
+"""
+
+if __name__ == "__main__":
+    PAGE.write_text(to_markdown(), encoding="utf-8")
