@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def main() -> None:
     args = utils.get_args("worker")
 
-    from multi_process.transport.network import WorkerNetwork
+    from multi_process.transport.network import NetworkSettings, WorkerNetwork
     from multi_process.worker import WorkerManager
     from perfedavg.training.compute import resolve_device, use_reproducible_kernels
 
@@ -32,17 +32,10 @@ def main() -> None:
         dataset = utils.get_datasets(config, args.data_root)
         return utils.get_model(config, dataset), dataset
 
-    network = WorkerNetwork(
-        (args.ip, args.port),
-        args.world_size,
-        args.rank,
-        args.ethernet,
-        args.backend,
-        device,
-        args.token_file,
-        args.join_timeout_seconds,
-        args.server_wait_seconds,
+    settings = NetworkSettings(
+        (args.ip, args.port), args.world_size, args.ethernet, args.backend, device, args.token_file
     )
+    network = WorkerNetwork(settings, args.rank, args.join_timeout_seconds, args.server_wait_seconds)
     try:
         WorkerManager(network, build_workload, device, args.threads).run()
     except UnpinnedKernelsError as error:

@@ -18,7 +18,7 @@ def main() -> None:
     utils.check_num_workers(args, args.world_size - 1)
 
     from multi_process.server import WorkerPool
-    from multi_process.transport.network import ServerNetwork
+    from multi_process.transport.network import NetworkSettings, ServerNetwork
     from perfedavg.run import run_and_record
     from perfedavg.training.client_batching import settle_client_batching
     from perfedavg.training.compute import resolve_device, return_freed_memory, use_reproducible_kernels
@@ -27,16 +27,10 @@ def main() -> None:
     use_reproducible_kernels()
     return_freed_memory()
     device = resolve_device("auto" if args.backend == "nccl" else "cpu")
-    network = ServerNetwork(
-        (args.ip, args.port),
-        args.world_size,
-        args.ethernet,
-        args.backend,
-        device,
-        args.token_file,
-        args.worker_timeout_seconds,
-        config.portable_kernels,
+    settings = NetworkSettings(
+        (args.ip, args.port), args.world_size, args.ethernet, args.backend, device, args.token_file
     )
+    network = ServerNetwork(settings, args.worker_timeout_seconds, config.portable_kernels)
     network.listen()
     folder = utils.open_run_folder(args)
     dataset = utils.get_datasets(config, args.data_root)

@@ -46,47 +46,36 @@ def clean_text(text: object, max_chars: int = MAX_TEXT_CHARS) -> str:
     return shown if len(shown) <= max_chars and len(content) <= 2 * max_chars else f"{shown[: max_chars - 3]}..."
 
 
-def between(lowest: float, highest: float) -> Rule:
-    """Bounds are inclusive."""
-
+def _rule(holds: Callable[[Any], bool], expected: str, show: Callable[[Any], object] = str) -> Rule:
     def check(value: Any, name: str) -> Any:
-        if not lowest <= value <= highest:
-            raise ValueError(f"{name} is {clean_text(value, 40)}, must be in {lowest}..{highest}")
+        if not holds(value):
+            raise ValueError(f"{name} is {clean_text(show(value), 80)}, must be {expected}")
         return value
 
     return check
+
+
+def between(lowest: float, highest: float) -> Rule:
+    return _rule(lambda value: lowest <= value <= highest, f"in {lowest}..{highest}")
 
 
 def one_of(*known: str) -> Rule:
-    def check(value: Any, name: str) -> Any:
-        if value not in known:
-            raise ValueError(f"{name} is {clean_text(value, 40)}, must be one of {', '.join(known)}")
-        return value
-
-    return check
+    return _rule(lambda value: value in known, f"one of {', '.join(known)}")
 
 
 def length(least: int, most: int = 2**40) -> Rule:
     """Bounds, inclusive, of the entries of a collection or the characters of a text."""
-
-    def check(value: Any, name: str) -> Any:
-        if not least <= len(value) <= most:
-            raise ValueError(f"{name} has {len(value)} entries, must have {least}..{most}")
-        return value
-
-    return check
+    return _rule(
+        lambda value: least <= len(value) <= most, f"in {least}..{most}", lambda value: f"of length {len(value)}"
+    )
 
 
 def vector(*dtypes: torch.dtype) -> Rule:
-    def check(value: Tensor, name: str) -> Tensor:
-        if value.dim() != 1 or value.dtype not in dtypes:
-            known = " or ".join(map(str, dtypes))
-            raise ValueError(
-                f"{name} is a tensor of {value.dtype}, shape {tuple(value.shape)}, not a vector of {known}"
-            )
-        return value
-
-    return check
+    return _rule(
+        lambda value: value.dim() == 1 and value.dtype in dtypes,
+        f"a vector of {' or '.join(map(str, dtypes))}",
+        lambda value: f"a tensor of {value.dtype}, shape {tuple(value.shape)}",
+    )
 
 
 def _clean_entries(value: dict[str, str], name: str) -> dict[str, str]:

@@ -15,23 +15,8 @@ from typing import Annotated, Any, ClassVar
 import torch
 from torch import Tensor
 
-from multi_process.boundary import (
-    ClientId,
-    Count,
-    Group,
-    Line,
-    Lines,
-    NamedLines,
-    NumSlots,
-    Parameters,
-    PhaseNumber,
-    Ticket,
-    between,
-    clean_text,
-    length,
-    one_of,
-    vector,
-)
+from multi_process import boundary
+from multi_process.boundary import ClientId, Count, Line, NumSlots, Parameters, PhaseNumber, Ticket, between, length
 from multi_process.fedlab_adapter import BytePackage, MessageCode
 from multi_process.transport.control import PROTOCOL_VERSION
 from perfedavg.aggregation.exact_mean import MAX_CAPACITY, ExactMean
@@ -73,9 +58,9 @@ class Join(Message):
     machine: Annotated[str, length(0, 1000)]
     num_cores: NumSlots
     threads: NumSlots | None
-    device_kind: Annotated[str, one_of("cpu", "cuda")]
+    device_kind: Annotated[str, boundary.one_of("cpu", "cuda")]
     device_memory_bytes: Annotated[int, between(0, 2**60)]
-    kernels: NamedLines
+    kernels: boundary.NamedLines
 
 
 @dataclass(frozen=True)
@@ -104,7 +89,7 @@ class Ready(Message):
     code = MessageCode.SetUp
     fingerprint: Annotated[str, length(0, 10_000)]
     device: Line
-    warnings: Lines
+    warnings: boundary.Lines
 
 
 @dataclass(frozen=True)
@@ -144,7 +129,7 @@ class StartScoring(Message):
 class AssignGroups(ControlMessage):
     """Server to worker: train or score these groups of clients too, whichever was started last."""
 
-    groups: Annotated[list[Group], length(1)]
+    groups: Annotated[list[boundary.Group], length(1)]
 
 
 @dataclass(frozen=True)
@@ -182,7 +167,7 @@ class PartialSum(Message):
     weight: Annotated[int, between(0, MAX_CAPACITY)]
     capacity: Annotated[int, between(1, MAX_CAPACITY)]
     reports: Annotated[list[ClientReport], length(1)]
-    total: Annotated[Tensor, vector(torch.int64)]
+    total: Annotated[Tensor, boundary.vector(torch.int64)]
     states: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
@@ -272,5 +257,5 @@ def from_line(fields: dict[str, Any]) -> ControlMessage:
 
 def _not_ours(what: str, error: Exception) -> ValueError:
     """What a rule found wrong is said; what Python did, in trying to read something else, says nothing."""
-    reason = f": {clean_text(error)}" if type(error) is ValueError else ""
+    reason = f": {boundary.clean_text(error)}" if type(error) is ValueError else ""
     return ValueError(f"{what} of protocol {PROTOCOL_VERSION}{reason}")

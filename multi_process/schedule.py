@@ -40,9 +40,6 @@ class Schedule:
         """Clients that this worker is done with, but whose result it has not delivered."""
         return len(self._done.get(worker, ()))
 
-    def num_in_work(self, worker: int) -> int:
-        return len(self.in_work(worker))
-
     def in_work(self, worker: int) -> Collection[int]:
         """Clients that this worker has been given and is not done with."""
         return self._in_work.get(worker, ())

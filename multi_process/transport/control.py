@@ -50,10 +50,6 @@ class ControlConnection:
         """The address at this end, the one that the route to the peer starts from."""
         return str(self._socket.getsockname()[0])
 
-    @property
-    def peer_host(self) -> str:
-        return str(self._socket.getpeername()[0])
-
     def send(self, **fields: Any) -> None:
         """Send an object; a dataclass in it is one too. Raises ConnectionError where the peer is gone."""
         self._send(json.dumps(fields, default=vars).encode() + b"\n")

@@ -22,20 +22,10 @@ import torch
 from multi_process.boundary import clean_text
 from multi_process.fedlab_adapter import Network
 from multi_process.messages import Message
+from multi_process.transport import handshake
 from multi_process.transport.addresses import check_interface, listen_on, resolve
 from multi_process.transport.control import ControlConnection, ProtocolError
-from multi_process.transport.handshake import (
-    MAX_SILENCE_SECONDS,
-    Hello,
-    JoinRequest,
-    RefusedError,
-    accept,
-    read_token,
-    receive_hello,
-    receive_join_request,
-    refuse,
-    request_to_join,
-)
+from multi_process.transport.handshake import MAX_SILENCE_SECONDS, Hello, JoinRequest, RefusedError, read_token, refuse
 from multi_process.transport.peer import SERVER, WORKER, Peer, RunEndedError
 from perfedavg.machine.descriptors import num_spare
 from perfedavg.machine.kernels import PORTABLE_KERNELS, UnpinnedKernelsError, kernels_are_pinned
@@ -61,31 +51,45 @@ BEATS = 4
 MAX_BEAT_SECONDS = 1.0
 
 
-class _CheckedNetwork(Network):
-    """A network whose settings have been checked. Raises ValueError where they cannot be."""
+@dataclass(frozen=True)
+class NetworkSettings:
+    """What a server and a worker both need. Raises ValueError where it cannot be.
 
-    def __init__(
-        self,
-        address: tuple[str, int],
-        world_size: int | None,
-        rank: int,
-        ethernet: str | None,
-        backend: str,
-        device: torch.device,
-        token_file: Path | None,
-    ) -> None:
-        super().__init__(address, world_size, rank, ethernet, backend)
-        if world_size is not None and world_size < 2:
-            raise ValueError(f"--world_size {world_size} leaves no worker; it counts the server too, so use 2 or more")
-        check_interface(ethernet)
-        if backend == "nccl" and device.type != "cuda":
+    address: (host, port) of the server.
+    world_size: the server and the workers to start with; None for a worker that takes whatever it is.
+    ethernet: interface for tensors, or None for the one by which the other side is reached.
+    backend: `gloo` or `nccl`.
+    device: with nccl, whose memory tensors are sent from.
+    token_file: see `handshake.read_token`.
+    """
+
+    address: tuple[str, int]
+    world_size: int | None
+    ethernet: str | None
+    backend: str
+    device: torch.device
+    token_file: Path | None
+
+    def __post_init__(self) -> None:
+        if self.world_size is not None and self.world_size < 2:
             raise ValueError(
-                f"--backend nccl needs a GPU for each process, this one computes on {device} "
+                f"--world_size {self.world_size} leaves no worker; it counts the server too, so use 2 or more"
+            )
+        check_interface(self.ethernet)
+        if self.backend == "nccl" and self.device.type != "cuda":
+            raise ValueError(
+                f"--backend nccl needs a GPU for each process, this one computes on {self.device} "
                 f"(GPUs found: {torch.cuda.device_count()}); use --backend gloo"
             )
-        self._nccl_device = device if backend == "nccl" else None
-        self._gpu = "" if self._nccl_device is None else gpu_identity(self._nccl_device)
-        self._token = read_token(token_file)
+
+    @property
+    def nccl_device(self) -> torch.device | None:
+        return self.device if self.backend == "nccl" else None
+
+    @property
+    def gpu(self) -> str:
+        """The identity of the GPU from which nccl sends, empty with gloo."""
+        return "" if self.nccl_device is None else gpu_identity(self.nccl_device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,15 +103,9 @@ class ConnectedWorker:
     gpu: str
 
 
-class ServerNetwork(_CheckedNetwork):
+class ServerNetwork(Network):
     """The server's network: lets workers in, and puts what they say into one queue.
 
-    address: (host, port) to listen on.
-    world_size: the server and the workers to start with.
-    ethernet: interface for tensors, or None for the one by which a worker is reached.
-    backend: `gloo` or `nccl`.
-    device: with nccl, whose memory tensors are sent from.
-    token_file: see `handshake.read_token`.
     silence_seconds: of silence after which a worker is declared dead.
     portable_kernels: see `ExperimentConfig`; workers must do the same.
 
@@ -116,22 +114,14 @@ class ServerNetwork(_CheckedNetwork):
 
     world_size: int
 
-    def __init__(
-        self,
-        address: tuple[str, int],
-        world_size: int,
-        ethernet: str | None,
-        backend: str,
-        device: torch.device,
-        token_file: Path | None,
-        silence_seconds: float,
-        portable_kernels: str = "false",
-    ) -> None:
-        super().__init__(address, world_size, 0, ethernet, backend, device, token_file)
+    def __init__(self, settings: NetworkSettings, silence_seconds: float, portable_kernels: str = "false") -> None:
+        super().__init__(settings.address, settings.world_size, 0, settings.ethernet, settings.backend)
         if not 0 < silence_seconds <= MAX_SILENCE_SECONDS:
             raise ValueError(
                 f"--worker_timeout_seconds {silence_seconds:g} must be above 0, and {MAX_SILENCE_SECONDS:g} at most"
             )
+        self._nccl_device, self._gpu = settings.nccl_device, settings.gpu
+        self._token = read_token(settings.token_file)
         self._silence_seconds = float(silence_seconds)
         self._beat_seconds = min(MAX_BEAT_SECONDS, silence_seconds / BEATS)
         self._portable_kernels = portable_kernels
@@ -257,7 +247,7 @@ class ServerNetwork(_CheckedNetwork):
             self._silence_seconds,
             self._portable_kernels,
         )
-        request = receive_join_request(control, self._token, hello)
+        request = handshake.receive_join_request(control, self._token, hello)
         if not 1 <= request.rank <= MAX_RANK:
             refuse(control, f"--rank {request.rank} is not a worker's; use 1 or more")
         self._handshakes.pop(control, None)
@@ -278,7 +268,7 @@ class ServerNetwork(_CheckedNetwork):
         self._check_descriptors(control)
         self._check_gpu(control, request)
         self._num_admitted += 1
-        accepted = accept(control, self._token, hello, request, self._num_admitted)
+        accepted = handshake.accept(control, self._token, hello, request, self._num_admitted)
         peer = Peer(control, SERVER, f"worker {request.rank}", self._beat_seconds, self._silence_seconds)
         worker = ConnectedWorker(peer, request.rank, accepted.generation, accepted.ticket, request.gpu)
         self._connected[request.rank] = worker
@@ -338,32 +328,20 @@ class ServerNetwork(_CheckedNetwork):
             say(f"server: dropped a connection from {host} (number {times}): {clean_text(reason)}")
 
 
-class WorkerNetwork(_CheckedNetwork):
+class WorkerNetwork(Network):
     """A worker's network: finds the server, and finds it again.
 
-    address: (host, port) of the server.
-    world_size: that of the server, or None to take whatever it is.
     rank: this worker's own, 1 or more.
-    ethernet, backend, device, token_file: see `ServerNetwork`.
     join_seconds: how long the server is tried for at first.
     server_wait_seconds: how long after it was lost.
     """
 
-    def __init__(
-        self,
-        address: tuple[str, int],
-        world_size: int | None,
-        rank: int,
-        ethernet: str | None,
-        backend: str,
-        device: torch.device,
-        token_file: Path | None,
-        join_seconds: float,
-        server_wait_seconds: float,
-    ) -> None:
+    def __init__(self, settings: NetworkSettings, rank: int, join_seconds: float, server_wait_seconds: float) -> None:
+        super().__init__(settings.address, settings.world_size, rank, settings.ethernet, settings.backend)
         if rank < 1:
             raise ValueError(f"--rank {rank} is not a worker's; use 1 or more (0 is the server)")
-        super().__init__(address, world_size, rank, ethernet, backend, device, token_file)
+        self._nccl_device, self._gpu = settings.nccl_device, settings.gpu
+        self._token = read_token(settings.token_file)
         self._join_seconds = join_seconds
         self._server_wait_seconds = server_wait_seconds
         self._peer: Peer | None = None
@@ -433,7 +411,7 @@ class WorkerNetwork(_CheckedNetwork):
             raise ConnectionError(error.strerror or "no answer") from error
         try:
             hello = self._receive_hello(control)
-            accepted = request_to_join(control, self._token, hello, self.rank, self._gpu)
+            accepted = handshake.request_to_join(control, self._token, hello, self.rank, self._gpu)
             peer = Peer(control, WORKER, "the server", hello.beat_seconds, hello.silence_seconds)
         except Exception:
             control.close()
@@ -451,7 +429,7 @@ class WorkerNetwork(_CheckedNetwork):
     def _receive_hello(self, control: ControlConnection) -> Hello:
         """Raises ProtocolError where it is no server's, RefusedError or UnpinnedKernelsError where its terms differ."""
         try:
-            hello = receive_hello(control)
+            hello = handshake.receive_hello(control)
         except (ConnectionError, ProtocolError) as error:
             raise ProtocolError(f"what answers there is not a server of this project: {error}") from error
         for name, own, other in (

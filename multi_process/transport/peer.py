@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -93,12 +92,8 @@ _Lost = Callable[[], Exception]
 """Why a peer is lost. Whoever asks gets an error of its own: one that was raised keeps alive who raised it."""
 
 
-@dataclass(frozen=True)
-class _Announcement:
-    """A package is coming over the tensors' connection. kind: the message's."""
-
-    kind: str
-    num_bytes: int
+_Announcement = tuple[str, int]
+"""A package is coming over the tensors' connection: its message's kind, and its bytes."""
 
 
 class Peer:
@@ -206,7 +201,7 @@ class Peer:
 
         Raises PeerLostError, RunEndedError or FinishedError where the peer is known to be lost.
         """
-        num_bytes = _tensor_bytes(message)
+        num_bytes = _tensor_bytes(vars(message))
         with self._changed:
             self._unsent_bytes += num_bytes
         if num_bytes and self._unsent_bytes > max(MAX_UNSENT_BYTES, 4 * num_bytes):
@@ -227,9 +222,9 @@ class Peer:
         connection for good, ValueError for a message that is not one.
         """
         incoming = self._incoming.get()
-        if isinstance(incoming, _Announcement):
+        if isinstance(incoming, tuple):
             try:
-                return self._receive_package(incoming)
+                return self._receive_package(*incoming)
             finally:
                 with self._changed:
                     self._num_coming -= 1
@@ -302,7 +297,7 @@ class Peer:
             raise ProtocolError(f"it announces a message {clean_text(kind, 40)} of {clean_text(num_bytes, 40)} bytes")
         with self._changed:
             self._num_coming += 1
-        self._incoming.put(_Announcement(kind, num_bytes))
+        self._incoming.put((kind, num_bytes))
 
     def _most_bytes(self, kind: str) -> int:
         """In a message of this kind."""
@@ -313,8 +308,7 @@ class Peer:
         fixed_bytes = MAX_PLAIN_BYTES + MAX_REPORT_BYTES * self.num_clients + 8 * self.num_parameters
         return fixed_bytes + self.max_states_bytes
 
-    def _receive_package(self, announced: _Announcement) -> Message:
-        num_bytes = announced.num_bytes
+    def _receive_package(self, kind: str, num_bytes: int) -> Message:
         seconds = self._silence_seconds + num_bytes / SLOWEST_BYTES_PER_SECOND
         began = time.monotonic()
         with self._connection_errors():
@@ -328,8 +322,8 @@ class Peer:
                 ) from None
         self.bytes_received += num_bytes
         message = from_package(code, content)
-        if type(message).__name__ != announced.kind:
-            raise ValueError(f"a {announced.kind} message was announced, and a {type(message).__name__} came")
+        if type(message).__name__ != kind:
+            raise ValueError(f"a {kind} message was announced, and a {type(message).__name__} came")
         return message
 
     def _send_loop(self) -> None:
@@ -350,10 +344,10 @@ class Peer:
     def _send_package(self, message: Message) -> None:
         package = to_package(message)
         self._control.send(message=type(message).__name__, num_bytes=package.content.nbytes)
-        self._tensors.send(package)
         self.bytes_sent += package.content.nbytes
+        self._tensors.send(package)
         with self._changed:
-            self._unsent_bytes -= _tensor_bytes(message)
+            self._unsent_bytes -= _tensor_bytes(vars(message))
 
     def _beat_loop(self) -> None:
         """Give signs of life while the peer lives; then give back all that it had."""
@@ -414,8 +408,11 @@ class Peer:
             raise self._lost()
 
 
-def _tensor_bytes(message: Message) -> int:
-    return sum(value.nbytes for value in vars(message).values() if isinstance(value, torch.Tensor))
+def _tensor_bytes(value: object) -> int:
+    """Of all tensors in it, where it is one or a dictionary with some."""
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    return sum(map(_tensor_bytes, value.values())) if isinstance(value, dict) else 0
 
 
 def _first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ import utils
 from multi_process.messages import Message, PartialSum
 from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection
 from multi_process.transport.handshake import Hello, JoinAccepted, JoinRequest, receive_hello
-from multi_process.transport.network import MAX_PENDING_HANDSHAKES, WorkerNetwork
+from multi_process.transport.network import MAX_PENDING_HANDSHAKES, NetworkSettings, WorkerNetwork
 from multi_process.transport.peer import RunEndedError
 from multi_process.worker import WorkerManager
 from perfedavg.contracts import FederatedDataset
@@ -75,7 +75,7 @@ def test_a_member_with_an_impossible_sum_is_sent_away_and_changes_nothing(
         return utils.get_model(config, dataset), dataset
 
     cpu = torch.device("cpu")
-    network = WorkerNetwork(("127.0.0.1", port), 3, 2, None, "gloo", cpu, None, 60.0, 5.0)
+    network = WorkerNetwork(NetworkSettings(("127.0.0.1", port), 3, None, "gloo", cpu, None), 2, 60.0, 5.0)
     with pytest.raises(RunEndedError, match="an entry of its sum is beyond what weight"):
         Faulty(network, build_workload, cpu, 1).run()
     for process in (server, worker):

@@ -265,8 +265,8 @@ def test_closing_wakes_whoever_receives(pair: Pair) -> None:
     assert isinstance(received[0], ConnectionError)
 
 
-def test_the_addresses_are_those_of_the_two_ends(pair: Pair) -> None:
-    assert pair.server.local_host == pair.server.peer_host == "127.0.0.1"
+def test_the_address_is_that_of_this_end(pair: Pair) -> None:
+    assert pair.server.local_host == pair.worker.local_host == "127.0.0.1"
 
 
 def test_the_token_comes_from_the_file_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from multi_process.transport.network import (
     MAX_BEAT_SECONDS,
     PEER_DESCRIPTORS,
     ConnectedWorker,
+    NetworkSettings,
     ServerNetwork,
     WorkerNetwork,
 )
@@ -51,13 +52,13 @@ class Run:
         self._opened: list[Any] = []
 
     def server(self, world_size: int = 3, silence: float = 8.0, token_file: Path | None = None) -> ServerNetwork:
-        server = ServerNetwork(self.address, world_size, None, "gloo", CPU, token_file, silence)
+        server = ServerNetwork(NetworkSettings(self.address, world_size, None, "gloo", CPU, token_file), silence)
         server.listen()
         self._opened.append(server.close_network_connection)
         return server
 
     def worker(self, rank: int, world_size: int | None = None, join: float = 20.0, wait: float = 5.0) -> WorkerNetwork:
-        return WorkerNetwork(self.address, world_size, rank, None, "gloo", CPU, None, join, wait)
+        return WorkerNetwork(NetworkSettings(self.address, world_size, None, "gloo", CPU, None), rank, join, wait)
 
     def joined(self, rank: int) -> WorkerNetwork:
         worker = self.worker(rank)
@@ -370,17 +371,18 @@ def test_an_address_or_port_that_cannot_be_had(run: Run) -> None:
         addresses.listen_on(("203.0.113.77", run.address[1]))
 
 
+def settings(world_size: int | None = 2, ethernet: str | None = None, backend: str = "gloo") -> NetworkSettings:
+    return NetworkSettings(("", 1), world_size, ethernet, backend, CPU, None)
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: ServerNetwork(("", 1), 1, None, "gloo", CPU, None, 1.0), "--world_size 1 leaves no worker"),
-        (lambda: ServerNetwork(("", 1), 2, None, "gloo", CPU, None, 0.0), "--worker_timeout_seconds 0 must be above"),
-        (lambda: ServerNetwork(("", 1), 2, "eth99", "gloo", CPU, None, 1.0), "--ethernet eth99 is not here; use .*lo"),
-        (lambda: ServerNetwork(("", 1), 2, None, "nccl", CPU, None, 1.0), "--backend nccl needs a GPU"),
-        (lambda: WorkerNetwork(("", 1), None, 0, None, "gloo", CPU, None, 1, 1), r"--rank 0 .*\(0 is the server\)"),
-        (lambda: WorkerNetwork(("", 1), 1, 1, None, "gloo", CPU, None, 1, 1), "--world_size 1 leaves no worker"),
-        (lambda: WorkerNetwork(("", 1), None, 1, "eth99", "gloo", CPU, None, 1, 1), "--ethernet eth99 is not here"),
-        (lambda: WorkerNetwork(("", 1), None, 1, None, "nccl", CPU, None, 1, 1), "--backend nccl needs a GPU"),
+        (lambda: settings(world_size=1), "--world_size 1 leaves no worker"),
+        (lambda: settings(ethernet="eth99"), "--ethernet eth99 is not here; use .*lo"),
+        (lambda: settings(backend="nccl"), "--backend nccl needs a GPU"),
+        (lambda: ServerNetwork(settings(), 0.0), "--worker_timeout_seconds 0 must be above"),
+        (lambda: WorkerNetwork(settings(world_size=None), 0, 1, 1), r"--rank 0 .*\(0 is the server\)"),
     ],
 )
 def test_settings_that_cannot_be_are_named_before_anything_is_opened(make: Callable[[], object], text: str) -> None:

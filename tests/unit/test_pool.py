@@ -66,7 +66,7 @@ def assert_sent_away(pool: Pool, honest: Member, faulty: Member, *parts: str) ->
         (lambda values: {"total": values["total"][:-1]}, "2 parameters"),
         (lambda values: {"total": values["total"].reshape(-1, 1)}, "shape (3, 1)"),
         (lambda values: {"total": 3}, "total is 3"),
-        (lambda values: {"weight": 0, "reports": []}, "reports has 0 entries"),
+        (lambda values: {"weight": 0, "reports": []}, "reports is of length 0"),
         (lambda values: {"weight": values["weight"] + 1}, "its sum has weight"),
         (lambda values: {"weight": 0}, "its sum has weight 0"),
         (lambda values: {"weight": -5}, "weight is -5"),
@@ -144,7 +144,7 @@ def test_an_update_that_diverged_is_left_out_as_ever(start: Start) -> None:
         (each_score(by_epoch=[[1.0, 0.5], [1.0, 0.5], [1.0, 8.0]]), 2, "has an accuracy of 8.0"),
         (each_score(by_epoch=[[1.0], [1.0], [1.0]]), 2, "by_epoch[0] has 1 entries, must have 2"),
         (lambda values: {"scores": values["scores"] * 2}, 0, "client"),
-        (lambda values: {"scores": []}, 0, "scores has 0 entries"),
+        (lambda values: {"scores": []}, 0, "scores is of length 0"),
     ],
 )
 def test_impossible_scores_are_in_no_result(
