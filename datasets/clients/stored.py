@@ -24,7 +24,8 @@ CACHE_FORMAT = 4
 class NamedClient:
     """One client on its way into the cache.
 
-    inputs: (num_examples, ...) uint8.  labels: (num_examples,) int64.  num_examples may be 0.
+    name: unlike any other client's.  inputs: (num_examples, ...) uint8, alike for all clients; num_examples may be 0.
+    labels: (num_examples,) int64, below the number of classes.
     num_train: size of its training part, which comes first, where the data set is published with that split.
     """
 
@@ -74,14 +75,13 @@ def cached_clients(
     cache, name, sources: see `built_once`.
     clients: is exhausted only where the cache is built. Whatever it raises leaves no cache behind.
     class_names: label i stands for the i-th.  overlap: see RawClients.
-    Raises ValueError where there is no client with an example, two have the same name, or a label is out of range, and
-    what `built_once` raises.
+    Raises ValueError where there is no client with an example, and what `built_once` raises.
     """
     stored = built_once(
         cache,
         name,
         sources,
-        lambda folder: _write_clients(folder, clients, len(class_names), overlap),
+        lambda folder: _write_clients(folder, clients, overlap),
         lambda folder: StoredClients(folder, class_names),
         CACHE_FORMAT,
     )
@@ -93,7 +93,7 @@ def cached_clients(
     return stored
 
 
-def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: int, overlap: int) -> None:
+def _write_clients(folder: Path, clients: Iterator[NamedClient], overlap: int) -> None:
     names: list[str] = []
     offsets = [0]
     train_counts: list[int | None] = []
@@ -103,7 +103,9 @@ def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: in
     with open(folder / "inputs", "wb") as inputs_file, open(folder / "labels", "wb") as labels_file:
         for client in clients:
             input_shape = input_shape or client.inputs.shape[1:]
-            _check_client(client, input_shape, num_classes)
+            assert client.inputs.dtype == np.uint8, client.name
+            assert client.inputs.shape[1:] == input_shape, client.name
+            assert len(client.inputs) == len(client.labels), client.name
             names.append(client.name)
             offsets.append(offsets[-1] + len(client.labels))
             train_counts.append(client.num_train)
@@ -115,9 +117,6 @@ def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: in
                 file.write(content)
     if not offsets[-1]:
         raise ValueError("there is no client with an example")
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"client {twice!r} comes twice")
     published = None not in train_counts
     digest.update(json.dumps([names, offsets, train_counts] if published else [names, offsets]).encode())
     meta: dict[str, Any] = {
@@ -130,15 +129,3 @@ def _write_clients(folder: Path, clients: Iterator[NamedClient], num_classes: in
         "fingerprint": digest.hexdigest(),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
-
-
-def _check_client(client: NamedClient, input_shape: tuple[int, ...], num_classes: int) -> None:
-    if client.inputs.dtype != np.uint8 or client.inputs.shape[1:] != input_shape:
-        raise ValueError(f"client {client.name!r} has inputs {client.inputs.shape[1:]}, others {input_shape}")
-    if len(client.inputs) != len(client.labels):
-        raise ValueError(f"client {client.name!r} has {len(client.inputs)} inputs but {len(client.labels)} labels")
-    bad = np.flatnonzero((client.labels < 0) | (client.labels >= num_classes))
-    if len(bad):
-        raise ValueError(
-            f"client {client.name!r}: label {bad[0]} is {client.labels[bad[0]]}, not in 0..{num_classes - 1}"
-        )
