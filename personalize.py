@@ -9,8 +9,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import paths
 import utils
+from launch import paths
 from launch.flags import parse
 from launch.settings import Checked
 from perfedavg.fields import setting

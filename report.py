@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
-import paths
+from launch import paths
 from launch.flags import parse
 from launch.settings import Checked
 from perfedavg.fields import setting

@@ -6,9 +6,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import paths
 from experiments.rows import dataset_names, select_rows
 from experiments.runner import list_jobs, plan_jobs, run_jobs, write_tables
+from launch import paths
 from launch.flags import ROOT, parse, restart_command
 from launch.settings import Checked, Data
 from perfedavg.fields import setting

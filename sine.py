@@ -13,9 +13,9 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import paths
 import utils
 from experiments.rows import select_rows
+from launch import paths
 from launch.flags import ROOT, parse
 from launch.settings import Checked
 from perfedavg.fields import setting

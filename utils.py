@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from datasets.registry import DatasetRequest, find, load_federated_dataset, meaningless
 from launch.flags import ROOT, parse, restart_command
@@ -80,12 +80,12 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seeds(seed_sequence(config.seed, Purpose.INITIAL_MODEL), 1)[0])
         build_own = getattr(dataset, "build_model", None)
-        model = build_own() if build_own else build_model(config.architecture, dataset.num_classes)
+        model: nn.Module = build_own() if build_own else build_model(config.architecture, dataset.num_classes)
     check_model = getattr(dataset, "check_model", None)  # see datasets.sources.own
     if check_model:
         check_model(model)
         check_can_be_saved(model)
-    return cast("nn.Module", model)
+    return model
 
 
 def check_num_workers(args: Any, num_workers: int) -> None:

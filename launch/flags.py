@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import paths
 from datasets.registry import DATA_SETS, DataSet, find
+from launch import paths
 from launch.settings import ENTRY_POINTS, Data, Network, Worker
 from perfedavg.fields import MISSING, Flag, build, flags_by_name, values_of
 from perfedavg.plain_values import parse_toml

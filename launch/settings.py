@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import paths
 from datasets.registry import DATA_SETS
+from launch import paths
 from perfedavg.fields import MISSING, check, part, setting
 from perfedavg.settings import UNREAD, ClientsConfig, Compute, ExperimentConfig
 

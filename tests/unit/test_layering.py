@@ -10,30 +10,18 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
-OWN = {
-    "perfedavg",
-    "launch",
-    "reporting",
-    "experiments",
-    "multi_process",
-    "models",
-    "datasets",
-    "utils",
-    "paths",
-    "compat",
-}
+OWN = {"perfedavg", "launch", "reporting", "experiments", "multi_process", "models", "datasets", "utils", "compat"}
 OWN |= {"server", "client_worker", "single_process", "quick_start", "reproduce", "report", "sine", "personalize"}
 MAY_IMPORT = {
     "compat": set(),
-    "paths": set(),
     "models": set(),
     "datasets": {"compat", "perfedavg.contracts", "perfedavg.seeding"},
     "perfedavg": set(),
     "multi_process": {"compat", "perfedavg"},
     "reporting": {"perfedavg", "datasets.registry"},
     "experiments": {"launch", "perfedavg", "utils", "quick_start"},
-    "launch": {"datasets.registry", "paths", "perfedavg"},
-    "utils": {"launch", "paths", "perfedavg", "models", "datasets"},
+    "launch": {"datasets.registry", "perfedavg"},
+    "utils": {"launch", "perfedavg", "models", "datasets"},
 }
 ROOMS = (
     "machine",

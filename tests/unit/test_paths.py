@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from helpers import TINY, Launched, assert_one_clear_line, finish, read_result
 
-import paths
 import personalize
 import report
 import reproduce
 import sine
 import utils
+from launch import paths
 from launch.settings import ENTRY_POINTS
 from perfedavg.fields import flags_by_name
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-DEFAULT_DATA_ROOT = Path(__file__).resolve().parent / "datasets" / "data"
+DEFAULT_DATA_ROOT = Path(__file__).resolve().parents[1] / "datasets" / "data"
 
 
 def path(text: str) -> Path:
