@@ -313,16 +313,10 @@ def _read_result(path: Path, phases: Sequence[Phase]) -> tuple[RunResult, dict[P
 
 
 @dataclass(frozen=True)
-class _Evaluation:
-    initial: Scores
-    personalized: Scores
-
-
-@dataclass(frozen=True)
 class _Round:
     phase: str
     round_number: int
-    evaluation: _Evaluation | None
+    evaluation: PhaseResult | None
 
 
 def _read_curve(folder: Path, num_fedavg_rounds: int) -> tuple[CurvePoint, ...]:

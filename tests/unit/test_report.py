@@ -94,7 +94,12 @@ def write_run(
             "phase": phase,
             "round_number": number,
             "client_ids": [1],
-            "evaluation": {"initial": spread(1.0, initial), "personalized": spread(1.0, personalized)},
+            "evaluation": {
+                "clients": num_unseen,
+                "initial": spread(1.0, initial),
+                "personalized": spread(1.0, personalized),
+                "fraction_hurt": hurt,
+            },
         }
         for phase, number, initial, personalized in curve
     ]
