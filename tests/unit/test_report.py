@@ -22,6 +22,8 @@ from torch import nn
 import report
 from launch.flags import parse
 from perfedavg.engine.executor import LocalExecutor
+from perfedavg.methods.fedavg import FedAvg
+from perfedavg.methods.fedprox import FedProx
 from perfedavg.methods.fomaml import FOMAML
 from perfedavg.methods.maml import MAML
 from perfedavg.methods.reptile import Reptile
@@ -298,6 +300,22 @@ def test_a_row_is_called_by_what_tells_it_from_most() -> None:
         "E 5, 20 clients a round, local_split tail",
         "E 5, 20 clients a round, no fine-tuning",
         "E 5, 20 clients a round, partition iid",
+    ]
+
+
+def test_a_method_is_told_with_the_settings_that_tell_it_from_others() -> None:
+    """Of any method, and with any settings: a report names none."""
+    fedavg = experiment().fedavg
+    methods = [FedAvg(), FedAvg(), FedProx(mu=0.5), FedProx(mu=2.0)]
+    configs = [
+        experiment(5, fedavg=dataclasses.replace(fedavg, method=method), partition=f"shards:{number}")
+        for number, method in enumerate(methods, 1)
+    ]
+    assert [label.partition(", fedavg method ")[2] for label in labels_of(*configs)] == [
+        "",
+        "",
+        "fedprox mu 0.5",
+        "fedprox mu 2.0",
     ]
 
 
@@ -607,11 +625,12 @@ def test_published_figures_stand_only_beside_what_they_are_of(
     [
         {"num_epochs": 3},
         {"fedavg": PhaseConfig(100, 5, SGD, MOMENTUM, num_local_steps=7)},
+        {"fedavg": PhaseConfig(100, 5, SGD, MOMENTUM, method=FedProx())},
         {"fine_tune": PhaseConfig(40, 10, SGD, OptimizerConfig("adam", 0.001), method=FOMAML())},
     ],
 )
 def test_a_row_that_is_none_of_the_eight_has_no_published_figures(tmp_path: Path, changes: dict[str, Any]) -> None:
-    """Three epochs, steps in place of epochs, or FOMAML were never published."""
+    """Three epochs, steps in place of epochs, FedProx or FOMAML were never published."""
     means: dict[str, tuple[Pair, Pair]] = {"fedavg": ((1.0, 0.8), (0.5, 0.9)), "fine_tune": ((0.25, 0.95), (0.1, 0.99))}
     path = write_run(tmp_path / "run", experiment(dataset="emnist", **changes), means)
     assert "ublished" not in markdown_of(path)
