@@ -1,6 +1,6 @@
-"""Every data set is one entry here: how it is read, the models that fit it, and what else is to be known of it.
+"""Every data set is one entry here: how it is read, the models that fit it, its defaults, and what else to know of it.
 
-Entry points look at it for --help, so that whatever is heavy is imported when data are read.
+Entry points read the entries for --help, so heavy modules are imported only when data are read.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from perfedavg.contracts import FederatedDataset
 
 MOST_DEALT_CLIENTS = 10_000_000
-"""To whom examples are dealt out; the indices of more would fill the memory, and each would be left out as empty."""
+"""Examples are dealt out to at most so many clients; the indices of more would fill the memory."""
 
 
 @dataclass(frozen=True)

@@ -37,10 +37,10 @@ LOG_SIZE_SPREAD = 0.5
 """Standard deviation of the logarithm of a writer's number of examples."""
 
 IMAGE_SIDE = 28
-"""Pixels. Where a comment or a docstring below says pixel without more, it is one of these."""
+"""Pixels; below, a pixel is one of the images' unless said otherwise."""
 
 FONT_SIZE = 144
-"""Of the first rendering, whose ink is then scaled to GLYPH_SIDE; well above it so that outlines stay smooth."""
+"""Of the first rendering, which is then scaled to GLYPH_SIDE; far above it, so that outlines stay smooth."""
 GLYPH_CANVAS, GLYPH_SIDE = 64, 48
 """Side of a glyph's field and of the longer side of its ink, in field cells."""
 CELLS_PER_PIXEL = 2.4
@@ -240,7 +240,7 @@ def _source_cells(
 
 
 def _sample(fields: NDArray[np.float32], column: NDArray[np.float32], row: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Bilinear samples (num_examples, num_points) of fields (num_examples, side, side), constant past the border."""
+    """Bilinear samples (num_examples, num_points) of fields (num_examples, side, side), clamped to the border."""
     count, side, _ = fields.shape
     for position in (column, row):
         np.clip(position, 0, side - 1.001, out=position)
