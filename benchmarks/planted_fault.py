@@ -1,14 +1,16 @@
-"""Run server.py or client_worker.py with a fault planted: at an exact point the process gets a signal from itself.
+"""Run an entry point with a fault planted: at an exact point the process gets a signal from itself.
 
-python benchmarks/planted_fault.py POINT PHASE ROUND SIGNAL NOTE server.py|client_worker.py [flags]
+python benchmarks/planted_fault.py POINT PHASE ROUND SIGNAL NOTE server.py|client_worker.py|single_process.py [flags]
 
 POINT: see POINTS.  PHASE: fedavg or fine_tune, and ROUND a round of it, in which the point is to be reached (ignored
 by points before the first round).  SIGNAL: such as SIGKILL.  NOTE: file that gets the time just before the signal.
+Of the server's points, single_process.py reaches those of stepping and saving.
 The code that runs is the project's own; only the functions at the point are wrapped.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -71,14 +73,16 @@ def follow_worker(fault: Fault) -> None:
 
 
 def follow_server(fault: Fault) -> None:
-    """Keep the context in the server."""
+    """Keep the context in the server, or in the single process."""
     from multi_process.server import WorkerPool
+    from perfedavg.engine.executor import LocalExecutor
 
-    def begin(pool: object, task: Any, parameters: object) -> None:
+    def begin(executor: object, task: Any, parameters: object) -> None:
         fault.doing = task.phase, task.round_number
 
-    before(WorkerPool, "train", begin)
-    before(WorkerPool, "score", begin)
+    for executor in (WorkerPool, LocalExecutor):
+        before(executor, "train", begin)
+        before(executor, "score", begin)
 
 
 def worker_joining(fault: Fault) -> None:
@@ -212,12 +216,8 @@ def main() -> None:
     point, phase, round_number, number, note, entry_point, *flags = sys.argv[1:]
     fault = Fault(Phase.of_field(phase), int(round_number), signal.Signals[number], Path(note))
     sys.argv = [entry_point, *flags]
-    if entry_point == "server.py":
-        import server as program
-    else:
-        import client_worker as program  # type: ignore[no-redef]
     POINTS[point](fault)
-    program.main()
+    importlib.import_module(entry_point.removesuffix(".py")).main()
 
 
 if __name__ == "__main__":

@@ -132,6 +132,14 @@ class Launched:
         words = ("--port", str(port), "--world_size", str(world_size), "--rank", str(rank))
         return self.start("client_worker.py", *words, "--device", "cpu", *flags, fresh=fresh)
 
+    def start_struck(
+        self, phase: str, round_number: int, signal_name: str, run_dir: Path, *flags: str | Path
+    ) -> Process:
+        """A single process that gets a signal from itself, just before it takes the step of a round."""
+        note = run_dir.parent / f"{run_dir.name} was struck in {phase} {round_number}"
+        fault = ("server stepping", phase, str(round_number), signal_name, note)
+        return self.start("benchmarks/planted_fault.py", *fault, "single_process.py", *flags)
+
     def kill_all(self) -> None:
         for process in self.processes:
             if process.poll() is None:

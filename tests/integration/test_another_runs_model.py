@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
+import signal
 from pathlib import Path
 
 import pytest
-from helpers import ENDS_WITHIN_SECONDS, TINY, Launched, assert_one_clear_line, finish, read_result
+from helpers import TINY, Launched, assert_one_clear_line, finish, read_result
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +58,10 @@ def test_a_run_that_has_begun_needs_no_other_runs_file(launched: Launched, runs:
     With another model in its place the run would go on as another experiment.
     """
     shutil.copytree(runs / "first", tmp_path / "first")
-    flags = [*TINY, "--epochs", "0", "--initial_model", tmp_path / "first", "--fine_tune_inner_loops", "20"]
+    flags = [*TINY, "--epochs", "0", "--initial_model", tmp_path / "first"]
     path, undisturbed = tmp_path / "second", tmp_path / "undisturbed"
-    stopped = launched.start("single_process.py", *flags, "--run_dir", path)
-    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
-    while not any((path / "checkpoint").glob("*.safetensors")):
-        assert stopped.poll() is None, finish(stopped)
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    stopped.kill()
-    finish(stopped)
+    stopped = launched.start_struck("fine_tune", 1, "SIGKILL", path, *flags, "--run_dir", path)
+    assert finish(stopped)[0] == -signal.SIGKILL
     status, _, errors = finish(launched.start("single_process.py", *flags, "--run_dir", undisturbed))
     assert status == 0, errors
     shutil.rmtree(tmp_path / "first")

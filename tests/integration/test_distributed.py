@@ -24,10 +24,13 @@ from helpers import (
 def run_distributed(
     launched: Launched, run_dir: Path, num_workers: int, data_root: Path, flags: list[str], fresh: bool = False
 ) -> str:
-    """Run with a server and workers, each in a new process if they are to be fresh. Returns the model's digest."""
+    """Run with a server and workers. Returns the model's digest.
+
+    fresh: the server and the first worker start from nothing.
+    """
     data, size = ("--data_root", data_root), num_workers + 1
     server, port = launched.start_server(run_dir, size, *data, *flags, fresh=fresh)
-    workers = [launched.start_worker(port, size, rank, *data, fresh=fresh) for rank in range(1, size)]
+    workers = [launched.start_worker(port, size, rank, *data, fresh=fresh and rank == 1) for rank in range(1, size)]
     for process in (server, *workers):
         status, _, errors = finish(process)
         assert status == 0, errors

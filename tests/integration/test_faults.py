@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 
 import pytest
@@ -140,10 +139,16 @@ class Client:
 
 def test_a_run_begins_with_the_workers_for_which_there_are_descriptors(launched: Launched, tmp_path: Path) -> None:
     """gloo ends the process that runs out of them; the workers for which there are none are refused with a line."""
+    (tmp_path / "server_with_few.py").write_text(
+        f"""
+import resource, runpy
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+runpy.run_path({str(ROOT / "server.py")!r}, run_name="__main__")
+"""
+    )
     port = str(free_port())
     flags = ("--port", port, "--world_size", "6", "--run_dir", str(tmp_path / "run"), *TINY)
-    command = ("bash", "-c", 'ulimit -n 64 && exec "$@"', "bash", sys.executable, str(ROOT / "server.py"), *flags)
-    server = launched.start(*command)
+    server = launched.start(tmp_path / "server_with_few.py", *flags)
     workers = [launched.start_worker(int(port), 6, rank, "--threads", "1") for rank in range(1, 6)]
     ends = [finish(process) for process in workers]
     status, _, errors = finish(server)

@@ -38,7 +38,9 @@ FIFTH = Fraction(1, 5)
 def make_run(path: Path, data: Any = None, model: nn.Module | None = None, **changes: Any) -> Path:
     """A finished run of an MLP on digits, or on another data set with another model."""
     sgd = OptimizerConfig("sgd", 0.1)
-    config = make_config(fedavg=PhaseConfig(6, 3, sgd, OptimizerConfig("sgd", 1.0)), fine_tune=None, **changes)
+    config = make_config(
+        fedavg=PhaseConfig(6, 3, sgd, OptimizerConfig("sgd", 1.0)), fine_tune=None, eval_every=100, **changes
+    )
     data = data or digits_dataset(20)
     model = model or build_model(config.architecture, data.num_classes)
     folder = RunFolder(path)
