@@ -104,16 +104,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, loss_function = load_model(run, args.data_root)
     data = load_person(args.images, run.class_names, args.test_fraction, args.seed)
     warn_of_bright_ground(run, data)
-    show(describe_images(args.images, data, len(run.class_names)))
+    counts = count_images(data, run.class_names)
+    num_adapted_to, num_held_out = counts["adapted_to"], counts["held_out"]
+    show(
+        f"{args.images}: {num_adapted_to + num_held_out} images of {len(counts['classes'])} of the run's "
+        f"{len(run.class_names)} classes; {num_adapted_to} to adapt to, {num_held_out} held out to be scored on"
+    )
     run_sha256 = parameters_sha256(flatten(model))
     before, after = personalize(model, data, training, run.config.precision, args.seed, loss_function)
     show(score_table(before, after, training.num_epochs))
     program = export(model, data.test_inputs, run.class_names)
-    facts = {"run": str(args.run.absolute()), "run_model_sha256": run_sha256, "dataset": run.config.dataset}
     result = {
-        **facts,
+        "run": str(args.run.absolute()),
+        "run_model_sha256": run_sha256,
+        "dataset": run.config.dataset,
         **describe_settings(args, training, run.config.precision),
-        **count_images(data, run.class_names),
+        **counts,
         "before": before.to_dict(),
         "after": after.to_dict(),
         "model_sha256": parameters_sha256(flatten(model)),
@@ -123,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def portable_kernels_of(run: Path) -> str:
-    """A run's --portable_kernels, with which it is personalized too. `false` for what is no run, as is said later."""
+    """A run's --portable_kernels, which hold for its personalization too; `false` for what is no run, said later."""
     try:
         return RecordedRun.read(run).experiment().portable_kernels
     except ValueError:
@@ -195,18 +201,8 @@ def warn_of_bright_ground(run: RunModel, data: ClientData) -> None:
         )
 
 
-def describe_images(folder: Path, data: ClientData, num_classes: int) -> str:
-    """num_classes: of the run, of which the person may have images of a few only."""
-    num_adapt, num_held_out = len(data.train_labels), len(data.test_labels)
-    num_present = len({*data.train_labels.tolist(), *data.test_labels.tolist()})
-    return (
-        f"{folder}: {num_adapt + num_held_out} images of {num_present} of the run's {num_classes} classes; "
-        f"{num_adapt} to adapt to, {num_held_out} held out to be scored on"
-    )
-
-
 def count_images(data: ClientData, class_names: tuple[str, ...]) -> dict[str, Any]:
-    """How many images there are, of those classes of which there are any."""
+    """How many images there are in each part, and of each class of which there are any."""
     parts = {"adapted_to": data.train_labels.tolist(), "held_out": data.test_labels.tolist()}
     present = sorted({label for labels in parts.values() for label in labels})
     return {

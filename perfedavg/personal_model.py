@@ -65,7 +65,11 @@ class RunModel:
 
 @dataclass(frozen=True)
 class Score:
-    """Of a model on held-out examples. loss: the mean over them.  num_right: those whose class it named."""
+    """Of a model on held-out examples.
+
+    loss: mean over the examples.
+    num_right: examples whose class it named.
+    """
 
     loss: float
     num_right: int
