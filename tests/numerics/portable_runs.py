@@ -1,6 +1,6 @@
 """The digests of one short run of each model, as JSON, with the kernels that --portable_kernels names.
 
-python tests/numerics/portable_runs.py true        (or any_vendor)
+python tests/numerics/portable_runs.py true [NAME ..]        (or any_vendor; default: all names)
 
 `portable_digests.json` holds what they came to; wherever these kernels are to be had, they must come to the same.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -81,9 +83,11 @@ def main() -> None:
     from perfedavg.training.compute import use_reproducible_kernels
 
     use_reproducible_kernels()
-    runs = {name: flags for name, flags in RUNS.items() if ONLY_FOR.get(name, sys.argv[1]) == sys.argv[1]}
-    digests = {name: digest(flags) for name, flags in runs.items()}
-    print(json.dumps({**digests, "lstm": lstm_digest()}, indent=4))
+    runs: dict[str, Callable[[], str]] = {
+        name: partial(digest, flags) for name, flags in RUNS.items() if ONLY_FOR.get(name, sys.argv[1]) == sys.argv[1]
+    }
+    runs["lstm"] = lstm_digest
+    print(json.dumps({name: run() for name, run in runs.items() if name in sys.argv[2:] or not sys.argv[2:]}, indent=4))
 
 
 if __name__ == "__main__":
