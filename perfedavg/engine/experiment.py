@@ -21,7 +21,7 @@ from torch import Tensor
 from perfedavg.contracts import ClientDirectory, Executor, Observer
 from perfedavg.engine.cohorts import draw_cohort, draw_eval_clients
 from perfedavg.engine.scores import ClientScore, check_summary, mean, summarize
-from perfedavg.engine.tasks import ClientStates, CohortTask, CohortUpdate, ScoringTask
+from perfedavg.engine.tasks import ClientStates, CohortTask, ScoringTask
 from perfedavg.plain_values import from_plain, shown
 from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig, Phase, PhaseConfig
@@ -206,116 +206,108 @@ def run_experiment(
     Raises ValueError where a round asks for more clients than there are to train.
     """
     config.check_cohort_size(len(clients.train_client_ids))
-    state.start_clock()
-    for phase, settings in config.phases.items():
-        if phase < state.phase:
-            continue
-        if phase is not state.phase:
-            state.begin_phase(phase, settings)
-        for observer in observers:
-            observer.phase_started(phase, settings.num_rounds, state.num_recorded)
-        while state.num_recorded < settings.num_rounds:
-            if state.pending_record is None:
-                _train_round(config, executor, clients, state)
-            _record_round(config, executor, clients, state, observers)
-        if phase not in state.scores:
-            _score_unseen(config, executor, clients, state, observers)
-        for observer in observers:
-            observer.phase_ended(phase, state.scores)
+    _Run(config, executor, clients, state, observers).go_on()
     return ExperimentOutcome(state.server.parameters, state.scores, state.phase_seconds)
 
 
-def _train_round(
-    config: ExperimentConfig, executor: Executor, clients: ClientDirectory, state: ExperimentState
-) -> None:
-    """Draw a cohort, let it train, and apply the mean of its updates to the global model."""
-    started = time.monotonic()
-    phase, round_number = state.phase, state.num_rounds + 1
-    method = config.phases[phase].method
-    cohort = draw_cohort(config, clients.train_client_ids, phase, round_number)
-    capacity = sum(method.weight(clients.num_train_examples(client_id)) for client_id in cohort)
-    kept = {client_id: state.client_states[client_id] for client_id in cohort if client_id in state.client_states}
-    update = executor.train(CohortTask(phase, round_number, cohort, capacity, kept), state.server.parameters)
-    update.reports.sort(key=lambda report: report.client_id)
-    assert tuple(report.client_id for report in update.reports) == cohort, "every client of the cohort trains once"
-    accepted = [report for report in update.reports if report.refused is None]
-    weight = sum(method.weight(report.num_examples) for report in accepted)
-    assert update.sum.weight == weight, "the sum holds every update that was not refused"
-    mean_update: Tensor | None = None
-    if accepted:
-        seeds = seed_sequence(config.seed, Purpose.AGGREGATION, phase=phase, round_number=round_number)
-        mean_update = method.aggregation().after_mean(update.sum.finish(state.server.dtype), len(accepted), seeds)
-    record = _record(phase, round_number, update, mean_update, time.monotonic() - started)
-    state.end_round(mean_update, config.phases[phase].server_rate_factor(round_number), record, update.states)
+@dataclass(frozen=True)
+class _Run:
+    """Arguments as `run_experiment` takes them."""
 
+    config: ExperimentConfig
+    executor: Executor
+    clients: ClientDirectory
+    state: ExperimentState
+    observers: Sequence[Observer]
 
-def _record(
-    phase: Phase, round_number: int, update: CohortUpdate, mean_update: Tensor | None, seconds: float
-) -> RoundRecord:
-    losses = [report.loss for report in update.reports if report.refused is None]
-    norm = 0.0 if mean_update is None else float(torch.linalg.vector_norm(mean_update, dtype=torch.float64))
-    return RoundRecord(
-        phase=phase,
-        round_number=round_number,
-        client_ids=tuple(report.client_id for report in update.reports),
-        num_examples=sum(report.num_examples for report in update.reports),
-        refused={report.client_id: report.refused for report in update.reports if report.refused is not None},
-        train_loss=mean(losses) if losses else None,
-        update_norm=norm,
-        seconds=seconds,
-        idle_share=update.idle_share,
-        lost_workers=dict(update.lost_workers),
-        evaluation=None,
-    )
+    def go_on(self) -> None:
+        """From where the state stands to the end."""
+        state = self.state
+        state.start_clock()
+        for phase, settings in self.config.phases.items():
+            if phase < state.phase:
+                continue
+            if phase is not state.phase:
+                state.begin_phase(phase, settings)
+            for observer in self.observers:
+                observer.phase_started(phase, settings.num_rounds, state.num_recorded)
+            while state.num_recorded < settings.num_rounds:
+                if state.pending_record is None:
+                    self._train_round()
+                self._record_round()
+            if phase not in state.scores:
+                self._score_unseen()
+            for observer in self.observers:
+                observer.phase_ended(phase, state.scores)
 
+    def _train_round(self) -> None:
+        """Draw a cohort, let it train, and apply the mean of its updates to the global model."""
+        started = time.monotonic()
+        config, clients, state = self.config, self.clients, self.state
+        phase, round_number = state.phase, state.num_rounds + 1
+        method = config.phases[phase].method
+        cohort = draw_cohort(config, clients.train_client_ids, phase, round_number)
+        capacity = sum(method.weight(clients.num_train_examples(client_id)) for client_id in cohort)
+        kept = {client_id: state.client_states[client_id] for client_id in cohort if client_id in state.client_states}
+        update = self.executor.train(CohortTask(phase, round_number, cohort, capacity, kept), state.server.parameters)
+        update.reports.sort(key=lambda report: report.client_id)
+        assert tuple(report.client_id for report in update.reports) == cohort, "every client of the cohort trains once"
+        accepted = [report for report in update.reports if report.refused is None]
+        weight = sum(method.weight(report.num_examples) for report in accepted)
+        assert update.sum.weight == weight, "the sum holds every update that was not refused"
+        mean_update: Tensor | None = None
+        if accepted:
+            seeds = seed_sequence(config.seed, Purpose.AGGREGATION, phase=phase, round_number=round_number)
+            mean_update = method.aggregation().after_mean(update.sum.finish(state.server.dtype), len(accepted), seeds)
+        norm = 0.0 if mean_update is None else float(torch.linalg.vector_norm(mean_update, dtype=torch.float64))
+        record = RoundRecord(
+            phase=phase,
+            round_number=round_number,
+            client_ids=cohort,
+            num_examples=sum(report.num_examples for report in update.reports),
+            refused={report.client_id: report.refused for report in update.reports if report.refused is not None},
+            train_loss=mean([report.loss for report in accepted]) if accepted else None,
+            update_norm=norm,
+            seconds=time.monotonic() - started,
+            idle_share=update.idle_share,
+            lost_workers=dict(update.lost_workers),
+            evaluation=None,
+        )
+        state.end_round(mean_update, config.phases[phase].server_rate_factor(round_number), record, update.states)
 
-def _record_round(
-    config: ExperimentConfig,
-    executor: Executor,
-    clients: ClientDirectory,
-    state: ExperimentState,
-    observers: Sequence[Observer],
-) -> None:
-    """Score the unseen clients for which the round that has been trained is a time to, and tell of the round."""
-    record, unseen = state.pending_record, clients.unseen_client_ids
-    assert record is not None, "a round has been trained"
-    if state.num_rounds == config.phases[state.phase].num_rounds:
-        if state.phase not in state.scores:
-            _score_unseen(config, executor, clients, state, observers)
-        curve_clients = draw_eval_clients(config, unseen)
-        point = [score for score in state.scores[state.phase] if score.client_id in curve_clients]
-        record = replace(record, evaluation=summarize(point))
-    elif state.num_rounds % config.eval_every == 0:
-        point = _score(executor, state, draw_eval_clients(config, unseen))
-        record = replace(record, evaluation=summarize(point))
-    for observer in observers:
-        observer.round_ended(record)
-    state.mark_recorded()
-    for observer in observers:
-        observer.checkpoint_due(state)
+    def _record_round(self) -> None:
+        """Score the unseen clients where the round that has been trained is a time to, and tell of the round."""
+        state, record = self.state, self.state.pending_record
+        assert record is not None, "a round has been trained"
+        point: list[ClientScore] | None = None
+        if state.num_rounds == self.config.phases[state.phase].num_rounds:
+            if state.phase not in state.scores:
+                self._score_unseen()
+            curve_clients = draw_eval_clients(self.config, self.clients.unseen_client_ids)
+            point = [score for score in state.scores[state.phase] if score.client_id in curve_clients]
+        elif state.num_rounds % self.config.eval_every == 0:
+            point = self._score(draw_eval_clients(self.config, self.clients.unseen_client_ids))
+        if point is not None:
+            record = replace(record, evaluation=summarize(point))
+        for observer in self.observers:
+            observer.round_ended(record)
+        state.mark_recorded()
+        for observer in self.observers:
+            observer.checkpoint_due(state)
 
+    def _score_unseen(self) -> None:
+        """The results after the present phase: all unseen clients, epoch by epoch where that is asked for."""
+        unseen = tuple(self.clients.unseen_client_ids)
+        for observer in self.observers:
+            observer.scoring_started(self.state.phase, len(unseen))
+        self.state.add_scores(self._score(unseen, self.config.num_curve_epochs))
 
-def _score_unseen(
-    config: ExperimentConfig,
-    executor: Executor,
-    clients: ClientDirectory,
-    state: ExperimentState,
-    observers: Sequence[Observer],
-) -> None:
-    """The results after the present phase: all unseen clients, epoch by epoch where that is asked for."""
-    for observer in observers:
-        observer.scoring_started(state.phase, len(clients.unseen_client_ids))
-    state.add_scores(_score(executor, state, tuple(clients.unseen_client_ids), config.num_curve_epochs))
-
-
-def _score(
-    executor: Executor, state: ExperimentState, client_ids: tuple[int, ...], num_curve_epochs: int = 0
-) -> list[ClientScore]:
-    task = ScoringTask(state.phase, state.num_rounds, client_ids, num_curve_epochs)
-    scores = executor.score(task, state.server.parameters)
-    scores.sort(key=lambda score: score.client_id)
-    assert [score.client_id for score in scores] == sorted(client_ids), "every client is scored exactly once"
-    return scores
+    def _score(self, client_ids: tuple[int, ...], num_curve_epochs: int = 0) -> list[ClientScore]:
+        task = ScoringTask(self.state.phase, self.state.num_rounds, client_ids, num_curve_epochs)
+        scores = self.executor.score(task, self.state.server.parameters)
+        scores.sort(key=lambda score: score.client_id)
+        assert [score.client_id for score in scores] == sorted(client_ids), "every client is scored exactly once"
+        return scores
 
 
 def parameters_sha256(parameters: Tensor) -> str:

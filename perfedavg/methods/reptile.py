@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
-from perfedavg.methods.base import Method
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from perfedavg.training.client_models import Client, ClientModels
-    from perfedavg.training.local_training import LocalTraining
+from perfedavg.methods.fedavg import FedAvg
 
 
 @dataclass(frozen=True)
-class Reptile(Method):
-    """Clients train from the global model and send how far they got, all with the same weight."""
+class Reptile(FedAvg):
+    """FedAvg whose clients all have the same weight."""
 
     name: ClassVar[str] = "reptile"
 
-    def update(
-        self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining
-    ) -> tuple[Tensor, list[float]]:
-        losses = models.train(start, clients, training)
-        return models.parameters - start, losses
+    def weight(self, num_examples: int) -> int:
+        return 1

@@ -11,8 +11,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from perfedavg.training.client_models import Batch, ClientModels
 from perfedavg.training.layers import (
+    DeferredGradients,
     FactoredLinear,
-    Factors,
     SeededDropout,
     blocks,
     channels_last,
@@ -48,7 +48,7 @@ class FlatModel(ClientModels):
         self.dropout_generator = torch.Generator(device=self.device)
         refuse_buffers(model)
         self._computes_in_bf16 = precision == "bf16"
-        self._factors = Factors()
+        self._deferred = DeferredGradients()
         # The generator is bound after the copy, because a generator cannot be deep-copied.
         self.module = replace_layers(copy.deepcopy(model).to(self.device), self._replacement)
         self.vector = flatten(self.module)
@@ -116,13 +116,13 @@ class FlatModel(ClientModels):
 
     def descend(self, loss: Tensor, learning_rate: float) -> None:
         """A step of plain SGD: parameters -= learning_rate * gradient of the loss, a scalar that the model gave."""
-        self._factors.begin(learning_rate)
+        self._deferred.begin(learning_rate)
         gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
         with torch.no_grad():
             for view, gradient in zip(self._trained, gradients, strict=True):
                 if gradient is not None:
                     view.add_(gradient, alpha=-learning_rate)
-            for weight, outputs_gradient, rows in self._factors.end():
+            for weight, outputs_gradient, rows in self._deferred.end():
                 outputs_gradient, rows = outputs_gradient.to(weight.dtype), rows.to(weight.dtype)
                 for block in blocks(weight):
                     weight[block].addmm_(outputs_gradient[:, block].t(), rows, alpha=-learning_rate)
@@ -133,7 +133,7 @@ class FlatModel(ClientModels):
 
         It is 0 for parameters that do not require one.
         """
-        self._factors.begin(None)
+        self._deferred.begin(None)
         gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
         flat = torch.zeros_like(self.vector)
         parts: dict[Tensor, Tensor] = {}
@@ -144,7 +144,7 @@ class FlatModel(ClientModels):
         for view, gradient in zip(self._trained, gradients, strict=True):
             if gradient is not None:
                 parts[view].copy_(gradient)
-        for weight, outputs_gradient, rows in self._factors.end():
+        for weight, outputs_gradient, rows in self._deferred.end():
             parts[weight].addmm_(outputs_gradient.to(weight.dtype).t(), rows.to(weight.dtype))
         return flat
 
@@ -153,7 +153,7 @@ class FlatModel(ClientModels):
             return SeededDropout(layer.p, self.dropout_generator)
         refuse_unseedable(layer)
         if is_plain_linear(layer):
-            return FactoredLinear(layer, self._factors, torch.bfloat16 if self._computes_in_bf16 else None)
+            return FactoredLinear(layer, self._deferred, torch.bfloat16 if self._computes_in_bf16 else None)
         return None
 
 

@@ -16,29 +16,29 @@ BLOCK_BYTES = 3 * 2**19
 """Of a large weight, worked on at once: what stays in a core's cache between its use for a gradient and its update."""
 
 
-class Factors:
-    """What dense layers do with the gradients of their weights: leave them in factors, or subtract them at once.
+class DeferredGradients:
+    """The gradients of dense layers' weights: kept as factors, or subtracted at once.
 
-    left: of each use of a dense layer in the last backward pass its weight, (outputs, inputs), the gradient of what
-        came out, (rows, outputs), and what went in, (rows, inputs). The weight's gradient is the sum over its uses of
-        `gradient.t() @ went_in`.
+    pending: for each use of a layer in the backward pass its weight, (outputs, inputs), the gradient of its outputs,
+        (rows, outputs), and its inputs, (rows, inputs). A weight's gradient is the sum over its uses of
+        `gradient.t() @ inputs`.
     learning_rate: of the step of plain SGD that the backward pass is for, or None. With it, a weight that was used
-        once is updated as soon as its gradient is known, while it is in the cache, and leaves no factors.
+        once is updated as soon as its gradient is known, while it is in the cache, and leaves nothing pending.
     """
 
     def __init__(self) -> None:
-        self.left: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self.learning_rate: float | None = None
         self._num_uses: Counter[Tensor] = Counter()
 
     def begin(self, learning_rate: float | None) -> None:
         """A backward pass begins."""
-        self.left.clear()
+        self.pending.clear()
         self.learning_rate = learning_rate
 
     def end(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The backward pass is over: take what it left."""
-        taken, self.left = self.left, []
+        """The backward pass is over: take what is pending."""
+        taken, self.pending = self.pending, []
         self.learning_rate = None
         self._num_uses.clear()
         return taken
@@ -46,23 +46,23 @@ class Factors:
     def note_use(self, weight: Tensor) -> None:
         self._num_uses[weight] += 1
 
-    def pass_back(
-        self, weight: Tensor, multiplied: Tensor, gradient: Tensor, rows: Tensor, is_wanted: bool
+    def linear_backward(
+        self, weight: Tensor, multiplied: Tensor, gradient: Tensor, rows: Tensor, needs_input_grad: bool
     ) -> Tensor | None:
-        """Deal with a weight's gradient; returns `gradient @ multiplied` where it is wanted."""
+        """Keep or subtract a weight's gradient; return the inputs' one, `gradient @ multiplied`, where it is needed."""
         if multiplied.dtype != weight.dtype:
-            self.left.append((weight, gradient, rows))
-            return gradient.mm(multiplied) if is_wanted else None
+            self.pending.append((weight, gradient, rows))
+            return gradient.mm(multiplied) if needs_input_grad else None
         subtracts = self.learning_rate is not None and self._num_uses[weight] == 1
         to_rows: Tensor | None = None
         for block in blocks(weight):
             part, part_gradient = multiplied[block], gradient[:, block]
-            if is_wanted:
+            if needs_input_grad:
                 to_rows = part_gradient.mm(part) if to_rows is None else to_rows.addmm_(part_gradient, part)
             if subtracts:
                 part.addmm_(part_gradient.t(), rows, alpha=-cast(float, self.learning_rate))
         if not subtracts:
-            self.left.append((weight, gradient, rows))
+            self.pending.append((weight, gradient, rows))
         return to_rows
 
 
@@ -164,16 +164,16 @@ class FactoredLinear(nn.Module):
     and to write it and read it again is most of what the layer costs in a step of SGD; added to the weight as a
     product (`addmm_`), it is not.
 
-    linear: whose parameters it shares.  factors: deals with its weight's gradient, in the backward pass.
+    linear: whose parameters it shares.  deferred: takes its weight's gradient, in the backward pass.
     precision: in which it multiplies while it trains, with a copy of the weight that `refresh` brings up to date; None
         for the weight's own.
     """
 
-    def __init__(self, linear: nn.Linear, factors: Factors, precision: torch.dtype | None = None) -> None:
+    def __init__(self, linear: nn.Linear, deferred: DeferredGradients, precision: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
-        self._factors = factors
+        self._deferred = deferred
         self._copy = None if precision is None else linear.weight.detach().to(precision)
 
     def refresh(self) -> None:
@@ -186,8 +186,8 @@ class FactoredLinear(nn.Module):
         multiplied = self.weight.detach() if self._copy is None or not self.training else self._copy
         rows = inputs.reshape(-1, inputs.shape[-1]).to(multiplied.dtype)
         if torch.is_grad_enabled():
-            self._factors.note_use(self.weight)
-        outputs: Tensor = _DenseProduct.apply(rows, self.weight, multiplied, self.bias, self._factors)  # type: ignore[no-untyped-call]
+            self._deferred.note_use(self.weight)
+        outputs: Tensor = _DenseProduct.apply(rows, self.weight, multiplied, self.bias, self._deferred)  # type: ignore[no-untyped-call]
         return outputs.view(*inputs.shape[:-1], outputs.shape[-1])
 
 
@@ -210,17 +210,22 @@ def is_plain_linear(layer: nn.Module) -> TypeGuard[nn.Linear]:
 class _DenseProduct(torch.autograd.Function):
     """`rows @ multiplied.t() + bias`, in the type of the rows.
 
-    rows: (rows, inputs).  weight: (outputs, inputs), to whose gradient the factors belong.  multiplied: its values, in
+    rows: (rows, inputs).  weight: (outputs, inputs), whose gradient is deferred.  multiplied: its values, in
     the type of the rows.  bias: (outputs,) or None.
     """
 
     @staticmethod
     def forward(
-        context: Any, rows: Tensor, weight: Tensor, multiplied: Tensor, bias: Tensor | None, factors: Factors
+        context: Any,
+        rows: Tensor,
+        weight: Tensor,
+        multiplied: Tensor,
+        bias: Tensor | None,
+        deferred: DeferredGradients,
     ) -> Tensor:
         context.save_for_backward(rows, weight, multiplied)
         context.bias_type = None if bias is None else bias.dtype
-        context.factors = factors
+        context.deferred = deferred
         if bias is None:
             return rows.mm(multiplied.t())
         return torch.addmm(bias.to(rows.dtype), rows, multiplied.t())
@@ -229,7 +234,9 @@ class _DenseProduct(torch.autograd.Function):
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, Tensor | None, None]:
         (gradient,) = gradients
         rows, weight, multiplied = context.saved_tensors
-        to_rows = context.factors.pass_back(weight, multiplied, gradient, rows.detach(), context.needs_input_grad[0])
+        to_rows = context.deferred.linear_backward(
+            weight, multiplied, gradient, rows.detach(), context.needs_input_grad[0]
+        )
         to_bias = None if context.bias_type is None else gradient.sum(0, dtype=context.bias_type)
         return to_rows, None, None, to_bias, None
 

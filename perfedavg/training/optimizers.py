@@ -7,6 +7,7 @@ not to compile them, which makes each process start later; nothing is compiled h
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,57 +59,21 @@ class Optimizer:
     def _sgd(self, gradient: Tensor, rate: float) -> None:
         momentum = self._config.momentum if self._config.name == "momentum" else 0.0
         buffers = [self.state.get("momentum_buffer")]
-        sgd(
-            [self._parameters],
-            [gradient],
-            buffers,
-            lr=rate,
-            momentum=momentum,
-            dampening=0.0,
-            nesterov=False,
-            weight_decay=0.0,
-            maximize=False,
-        )
+        own: dict[str, Any] = {"dampening": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False}
+        sgd([self._parameters], [gradient], buffers, lr=rate, momentum=momentum, **own)
         if momentum and buffers[0] is not None:
             self.state["momentum_buffer"] = buffers[0]
 
     def _adam(self, gradient: Tensor, rate: float) -> None:
-        if not self.state:
-            self._begin_counting()
-            self.state["exp_avg"] = torch.zeros_like(self._parameters)
-            self.state["exp_avg_sq"] = torch.zeros_like(self._parameters)
-        first_decay, second_decay = self._config.decay_rates
-        adam(
-            [self._parameters],
-            [gradient],
-            [self.state["exp_avg"]],
-            [self.state["exp_avg_sq"]],
-            [],
-            [self.state["step"]],
-            lr=rate,
-            beta1=first_decay,
-            beta2=second_decay,
-            eps=self._config.epsilon,
-            amsgrad=False,
-            weight_decay=0.0,
-            maximize=False,
-        )
+        first, second, steps = self._kept("exp_avg"), self._kept("exp_avg_sq"), self._count()
+        beta1, beta2 = self._config.decay_rates
+        own: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "amsgrad": False, "weight_decay": 0.0, "maximize": False}
+        adam([self._parameters], [gradient], [first], [second], [], [steps], lr=rate, eps=self._config.epsilon, **own)
 
     def _adagrad(self, gradient: Tensor, rate: float) -> None:
-        if not self.state:
-            self._begin_counting()
-            self.state["sum"] = torch.zeros_like(self._parameters)
-        adagrad(
-            [self._parameters],
-            [gradient],
-            [self.state["sum"]],
-            [self.state["step"]],
-            lr=rate,
-            eps=self._config.epsilon,
-            lr_decay=0.0,
-            weight_decay=0.0,
-            maximize=False,
-        )
+        total, steps = self._kept("sum"), self._count()
+        own: dict[str, Any] = {"lr_decay": 0.0, "weight_decay": 0.0, "maximize": False}
+        adagrad([self._parameters], [gradient], [total], [steps], lr=rate, eps=self._config.epsilon, **own)
 
     def _yogi(self, gradient: Tensor, rate: float) -> None:
         """Yogi (Zaheer et al. 2018) as Reddi et al. 2020 (arXiv 2003.00295, algorithm 2) use it for servers.
@@ -118,17 +83,21 @@ class Optimizer:
         Unlike Adam's, a v that is too large falls slowly.
         """
         (first_decay, second_decay), epsilon = self._config.decay_rates, self._config.epsilon
-        if not self.state:
-            self.state["first"] = torch.zeros_like(self._parameters)
-            self.state["second"] = torch.full_like(self._parameters, epsilon**2)
-        first, second = self.state["first"], self.state["second"]
+        first, second = self._kept("first"), self._kept("second", epsilon**2)
         square = gradient * gradient
         first.lerp_(gradient, 1 - first_decay)
         second.sub_(square * torch.sign(second - square), alpha=1 - second_decay)
         self._parameters.addcdiv_(first, second.sqrt().add_(epsilon), value=-rate)
 
-    def _begin_counting(self) -> None:
-        self.state["step"] = torch.tensor(0.0)  # of the steps taken, on the CPU, as torch.optim keeps it
+    def _kept(self, name: str, beginning: float = 0.0) -> Tensor:
+        """A tensor of the state, which begins with one value everywhere."""
+        if name not in self.state:
+            self.state[name] = torch.full_like(self._parameters, beginning)
+        return self.state[name]
+
+    def _count(self) -> Tensor:
+        """The number of steps taken, on the CPU, as torch.optim keeps it."""
+        return self.state.setdefault("step", torch.tensor(0.0))
 
 
 class ServerOptimizer:

@@ -40,7 +40,7 @@ def test_workers_that_live_and_die_end_with_the_same_model(
         launched.start(SCRIPT, *command)
     status, _, errors = finish(server)
     assert status == 0, errors
-    assert (tmp_path / "note").exists() == (point is not None)
+    assert point is None or "lost worker 1" in errors, errors
     assert read_result(tmp_path / "run")["model_sha256"] == single_process
 
 
