@@ -14,12 +14,13 @@ from launch.settings import Checked, Data
 from perfedavg.fields import setting
 from perfedavg.machine.cores import usable_cores
 from perfedavg.machine.processes import SignalWatch
+from perfedavg.settings import Compute
 from perfedavg.terminal.console import show
 from perfedavg.terminal.entry_point import USER_ERRORS, end_process, prepare_process, report
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reproduce(Data, Checked):
+class Reproduce(Compute, Data, Checked):
     """Run the rows of the papers' tables on one data set, each row and seed a run of its own."""
 
     program: ClassVar[str] = "sh reproduce.sh"
@@ -43,14 +44,7 @@ class Reproduce(Data, Checked):
         absent="runs/reproduce",
     )
     list: bool = setting(False, "say what is done and what is to do, with the commands, and run nothing")
-    device: str = setting("auto", "auto (a GPU where there is one), cpu, cuda or cuda:i")
-    jobs: int = setting(1, "runs at a time", at_least=1)
-    threads: int | None = setting(
-        None,
-        "clients that a run trains side by side",
-        at_least=1,
-        absent="the machine's cores, shared out among the runs",
-    )
+    jobs: int = setting(1, "runs at a time, which share the machine's cores", at_least=1)
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ import sine
 import single_process
 import utils
 from datasets.sources.sine import POINTS
+from experiments import sine_adaptation
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.engine.scores import summarize
@@ -68,12 +69,15 @@ def test_the_report_shows_what_the_runs_measured(
     assert "| joint | 1 |" in capsys.readouterr().out
     for name in ("mse.png", "adaptation.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    for model in sine.load_models(sine_errors.read_rows(runs), runs):
+    for model in sine_adaptation.load_models(sine_errors.read_rows(runs), runs):
         with open(runs / model.label / "seed0" / "clients.csv", newline="") as file:
             row = next(csv.DictReader(file))
         client_id = int(row["client_id"])
         assert client_id == model.tasks.unseen_client_ids[0]
-        curves, true = sine.adapted_curves(model, client_id, POINTS), model.tasks.task(client_id).values(POINTS)
+        curves, true = (
+            sine_adaptation.adapted_curves(model, client_id, POINTS),
+            model.tasks.task(client_id).values(POINTS),
+        )
         (column,) = [name for name in row if name.endswith("_personalized_loss")]
         assert ((curves[32] - true) ** 2).mean() == pytest.approx(float(row[column]), rel=1e-3)
         assert not (curves[32] == curves[0]).any()
@@ -87,4 +91,4 @@ def test_another_runs_model_is_not_drawn(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr("sys.argv", argv)
         single_process.main()
     with pytest.raises(ValueError, match="holds another model than the results in"):
-        sine.load_models(sine_errors.read_rows(tmp_path / "results"), tmp_path / "models")
+        sine_adaptation.load_models(sine_errors.read_rows(tmp_path / "results"), tmp_path / "models")

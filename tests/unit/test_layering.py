@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "perfedavg": set(),
     "multi_process": {"compat", "perfedavg"},
     "reporting": {"perfedavg", "datasets.registry"},
-    "experiments": {"launch", "perfedavg", "utils", "quick_start"},
+    "experiments": {"datasets", "launch", "perfedavg", "reporting", "utils"},
     "launch": {"datasets.registry", "perfedavg"},
     "utils": {"launch", "perfedavg", "models", "datasets"},
 }
