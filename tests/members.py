@@ -1,6 +1,6 @@
 """A server's pool of workers without processes: members that answer at once, on a clock that only the tests move.
 
-What they say arrives as it does over a link, as the bytes of a package or the fields of a line; so a faulty one may say
+What they say arrives as it does from a peer, as the bytes of a package or the fields of a line; so a faulty one may say
 anything.
 """
 
@@ -92,7 +92,7 @@ def package_of_bytes(header: str, *tensors: Tensor) -> list[Tensor]:
 class Member:
     """A worker, and the server's end of its link. This one is honest.
 
-    seconds: that a client takes.  told: how the server ended the link, `dropped` or `dismissed`, and why.
+    seconds: that a client takes.  told: how the server parted with it, `dropped` or `dismissed`, and why.
     """
 
     def __init__(self, rank: int = 1, seconds: float = 1.0) -> None:
@@ -174,7 +174,7 @@ class Member:
         self._busy_until = max(self._busy_until, self._run.clock.now) + self.seconds
         return self._busy_until
 
-    # What follows is what the pool uses of a link.
+    # What follows is what the pool uses of a peer.
 
     def send(self, message: Message) -> None:
         self.heard.append(message)

@@ -196,13 +196,13 @@ def test_strangers_neither_disturb_a_run_nor_learn_of_it(
         in log
     )
     for host in STRANGERS:
-        assert_only_the_greeting(b"".join(strangers.heard.get(host, [])))
+        assert_only_the_hello(b"".join(strangers.heard.get(host, [])))
 
 
-def assert_only_the_greeting(heard: bytes) -> None:
+def assert_only_the_hello(heard: bytes) -> None:
     """Nothing of the configuration or the model, only what a worker needs to prove itself, and why it was refused."""
     hello, *others = heard.splitlines() or [b""]
-    if greeting:  # a connection that is ended while there is more to read may lose it
+    if hello:  # a connection that is ended while there is more to read may lose it
         assert set(json.loads(hello)) == {field.name for field in fields(Hello)}
     assert all(set(json.loads(line)) == {"refused"} for line in others)
 
@@ -278,19 +278,19 @@ def impostor(answer: Callable[[ControlConnection], None]) -> Iterator[int]:
         assert not thread.is_alive(), "the worker left"
 
 
-def greeting(**changes: object) -> dict[str, object]:
+def hello_with(**changes: object) -> dict[str, object]:
     spoken = Hello("0" * 64, True, 2, "gloo", 1.0, 30.0)
     return {**asdict(spoken), **changes}
 
 
 def guess_the_proof(control: ControlConnection) -> None:
-    control.send(**greeting())
+    control.send(**hello_with())
     proof = control.receive(60)["proof"]
     control.send(**asdict(JoinAccepted(1, "0" * 64, str(proof))))  # the worker's own, which is all that it has seen
 
 
 def speak_another_version(control: ControlConnection) -> None:
-    control.send(**greeting(protocol=PROTOCOL_VERSION + 1))
+    control.send(**hello_with(protocol=PROTOCOL_VERSION + 1))
 
 
 def test_a_worker_leaves_a_server_that_cannot_prove_itself(launched: Launched, token_file: Path) -> None:

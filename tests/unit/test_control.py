@@ -128,7 +128,7 @@ def test_a_proof_is_good_for_one_conversation_and_one_side() -> None:
     assert not any(TOKEN.decode() in proof for proof in proofs | from_server)
 
 
-def test_every_greeting_has_a_nonce_and_a_ticket_of_its_own() -> None:
+def test_every_handshake_has_a_nonce_and_a_ticket_of_its_own() -> None:
     """A nonce that comes again would let a proof be used again."""
     nonces, tickets = set(), set()
     for _ in range(3):
@@ -204,7 +204,7 @@ def test_what_is_no_server_of_ours_is_told_from_one(pair: Pair, said: dict[str, 
         receive_hello(pair.worker)
 
 
-def test_nobody_stays_in_the_greeting_longer_than_is_due(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_stays_in_the_handshake_longer_than_is_due(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte now and then gains no time, or a few such connections would keep the workers out for good."""
     monkeypatch.setattr(handshake, "HANDSHAKE_SECONDS", 0.5)
     with beside(lambda: serve(pair.server, TOKEN)) as served:

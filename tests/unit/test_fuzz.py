@@ -117,7 +117,7 @@ def test_a_header_of_thousands_of_brackets_is_refused() -> None:
 
 
 class Stranger:
-    """In place of a control connection: the line that somebody sends when the server has greeted it."""
+    """In place of a control connection: the line that somebody sends after the server's hello."""
 
     def __init__(self, line: bytes) -> None:
         self._line = line
@@ -132,7 +132,7 @@ class Stranger:
 @few_and_many
 @pytest.mark.parametrize("token", [None, b"a secret of 16 or more"], ids=["open", "token"])
 def test_anybody_may_say_anything_to_the_port(token: bytes | None, num_examples: int) -> None:
-    """A worker is taken in, refused, or dropped as none of ours; no other error may end the thread that greets."""
+    """A worker is taken in, refused, or dropped as none of ours; no other error may end the thread that serves it."""
     honest = {"protocol": PROTOCOL_VERSION, "nonce": "", "rank": 1, "gpu": "", "proof": ""}
     fields = st.fixed_dictionaries(
         {}, optional={**{name: st.just(value) | JSON for name, value in honest.items()}, "more": JSON}

@@ -259,7 +259,7 @@ def test_a_host_that_is_dropped_again_and_again_does_not_fill_the_log(run: Run) 
     assert all(line.startswith("server: dropped a connection from 127.0.0.1 (number ") for line in said)
 
 
-def test_no_more_than_so_many_are_greeted_at_once_and_the_first_ones_have_to_go(
+def test_no_more_than_so_many_handshakes_are_pending_and_the_first_ones_have_to_go(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes a thread. Whoever kept all the places would keep the workers out."""
@@ -279,9 +279,7 @@ def test_no_more_than_so_many_are_greeted_at_once_and_the_first_ones_have_to_go(
     assert "server: dropped a connection from 127.0.0.1 (number 1): 2 others came during its handshake" in run.said
 
 
-def test_room_is_made_while_those_in_their_greeting_see_to_themselves(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_handshakes_are_limited_while_they_see_to_themselves(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first of them may be through just when it is to go. The thread that accepts must outlive that."""
 
     class Vanishing(dict[Any, str]):
@@ -336,7 +334,7 @@ def test_a_connection_that_cannot_be_accepted_does_not_close_the_door(
     assert text in run.said
 
 
-def test_strangers_hear_nothing_but_the_greeting(run: Run, tmp_path: Path) -> None:
+def test_strangers_hear_nothing_but_the_hello(run: Run, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     run.server(token_file=tmp_path / "token")
     with socket.create_connection(run.address) as wire:

@@ -36,7 +36,7 @@ NEVER = 1000.0
 
 
 class Ends:
-    """Both ends of a link, in this process. A gloo group of two takes one thread an end to form."""
+    """A server's peer and a worker's, in this process. A gloo group of two takes one thread an end to form."""
 
     def __init__(self, server_beat: float, worker_beat: float, silence: float, is_connected: bool) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -93,7 +93,7 @@ def beside(body: Callable[[], object]) -> Iterator[list[BaseException]]:
 
 
 def hear_of_the_end(end: Peer) -> Exception:
-    """Receive until the link is gone. Returns the error that says why."""
+    """Receive until the peer is lost. Returns the error that says why."""
     try:
         while True:
             end.receive()
@@ -134,7 +134,7 @@ def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -
 
 
 def test_a_message_about_a_large_group_arrives(connect: Connect) -> None:
-    """A GPU may score a thousand clients at once; in a greeting, nobody may say so much."""
+    """A GPU may score a thousand clients at once; in a handshake, nobody may say so much."""
     ends = connect()
     curve = tuple((1 / 3, epoch / 7) for epoch in range(7))
     message = GroupScored([ClientScore(number, 16, 4, 1.5, 0.5, 1.25, 0.75, curve) for number in range(1000)])
@@ -251,7 +251,7 @@ def test_a_worker_is_told_whether_to_join_anew(
     ids=lambda content: content[:20].decode(),
 )
 def test_a_peer_that_says_what_is_not_of_the_protocol_is_gone(connect: Connect, content: bytes) -> None:
-    """Any other error would end the thread that listens, and the end of the link would never be heard of."""
+    """Any other error would end the thread that listens, and nobody would hear that the peer is lost."""
     ends = connect(is_connected=False)
     ends.worker_wire.sendall(content)
     assert isinstance(hear_of_the_end(ends.server), PeerLostError)
@@ -297,7 +297,7 @@ def test_an_error_of_a_slot_reaches_the_thread_that_receives(connect: Connect) -
     with beside(ends.worker.receive) as errors:
         ends.worker.interrupt(ArithmeticError("client 3"))
     assert isinstance(errors[0], ArithmeticError)
-    assert ends.worker.lost_reason is None, "the link itself goes on, so that the server can be told"
+    assert ends.worker.lost_reason is None, "the connection itself goes on, so that the server can be told"
 
 
 def test_the_interface_of_the_tensors_can_be_named(connect: Connect) -> None:

@@ -1,4 +1,4 @@
-"""A pair: who connects to gloo's port ends nothing, and a link leaves nothing behind when it ends."""
+"""The tensors' connection: who connects to gloo's port ends nothing, and a peer that is lost leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ for _ in range(int(sys.argv[2])):  # closed at this end at once: gloo keeps its 
 
 
 class Ends:
-    """Both ends of a link, in this process."""
+    """A server's peer and a worker's, in this process."""
 
     def __init__(self, silence: float = 30.0) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -402,7 +402,7 @@ def test_a_peer_that_says_more_than_anybody_hears_does_not_fill_the_memory(
 
 
 def test_keys_are_taken_in_only_while_a_pair_is_formed(connect: Connect) -> None:
-    """They would be kept for as long as the link is."""
+    """They would be kept for as long as the peer is there."""
     ends = connect().form()
     ends.worker_control.send(key="another", value="AAAA")
     with pytest.raises(PeerLostError, match="it sets a key for a process group that is formed"):
