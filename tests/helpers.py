@@ -177,7 +177,7 @@ def wait_for_line(process: Process, text: str) -> None:
 
 def assert_ended(pid: int) -> None:
     """A process that is not this one's child is gone, or goes within some seconds."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while (state := _state(pid)) is not None:
         assert time.monotonic() < deadline, f"process {pid} still runs, in state {state}"
         time.sleep(0.05)

@@ -84,7 +84,7 @@ class Run:
             close()
         for thread in threading.enumerate():
             if thread.name.startswith("serve "):
-                thread.join(20)
+                thread.join(120)
                 assert not thread.is_alive(), "a connection that was closed keeps its thread"
 
 
@@ -103,13 +103,13 @@ def beside(body: Callable[[], object]) -> Iterator[None]:
     thread = threading.Thread(target=body, daemon=True)
     thread.start()
     yield
-    thread.join(30)
+    thread.join(120)
     assert not thread.is_alive()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
     """For what another thread is about to do."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.01)
@@ -117,7 +117,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def next_event(server: ServerNetwork) -> tuple[ConnectedWorker, Message | Exception]:
     """What a worker says next. One that is gone is let go, as the pool of workers does."""
-    connected, event = server.events.get(timeout=20)
+    connected, event = server.events.get(timeout=120)
     if isinstance(event, Exception):
         connected.peer.close("it is gone")
     return connected, event

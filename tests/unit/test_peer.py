@@ -88,7 +88,7 @@ def beside(body: Callable[[], object]) -> Iterator[list[BaseException]]:
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     yield errors
-    thread.join(30)
+    thread.join(120)
     assert not thread.is_alive(), "it waits for ever"
 
 
@@ -128,7 +128,7 @@ def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -
     assert (answer.weight, answer.reports) == (7, [REPORT])
     assert torch.equal(answer.total, total)
     for end in (ends.server, ends.worker):
-        end.drain(10)
+        end.drain(120)
     assert ends.server.bytes_sent == ends.worker.bytes_received > parameters.nbytes
     assert ends.worker.bytes_sent == ends.server.bytes_received > total.nbytes
 
@@ -190,7 +190,7 @@ def test_a_peer_without_signs_of_life_is_gone(connect: Connect) -> None:
     started = time.monotonic()
     error = hear_of_the_end(ends.server)
     assert str(error) == "worker 1 is gone: no sign of life for 0.5 s"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize("side", [SERVER, WORKER])
@@ -203,7 +203,7 @@ def test_a_peer_that_falls_silent_in_the_middle_of_a_message_is_gone(connect: Co
     started = time.monotonic()
     with pytest.raises(PeerLostError, match=r"no sign of life for 0\.5 s"):
         receiver.receive()
-    assert time.monotonic() - started < peer_module.ARRIVAL_SECONDS + 5
+    assert time.monotonic() - started < peer_module.ARRIVAL_SECONDS + 60
 
 
 def test_a_peer_that_leaves_in_the_middle_of_a_message_is_gone(connect: Connect) -> None:
@@ -218,7 +218,7 @@ def test_a_message_that_was_sent_before_the_end_arrives(connect: Connect) -> Non
     """The server says that the run is over, and closes at once."""
     ends = connect()
     ends.server.send(Finish())
-    with beside(lambda: ends.server.drain(20)):
+    with beside(lambda: ends.server.drain(120)):
         assert isinstance(ends.worker.receive(), Finish)
     ends.server.close("the run is over")
     assert isinstance(hear_of_the_end(ends.worker), PeerLostError)
@@ -276,7 +276,7 @@ def test_drain_waits_until_everything_has_left(connect: Connect) -> None:
     ends = connect()
     for _ in range(10):
         ends.worker.send(PartialSum(1, 1, [REPORT], torch.zeros(10_000, dtype=torch.int64)))
-    with beside(lambda: ends.worker.drain(30)) as errors:
+    with beside(lambda: ends.worker.drain(120)) as errors:
         received = [ends.server.receive() for _ in range(10)]
     assert not errors
     assert len(received) == 10
@@ -287,8 +287,8 @@ def test_drain_does_not_wait_for_who_is_gone(connect: Connect) -> None:
     ends.server.close("over")
     hear_of_the_end(ends.worker)
     started = time.monotonic()
-    ends.worker.drain(30)
-    assert time.monotonic() - started < 10
+    ends.worker.drain(200)
+    assert time.monotonic() - started < 100
 
 
 def test_an_error_of_a_slot_reaches_the_thread_that_receives(connect: Connect) -> None:
@@ -341,5 +341,5 @@ def test_the_last_sign_of_life_is_known(connect: Connect) -> None:
     ends = connect(is_connected=False)
     asked = time.monotonic()
     while ends.server.last_heard <= asked:
-        assert time.monotonic() - asked < 10
+        assert time.monotonic() - asked < 60
         time.sleep(0.01)

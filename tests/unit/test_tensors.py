@@ -36,7 +36,7 @@ FLOOD = """
 import socket, sys
 for _ in range(int(sys.argv[2])):  # closed at this end at once: gloo keeps its own ends
     try:
-        socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=5).close()
+        socket.create_connection(("127.0.0.1", int(sys.argv[1])), timeout=60).close()
     except ConnectionError:
         break
 """
@@ -220,7 +220,7 @@ def test_a_message_that_was_announced_and_never_comes_is_waited_for_so_long_as_i
     started = time.monotonic()
     with pytest.raises(PeerLostError, match=r"a message of 500 bytes was announced and did not arrive within 1 s"):
         ends.server.receive()
-    assert 0.9 <= time.monotonic() - started < 30
+    assert 0.9 <= time.monotonic() - started < 100
     with pytest.raises(PeerLostError, match="it dropped this worker: a message of 500 bytes"):
         ends.worker.receive()
 
