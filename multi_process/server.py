@@ -145,7 +145,7 @@ class WorkerPool(PoolManager):
     def _num_first(self) -> int:
         """Workers to start with: so many as asked for, or as there is room for."""
         num_asked = self._network.world_size - 1
-        return min(num_asked, max(1, self._network.num_connected)) if self._network.num_refused_for_room else num_asked
+        return min(num_asked, max(1, len(self._network.present))) if self._network.num_refused_for_room else num_asked
 
     def shutdown(self) -> None:
         """Let the workers end, and close the network."""

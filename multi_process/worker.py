@@ -6,6 +6,7 @@ import contextlib
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -203,28 +204,19 @@ class WorkerManager(ClientManager):
     def _configure(self) -> PersonalizationTrainer:
         """Set up the model and data that the server names, unless they are there from before."""
         network, device = self._network, describe_device(self._device, self._threads)
-        kernels, num_cores = describe_kernels(self._device), usable_cores()
-        self._send(
-            Join(
-                network.ticket,
-                machine_identity(),
-                num_cores,
-                self._threads,
-                device.kind,
-                device.memory_bytes,
-                kernels,
-            )
-        )
+        machine, num_cores, kernels = machine_identity(), usable_cores(), describe_kernels(self._device)
+        self._send(Join(network.ticket, machine, num_cores, self._threads, device.kind, device.memory_bytes, kernels))
         answer = network.peer.receive()
         if not isinstance(answer, Configure) or answer.ticket != network.ticket:
             raise ValueError("what speaks on the tensors' connection is not the server")
-        if self._trainer is None or self._configured is None or not _same_work(answer, self._configured):
+        configured = replace(answer, ticket="")  # which is new each time
+        if self._trainer is None or configured != self._configured:
             config = ExperimentConfig.from_dict(answer.experiment)
             model, dataset = self._build_workload(config)
             self._trainer = PersonalizationTrainer(
                 config, model, dataset, self._device, answer.num_slots, self._send, self._report_failure
             )
-        self._configured = answer
+        self._configured = configured
         network.peer.num_parameters = self._trainer.num_parameters
         network.peer.max_states_bytes = max_states_bytes(self._trainer.config, self._trainer.num_parameters)
         say(
@@ -260,10 +252,6 @@ class WorkerManager(ClientManager):
     def _send_failure(self, error: Exception, client_id: int | None) -> None:
         self._send(Failed(reason_of(error), client_id))
         self._network.peer.drain(FAREWELL_SECONDS)
-
-
-def _same_work(one: Configure, other: Configure) -> bool:
-    return (one.experiment, one.num_slots) == (other.experiment, other.num_slots)
 
 
 def machine_identity() -> str:

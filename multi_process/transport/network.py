@@ -170,11 +170,8 @@ class ServerNetwork(Network):
         return self._over is not None
 
     @property
-    def num_connected(self) -> int:
+    def present(self) -> list[ConnectedWorker]:
         """Workers that were admitted and are not lost."""
-        return len(self._present())
-
-    def _present(self) -> list[ConnectedWorker]:
         return [worker for worker in list(self._connected.values()) if worker.peer.lost_reason is None]
 
     def _end(self, farewell: str, reason: str) -> None:
@@ -299,17 +296,17 @@ class ServerNetwork(Network):
 
     def _check_descriptors(self, control: ControlConnection) -> None:
         """Refuse a worker for which there are too few file descriptors: gloo ends a process that runs out of them."""
-        num_connecting = sum(not worker.peer.is_connected for worker in self._present())
+        num_connecting = sum(not worker.peer.is_connected for worker in self.present)
         if num_spare() < PEER_DESCRIPTORS * (num_connecting + 1):
             self.num_refused_for_room += 1
-            say(f"server: no room for more than {self.num_connected} worker(s): file descriptors run short (ulimit -n)")
+            say(f"server: no room for more than {len(self.present)} worker(s): file descriptors run short (ulimit -n)")
             refuse(
                 control, "the server has no file descriptors left for another worker; raise its limit with ulimit -n"
             )
 
     def _check_gpu(self, control: ControlConnection, request: JoinRequest) -> None:
         """Refuse a GPU that another process of the run sends from; nccl cannot share one."""
-        users = {self._gpu: "the server"} | {worker.gpu: worker.peer.name for worker in self._present()}
+        users = {self._gpu: "the server"} | {worker.gpu: worker.peer.name for worker in self.present}
         if self._nccl_device is not None and request.gpu in users:
             refuse(
                 control,

@@ -467,7 +467,7 @@ def test_a_worker_is_refused_where_file_descriptors_run_short(run: Run, monkeypa
     monkeypatch.setattr(network, "num_spare", lambda: spare.pop(0) if len(spare) > 1 else spare[0])
     with pytest.raises(ValueError, match="refuses worker 2: the server has no file descriptors left"):
         run.worker(2).init_network_connection()
-    assert (server.num_refused_for_room, server.num_connected) == (1, 1)
+    assert (server.num_refused_for_room, len(server.present)) == (1, 1)
     with pytest.raises(ValueError, match="worker 3 has too few file descriptors left"):
         run.worker(3).init_network_connection()
 
