@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import utils
 from launch import paths
 from launch.flags import parse
-from launch.settings import Checked
+from launch.settings import Checked, Data
 from perfedavg.fields import setting
 from perfedavg.machine.kernels import pin_kernels
 from perfedavg.recording.runs import RecordedRun
@@ -42,7 +42,7 @@ def _share(text: str) -> Fraction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Personalize(Checked):
+class Personalize(Data, Checked):
     """Adapt the model of a finished run to one person's labelled images, and score it before and after.
 
     It is scored on images held out. Writes the personalized model, also as a program that needs none of this project.
@@ -75,15 +75,6 @@ class Personalize(Checked):
         parse=paths.folder,
         metavar="FOLDER",
         absent="RUN/personalized/<name of the folder IMAGES>",
-    )
-    data_root: Path = setting(
-        paths.DEFAULT_DATA_ROOT,
-        "folder of the run's data, read only where a data set of your own (package.module:factory) brings its own "
-        "model or loss",
-        parse=paths.folder,
-        metavar="FOLDER",
-        environment="PERFEDAVG_DATA",
-        absent="datasets/data",
     )
 
 

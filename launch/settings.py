@@ -39,11 +39,7 @@ class Experiment(Checked):
     heading = "experiment"
     experiment: ExperimentConfig = part(ExperimentConfig, defaults={"dataset": "emnist"}, of=_DATA_SETS)
     initial_model: Path | None = setting(
-        None,
-        "finished run (or its model.safetensors) whose model is started from",
-        parse=paths.path,
-        metavar="RUN",
-        absent="random weights",
+        None, "finished run whose model is started from", parse=paths.path, metavar="RUN", absent="random weights"
     )
 
     def __post_init__(self) -> None:
@@ -56,18 +52,10 @@ class Experiment(Checked):
 class RunFolderSettings:
     heading = "output"
     run_dir: Path | None = setting(
-        None,
-        "folder of this run; one that holds a run is refused",
-        parse=paths.path,
-        metavar="FOLDER",
-        absent="runs/<date-time>-<dataset> in the project's folder",
+        None, "new folder of this run", parse=paths.path, metavar="FOLDER", absent="runs/<date-time>-<dataset>"
     )
     resume: Path | None = setting(
-        None,
-        "continue the run in this folder, with the settings of the experiment that it was started with",
-        parse=paths.path,
-        metavar="RUN",
-        absent="start a new run",
+        None, "continue the experiment of this run", parse=paths.path, metavar="RUN", absent="start a new run"
     )
     checkpoint_every: int = setting(10, "rounds between two checkpoints", at_least=1)
 
@@ -90,16 +78,10 @@ class Network:
     heading = "network"
     ip: str = setting("127.0.0.1", "the server's address: host name or IPv4")
     port: int = setting(3002, "the server's TCP port", at_least=1, at_most=65535, metavar="PORT")
-    ethernet: str | None = setting(
-        None, "network interface for tensors, such as eth0", absent="the one between server and worker"
-    )
+    ethernet: str | None = setting(None, "network interface for tensors", absent="the one between server and worker")
     backend: str = setting("gloo", "torch.distributed backend of this process", choices=BACKENDS)
     token_file: Path | None = setting(
-        None,
-        "file with a secret that server and workers share",
-        parse=paths.file,
-        metavar="FILE",
-        absent="what the environment's PERFEDAVG_TOKEN holds",
+        None, "file with the secret of server and workers", parse=paths.file, metavar="FILE", absent="PERFEDAVG_TOKEN"
     )
 
 
@@ -114,9 +96,7 @@ class ServerJoining:
 class Faults:
     heading = "faults"
     worker_timeout_seconds: int = _seconds(30, "silence after which a worker is declared dead")
-    worker_wait_seconds: int = _seconds(
-        300, "how long to wait for a worker when none is left, before the run is saved and stopped"
-    )
+    worker_wait_seconds: int = _seconds(300, "how long to go on without any worker, before the run is saved and ends")
 
 
 @dataclass(frozen=True, kw_only=True)

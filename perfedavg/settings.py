@@ -35,6 +35,8 @@ HIGHEST_RATE = 1e30
 """Of learning rates: above it, optimizers compute step sizes that float32 does not hold."""
 UNREAD = "unread"
 """An initial model of which only the path is known yet."""
+_FITTING_RATES = f"{STEP:g}; {GRADIENT_STEP:g} for gradients; with adam, yogi and adagrad {ADAPTIVE_STEP:g}"
+_FEDAVG_SERVER = {"name": "momentum", "learning_rate": STEP, "epsilon": 0.001}
 _DIGEST = re.compile("[0-9a-f]{64}")
 _LONGEST_FRACTION = 20
 _PHASE_3 = "phase 3, personalization of unseen clients"
@@ -87,17 +89,10 @@ class OptimizerConfig:
 
     name: str = setting("sgd", "optimizer of {of}; momentum is sgd with momentum", flag="optimizer", choices=OPTIMIZERS)
     learning_rate: float = setting(
-        None,
-        "learning rate of {of}",
-        flag="lr",
-        above=0,
-        at_most=HIGHEST_RATE,
-        absent=f"{STEP:g}; {GRADIENT_STEP:g} where clients send gradients; with adam, yogi, adagrad {ADAPTIVE_STEP:g}",
+        None, "learning rate of {of}", flag="lr", above=0, at_most=HIGHEST_RATE, absent=_FITTING_RATES
     )
     momentum: float = setting(0.9, "of {of}, where the optimizer is momentum", at_least=0, below=1)
-    epsilon: float = setting(
-        1e-8, "added to the root of the second moment of adam, yogi and adagrad; larger is less adaptive", above=0
-    )
+    epsilon: float = setting(1e-8, "of {of}'s adam, yogi or adagrad; the larger, the less adaptive", above=0)
     betas: tuple[float, float] | None = setting(None, "", flag=NO_FLAG, refuse=_refuse_decay_rates)
 
     @property
@@ -128,9 +123,7 @@ class PhaseConfig:
     num_local_steps: int | None = setting(
         None, "local steps a client a round, in place of epochs; 1 is FedSGD", flag="inner_steps", at_least=1
     )
-    server_schedule: str = setting(
-        "constant", "the server's learning rate over the rounds; linear falls to 0", choices=SCHEDULES
-    )
+    server_schedule: str = setting("constant", "the server's rate over the rounds; linear ends at 0", choices=SCHEDULES)
     method: Method = choice(METHODS, "fedavg", "what a client does and sends")
 
     def __post_init__(self) -> None:
@@ -156,15 +149,9 @@ class ClientsConfig:
     """Who the clients are and what data each has."""
 
     heading = "clients"
-    dataset: str = setting(
-        MISSING, "{of}, or package.module:factory for your own; see python -m datasets.describe", metavar="NAME"
-    )
+    dataset: str = setting(MISSING, "{of}, or package.module:factory for your own", metavar="NAME")
     num_clients: int | None = setting(
-        3400,
-        "clients, those that train and those that are never seen in training",
-        flag="client_num_in_total",
-        at_least=1,
-        absent="all clients",
+        3400, "clients, training and unseen together", flag="client_num_in_total", at_least=1, absent="all clients"
     )
     unseen_fraction: str = setting(
         "0.2", "share of the clients that never train, such as 0.2 or 9/34", metavar="X", refuse=refuse_share
@@ -177,8 +164,8 @@ class ClientsConfig:
     )
     local_split: str = setting(
         "shuffled",
-        "order of a client's examples before they are cut 80/20 into its training and test parts: tail sorts them by "
-        "label, as the code behind the published figures does",
+        "order of a client's examples before the cut 80/20 into its training and test parts: tail sorts them by label, "
+        "as the code behind the published figures does",
         choices=LOCAL_SPLITS,
         reported="always",
     )
@@ -200,23 +187,17 @@ class ExperimentConfig(ClientsConfig):
     """
 
     heading = "experiment"
-    architecture: str = setting(
-        "emnist_cnn", "model: a convolutional network, an MLP, or (text) an LSTM", flag="struct"
-    )
+    architecture: str = setting("emnist_cnn", "model: convolutional, MLP, or (for text) LSTM", flag="struct")
     initial_model: str | None = None
     cohort_size: int = setting(5, "training clients drawn for each round", flag="client_num_per_round", at_least=1)
     batch_size: int = setting(20, "examples a local step; the last batch of an epoch may be smaller", at_least=1)
     joint: bool = setting(False, "pool the training clients' data in one client, the centralized baseline")
     validation: bool = setting(
-        False,
-        "hold a share of the training clients out and score them in place of the unseen ones, to choose settings by",
-        reported="always",
+        False, "score held-out training clients in place of the unseen ones, to choose settings by", reported="always"
     )
     eval_every: int = setting(50, "communication rounds between two points of the accuracy curve", at_least=1)
     eval_clients: int = setting(100, "unseen clients behind a point of the curve; results take all", at_least=1)
-    precision: str = setting(
-        "float32", "precision of the clients' training; scoring is always float32", choices=PRECISIONS
-    )
+    precision: str = setting("float32", "of the clients' training; scoring is always float32", choices=PRECISIONS)
     client_batching: int | None = setting(
         None,
         "clients trained at once, as one computation; auto: 1 on a CPU unless the model is tiny, on GPUs an equal "
@@ -237,11 +218,7 @@ class ExperimentConfig(ClientsConfig):
         PhaseConfig,
         title="phase 1, FedAvg",
         flags={"server_schedule": None},
-        defaults={
-            "server_optimizer.name": "momentum",
-            "server_optimizer.learning_rate": STEP,
-            "server_optimizer.epsilon": 0.001,
-        },
+        defaults={f"server_optimizer.{name}": value for name, value in _FEDAVG_SERVER.items()},
     )
     fine_tune: PhaseConfig | None = part(
         PhaseConfig,
@@ -252,19 +229,10 @@ class ExperimentConfig(ClientsConfig):
         defaults={"num_rounds": 100, "num_local_epochs": 10, "server_schedule": "linear", "method": "reptile"},
     )
     num_personalization_epochs: int = setting(
-        5,
-        "local epochs by which an unseen client adapts, with phase 1's client optimizer",
-        flag="pers_round",
-        title=_PHASE_3,
-        at_least=1,
+        5, "local epochs by which an unseen client adapts, as in phase 1", flag="pers_round", title=_PHASE_3, at_least=1
     )
     num_curve_epochs: int = setting(
-        0,
-        "also score after each of the first N of these epochs; 0 turns it off",
-        flag="pers_curve",
-        title=_PHASE_3,
-        at_least=0,
-        reported="never",
+        0, "also score after each epoch up to this", flag="pers_curve", title=_PHASE_3, at_least=0, reported="never"
     )
 
     @property
