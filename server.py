@@ -20,7 +20,7 @@ def main() -> None:
     from multi_process.server import WorkerPool
     from multi_process.transport.network import NetworkSettings, ServerNetwork
     from perfedavg.run import run_and_record
-    from perfedavg.training.client_batching import settle_client_batching
+    from perfedavg.training.client_batching import choose_group_size
     from perfedavg.training.compute import resolve_device, return_freed_memory, use_reproducible_kernels
     from reporting.run_plots import draw_run_plots
 
@@ -40,7 +40,7 @@ def main() -> None:
     with WorkerPool(
         network,
         dataset,
-        partial(settle_client_batching, config, model, dataset),
+        partial(choose_group_size, config, model, dataset),
         sum(parameter.numel() for parameter in model.parameters()),
         args.join_timeout_seconds,
         args.worker_wait_seconds,

@@ -19,7 +19,7 @@ def main() -> None:
     from perfedavg.engine.executor import LocalExecutor
     from perfedavg.machine.cores import usable_cores
     from perfedavg.run import run_and_record
-    from perfedavg.training.client_batching import default_num_slots, say_idle_slots, settle_client_batching
+    from perfedavg.training.client_batching import choose_group_size, default_num_slots, say_idle_slots
     from perfedavg.training.compute import describe_device, resolve_device, use_reproducible_kernels
     from reporting.run_plots import draw_run_plots
 
@@ -29,7 +29,7 @@ def main() -> None:
     dataset = utils.get_datasets(config, args.data_root)
     model = utils.get_model(config, dataset)
     config = utils.load_initial_model(args, config, model, folder.has_checkpoint)
-    config = settle_client_batching(config, model, dataset, [describe_device(device, args.threads)])
+    config = choose_group_size(config, model, dataset, [describe_device(device, args.threads)])
     num_slots = args.threads or default_num_slots(config, device.type, usable_cores())
     say_idle_slots(config, num_slots)
     executor = LocalExecutor(config, model, dataset, device, num_slots)

@@ -31,7 +31,7 @@ from perfedavg.contracts import ClientData  # noqa: E402
 from perfedavg.engine.executor import LocalExecutor  # noqa: E402
 from perfedavg.engine.tasks import CohortTask  # noqa: E402
 from perfedavg.settings import ExperimentConfig, Phase  # noqa: E402
-from perfedavg.training.client_batching import settle_client_batching  # noqa: E402
+from perfedavg.training.client_batching import choose_group_size  # noqa: E402
 from perfedavg.training.compute import describe_device, resolve_device, use_reproducible_kernels  # noqa: E402
 from perfedavg.training.flat_model import flatten  # noqa: E402
 
@@ -114,7 +114,7 @@ def compare(
         "false",
     ]
     config = utils.get_args("single", [*flags, "--client_num_per_round", str(cohort)]).experiment
-    fitting = settle_client_batching(config, model, dataset, [describe_device(device)]).client_batching or 1
+    fitting = choose_group_size(config, model, dataset, [describe_device(device)]).client_batching or 1
     group_size = fitting if device.type == "cuda" else cohort
     ways = {
         1: executor(config, model, dataset, device, 1),

@@ -182,7 +182,7 @@ class ExperimentConfig(ClientsConfig):
     initial_model: digest of the parameters that the first phase starts from (`experiment.parameters_sha256`), UNREAD
         until they have been read, or None for random weights from the seed. Where they come from does not matter.
     fine_tune: None leaves phase 2 out.
-    client_batching: None until it is settled (see `client_batching.settle_client_batching`). It changes how sums are
+    client_batching: None until it is settled (see `client_batching.choose_group_size`). It changes how sums are
         rounded.
     """
 
@@ -290,7 +290,7 @@ class ExperimentConfig(ClientsConfig):
         """Raises ValueError where a round has too few groups of clients to give each worker one.
 
         With client_batching open, the number of groups depends on model and devices; see
-        `client_batching.settle_client_batching`, which shares the clients out, and `say_idle_slots`.
+        `client_batching.choose_group_size`, which shares the clients out, and `say_idle_slots`.
         """
         group_size = self.client_batching or 1
         num_groups = -(-self.cohort_size // group_size)

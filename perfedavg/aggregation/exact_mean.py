@@ -29,8 +29,7 @@ class ExactMean:
 
     total: (num_parameters,) int64, the sum in units of 2 ** -fraction_bits.
     weight: sum of the weights added so far.
-    capacity: the largest weight that may be added in all, by every process together. It fixes the grid, so sums
-        can be merged only where it is equal. No overflow is possible within it.
+    capacity: most weight to be added by all processes together. It fixes the grid, on which then nothing can overflow.
     """
 
     total: Tensor

@@ -31,9 +31,8 @@ from perfedavg.training.stacked_model import StackedModel
 class LocalExecutor:
     """Trains and scores clients in this process, several side by side.
 
-    num_slots: groups of clients trained at the same time, 1 or more. Each slot is a thread with models of its own that
-        runs its kernels on one core. So slots change the speed, but not a bit of the result, unlike torch's intra-op
-        threads, whose number changes the order of additions inside a kernel.
+    num_slots: groups of clients trained at the same time, 1 or more. Each slot is a thread with models of its own whose
+        kernels run on one core, so that slots change the speed, but not a bit of the result.
     num_readers: threads that read clients ahead while others train; by default none on a CPU, one a core beside a GPU.
     warnings: what a user should know before the first round, a line each.
     """
@@ -49,7 +48,7 @@ class LocalExecutor:
         num_readers: int | None = None,
     ) -> None:
         if config.client_batching is None:
-            raise ValueError(f"{flag('client_batching')} auto has not been settled; see settle_client_batching")
+            raise ValueError(f"{flag('client_batching')} auto has not been settled; see choose_group_size")
         self._config = config
         self._group_size = group_size = config.client_batching
         self._dataset = dataset

@@ -1,15 +1,13 @@
-"""How many clients are trained at once: settled once, before any work, because it changes how sums are rounded.
+"""How many clients are trained at once: chosen once, before any work, because it changes how sums are rounded.
 
-A round's clients are cut into groups of that size, the largest clients first, and groups are what is handed out. So
-the number decides who has work: with `--client_batching auto`
+A round's clients are cut into groups of that size, the largest first, and groups are handed out. With `auto`
 
-- on GPUs, a group is as large as the round's clients make it when they are shared out evenly among all training slots,
-  or as memory allows. The model so depends, by rounding, on the number of GPUs and their memory at the run's start;
-- where a process trains on a CPU, a group is one client, but for tiny models a few. The model does not depend on the
-  number of processes, workers, machines or threads;
+- on GPUs, the round's clients are shared out evenly among all training slots, as far as memory allows. So the model
+  depends, by rounding, on the number of GPUs and their memory at the run's start;
+- where a process trains on a CPU, a group is one client, but a few for tiny models, whatever the number of processes;
 - models that cannot be trained together, recurrent ones, are trained one client at a time.
 
-What was settled is part of the experiment and recorded in config.json: a run that is resumed keeps it.
+The number is recorded in config.json: a run that is resumed keeps it.
 """
 
 from __future__ import annotations
@@ -38,13 +36,10 @@ SIZED_CLIENTS = 1000
 """Clients among which the largest is looked for. A data set may have a million."""
 
 
-def settle_client_batching(
+def choose_group_size(
     config: ExperimentConfig, model: nn.Module, dataset: FederatedDataset, devices: Sequence[ComputeDevice]
 ) -> ExperimentConfig:
-    """The configuration with `client_batching` as a number: as it is, or else by the rule above.
-
-    devices: one for each process that trains.
-    """
+    """The configuration with `client_batching` as a number. devices: one for each process that trains."""
     if config.client_batching is not None:
         return config
     is_gpu = all(device.kind == "cuda" for device in devices)

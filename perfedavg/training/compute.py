@@ -116,9 +116,8 @@ def check_portable(config: ExperimentConfig, device: torch.device) -> None:
 def return_freed_memory() -> None:
     """Let the blocks of a model's size go back to the system when they are freed, for a process that lives long.
 
-    glibc keeps them, in every thread, once a few have been freed, and so a server comes to hold several times what
-    it uses. Fixing the size from which a block is mapped on its own (1 MiB) ends that, at the price of mapping such a
-    block anew each time; so it is not for a process that trains. Without effect where the C library has no mallopt.
+    glibc keeps them, in every thread, so that a server comes to hold several times what it uses. Mapping each block of
+    1 MiB or more on its own ends that, at a price that a process that trains would feel. No effect without mallopt.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -23,16 +23,12 @@ def group_memory_bytes(
     training: LocalTraining,
     loss_function: Loss = F.cross_entropy,
 ) -> int:
-    """A generous estimate of what one client adds to the memory of a group that is trained: the sum of
+    """A generous estimate of what one client adds to the memory of a group that is trained.
 
-    - every tensor that a step of it writes (activations, gradients, the optimizer's state, the parameters), as if
-      none were freed before the step ends. They are counted on torch's meta device, which has sizes but no memory;
-    - its batch and what it sends, which is as large as its parameters;
-    - its examples, once as given and once in the group's, and the order of its batches.
-
-    inputs, labels: the training part of its largest client. What a library needs inside a kernel (the workspace of a
-    convolution) and what an allocator wastes is not in it: leave a margin, also for scoring, which runs
-    `SCORING_BATCH_SIZE` examples at a time. Raises ValueError where the model cannot be stacked.
+    It is the sum of every tensor that a step writes, as if none were freed before its end (counted on torch's meta
+    device, which has sizes but no memory), the batch, what the client sends, its examples twice, and their order.
+    inputs, labels: the training part of the largest client. Leave a margin for what kernels and the allocator need, and
+    for scoring. Raises ValueError where the model cannot be stacked.
     """
     stacked = StackedModel(model, 1, "meta", loss_function=loss_function)
     size = min(len(labels), training.batch_size)

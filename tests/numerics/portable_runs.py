@@ -43,7 +43,7 @@ def digest(flags: str) -> str:
     """The model_sha256 that `single_process.py` ends with."""
     from perfedavg.engine.executor import LocalExecutor
     from perfedavg.engine.experiment import ExperimentState, run_experiment
-    from perfedavg.training.client_batching import settle_client_batching
+    from perfedavg.training.client_batching import choose_group_size
     from perfedavg.training.compute import ComputeDevice
     from perfedavg.training.flat_model import flatten
 
@@ -51,7 +51,7 @@ def digest(flags: str) -> str:
     config = args.experiment
     dataset = utils.get_datasets(config, Path())
     model = utils.get_model(config, dataset)
-    config = settle_client_batching(config, model, dataset, [ComputeDevice("cpu", 0)])
+    config = choose_group_size(config, model, dataset, [ComputeDevice("cpu", 0)])
     executor = LocalExecutor(config, model, dataset)
     return run_experiment(config, executor, dataset, ExperimentState.fresh(config, flatten(model))).model_sha256
 

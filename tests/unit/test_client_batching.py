@@ -14,10 +14,10 @@ from perfedavg.methods import METHODS
 from perfedavg.settings import OptimizerConfig, PhaseConfig
 from perfedavg.training.client_batching import (
     TINY_MODEL_CLIENTS,
+    choose_group_size,
     default_num_slots,
     num_groups,
     say_idle_slots,
-    settle_client_batching,
 )
 from perfedavg.training.compute import ComputeDevice
 
@@ -30,7 +30,7 @@ def gpu(memory_bytes: int) -> ComputeDevice:
 
 
 def settled(model: nn.Module, *devices: ComputeDevice) -> int:
-    batching = settle_client_batching(AUTO, model, digits_dataset(20), devices).client_batching
+    batching = choose_group_size(AUTO, model, digits_dataset(20), devices).client_batching
     assert batching is not None
     return batching
 
@@ -38,7 +38,7 @@ def settled(model: nn.Module, *devices: ComputeDevice) -> int:
 def test_what_the_user_says_stands() -> None:
     config = make_config(client_batching=3)
     for device in (CPU, gpu(0)):
-        assert settle_client_batching(config, nn.Linear(1, 1), digits_dataset(20), [device]) == config
+        assert choose_group_size(config, nn.Linear(1, 1), digits_dataset(20), [device]) == config
 
 
 def test_a_cpu_trains_only_tiny_models_together() -> None:
@@ -78,7 +78,7 @@ def test_what_a_query_takes_counts() -> None:
     """FOMAML differentiates on its whole query part at once, which is many times a batch."""
     model, memory = build_model("mnist_cnn", 10), gpu(200 * 2**20)
     sizes = [
-        settle_client_batching(
+        choose_group_size(
             make_config(cohort_size=16, client_batching=None, batch_size=1, fine_tune=fine_tune(method)),
             model,
             digits_dataset(20),
@@ -101,7 +101,7 @@ def test_a_round_of_a_tiny_model_gives_work_to_several(cohort_size: int) -> None
     config = make_config(cohort_size=cohort_size, client_batching=None)
     tiny = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
     sizes = {
-        settle_client_batching(config, tiny, digits_dataset(20), [CPU] * number).client_batching for number in (1, 2, 7)
+        choose_group_size(config, tiny, digits_dataset(20), [CPU] * number).client_batching for number in (1, 2, 7)
     }
     (size,) = sizes
     assert size is not None

@@ -1,6 +1,6 @@
 """Two cores in one process: two clients side by side on one kernel thread each, or one at a time on two threads?
 
-python benchmarks/lanes.py
+python benchmarks/slots.py
 
 Trains the same clients on random images in each way, in turn, several times. Prints the time against one client at a
 time on one thread, and whether the exact sum of the updates is the same to the bit. The last line is JSON.
@@ -34,7 +34,7 @@ from perfedavg.training.compute import use_reproducible_kernels  # noqa: E402
 from perfedavg.training.flat_model import flatten  # noqa: E402
 
 NUM_CLIENTS, EXAMPLES_A_CLIENT = 10, 125
-WAYS = {"1 lane, 1 thread": (1, 1), "2 lanes, 1 thread each": (2, 1), "1 lane, 2 threads": (1, 2)}
+WAYS = {"1 slot, 1 thread": (1, 1), "2 slots, 1 thread each": (2, 1), "1 slot, 2 threads": (1, 2)}
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     use_reproducible_kernels()
     results = {name: compare(name, repeats) for name in ("mnist", "emnist")}
-    print(json.dumps({"benchmark": "lanes", "cores": usable_cores(), **results}))
+    print(json.dumps({"benchmark": "slots", "cores": usable_cores(), **results}))
 
 
 def compare(name: str, repeats: int) -> dict[str, dict[str, float | bool]]:
@@ -54,11 +54,11 @@ def compare(name: str, repeats: int) -> dict[str, dict[str, float | bool]]:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     sums: dict[str, Tensor] = {}
     for repeat in range(repeats + 1):
-        for way, (lanes, threads) in WAYS.items():
-            took, sums[way] = train_once(config, dataset, lanes, threads)
+        for way, (slots, threads) in WAYS.items():
+            took, sums[way] = train_once(config, dataset, slots, threads)
             if repeat:  # the first round warms up
                 seconds[way].append(took)
-    baseline = "1 lane, 1 thread"
+    baseline = "1 slot, 1 thread"
     result: dict[str, dict[str, float | bool]] = {}
     for way in WAYS:
         ratio = statistics.median(a / b for a, b in zip(seconds[way], seconds[baseline], strict=True))
@@ -68,10 +68,10 @@ def compare(name: str, repeats: int) -> dict[str, dict[str, float | bool]]:
     return result
 
 
-def train_once(config: ExperimentConfig, dataset: SplitDataset, lanes: int, threads: int) -> tuple[float, Tensor]:
+def train_once(config: ExperimentConfig, dataset: SplitDataset, slots: int, threads: int) -> tuple[float, Tensor]:
     torch.set_num_threads(threads)
     model = utils.get_model(config, dataset)
-    executor = LocalExecutor(config, model, dataset, num_slots=lanes)
+    executor = LocalExecutor(config, model, dataset, num_slots=slots)
     clients = tuple(dataset.train_client_ids)
     task = CohortTask(Phase.FEDAVG, 1, clients, sum(map(dataset.num_train_examples, clients)))
     started = time.perf_counter()
