@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
 
@@ -53,14 +52,10 @@ def main() -> None:
     if not runs:
         raise ValueError("no run is left to report")
     report = build_report(runs, args.target)
-    output = args.output or _default_output(named, runs[0].path)
+    output = args.output or (runs[0].path / "report" if named == [runs[0].path] else Path("report"))
     show(to_markdown(report, with_plots=False))
     write_report(with_plots_drawn(report), output)
     say(f"report.html, report.md and table.csv are in {output}")
-
-
-def _default_output(named: Sequence[Path], first_run: Path) -> Path:
-    return first_run / "report" if list(named) == [first_run] else Path("report")
 
 
 if __name__ == "__main__":

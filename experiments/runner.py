@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -226,9 +226,10 @@ def keep_results(job: Job) -> dict[str, Any]:
             entry["run"]["command"] = [_without_machine_path(word) for word in entry["run"]["command"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{job.run_dir / 'config.json'} is damaged ({error!r}); repeat the run") from error
+    points = [line for line, record in read_metrics(job.run_dir) if record.get("evaluation") is not None]
     kept = {
         "config.json": f"{json.dumps(config, indent=2)}\n".encode(),
-        "metrics.jsonl": "".join(_lines_with_evaluation(job.run_dir)).encode(),
+        "metrics.jsonl": "".join(f"{line}\n" for line in points).encode(),
         "clients.csv": (job.run_dir / "clients.csv").read_bytes(),
         "result.json": (job.run_dir / "result.json").read_bytes(),
     }
@@ -236,10 +237,6 @@ def keep_results(job: Job) -> dict[str, Any]:
     for name, content in kept.items():
         replace_file(job.result_dir / name, content)
     return result
-
-
-def _lines_with_evaluation(run_dir: Path) -> Iterator[str]:
-    return (f"{line}\n" for line, record in read_metrics(run_dir) if record.get("evaluation") is not None)
 
 
 def _without_machine_path(word: str) -> str:

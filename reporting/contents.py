@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -131,7 +131,7 @@ def build_report(runs: Sequence[FinishedRun], target: float) -> Report:
         "sample deviation, behind ± or in brackets. Initial is the global model on a client's test part, personalized "
         "the same model after adapting it on that client's own training part. Clients hurt are those that fare worse "
         "after that.",
-        sections=[_section(dataset, some, target) for dataset, some in rows.items()],
+        sections=[Section(dataset, list(_blocks(dataset, some, target))) for dataset, some in rows.items()],
         csv=tables.to_csv(all_rows, target),
     )
 
@@ -155,36 +155,28 @@ def _drawn(block: Block) -> Block:
     return block
 
 
-def _section(dataset: str, rows: Sequence[Row], target: float) -> Section:
+def _blocks(dataset: str, rows: Sequence[Row], target: float) -> Iterator[Block]:
     measures = [Measure("loss", DATA_SETS.get(dataset, USERS_OWN).loss_name)]
     if any(row.has_accuracy for row in rows):
         measures.append(ACCURACY)
-    measure = measures[-1]
-    blocks: list[Block] = [*_notes(dataset, rows, measure)]
-    blocks += [Heading("Results"), tables.results_table(rows, measures)]
+    measure, name = measures[-1], dataset.replace(":", ".")
+    yield from _notes(dataset, rows, measure)
+    yield from (Heading("Results"), tables.results_table(rows, measures))
     if any(row.nickname for row in rows):
-        blocks += ["Rows that are called by their folders:", tables.nicknames_table(rows)]
+        yield from ("Rows that are called by their folders:", tables.nicknames_table(rows))
     changes = tables.changes_table(rows, measures)
     if changes.rows:
-        blocks += [Heading("What fine-tuning changes"), _CHANGES, changes]
+        yield from (Heading("What fine-tuning changes"), _CHANGES, changes)
     if measure.is_accuracy:
-        blocks += [
-            Heading(f"Rounds to an accuracy of {target:g}"),
-            tables.rounds_table(rows, target),
-            _resolution(rows),
-        ]
-    blocks += _plot(
-        f"{dataset}-curves",
-        f"The {measure.name} on unseen clients against the round, before and after personalization. A dotted line is "
-        "where fine-tuning begins, a band the sample deviation over seeds.",
-        plots.draw_curves(rows, measure),
-    )
-    blocks += _clients(dataset, rows, measure)
-    blocks += _personalization(dataset, rows, measure)
+        yield from (Heading(f"Rounds to an accuracy of {target:g}"), tables.rounds_table(rows, target))
+        yield _resolution(rows)
+    yield from _curves(f"{name}-curves", rows, measure)
+    yield from _clients(f"{name}-clients", rows, measure)
+    yield from _personalization(f"{name}-personalization", rows, measure)
     for heading, table, caveats in tables.published_tables(dataset, rows):
-        blocks += [Heading(heading), table, *caveats]
-    blocks += [Heading("Runs"), tables.runs_table(rows)]
-    return Section(dataset, blocks)
+        yield from (Heading(heading), table)
+        yield from caveats
+    yield from (Heading("Runs"), tables.runs_table(rows))
 
 
 def _notes(dataset: str, rows: Sequence[Row], measure: Measure) -> list[str]:
@@ -216,30 +208,37 @@ def _resolution(rows: Sequence[Row]) -> str:
     )
 
 
-def _clients(dataset: str, rows: Sequence[Row], measure: Measure) -> list[Block]:
-    description = (
-        f"How the {measure.name} is distributed over unseen clients, before and after personalization; all seeds."
-    )
-    plot = _plot(f"{dataset}-clients", description, plots.draw_clients(rows, measure))
-    if not plot:
-        return []
-    explanation = f"Percentiles of the {measure.name} over the unseen clients of all seeds together."
-    return [Heading("Unseen clients"), explanation, tables.clients_table(rows, measure), *plot]
+def _curves(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]:
+    draw = plots.draw_curves(rows, measure)
+    if draw is not None:
+        description = (
+            f"The {measure.name} on unseen clients against the round, before and after personalization. A dotted line "
+            "is where fine-tuning begins, a band the sample deviation over seeds."
+        )
+        yield Plot(name, description, draw)
 
 
-def _personalization(dataset: str, rows: Sequence[Row], measure: Measure) -> list[Block]:
-    description = f"The {measure.name} on unseen clients while they adapt. A band is the sample deviation over seeds"
-    description += "." if measure.is_accuracy else ", or with one seed the 95 % confidence interval over clients."
-    plot = _plot(f"{dataset}-personalization", description, plots.draw_epochs(rows, measure))
-    if not plot:
-        return []
-    heading = Heading(f"{measure.name[0].upper()}{measure.name[1:]} against personalization")
-    if measure.is_accuracy:
-        return [heading, tables.epochs_table(rows), *plot]
-    interval = "Behind ± stands the 95 % confidence interval of the mean over unseen clients."
-    return [heading, tables.steps_table(rows, measure), interval, *plot]
+def _clients(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]:
+    draw = plots.draw_clients(rows, measure)
+    if draw is not None:
+        yield Heading("Unseen clients")
+        yield f"Percentiles of the {measure.name} over the unseen clients of all seeds together."
+        yield tables.clients_table(rows, measure)
+        description = f"How the {measure.name} is distributed over unseen clients, before and after personalization"
+        yield Plot(name, f"{description}; all seeds.", draw)
 
 
-def _plot(name: str, description: str, draw: plots.Draw | None) -> list[Plot]:
-    """The plot, or nothing where there is nothing to draw."""
-    return [] if draw is None else [Plot(name.replace(":", "."), description, draw)]
+def _personalization(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]:
+    draw = plots.draw_epochs(rows, measure)
+    if draw is not None:
+        yield Heading(f"{measure.name[0].upper()}{measure.name[1:]} against personalization")
+        if measure.is_accuracy:
+            yield tables.epochs_table(rows)
+        else:
+            yield tables.steps_table(rows, measure)
+            yield "Behind ± stands the 95 % confidence interval of the mean over unseen clients."
+        description = (
+            f"The {measure.name} on unseen clients while they adapt. A band is the sample deviation over seeds"
+        )
+        end = "." if measure.is_accuracy else ", or with one seed the 95 % confidence interval over clients."
+        yield Plot(name, f"{description}{end}", draw)
