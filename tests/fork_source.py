@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
-READ_LATE = ("PERFEDAVG_", "PYTEST_", "CUBLAS_", "TORCHINDUCTOR_")
-"""Beginnings of the variables that are read when they are used, and not when something is loaded."""
+READ_LATE = ("PERFEDAVG_", "PYTEST_", "CUBLAS_", "TORCHINDUCTOR_", "COLUMNS", "LINES")
+"""Beginnings of the variables that are read when they are used, and not when something is loaded. Libraries set some."""
 ADDRESS_VARIABLE = "PYTEST_FORK_SOURCE"
 """Where the source listens; set for all processes that run tests."""
 MAX_REQUEST_BYTES = 2**17
@@ -116,9 +116,8 @@ def running_source() -> Iterator[str]:
         listener.bind(address)
         listener.listen()
         words = [sys.executable, str(Path(__file__)), str(listener.fileno())]
-        environment = dict(os.environ)  # without what a C library has set besides, such as COLUMNS
         # It ends when its standard input does, which also a killed process closes.
-        with subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], env=environment):
+        with subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=[listener.fileno()]):
             yield address
 
 

@@ -141,7 +141,8 @@ def test_a_run_begins_with_the_workers_for_which_there_are_descriptors(launched:
     """gloo ends the process that runs out of them; the workers for which there are none are refused with a line."""
     (tmp_path / "server_with_few.py").write_text(
         f"""
-import resource, runpy
+import resource, runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
 runpy.run_path({str(ROOT / "server.py")!r}, run_name="__main__")
 """
