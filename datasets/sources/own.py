@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets.sources.own_module import explained, import_factory
+from datasets.own_module import explained, import_factory
 from perfedavg.contracts import REQUIRED, ClientData
 
 MAX_FINGERPRINT_CHARS = 500

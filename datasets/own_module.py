@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(__file__).resolve().parents[1]
 _PACKAGES = "benchmarks datasets experiments launch models multi_process perfedavg reporting tests"
 _MODULES = "client_worker compat personalize quick_start report reproduce server sine single_process utils"
 PROJECT_MODULES = frozenset(f"{_PACKAGES} {_MODULES}".split())
