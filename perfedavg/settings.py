@@ -17,7 +17,7 @@ from perfedavg.fields import NO_FLAG, check, choice, label, part, setting, to_pl
 from perfedavg.machine.kernels import PORTABLE_KERNELS
 from perfedavg.methods import METHODS
 from perfedavg.methods.base import Method
-from perfedavg.plain_values import differences, from_plain, shown
+from perfedavg.plain_values import from_plain, shown
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "yogi", "adagrad")
 SCHEDULES = ("constant", "linear")
@@ -333,13 +333,6 @@ class ExperimentConfig(ClientsConfig):
         if self.initial_model == UNREAD and settled.initial_model is not None:
             left_open["initial_model"] = settled.initial_model
         return dataclasses.replace(self, **left_open)
-
-    def differences_from(self, settled: ExperimentConfig) -> list[str]:
-        """What keeps `settled` from being this experiment: `name is X, was Y` for each setting that differs.
-
-        What is not settled here yet may have any value there.
-        """
-        return differences(self.settled_as(settled).to_dict(), settled.to_dict())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, fit for JSON; `from_dict` is its inverse."""
