@@ -111,7 +111,9 @@ class Steps:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
         for examples, counts, sizes in zip(self.examples.unbind(), self.counts.unbind(), self.sizes, strict=True):
-            yield examples[: len(sizes), : max(sizes)], counts[: len(sizes)], sizes
+            if examples.shape != (len(sizes), max(sizes)):  # otherwise there is nothing to cut, which takes time too
+                examples, counts = examples[: len(sizes), : max(sizes)], counts[: len(sizes)]
+            yield examples, counts, sizes
 
     @property
     def num_last_examples(self) -> Tensor:
