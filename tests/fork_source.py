@@ -39,7 +39,48 @@ NUMBER = struct.Struct("q")
 """A report: a process id, then the exit status."""
 
 
-class Forked:
+class _TextReader:
+    """What is read of a process after single lines of it: all the rest, which subprocess.Popen's own communicate loses
+    where it came together with a line.
+    """
+
+    def _begin_reading(self) -> None:
+        self._rest: dict[IO[str], str] = {}
+        self._readers: list[threading.Thread] = []
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it prints from now on, until its end. Nothing where that was asked before, or is elsewhere."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+
+        def seconds_left() -> float | None:
+            return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+        if not self._readers and self.stdout is not None and self.stderr is not None:
+            for stream in (self.stdout, self.stderr):
+                self._readers.append(threading.Thread(target=self._read_rest, args=(stream,), daemon=True))
+                self._readers[-1].start()
+        for reader in self._readers:
+            reader.join(seconds_left())
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
+        self.wait(seconds_left())
+        first, second = ("" if stream is None else self._rest.pop(stream, "") for stream in (self.stdout, self.stderr))
+        return first, second
+
+    def _read_rest(self, stream: IO[str]) -> None:
+        with stream:
+            self._rest[stream] = stream.read()
+
+
+class Started(_TextReader, subprocess.Popen[str]):
+    """A process that starts from nothing."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, text=True, **settings)
+        self._begin_reading()
+
+
+class Forked(_TextReader):
     """A process that was forked from the source. Its methods are those of subprocess.Popen in text mode."""
 
     def __init__(self, args: Sequence[str], report: int, pipes: Sequence[int]) -> None:
@@ -51,8 +92,7 @@ class Forked:
         self.stdout, self.stderr = map(open, pipes) if pipes else (None, None)  # closed by communicate
         self.returncode: int | None = None
         self._report = report
-        self._rest: dict[IO[str], str] = {}
-        self._readers: list[threading.Thread] = []
+        self._begin_reading()
         self.pid = self._read_report()
 
     def poll(self) -> int | None:
@@ -64,24 +104,6 @@ class Forked:
             raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
         return status
 
-    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """What it prints from now on, until its end. Nothing where that was asked before, or is elsewhere."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-
-        def seconds_left() -> float | None:
-            return None if deadline is None else max(0.0, deadline - time.monotonic())
-
-        if not self._readers and self.stdout is not None:
-            for stream in (self.stdout, self.stderr):
-                self._readers.append(threading.Thread(target=self._read_rest, args=(stream,), daemon=True))
-                self._readers[-1].start()
-        for reader in self._readers:
-            reader.join(seconds_left())
-            if reader.is_alive():
-                raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
-        self.wait(seconds_left())
-        return self._rest.pop(self.stdout, ""), self._rest.pop(self.stderr, "")
-
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
             os.kill(self.pid, number)
@@ -91,10 +113,6 @@ class Forked:
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
-
-    def _read_rest(self, stream: IO[str]) -> None:
-        with stream:
-            self._rest[stream] = stream.read()
 
     def _wait_until_ended(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self._report], [], [], timeout)[0]:

@@ -19,7 +19,7 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 import torch
-from fork_source import ADDRESS_VARIABLE, Forked, ForkSource
+from fork_source import ADDRESS_VARIABLE, Forked, ForkSource, Started
 from torch import Tensor, nn
 
 from datasets.clients.partition import Partition
@@ -43,7 +43,7 @@ TINY += ["--pers_round", "1", "--eval_every", "2"]
 """Flags of an experiment that takes a second."""
 
 
-Process = subprocess.Popen[str] | Forked
+Process = Started | Forked
 """What a test started: they have the same methods."""
 
 
@@ -114,9 +114,7 @@ class Launched:
             before = ["ip", "netns", "exec", network_namespace] if network_namespace else []
             before += [sys.executable] if is_entry_point else []
             stream = subprocess.PIPE if output is None else output
-            process = subprocess.Popen(
-                [*before, *words], stdout=stream, stderr=stream, text=True, env=environment, cwd=cwd
-            )
+            process = Started([*before, *words], stdout=stream, stderr=stream, env=environment, cwd=cwd)
         self.processes.append(process)
         return process
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fork_source import Started
 from helpers import Launched, finish, fork_source, wait_for_line
 
 TELL = """
@@ -105,3 +108,11 @@ def test_an_environment_that_was_read_already_gets_a_new_process() -> None:
     without = dict(os.environ)
     del without["PATH"]
     assert not source.can_start(without)
+
+
+def test_what_came_together_with_a_line_is_read_at_the_end() -> None:
+    """subprocess.Popen's own communicate would lose it, and with it the error that a test is about."""
+    command = [sys.executable, "-c", r"import sys; sys.stderr.write('first\nerror: second\n')"]
+    process = Started(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for_line(process, "first")
+    assert finish(process) == (0, "", "error: second\n")
