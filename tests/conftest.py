@@ -53,8 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """For `-n auto`: processes that run tests. One more than cores, because many tests wait for what takes its time."""
-    return min(MAX_WORKERS, usable_cores() + 1)
+    """For `-n auto`: processes that run tests. Two more than cores, because many tests wait for what takes its time."""
+    return min(MAX_WORKERS, usable_cores() + 2)
 
 
 @pytest.hookimpl(tryfirst=True)
