@@ -129,7 +129,7 @@ def worker_sending(fault: Fault) -> None:
 
     def strike(pair: Any, package: Any) -> None:
         if package.header[3] == MessageCode.GradientUpdate.value and fault.is_due and not fault.note.exists():
-            pair._gloo.send([package.header], SERVER, 0).wait()
+            pair._gloo.send([package.parts(SERVER)[0]], SERVER, 0).wait()
             fault.strike()
 
     before(TensorConnection, "send", strike)
