@@ -21,7 +21,7 @@ The columns, each the median over the turns:
   first round s        what the first round takes, work included that a contestant puts off until then
 
 Efficiency, from the same run: what a round of `ours, two workers` takes against half of its clients' bare training
-time. The bare training time is the sum over the clients of the seconds that the only lane of `ours, one process` was
+time. The bare training time is the sum over the clients of the seconds that the only slot of `ours, one process` was
 busy with them, median over the rounds without the first; the target is 1.05. As `round_to_half_of_own_training`, the
 same against the training time within the two workers, which contains what the two cores take from each other.
 
@@ -98,7 +98,7 @@ class FailedError(Exception):
 class Run:
     """What one run of a contestant showed; the columns of the module's docstring.
 
-    busy_s: ours only, lane-seconds of training in a round.  rss_mb: by script, the largest resident memory of each.
+    busy_s: ours only, slot-seconds of training in a round.  rss_mb: by script, the largest resident memory of each.
     """
 
     round_s: float

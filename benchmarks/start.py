@@ -6,12 +6,12 @@ Prints, each a median over the turns, in which everything runs once:
   the seconds of `python -c "import torch"`
   the seconds from the command `sh quick_start.sh --dataset digits` to its first round, and their ratio to the former
   for this project's server and two workers, and for every contestant of `round.py` that has workers or threads, on the
-  MNIST network with 4 clients: the seconds to the first round, their ratio to `import torch`, and the peak memory (the
+  MNIST network with 4 clients: the seconds to the first round; the same and what the first round takes longer than the
+  others, which is what a contestant loads only then, and the ratio to `import torch`; and the peak memory (the
   proportional set size, summed over all processes; a page that n processes share counts 1/n for each). Of ours also
   without the launcher, which only waits.
 
-BlazeFL and Flower get environments of their own, as
-`round.py` says. The last line is JSON.
+BlazeFL and Flower get environments of their own, as `round.py` says. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -134,21 +134,29 @@ def show(
     summary: dict[str, Any] = {}
     print(f"\nimport torch: {import_s:.2f} s")
     print(f"first round of sh quick_start.sh --dataset digits: {digits_s:.2f} s, {digits_s / import_s:.2f} of it")
-    print("\n| mnist_cnn, 4 clients | first round after s | of import torch | peak MB |\n|---|---|---|---|")
+    print("\n| mnist_cnn, 4 clients | first round after s | all loaded after s | of import torch | peak MB |")
+    print("|---|---|---|---|---|")
     for name, own in runs.items():
         if not own:
-            print(f"| {name} | {failures.get(name, 'not run')} | | |")
+            print(f"| {name} | {failures.get(name, 'not run')} | | | |")
             continue
         after_s = statistics.median(run.first_round_after_s for run in own)
+        loaded_s = statistics.median(run.first_round_after_s + max(0.0, run.first_round_s - run.round_s) for run in own)
         peak_mb = statistics.median(run.peak_mb for run in own)
-        summary[name] = {"first_round_after_s": after_s, "of_import": after_s / import_s, "peak_mb": peak_mb}
-        print(f"| {name} | {after_s:.2f} | {after_s / import_s:.2f} | {peak_mb:.0f} |")
+        summary[name] = {
+            "first_round_after_s": after_s,
+            "loaded_after_s": loaded_s,
+            "of_import": loaded_s / import_s,
+            "peak_mb": peak_mb,
+        }
+        print(f"| {name} | {after_s:.2f} | {loaded_s:.2f} | {loaded_s / import_s:.2f} | {peak_mb:.0f} |")
     print(f"\nserver and two workers, without the launcher: {ours_mb:.0f} MB")
     aims = {f"digits within {START_LIMIT} of import torch": digits_s <= START_LIMIT * import_s}
     ours = summary.get(rounds.OURS_TWO)
     if ours:
-        others = [entry["first_round_after_s"] for name, entry in summary.items() if name != rounds.OURS_TWO]
-        aims["sooner than every other"] = all(ours["first_round_after_s"] < other for other in others)
+        others = [entry for name, entry in summary.items() if name != rounds.OURS_TWO]
+        for measure, words in (("first_round_after_s", "first round"), ("loaded_after_s", "all loaded")):
+            aims[f"{words} sooner than every other"] = all(ours[measure] < other[measure] for other in others)
     if PROCESSES in summary:
         aims[f"at most {MEMORY_LIMIT} of the memory of {PROCESSES}"] = (
             ours_mb <= MEMORY_LIMIT * summary[PROCESSES]["peak_mb"]
