@@ -43,7 +43,7 @@ def test_meta_training_makes_adaptation_fast_and_joint_training_does_not() -> No
     """The point of it all. If a meta-gradient had a wrong sign, or adapting were left out of it, the method would be no
     better than the baseline, which takes as many steps.
     """
-    joint = errors_by_step(*JOINT, "--epochs", "30", "--client_batching", "1")
+    joint = errors_by_step(*JOINT, "--epochs", "12", "--client_batching", "1")
     assert joint[5] > 2.0, "one model for all sines can only be their mean, which is 0"
     for method in ("maml", "fomaml", "reptile"):
         errors = errors_by_step(*META, "--fine_tune_method", method)
