@@ -498,7 +498,7 @@ def test_a_worker_that_loses_its_server_again_and_again_keeps_nothing_of_it(run:
             else:
                 (connected,) = server._connected.values()
                 connected.peer.close("other data", farewell="dropped")
-            while not isinstance(next_event(server)[1], PeerLostError):
+            while not isinstance(next_event(server)[1], ConnectionError):  # lost, or lost before they could reach it
                 pass
             wait_until(lambda: not server._connected)
             if number == 1:
