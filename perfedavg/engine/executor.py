@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perfedavg.contracts import FederatedDataset
 from perfedavg.engine.client_reader import ClientReader
-from perfedavg.engine.local_work import CohortTraining, UnseenScoring
+from perfedavg.engine.local_work import CohortTraining, UnseenScoring, Workplace
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.slots import Result, SlotPool, TrainingSlot
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
@@ -49,7 +49,6 @@ class LocalExecutor:
     ) -> None:
         if config.client_batching is None:
             raise ValueError(f"{flag('client_batching')} auto has not been settled; see choose_group_size")
-        self._config = config
         self._group_size = group_size = config.client_batching
         self._dataset = dataset
         self._device = torch.device(device)
@@ -59,7 +58,6 @@ class LocalExecutor:
         if num_readers is None:
             # A CPU's cores are the slots', and reading takes them no less time in another thread.
             num_readers = 0 if self._device.type == "cpu" else usable_cores()
-        self._reader = ClientReader(dataset, num_readers)
         loss = loss_function or loss_of(dataset)
         self.warnings = check_precision(config.precision, model, dataset, self._device, loss)
 
@@ -73,6 +71,7 @@ class LocalExecutor:
             build_group()  # now, because it may refuse the model
         slots = [TrainingSlot(build_single, build_group) for _ in range(num_slots)]
         self._pool = SlotPool(slots, getattr(dataset, "explain", None))
+        self._place = Workplace(config, self._pool, ClientReader(dataset, num_readers))
 
     @property
     def num_slots(self) -> int:
@@ -94,11 +93,11 @@ class LocalExecutor:
 
     def begin_training(self, task: CohortTask, parameters: Tensor) -> CohortTraining:
         """A round that takes its clients group by group; those that the task names need not be known yet."""
-        return CohortTraining(self._config, self._pool, self._reader, task, parameters.to(self._device))
+        return CohortTraining(self._place, task, parameters.to(self._device))
 
     def begin_scoring(self, task: ScoringTask, parameters: Tensor) -> UnseenScoring:
         """A scoring that takes its clients group by group."""
-        return UnseenScoring(self._config, self._pool, self._reader, task, parameters.to(self._device))
+        return UnseenScoring(self._place, task, parameters.to(self._device))
 
     def submit(self, work: Callable[[Sequence[int]], Result], group: Sequence[int]) -> Future[Result]:
         """Call `work`, which trains or scores the group, in a thread of the pool."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -30,32 +31,37 @@ from perfedavg.training.client_models import Client
 from perfedavg.training.local_training import LocalTraining, local_training_of
 
 
+@dataclass(frozen=True)
+class Workplace:
+    """What all work of a process is done with."""
+
+    config: ExperimentConfig
+    pool: SlotPool
+    reader: ClientReader
+
+
 class CohortTraining:
     """A round's training. What was trained so far can be taken out at any time.
 
     task: whose clients need not be known yet.  start: the global model, (num_parameters,), on the slots' device.
     """
 
-    def __init__(
-        self, config: ExperimentConfig, pool: SlotPool, reader: ClientReader, task: CohortTask, start: Tensor
-    ) -> None:
-        self._config = config
-        self._pool = pool
-        self._reader = reader
+    def __init__(self, place: Workplace, task: CohortTask, start: Tensor) -> None:
+        self._place = place
         self._task = task
         self._start = start
         self._states = dict(task.states)
-        self._training = local_training_of(config, task.phase)
-        self._method = config.phases[task.phase].method
+        self._training = local_training_of(place.config, task.phase)
+        self._method = place.config.phases[task.phase].method
         self._aggregation = self._method.aggregation()
         self._sums: dict[TrainingSlot, ExactMean] = {}
         self._reports: list[ClientReport] = []
         self._new_states: ClientStates = {}
-        self._likely_next = self._likely_next_groups() if reader.reads_ahead else {}
+        self._likely_next = self._likely_next_groups() if place.reader.reads_ahead else {}
 
     def expect(self, group: Sequence[int]) -> None:
         """Begin to read the clients of a group that will be trained here, and then those likely to follow them."""
-        self._reader.read_ahead([*group, *self._likely_next.get(group[0], ())])
+        self._place.reader.read_ahead([*group, *self._likely_next.get(group[0], ())])
 
     def add_states(self, states: ClientStates) -> None:
         """What some of the clients kept from earlier rounds, where the task does not say it."""
@@ -63,7 +69,7 @@ class CohortTraining:
 
     def train(self, group: Sequence[int]) -> list[ClientReport]:
         """Add the clients' updates to the sum, or refuse one and say why. May be called from several threads."""
-        return self._pool.run(group, lambda slot: self._train(slot, group))
+        return self._place.pool.run(group, lambda slot: self._train(slot, group))
 
     def take_update(self) -> CohortUpdate:
         """Of the clients trained since the last call, on the CPU. None may be in training meanwhile."""
@@ -98,8 +104,8 @@ class CohortTraining:
         return reports
 
     def _client(self, client_id: int) -> Client:
-        data = self._reader.client_data(client_id)
-        seeds = _seeds(self._config, Purpose.LOCAL_TRAINING, self._task, client_id)
+        data = self._place.reader.client_data(client_id)
+        seeds = _seeds(self._place.config, Purpose.LOCAL_TRAINING, self._task, client_id)
         state = {name: value.clone() for name, value in self._states.get(client_id, {}).items()}
         return Client(data.train_inputs, data.train_labels, seeds, state)
 
@@ -131,14 +137,14 @@ class CohortTraining:
         Work is handed out in that order, so who trains the one now, alone or among others, is likely to train the other
         then. Drops what was read ahead for rounds before this one.
         """
-        dataset = self._reader.dataset
+        config, dataset = self._place.config, self._place.reader.dataset
         cohorts = [
-            draw(self._config, dataset.train_client_ids, self._task.phase, self._task.round_number)
+            draw(config, dataset.train_client_ids, self._task.phase, self._task.round_number)
             for draw in (draw_cohort, draw_next_cohort)
         ]
-        self._reader.keep_only([*cohorts[0], *cohorts[1]])
+        self._place.reader.keep_only([*cohorts[0], *cohorts[1]])
         present, following = (
-            cut_into_groups(cohort, dataset.num_train_examples, self._config.client_batching or 1) for cohort in cohorts
+            cut_into_groups(cohort, dataset.num_train_examples, config.client_batching or 1) for cohort in cohorts
         )
         return {group[0]: next_group for group, next_group in zip(present, following, strict=False)}
 
@@ -146,12 +152,9 @@ class CohortTraining:
 class UnseenScoring:
     """Scores unseen clients before and after adapting. Arguments as `CohortTraining` takes them."""
 
-    def __init__(
-        self, config: ExperimentConfig, pool: SlotPool, reader: ClientReader, task: ScoringTask, start: Tensor
-    ) -> None:
-        self._config = config
-        self._pool = pool
-        self._reader = reader
+    def __init__(self, place: Workplace, task: ScoringTask, start: Tensor) -> None:
+        config = place.config
+        self._place = place
         self._task = task
         self._start = start
         self._method = config.phases[task.phase].method
@@ -165,18 +168,18 @@ class UnseenScoring:
 
     def score(self, group: Sequence[int]) -> list[ClientScore]:
         """The scores of clients. May be called from several threads."""
-        return self._pool.run(group, lambda slot: self._score(slot, group))
+        return self._place.pool.run(group, lambda slot: self._score(slot, group))
 
     def _score(self, slot: TrainingSlot, group: Sequence[int]) -> list[ClientScore]:
         models = slot.models(len(group))
-        parts = [self._reader.client_data(client_id) for client_id in group]
+        parts = [self._place.reader.client_data(client_id) for client_id in group]
         device = self._start.device
         tests = [(data.test_inputs.to(device), data.test_labels.to(device)) for data in parts]
         clients = [
             Client(
                 data.train_inputs,
                 data.train_labels,
-                _seeds(self._config, Purpose.PERSONALIZATION, self._task, client_id),
+                _seeds(self._place.config, Purpose.PERSONALIZATION, self._task, client_id),
             )
             for client_id, data in zip(group, parts, strict=True)
         ]
@@ -196,7 +199,7 @@ class UnseenScoring:
                 len(data.train_labels),
                 len(data.test_labels),
                 *scores[0],
-                *scores[self._config.num_personalization_epochs],
+                *scores[self._place.config.num_personalization_epochs],
                 tuple(scores[epoch] for epoch in range(self._task.num_curve_epochs + 1))
                 if self._task.num_curve_epochs
                 else (),

@@ -96,8 +96,7 @@ def train_share(executor: LocalExecutor, round_number: int, share: Sequence[int]
         training.expect((client_id,))
     for client_id in share:
         training.train((client_id,))
-    assert executor._reader is not None
-    executor._reader._pool.submit(lambda: None).result()  # behind all that is to be read
+    executor._place.reader._pool.submit(lambda: None).result()  # behind all that is to be read
 
 
 def test_a_worker_reads_its_share_of_the_next_round_and_no_more() -> None:
@@ -118,15 +117,13 @@ def test_a_round_without_a_client_leaves_nothing_behind() -> None:
     executor = executor_with_readers(dataset)
     train_share(executor, 1, cohort_of(1, dataset)[:1])
     train_share(executor, 5, cohort_of(5, dataset)[:2])
-    assert executor._reader is not None
-    assert set(executor._reader._read) <= {*cohort_of(5, dataset)[:2], *cohort_of(6, dataset)[:2]}
-    assert set(executor._reader._read) >= {*cohort_of(6, dataset)[:2]}
+    assert set(executor._place.reader._read) <= {*cohort_of(5, dataset)[:2], *cohort_of(6, dataset)[:2]}
+    assert set(executor._place.reader._read) >= {*cohort_of(6, dataset)[:2]}
 
 
 def test_one_process_reads_all_of_the_next_round() -> None:
     dataset = CountedClients()
     executor = executor_with_readers(dataset)
     executor.train(CohortTask(Phase.FEDAVG, 1, cohort_of(1, dataset), 12), torch.zeros(2))
-    assert executor._reader is not None
-    executor._reader._pool.submit(lambda: None).result()
+    executor._place.reader._pool.submit(lambda: None).result()
     assert set(dataset.readers) == {*cohort_of(1, dataset), *cohort_of(2, dataset)}
