@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from datasets.own_module import explained, import_factory
 from perfedavg.contracts import REQUIRED, ClientData
+from perfedavg.own_module import explained, import_own
 
 MAX_FINGERPRINT_CHARS = 500
 
@@ -35,7 +35,7 @@ def load_own(name: str, data_root: Path, num_clients: int | None, seed: int) -> 
     Raises ValueError where it cannot be imported, fails, or returns what breaks a rule as far as the first training
     client and the first unseen one show; of the others, each is checked when it is read.
     """
-    factory = import_factory(name)
+    factory = import_own("--dataset", name, "factory")
     try:
         own = factory(data_root, num_clients, seed)
     except (Exception, SystemExit) as error:

@@ -14,8 +14,8 @@ OWN = {"perfedavg", "launch", "reporting", "experiments", "multi_process", "mode
 OWN |= {"server", "client_worker", "single_process", "quick_start", "reproduce", "report", "sine", "personalize"}
 MAY_IMPORT = {
     "compat": set(),
-    "models": set(),
-    "datasets": {"compat", "perfedavg.contracts", "perfedavg.seeding"},
+    "models": {"perfedavg.own_module"},
+    "datasets": {"compat", "perfedavg.contracts", "perfedavg.own_module", "perfedavg.seeding"},
     "perfedavg": set(),
     "multi_process": {"compat", "perfedavg"},
     "reporting": {"perfedavg", "datasets.registry"},
@@ -25,6 +25,7 @@ MAY_IMPORT = {
 }
 ROOMS = (
     "machine",
+    "own_module",
     "fields",
     "plain_values",
     "seeding",

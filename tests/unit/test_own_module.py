@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 from datasets import DatasetRequest, load_federated_dataset
-from datasets.own_module import PROJECT_MODULES
+from perfedavg.own_module import PROJECT_MODULES
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
-"""A user's own module: how it is found and imported, and in which of its lines an error arose."""
+"""What users bring of their own, named as `package.module:name`: data sets, models, methods and metrics.
+
+How the module is found and imported, and in which of its lines an error arose. Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +26,19 @@ _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdli
 _PAGE = "docs/your-own-data.md says more"
 
 
-def import_factory(name: str) -> Callable[..., Any]:
-    """What `package.module:factory` stands for.
+def import_own(
+    flag: str, name: str, kind: str, fits: Callable[[Any], bool] = callable, asked: str = "can be called"
+) -> Any:
+    """What `package.module:name` stands for, given with a flag such as `--dataset`.
 
+    kind: what the name is of, such as `factory`.  fits, asked: what it must be, as a function and in words.
     The module is looked for in the current folder behind all that is installed, so that a file there cannot take the
     place of a module that this project needs. Raises ValueError, in one line with the user's file and line, where it
     cannot be imported, or where the name means another module than the file in the current folder.
     """
-    module_name, _, factory_name = name.partition(":")
-    what, meant = f"--dataset {name} cannot be imported", "it means package.module:factory"
-    if not (module_name and factory_name) or module_name.startswith("."):
+    module_name, _, own_name = name.partition(":")
+    what, meant = f"{flag} {name} cannot be imported", f"it means package.module:{kind}"
+    if not (module_name and own_name) or module_name.startswith("."):
         raise ValueError(f"{what}; {meant}")
     folder = _current_folder()
     if folder not in sys.path:
@@ -46,10 +52,10 @@ def import_factory(name: str) -> Callable[..., Any]:
             raise explained(what, error) from error
         place = f"it is neither in {folder}, where this process was started, nor installed"
         raise ValueError(f"{what} ({error}): {place}; {meant}") from error
-    factory = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise ValueError(f"{what} ({_place_of(module.__spec__)} has no {factory_name} that can be called); {meant}")
-    return factory  # type: ignore[no-any-return]
+    found = getattr(module, own_name, None)
+    if not fits(found):
+        raise ValueError(f"{what} ({_place_of(module.__spec__)} has no {own_name} that {asked}); {meant}")
+    return found
 
 
 def explained(what: str, error: BaseException) -> ValueError:
