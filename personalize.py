@@ -62,7 +62,9 @@ class Personalize(Data, Checked):
         metavar="IMAGES",
         positional=True,
     )
-    epochs: int | None = setting(None, "passes over the images", at_least=1, absent="the run's --pers_round, 5")
+    epochs: int | None = setting(
+        None, "passes over the images", at_least=1, absent="the run's --personalization_epochs, 5"
+    )
     batch_size: int | None = setting(None, "images a step", at_least=1, absent="the run's --batch_size, 20")
     local_lr: float | None = setting(None, "learning rate of the run's client optimizer", above=0, absent="the run's")
     test_fraction: Fraction = setting(

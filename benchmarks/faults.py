@@ -41,8 +41,17 @@ ENDS_WITHIN_SECONDS = 150
 SILENCE_SECONDS = 2
 """--worker_timeout_seconds of every run."""
 
-EXPERIMENT = ["--dataset", "digits", "--client_num_in_total", "20", "--client_num_per_round", "6", "--pers_round", "2"]
-EXPERIMENT += ["--epochs", "5", "--inner_loops", "6", "--fine_tune_outer_loops", "4", "--fine_tune_inner_loops", "6"]
+EXPERIMENT = [
+    "--dataset",
+    "digits",
+    "--client_num_in_total",
+    "20",
+    "--client_num_per_round",
+    "6",
+    "--personalization_epochs",
+    "2",
+]
+EXPERIMENT += ["--rounds", "5", "--local_epochs", "6", "--fine_tune_rounds", "4", "--fine_tune_local_epochs", "6"]
 EXPERIMENT += ["--eval_every", "2", "--eval_clients", "4"]
 """Long enough that a worker that is started again in round 2 is there before the end."""
 

@@ -108,7 +108,7 @@ def compare(
         "mnist",
         "--client_num_in_total",
         str(5 * cohort),
-        "--inner_loops",
+        "--local_epochs",
         "1",
         "--fine_tune",
         "false",

@@ -216,10 +216,10 @@ class Run:
             "client_num_in_total": self._point.clients,
             "client_num_per_round": self._point.cohort,
             "world_size": self._point.workers + 1,
-            "epochs": self._num_rounds_in_all,
-            "inner_loops": 1,
+            "rounds": self._num_rounds_in_all,
+            "local_epochs": 1,
             "batch_size": 400,  # one step
-            "pers_round": 1,
+            "personalization_epochs": 1,
             "eval_every": 1_000_000,
             "fine_tune": "false",
             "run_dir": self._run_dir,

@@ -48,7 +48,7 @@ def main() -> None:
 
 def compare(name: str, repeats: int) -> dict[str, dict[str, float | bool]]:
     config = utils.get_args(
-        "single", ["--dataset", name, "--client_num_in_total", str(NUM_CLIENTS), "--inner_loops", "1"]
+        "single", ["--dataset", name, "--client_num_in_total", str(NUM_CLIENTS), "--local_epochs", "1"]
     ).experiment
     dataset = random_images(62 if name == "emnist" else 10)
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}

@@ -43,7 +43,7 @@ class DataSet:
     """What is to be known of a data set before it is read.
 
     load: reads it for a request, from a folder.
-    models: from each value of --struct that fits to a model's name (see `models`); the first is the default.
+    models: from each value of --model that fits to a model's name (see `models`); the first is the default.
     defaults: of settings, where they are not those of `ExperimentConfig`, by their fields.
     meaningless: from the name of a setting to the reason why only its default goes with this data set.
     note: what has to be said with every result; empty for nothing.

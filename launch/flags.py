@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from datasets.registry import DATA_SETS, DataSet, find
 from launch import paths
 from launch.settings import ENTRY_POINTS, Data, Network, Worker
-from perfedavg.fields import MISSING, Flag, build, flags_by_name, values_of
+from perfedavg.fields import MISSING, Flag, build, by_any_name, flags_by_name, renamed, values_of
 from perfedavg.plain_values import parse_toml
 from perfedavg.recording.runs import CONFIG_FILE, RecordedRun, read_unfinished_run
 from perfedavg.settings import ExperimentConfig
@@ -22,7 +22,7 @@ from perfedavg.terminal.console import command_line
 Settings = TypeVar("Settings")
 
 ROOT = Path(__file__).resolve().parent.parent
-FIRST: tuple[str, ...] = ("dataset", "client_num_per_round", "epochs", "inner_loops", "fine_tune_method", "seed")
+FIRST: tuple[str, ...] = ("dataset", "client_num_per_round", "rounds", "local_epochs", "fine_tune_method", "seed")
 FIRST += ("workers", "world_size", "rank", "data_root", "run_dir")
 """Flags that a newcomer looks for."""
 _OF_ONE_RUN = ("run_dir", "resume", "initial_model")
@@ -46,7 +46,7 @@ def parse(kind: type[Settings], argv: Sequence[str] | None = None) -> Settings:
     texts = vars(build_parser(kind).parse_args(argv))
     file = texts.pop("config", None)
     values = {} if file is None else _read_file(file, flags)
-    values |= {name: flags[name].parse(text) for name, text in texts.items()}
+    values |= {name: flags[name].parse(text) for name, text in renamed(texts, flags).items()}
     for name, flag in flags.items():
         text = os.environ.get(flag.setting.environment)
         if text and name not in values:
@@ -64,8 +64,8 @@ def _complete(flags: Mapping[str, Flag], values: dict[str, Any]) -> None:
     data_set = find(dataset)
     for name, flag in flags.items():
         values.setdefault(name, _default(flag, data_set))
-    if "struct" in flags:
-        values["struct"] = _architecture(dataset, values["struct"])
+    if "model" in flags:
+        values["model"] = _architecture(dataset, values["model"])
 
 
 def _default(flag: Flag, data_set: DataSet) -> Any:
@@ -73,16 +73,16 @@ def _default(flag: Flag, data_set: DataSet) -> Any:
     return defaults.get(".".join(flag.path).removeprefix("experiment."), flag.default)
 
 
-def _architecture(dataset: str, struct: str) -> str:
+def _architecture(dataset: str, model: str) -> str:
     models = find(dataset).models
-    struct = _STRUCTS.get(struct, struct)
-    if struct not in models:
-        raise ValueError(f"--struct {struct} does not fit {dataset}; use {' or '.join(models)}")
-    return models[struct]
+    model = _SHORT_NAMES.get(model, model)
+    if model not in models:
+        raise ValueError(f"--model {model} does not fit {dataset}; use {' or '.join(models)}")
+    return models[model]
 
 
-_STRUCTS = {model: struct for data_set in DATA_SETS.values() for struct, model in data_set.models.items()}
-"""What --struct calls each model; for the recorded settings of another run."""
+_SHORT_NAMES = {model: short for data_set in DATA_SETS.values() for short, model in data_set.models.items()}
+"""What --model calls each model; for the recorded settings of another run."""
 
 
 def _read_file(text: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
@@ -95,14 +95,13 @@ def _read_file(text: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
             if run.initial_model is not None:
                 values["initial_model"] = run.initial_model
             return {name: value for name, value in values.items() if name in flags}
-        known = {name for kind in ENTRY_POINTS.values() for name in flags_by_name(kind)}
-        values = {}
-        for name, value in parse_toml(path.read_text(encoding="utf-8")).items():
+        known = {name for kind in ENTRY_POINTS.values() for name in by_any_name(flags_by_name(kind))}
+        content = parse_toml(path.read_text(encoding="utf-8"))
+        for name in content:
             if name not in known:
-                raise ValueError(f"{name} is unknown; use the names of flags without dashes, such as epochs = 100")
-            if name in flags:
-                values[name] = flags[name].parse(str(value))
-        return values
+                raise ValueError(f"{name} is unknown; use the names of flags without dashes, such as rounds = 100")
+        own = {name: value for name, value in content.items() if name in by_any_name(flags)}
+        return {name: flags[name].parse(str(value)) for name, value in renamed(own, flags).items()}
     except (ValueError, OSError) as error:
         raise ValueError(f"--config {text}: {error}; mend it, or name another file") from error
 
@@ -122,8 +121,8 @@ def _resume(kind: type[Settings], values: dict[str, Any]) -> Settings:
         raise ValueError(f"--resume {folder}: {error}; restore it, or start a new run") from error
     present = values_of(recorded)
     given = {name: value for name, value in values.items() if name in flags_by_name(ExperimentConfig)}
-    if "struct" in given and given.get("dataset", recorded.dataset) == recorded.dataset:
-        given["struct"] = _architecture(recorded.dataset, given["struct"])
+    if "model" in given and given.get("dataset", recorded.dataset) == recorded.dataset:
+        given["model"] = _architecture(recorded.dataset, given["model"])
     asked = values_of(build(ExperimentConfig, {**present, **given}).settled_as(recorded))
     if "initial_model" in values and recorded.initial_model is None:
         asked["initial_model"] = values["initial_model"]
@@ -194,7 +193,7 @@ def build_parser(kind: type) -> argparse.ArgumentParser:
         files.add_argument(
             "--config",
             metavar="FILE",
-            help="TOML file with flags as keys, such as epochs = 100, or the config.json of another run; flags of the "
+            help="TOML file with flags as keys, such as rounds = 100, or the config.json of another run; flags of the "
             "command line win",
         )
     for name, flag in flags.items():
@@ -210,6 +209,8 @@ def build_parser(kind: type) -> argparse.ArgumentParser:
         elif flag.implied is not None:
             options |= {"nargs": "?", "const": flag.implied}
         groups[title].add_argument(name if flag.setting.positional else f"--{name}", **options)
+        for alias in flag.aliases:
+            groups[title].add_argument(f"--{alias}", **options | {"help": argparse.SUPPRESS})
     return parser
 
 

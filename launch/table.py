@@ -20,7 +20,7 @@ def to_markdown() -> str:
         for name, flag in flags_by_name(kind).items():
             row = (f"`--{name}`", default_words(flag).removeprefix("(default: ").strip("()"), _meaning(flag))
             rows.setdefault(flag.title, {}).setdefault(row, []).append(role)
-    return "".join([_INTRODUCTION, *_tables(rows)])
+    return "".join([_INTRODUCTION, *_tables(rows), *_older_names()])
 
 
 def _tables(rows: dict[str, dict[tuple[str, ...], list[str]]]) -> Iterator[str]:
@@ -29,6 +29,13 @@ def _tables(rows: dict[str, dict[tuple[str, ...], list[str]]]) -> Iterator[str]:
         for row, roles in entries.items():
             cells = [cell.replace("|", "\\|") for cell in (*row, ", ".join(roles))]
             yield f"| {' | '.join(cells)} |\n"
+
+
+def _older_names() -> Iterator[str]:
+    yield "\n## Older names\n\nThey still work, on the command line and in files.\n\n| older name | flag |\n|---|---|\n"
+    flags = {name: flag for kind in ENTRY_POINTS.values() for name, flag in flags_by_name(kind).items()}
+    for name, flag in flags.items():
+        yield from (f"| `--{alias}` | `--{name}` |\n" for alias in flag.aliases)
 
 
 def _meaning(flag: Flag) -> str:
@@ -43,7 +50,7 @@ _INTRODUCTION = """# Flags
 
 Made by launch/table.py from the fields of the settings; a test holds it to them. Entry points:
 `server` is server.py, `worker` client_worker.py, `single` single_process.py, `quick_start` quick_start.sh, `describe`
-python -m datasets.describe. `--config FILE` reads flags from a TOML file (`epochs = 100`), or the experiment of another
+python -m datasets.describe. `--config FILE` reads flags from a TOML file (`rounds = 100`), or the experiment of another
 run from its config.json; what the command line says wins. A file may hold flags of several entry points, each of which
 takes its own.
 """

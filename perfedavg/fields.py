@@ -36,6 +36,7 @@ class Setting:
 
     help: what it does, with its unit; `{of}` stands for `Part.of`.
     flag: what it calls its flag, without dashes; None for the field's own name, NO_FLAG for a setting without one.
+    aliases: older names of its flag, which go on to work and are not shown.
     at_least, at_most: inclusive bounds. A whole number has both; MOST is the upper one unless another is given.
     above, below: exclusive bounds.
     choices: the values that it can have.
@@ -56,6 +57,7 @@ class Setting:
 
     help: str
     flag: str | None = None
+    aliases: Sequence[str] = ()
     at_least: float | None = None
     at_most: float | None = None
     above: float | None = None
@@ -163,6 +165,7 @@ class Flag:
     title: the heading that it stands under.
     choices: the texts that it can have, where these are known.
     is_switch: whether it says if a part is there.
+    aliases: older names, without dashes.
     """
 
     name: str | None
@@ -174,6 +177,7 @@ class Flag:
     setting: Setting
     choices: Sequence[str] | None = None
     is_switch: bool = False
+    aliases: Sequence[str] = ()
 
     @property
     def label(self) -> str:
@@ -225,6 +229,21 @@ def flags_of(kind: Any) -> dict[tuple[str, ...], Flag]:
 def flags_by_name(kind: type) -> dict[str, Flag]:
     """Those that have a flag."""
     return {flag.name: flag for flag in flags_of(kind).values() if flag.name is not None}
+
+
+def by_any_name(flags: Mapping[str, Flag]) -> dict[str, Flag]:
+    """The same flags by their names and their older names."""
+    return {name: flag for own_name, flag in flags.items() for name in (own_name, *flag.aliases)}
+
+
+def renamed(values: Mapping[str, Any], flags: Mapping[str, Flag]) -> dict[str, Any]:
+    """The same values by the present names of the flags. Raises ValueError where two names of one flag are given."""
+    known, given = by_any_name(flags), dict[str, str]()
+    for name in values:
+        other = given.setdefault(known[name].name or "", name)
+        if other != name:
+            raise ValueError(f"--{other} and --{name} are names of the same flag; leave one of them out")
+    return {name: values[spelled] for name, spelled in given.items()}
 
 
 def build(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
@@ -317,11 +336,12 @@ def _flags(
                 choices = (*described.kinds, NONE) if is_optional_part else choices
             own_name = field.name if described.flag is None else described.flag
             name = None if own_name == NO_FLAG else name_of(own_name)
+            aliases = [alias for alias in map(name_of, described.aliases) if alias is not None]
             help, kind_of_value = (
                 described.help.replace("{of}", of),
                 str if described.kinds else _kind_of_value(hints[field.name]),
             )
-            yield Flag(name, place, kind_of_value, default, heading, help, described, choices)
+            yield Flag(name, place, kind_of_value, default, heading, help, described, choices, aliases=aliases)
             for kind_of_choice in (described.kinds or {}).values():
                 yield from _flags(kind_of_choice, place, name_of, {}, heading, of)
 

@@ -110,8 +110,10 @@ class PhaseConfig:
     method: what a client's update is.
     """
 
-    num_rounds: int = setting(500, "communication rounds", flag="epochs", at_least=0)
-    num_local_epochs: int = setting(5, "local epochs a client a round", flag="inner_loops", at_least=1)
+    num_rounds: int = setting(500, "communication rounds", flag="rounds", aliases=("epochs",), at_least=0)
+    num_local_epochs: int = setting(
+        5, "local epochs a client a round", flag="local_epochs", aliases=("inner_loops",), at_least=1
+    )
     client_optimizer: OptimizerConfig = part(
         OptimizerConfig,
         prefix="client_",
@@ -121,7 +123,11 @@ class PhaseConfig:
     )
     server_optimizer: OptimizerConfig = part(OptimizerConfig, prefix="server_", of="the server")
     num_local_steps: int | None = setting(
-        None, "local steps a client a round, in place of epochs; 1 is FedSGD", flag="inner_steps", at_least=1
+        None,
+        "local steps a client a round, in place of epochs; 1 is FedSGD",
+        flag="local_steps",
+        aliases=("inner_steps",),
+        at_least=1,
     )
     server_schedule: str = setting("constant", "the server's rate over the rounds; linear ends at 0", choices=SCHEDULES)
     method: Method = choice(METHODS, "fedavg", "what a client does and sends")
@@ -187,7 +193,9 @@ class ExperimentConfig(ClientsConfig):
     """
 
     heading = "experiment"
-    architecture: str = setting("emnist_cnn", "model: convolutional, MLP, or (for text) LSTM", flag="struct")
+    architecture: str = setting(
+        "emnist_cnn", "convolutional, MLP, or (for text) LSTM", flag="model", aliases=("struct",)
+    )
     initial_model: str | None = None
     cohort_size: int = setting(5, "training clients drawn for each round", flag="client_num_per_round", at_least=1)
     batch_size: int = setting(20, "examples a local step; the last batch of an epoch may be smaller", at_least=1)
@@ -229,10 +237,21 @@ class ExperimentConfig(ClientsConfig):
         defaults={"num_rounds": 100, "num_local_epochs": 10, "server_schedule": "linear", "method": "reptile"},
     )
     num_personalization_epochs: int = setting(
-        5, "local epochs by which an unseen client adapts, as in phase 1", flag="pers_round", title=_PHASE_3, at_least=1
+        5,
+        "local epochs by which an unseen client adapts, as in phase 1",
+        flag="personalization_epochs",
+        aliases=("pers_round",),
+        title=_PHASE_3,
+        at_least=1,
     )
     num_curve_epochs: int = setting(
-        0, "also score after each epoch up to this", flag="pers_curve", title=_PHASE_3, at_least=0, reported="never"
+        0,
+        "also score after each epoch up to this",
+        flag="personalization_curve",
+        aliases=("pers_curve",),
+        title=_PHASE_3,
+        at_least=0,
+        reported="never",
     )
 
     @property

@@ -30,7 +30,7 @@ def read_rows(folder: Path, order: Sequence[str] = ()) -> list[Row]:
     last = SHOWN_STEPS[-1]
     for run in runs:
         if len(errors_by_step(run)) <= last:
-            raise ValueError(f"{run.path} has no errors up to {last} steps; run it with --pers_curve {last}")
+            raise ValueError(f"{run.path} has no errors up to {last} steps; run it with --personalization_curve {last}")
         if steps_per_epoch(run) != 1:
             raise ValueError(
                 f"{run.path}: an epoch of its personalization is not known to be one step on all given points; run it "

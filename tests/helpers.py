@@ -37,9 +37,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ENDS_WITHIN_SECONDS = 240
 """For a process that should end by itself; far above what it needs on a busy machine."""
 
-TINY = ["--dataset", "digits", "--struct", "mlp", "--client_num_in_total", "20", "--client_num_per_round", "5"]
-TINY += ["--epochs", "3", "--inner_loops", "2", "--fine_tune_outer_loops", "2", "--fine_tune_inner_loops", "1"]
-TINY += ["--pers_round", "1", "--eval_every", "2"]
+TINY = ["--dataset", "digits", "--model", "mlp", "--client_num_in_total", "20", "--client_num_per_round", "5"]
+TINY += ["--rounds", "3", "--local_epochs", "2", "--fine_tune_rounds", "2", "--fine_tune_local_epochs", "1"]
+TINY += ["--personalization_epochs", "1", "--eval_every", "2"]
 """Flags of an experiment that takes a second."""
 
 

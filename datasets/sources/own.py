@@ -218,7 +218,7 @@ class OwnDataset:
 
     def check_model(self, model: object) -> None:
         """Raises ValueError where a model, the user's or this project's, cannot be trained on the first client."""
-        whose = "build_model()" if hasattr(self, "build_model") else "--struct"
+        whose = "build_model()" if hasattr(self, "build_model") else "--model"
         if not isinstance(model, nn.Module):
             raise self._broken(f"{whose} is a {type(model).__name__}; return a torch.nn.Module")
         for fault in _faults_of_model(model):

@@ -25,7 +25,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_second_phase_alone_ends_where_both_do(launched: Launched, runs: Path, tmp_path: Path) -> None:
-    flags = [*TINY, "--epochs", "0", "--initial_model", runs / "first"]
+    flags = [*TINY, "--rounds", "0", "--initial_model", runs / "first"]
     server, port = launched.start_server(tmp_path / "second", 2, *flags)
     worker = launched.start_worker(port, 2, 1)
     status, _, errors = finish(server)
@@ -40,7 +40,7 @@ def test_the_second_phase_alone_ends_where_both_do(launched: Launched, runs: Pat
     ("flags", "parts"),
     [
         (["--initial_model", "{runs}/none"], ["none cannot be read"]),
-        (["--initial_model", "{runs}/first", "--struct", "cnn"], ["holds mlp, not mnist_cnn", "name another one"]),
+        (["--initial_model", "{runs}/first", "--model", "cnn"], ["holds mlp, not mnist_cnn", "name another one"]),
         (["--initial_model", "{runs}/first/config.json"], ["config.json cannot be read"]),
     ],
 )
@@ -58,7 +58,7 @@ def test_a_run_that_has_begun_needs_no_other_runs_file(launched: Launched, runs:
     With another model in its place the run would go on as another experiment.
     """
     shutil.copytree(runs / "first", tmp_path / "first")
-    flags = [*TINY, "--epochs", "0", "--initial_model", tmp_path / "first"]
+    flags = [*TINY, "--rounds", "0", "--initial_model", tmp_path / "first"]
     path, undisturbed = tmp_path / "second", tmp_path / "undisturbed"
     stopped = launched.start_struck("fine_tune", 1, "SIGKILL", path, *flags, "--run_dir", path)
     assert finish(stopped)[0] == -signal.SIGKILL

@@ -11,8 +11,8 @@ from helpers import ROOT, Launched, finish, read_result
 
 from datasets import describe as describing
 
-SHORT = ["--struct", "mlp", "--client_num_per_round", "4", "--epochs", "1", "--inner_loops", "1"]
-SHORT += ["--fine_tune_outer_loops", "1", "--fine_tune_inner_loops", "1", "--pers_round", "1"]
+SHORT = ["--model", "mlp", "--client_num_per_round", "4", "--rounds", "1", "--local_epochs", "1"]
+SHORT += ["--fine_tune_rounds", "1", "--fine_tune_local_epochs", "1", "--personalization_epochs", "1"]
 
 
 def test_the_main_job_on_200_synthetic_writers(launched: Launched, tmp_path: Path) -> None:

@@ -52,8 +52,8 @@ def run_single(launched: Launched, run_dir: Path, data_root: Path, flags: list[s
 def test_one_or_three_workers_and_none_give_the_same_model(launched: Launched, tmp_path: Path) -> None:
     """On EMNIST's model, whose dropout must follow each client and not its worker; 5 clients among 1 and 3 workers."""
     write_image_files(tmp_path / "EMNIST" / "raw", EMNIST_PREFIXES, (200, 60), num_classes=62)
-    flags = [*TINY, "--dataset", "emnist", "--struct", "cnn", "--epochs", "2", "--inner_loops", "1"]
-    flags += ["--fine_tune_outer_loops", "1", "--eval_every", "100"]
+    flags = [*TINY, "--dataset", "emnist", "--model", "cnn", "--rounds", "2", "--local_epochs", "1"]
+    flags += ["--fine_tune_rounds", "1", "--eval_every", "100"]
     digests = {run_single(launched, tmp_path / "single", tmp_path, [*flags, "--threads", "2"])}
     for num_workers in (1, 3):
         digests.add(run_distributed(launched, tmp_path / f"{num_workers}", num_workers, tmp_path, flags))
@@ -87,7 +87,7 @@ def test_maml_and_the_curve_over_epochs_do_not_depend_on_the_processes_either(
     launched: Launched, tmp_path: Path
 ) -> None:
     """What a client sends, and what is measured of it epoch by epoch, comes from its identity alone."""
-    flags = [*TINY, "--fine_tune_method", "maml", "--fine_tune_inner_steps", "2", "--pers_curve", "2"]
+    flags = [*TINY, "--fine_tune_method", "maml", "--fine_tune_local_steps", "2", "--personalization_curve", "2"]
     digest = run_single(launched, tmp_path / "single", tmp_path, flags)
     # The commands of the README, started from nothing.
     assert run_distributed(launched, tmp_path / "two", 2, tmp_path, flags, fresh=True) == digest
@@ -113,7 +113,7 @@ def test_quick_start_shows_the_result_and_what_comes_next(launched: Launched, tm
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_quick_start_leaves_no_process(number: signal.Signals, launched: Launched, tmp_path: Path) -> None:
-    process = launched.start("quick_start.py", *TINY, "--epochs", "100000", "--run_dir", tmp_path / "run")
+    process = launched.start("quick_start.py", *TINY, "--rounds", "100000", "--run_dir", tmp_path / "run")
     wait_for_line(process, "FedAvg round")
     children = children_of(process.pid)
     assert len(children) == 3
@@ -128,7 +128,7 @@ def test_a_signal_to_quick_start_leaves_no_process(number: signal.Signals, launc
 
 def test_what_quick_start_starts_are_forks_that_do_not_outlive_it(launched: Launched, tmp_path: Path) -> None:
     """They share the memory of what it has loaded, and SIGKILL leaves it no time to end them."""
-    process = launched.start("quick_start.py", *TINY, "--epochs", "100000", "--run_dir", tmp_path / "run")
+    process = launched.start("quick_start.py", *TINY, "--rounds", "100000", "--run_dir", tmp_path / "run")
     wait_for_line(process, "FedAvg round")
     children = children_of(process.pid)
     names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in children]
@@ -152,7 +152,7 @@ def _shared_megabytes(pid: int) -> float:
 
 
 def test_quick_start_starts_a_dead_worker_again(launched: Launched, tmp_path: Path) -> None:
-    process = launched.start("quick_start.py", *TINY, "--epochs", "100000", "--run_dir", tmp_path / "run")
+    process = launched.start("quick_start.py", *TINY, "--rounds", "100000", "--run_dir", tmp_path / "run")
     wait_for_line(process, "FedAvg round")
     server, first, second = children_of(process.pid)
     os.kill(first, signal.SIGKILL)
@@ -166,7 +166,7 @@ def test_quick_start_starts_a_dead_worker_again(launched: Launched, tmp_path: Pa
 
 
 def test_quick_start_ends_with_its_server_and_can_be_resumed(launched: Launched, tmp_path: Path) -> None:
-    flags = [*TINY, "--epochs", "20", "--checkpoint_every", "1"]
+    flags = [*TINY, "--rounds", "20", "--checkpoint_every", "1"]
     process = launched.start("quick_start.py", *flags, "--run_dir", tmp_path / "run")
     wait_for_line(process, "FedAvg round")
     children = children_of(process.pid)

@@ -28,7 +28,7 @@ ALWAYS = (
 """Of the fault matrix, the rows that every run of the tests goes through: each process, each kind of signal, each kind
 of what follows in which the struck process comes back."""
 REST = [row for row in MATRIX if row not in ALWAYS]
-LIGHT = [*EXPERIMENT, "--struct", "mlp", "--inner_loops", "12", "--fine_tune_inner_loops", "12"]
+LIGHT = [*EXPERIMENT, "--model", "mlp", "--local_epochs", "12", "--fine_tune_local_epochs", "12"]
 """The experiment with a smaller model; a worker that is started again still has the time to come back."""
 
 
@@ -69,7 +69,7 @@ def test_a_worker_more_is_taken_in_and_then_the_first_ones_may_leave(launched: L
 
     The first worker stands still until the other is there, so that the run cannot end before.
     """
-    flags = [*TINY, "--epochs", "10"]
+    flags = [*TINY, "--rounds", "10"]
     server, port = launched.start_server(tmp_path / "run", 2, *flags, "--worker_timeout_seconds", "300")
     first = launched.start_worker(port, 2, 1)
     wait_for_line(server, "FedAvg round 2/")
@@ -87,7 +87,7 @@ def test_a_worker_more_is_taken_in_and_then_the_first_ones_may_leave(launched: L
 
 
 def test_without_workers_the_run_is_saved_and_ends(launched: Launched, tmp_path: Path) -> None:
-    flags = ("--epochs", "100000", "--checkpoint_every", "100000", "--worker_wait_seconds", "2")
+    flags = ("--rounds", "100000", "--checkpoint_every", "100000", "--worker_wait_seconds", "2")
     server, port = launched.start_server(tmp_path / "run", 2, *TINY, *flags)
     worker = launched.start_worker(port, 2, 1)
     wait_for_line(server, "FedAvg round")

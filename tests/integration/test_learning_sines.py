@@ -18,13 +18,13 @@ from perfedavg.engine.scores import summarize
 from perfedavg.training.flat_model import flatten
 from reporting import sine_errors
 
-SMALL = ["--dataset", "sine", "--client_num_in_total", "510", "--batch_size", "10", "--pers_round", "5"]
-SMALL += ["--pers_curve", "5", "--eval_every", "10000", "--local_lr", "0.02", "--device", "cpu"]
-META = ["--epochs", "0", "--client_num_per_round", "10", "--client_batching", "10", "--fine_tune_outer_loops", "60"]
-META += ["--fine_tune_local_lr", "0.02", "--fine_tune_inner_steps", "5", "--fine_tune_support_fraction", "0.2"]
+SMALL = ["--dataset", "sine", "--client_num_in_total", "510", "--batch_size", "10", "--personalization_epochs", "5"]
+SMALL += ["--personalization_curve", "5", "--eval_every", "10000", "--local_lr", "0.02", "--device", "cpu"]
+META = ["--rounds", "0", "--client_num_per_round", "10", "--client_batching", "10", "--fine_tune_rounds", "60"]
+META += ["--fine_tune_local_lr", "0.02", "--fine_tune_local_steps", "5", "--fine_tune_support_fraction", "0.2"]
 META += ["--fine_tune_server_optimizer", "adam", "--fine_tune_server_lr", "0.01"]
 META += ["--fine_tune_server_schedule", "linear"]
-JOINT = ["--joint", "true", "--fine_tune_method", "none", "--inner_steps", "100", "--client_num_per_round", "1"]
+JOINT = ["--joint", "true", "--fine_tune_method", "none", "--local_steps", "100", "--client_num_per_round", "1"]
 JOINT += ["--server_optimizer", "sgd"]
 
 
@@ -43,7 +43,7 @@ def test_meta_training_makes_adaptation_fast_and_joint_training_does_not() -> No
     """The point of it all. If a meta-gradient had a wrong sign, or adapting were left out of it, the method would be no
     better than the baseline, which takes as many steps.
     """
-    joint = errors_by_step(*JOINT, "--epochs", "12", "--client_batching", "1")
+    joint = errors_by_step(*JOINT, "--rounds", "12", "--client_batching", "1")
     assert joint[5] > 2.0, "one model for all sines can only be their mean, which is 0"
     for method in ("maml", "fomaml", "reptile"):
         errors = errors_by_step(*META, "--fine_tune_method", method)
@@ -55,10 +55,13 @@ def test_the_report_shows_what_the_runs_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The drawn curves have the errors that the runs measured, also with the joint baseline, whose data are pooled."""
-    runs, few = tmp_path / "runs", ["--client_num_in_total", "102", "--pers_round", "32", "--pers_curve", "32"]
+    runs, few = (
+        tmp_path / "runs",
+        ["--client_num_in_total", "102", "--personalization_epochs", "32", "--personalization_curve", "32"],
+    )
     rows = {
-        "maml": [*META, "--fine_tune_method", "maml", "--fine_tune_outer_loops", "3"],
-        "joint": [*JOINT, "--epochs", "3"],
+        "maml": [*META, "--fine_tune_method", "maml", "--fine_tune_rounds", "3"],
+        "joint": [*JOINT, "--rounds", "3"],
     }
     for method, flags in rows.items():
         folder = runs / method / "seed0"
@@ -85,7 +88,16 @@ def test_the_report_shows_what_the_runs_measured(
 
 def test_another_runs_model_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or a picture would stand beside a table that it has nothing to do with."""
-    few = ["--client_num_in_total", "102", "--pers_curve", "32", "--epochs", "0", "--fine_tune_method", "none"]
+    few = [
+        "--client_num_in_total",
+        "102",
+        "--personalization_curve",
+        "32",
+        "--rounds",
+        "0",
+        "--fine_tune_method",
+        "none",
+    ]
     for folder, seed in (("results/none/seed0", "0"), ("models/none/seed0", "1")):
         argv = ["single_process.py", *SMALL, *few, "--run_dir", str(tmp_path / folder), "--seed", seed]
         monkeypatch.setattr("sys.argv", argv)

@@ -36,7 +36,7 @@ machine, num_at_once = ["--device", "cpu", "--threads", "1"], int(sys.argv[5])
 sys.exit(runner.run_jobs(jobs, machine, SignalWatch(), num_at_once))
 """
 SHORT = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
-LONG = {**SHORT, "epochs": "5"}
+LONG = {**SHORT, "rounds": "5"}
 ROWS = {"short": SHORT, "long": LONG}
 
 

@@ -25,7 +25,7 @@ import utils
 from perfedavg.engine.experiment import parameters_sha256
 from perfedavg.training.flat_model import flatten
 
-FLAGS = [*TINY, "--epochs", "5", "--fine_tune_outer_loops", "12"]
+FLAGS = [*TINY, "--rounds", "5", "--fine_tune_rounds", "12"]
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def test_killed_in_both_phases_and_stopped_in_the_last(launched: Launched, tmp_p
 def test_stopped_before_the_first_round_has_ended(launched: Launched, tmp_path: Path) -> None:
     """There is nothing to save, and nothing is lost."""
     path = tmp_path / "run"
-    process = launched.start("single_process.py", *FLAGS, "--run_dir", path, "--inner_loops", "100000")
+    process = launched.start("single_process.py", *FLAGS, "--run_dir", path, "--local_epochs", "100000")
     deadline = time.monotonic() + ENDS_WITHIN_SECONDS
     while not (path / "log.txt").exists() or "FedAvg: 5 rounds" not in (path / "log.txt").read_text():
         assert time.monotonic() < deadline

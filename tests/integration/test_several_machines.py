@@ -23,7 +23,7 @@ from helpers import ROOT, TINY, Launched, assert_one_clear_line, finish, read_re
 HOSTS = ("alpha", "beta", "gamma")
 """The server's host and the two workers'."""
 PORT = "3002"
-FLAGS = [*TINY, "--epochs", "30", "--eval_every", "3"]
+FLAGS = [*TINY, "--rounds", "30", "--eval_every", "3"]
 """An experiment that lasts some seconds, so that a cable is pulled in the middle of it."""
 MIDDLE = "FedAvg round 3/30"
 TIMEOUT_SECONDS = 3

@@ -29,7 +29,7 @@ from perfedavg.contracts import FederatedDataset
 from perfedavg.settings import ExperimentConfig
 
 TOKEN, OTHER_TOKEN = "a secret of 16 or more", "another secret of 16 or more"
-FLAGS = [*TINY, "--epochs", "15"]
+FLAGS = [*TINY, "--rounds", "15"]
 NUM_SCANS = 100
 NUM_LEFT_OPEN = MAX_PENDING_HANDSHAKES + 16
 

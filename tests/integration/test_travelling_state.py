@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from helpers import TINY, Launched, finish, free_port, read_result
 
-FLAGS = [*TINY, "--epochs", "4", "--client_num_per_round", "8"]
+FLAGS = [*TINY, "--rounds", "4", "--client_num_per_round", "8"]
 """Half of the training clients a round, so that each trains more than once."""
 SCRIPT = "tests/counting_run.py"
 

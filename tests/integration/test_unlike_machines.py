@@ -16,10 +16,10 @@ PLAIN = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "
 """Environment of a process that computes as a processor without AVX does."""
 AVX2 = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 """The same for AVX2, with which there is no bfloat16 in hardware."""
-PORTABLE_FLAGS = "--dataset digits --client_num_in_total 10 --client_num_per_round 2 --epochs 2 --struct mlp "
-PORTABLE_FLAGS += "--fine_tune_outer_loops 2 --fine_tune_server_optimizer sgd --pers_round 1 --eval_every 1"
-SINE = "--dataset sine --client_num_in_total 102 --client_num_per_round 5 --epochs 2 --inner_loops 1 "
-SINE += "--fine_tune false --pers_round 1 --eval_every 2 --client_batching 1"
+PORTABLE_FLAGS = "--dataset digits --client_num_in_total 10 --client_num_per_round 2 --rounds 2 --model mlp "
+PORTABLE_FLAGS += "--fine_tune_rounds 2 --fine_tune_server_optimizer sgd --personalization_epochs 1 --eval_every 1"
+SINE = "--dataset sine --client_num_in_total 102 --client_num_per_round 5 --rounds 2 --local_epochs 1 "
+SINE += "--fine_tune false --personalization_epochs 1 --eval_every 2 --client_batching 1"
 """Data that no kernel of torch makes."""
 
 
@@ -86,7 +86,7 @@ def test_a_worker_that_cannot_compute_in_bf16_says_so(launched: Launched, tmp_pa
     write_plays(tmp_path)
     flags = ("--dataset", "shakespeare", "--client_num_per_round", "1", "--unseen_fraction", "0.5")
     server, port = launched.start_server(
-        tmp_path / "run", 2, *flags, "--data_root", tmp_path, "--precision", "bf16", "--epochs", "1"
+        tmp_path / "run", 2, *flags, "--data_root", tmp_path, "--precision", "bf16", "--rounds", "1"
     )
     worker = start_worker(launched, port, 1, AVX2, "--data_root", tmp_path)
     reason = ("--precision bf16: this machine cannot train the model so on cpu", "use --precision float32")

@@ -19,19 +19,18 @@ sys.path[:0] = [str(ROOT)]
 import utils  # noqa: E402
 from perfedavg.machine.kernels import pin_kernels  # noqa: E402
 
-SHORT = "--epochs 2 --fine_tune_outer_loops 2 --pers_round 1 --eval_every 1"
-SHORTEST = (
-    "--epochs 1 --inner_loops 1 --fine_tune_outer_loops 1 --fine_tune_inner_loops 1 --pers_round 1 --eval_every 1"
-)
+SHORT = "--rounds 2 --fine_tune_rounds 2 --personalization_epochs 1 --eval_every 1"
+SHORTEST = "--rounds 1 --local_epochs 1 --fine_tune_rounds 1 --fine_tune_local_epochs 1 --personalization_epochs 1 "
+SHORTEST += "--eval_every 1"
 SGD = "--fine_tune_server_optimizer sgd"
 DIGITS = f"--dataset digits --client_num_in_total 10 --client_num_per_round 2 {SHORT}"
 RUNS = {
     "mnist_cnn": DIGITS,
-    "mlp": f"{DIGITS} --struct mlp {SGD}",
+    "mlp": f"{DIGITS} --model mlp {SGD}",
     "mnist_cnn, sgd": f"{DIGITS} {SGD}",
     "emnist_cnn": f"--dataset synthetic_writers --client_num_in_total 10 --client_num_per_round 2 {SHORTEST}",
-    "sine_mlp": "--dataset sine --client_num_in_total 102 --client_num_per_round 5 --epochs 0 --fine_tune_method maml "
-    "--fine_tune_outer_loops 3 --fine_tune_inner_steps 3 --eval_every 3",
+    "sine_mlp": "--dataset sine --client_num_in_total 102 --client_num_per_round 5 --rounds 0 --fine_tune_method maml "
+    "--fine_tune_rounds 3 --fine_tune_local_steps 3 --eval_every 3",
 }
 """By a name that begins with the model's, the flags of `single_process.py`."""
 ONLY_FOR = {"mnist_cnn": "true", "mnist_cnn, sgd": "any_vendor"}

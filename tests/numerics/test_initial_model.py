@@ -1,4 +1,4 @@
-"""`--epochs 0`: phase 2 begins with the initial weights; where there is no phase 2 either, these are what is scored.
+"""`--rounds 0`: phase 2 begins with the initial weights; where there is no phase 2 either, these are what is scored.
 
 If these failed, Reptile or MAML alone could not be had, nor the baseline of clients that train by themselves.
 """

@@ -54,8 +54,9 @@ from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.training.flat_model import flatten
 from pathlib import Path
 use_reproducible_kernels()
-flags = "--dataset digits --struct mlp --client_num_in_total 10 --client_num_per_round 1 --epochs 1 --inner_loops 1"
-flags += " --fine_tune_outer_loops 1 --fine_tune_inner_loops 1 --pers_round 1 --fine_tune_client_optimizer adagrad"
+flags = "--dataset digits --model mlp --client_num_in_total 10 --client_num_per_round 1 --rounds 1 --local_epochs 1"
+flags += " --fine_tune_rounds 1 --fine_tune_local_epochs 1 --personalization_epochs 1"
+flags += " --fine_tune_client_optimizer adagrad"
 config = utils.get_args("single", [*flags.split(), "--client_batching", "1"]).experiment
 dataset = utils.get_datasets(config, Path())
 model = utils.get_model(config, dataset)

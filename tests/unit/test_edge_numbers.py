@@ -20,11 +20,14 @@ HUGE = str(10**30)
 @pytest.mark.parametrize(
     ("flag", "value", "allowed"),
     [
-        *((flag, HUGE, " to 2147483647") for flag in ("--batch_size", "--epochs", "--inner_loops")),
-        *((flag, HUGE, " to 2147483647") for flag in ("--inner_steps", "--pers_round", "--pers_curve")),
+        *((flag, HUGE, " to 2147483647") for flag in ("--batch_size", "--rounds", "--local_epochs")),
+        *(
+            (flag, HUGE, " to 2147483647")
+            for flag in ("--local_steps", "--personalization_epochs", "--personalization_curve")
+        ),
         *((flag, HUGE, " to 2147483647") for flag in ("--eval_every", "--eval_clients")),
-        ("--fine_tune_outer_loops", HUGE, " to 2147483647"),
-        ("--fine_tune_inner_loops", HUGE, " to 2147483647"),
+        ("--fine_tune_rounds", HUGE, " to 2147483647"),
+        ("--fine_tune_local_epochs", HUGE, " to 2147483647"),
         ("--local_lr", "1e38", "at most 1e+30"),
         ("--server_lr", "1e308", "at most 1e+30"),
         ("--fine_tune_local_lr", "3e30", "at most 1e+30"),

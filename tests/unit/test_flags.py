@@ -24,15 +24,15 @@ from perfedavg.settings import ExperimentConfig, num_unseen_clients
 
 EXPERIMENT_FLAGS = [
     (["--dataset", "mnist"], lambda c: c.dataset),
-    (["--struct", "mlp"], lambda c: c.architecture),
+    (["--model", "mlp"], lambda c: c.architecture),
     (["--client_num_in_total", "45"], lambda c: c.num_clients),
     (["--unseen_fraction", "0.4"], lambda c: c.unseen_fraction),
     (["--partition", "iid"], lambda c: c.partition),
     (["--client_num_per_round", "7"], lambda c: c.cohort_size),
     (["--batch_size", "7"], lambda c: c.batch_size),
-    (["--epochs", "7"], lambda c: c.fedavg.num_rounds),
-    (["--inner_loops", "7"], lambda c: c.fedavg.num_local_epochs),
-    (["--inner_steps", "7"], lambda c: c.fedavg.num_local_steps),
+    (["--rounds", "7"], lambda c: c.fedavg.num_rounds),
+    (["--local_epochs", "7"], lambda c: c.fedavg.num_local_epochs),
+    (["--local_steps", "7"], lambda c: c.fedavg.num_local_steps),
     (["--client_optimizer", "adagrad"], lambda c: c.fedavg.client_optimizer.name),
     (["--server_optimizer", "yogi"], lambda c: c.fedavg.server_optimizer.name),
     (["--server_epsilon", "0.7", "--server_optimizer", "adam"], lambda c: c.fedavg.server_optimizer.epsilon),
@@ -46,21 +46,21 @@ EXPERIMENT_FLAGS = [
     (["--fine_tune_mu", "0.7", "--fine_tune_method", "fedprox"], lambda c: c.fine_tune.method),
     (["--fine_tune_method", "maml"], lambda c: c.fine_tune.method),
     (["--fine_tune_support_fraction", "0.7", "--fine_tune_method", "maml"], lambda c: c.fine_tune.method),
-    (["--fine_tune_inner_steps", "7"], lambda c: c.fine_tune.num_local_steps),
+    (["--fine_tune_local_steps", "7"], lambda c: c.fine_tune.num_local_steps),
     (["--fine_tune_server_schedule", "linear"], lambda c: c.fine_tune.server_schedule),
     (["--fine_tune_server_epsilon", "0.7"], lambda c: c.fine_tune.server_optimizer.epsilon),
     (
         ["--fine_tune_server_momentum", "0.7", "--fine_tune_server_optimizer", "momentum"],
         lambda c: c.fine_tune.server_optimizer.momentum,
     ),
-    (["--fine_tune_outer_loops", "7"], lambda c: c.fine_tune.num_rounds),
-    (["--fine_tune_inner_loops", "7"], lambda c: c.fine_tune.num_local_epochs),
+    (["--fine_tune_rounds", "7"], lambda c: c.fine_tune.num_rounds),
+    (["--fine_tune_local_epochs", "7"], lambda c: c.fine_tune.num_local_epochs),
     (["--fine_tune_client_optimizer", "adam"], lambda c: c.fine_tune.client_optimizer.name),
     (["--fine_tune_local_lr", "0.7"], lambda c: c.fine_tune.client_optimizer.learning_rate),
     (["--fine_tune_server_optimizer", "sgd"], lambda c: c.fine_tune.server_optimizer.name),
     (["--fine_tune_server_lr", "0.7"], lambda c: c.fine_tune.server_optimizer.learning_rate),
-    (["--pers_round", "7"], lambda c: c.num_personalization_epochs),
-    (["--pers_curve", "7"], lambda c: c.num_curve_epochs),
+    (["--personalization_epochs", "7"], lambda c: c.num_personalization_epochs),
+    (["--personalization_curve", "7"], lambda c: c.num_curve_epochs),
     (["--local_split", "tail"], lambda c: c.local_split),
     (["--joint", "--client_num_per_round", "1"], lambda c: c.joint),
     (["--validation"], lambda c: c.validation),
@@ -90,6 +90,44 @@ def test_the_list_above_holds_every_flag_of_the_experiment() -> None:
     assert set(flags_by_name(ExperimentConfig)) | {"initial_model"} == listed
 
 
+OLDER_NAMES = {
+    "struct": "model",
+    "epochs": "rounds",
+    "inner_loops": "local_epochs",
+    "inner_steps": "local_steps",
+    "fine_tune_outer_loops": "fine_tune_rounds",
+    "fine_tune_inner_loops": "fine_tune_local_epochs",
+    "fine_tune_inner_steps": "fine_tune_local_steps",
+    "pers_round": "personalization_epochs",
+    "pers_curve": "personalization_curve",
+}
+"""Flags of commands and files that people have; they must go on to work."""
+
+
+@pytest.mark.parametrize(("older", "name"), OLDER_NAMES.items())
+def test_an_older_name_of_a_flag_works_everywhere(older: str, name: str, tmp_path: Path) -> None:
+    value = "mlp" if name == "model" else "7"
+    expected = config("--dataset", "digits", f"--{name}", value)
+    assert config("--dataset", "digits", f"--{older}", value) == expected
+    assert config("--dataset", "digits", f"--{older}={value}") == expected
+    file = tmp_path / "settings.toml"
+    file.write_text(f'dataset = "digits"\n{older} = "{value}"\n')
+    assert config("--config", str(file)) == expected
+    assert config("--config", str(file), f"--{name}", value) == expected
+    with pytest.raises(ValueError, match=f"^--{older} and --{name} are names of the same flag; leave one of them out$"):
+        config(f"--{older}", value, f"--{name}={value}")
+
+
+def test_no_older_name_of_a_flag_is_shown_as_its_name() -> None:
+    for kind in ENTRY_POINTS.values():
+        aliases = {alias for flag in flags_by_name(kind).values() for alias in flag.aliases}
+        assert aliases <= set(OLDER_NAMES)
+        assert not aliases & set(flags_by_name(kind))
+        words = set(re.findall(r"[\w-]+", build_parser(kind).format_help()))
+        assert not {f"--{alias}" for alias in aliases} & words
+    assert all(f"| `--{older}` | `--{name}` |" in to_markdown() for older, name in OLDER_NAMES.items())
+
+
 def test_emnist_gets_the_papers_experiment() -> None:
     settings = config()
     assert (settings.dataset, settings.architecture) == ("emnist", "emnist_cnn")
@@ -111,9 +149,9 @@ def test_femnist_trains_on_the_first_2500_of_3400_writers() -> None:
 
 
 def test_a_model_that_does_not_fit_the_data_is_refused() -> None:
-    for dataset, struct in (("shakespeare", "cnn"), ("mnist", "lstm"), ("sine", "cnn")):
-        with pytest.raises(ValueError, match=f"--struct {struct} does not fit {dataset}"):
-            config("--dataset", dataset, "--struct", struct)
+    for dataset, model in (("shakespeare", "cnn"), ("mnist", "lstm"), ("sine", "cnn")):
+        with pytest.raises(ValueError, match=f"--model {model} does not fit {dataset}"):
+            config("--dataset", dataset, "--model", model)
     assert config("--dataset", "shakespeare").architecture == "lstm"
 
 
@@ -176,7 +214,7 @@ def begun_run(path: Path, *argv: str, **settled: object) -> Path:
 @pytest.mark.parametrize("role", ["single", "server", "quick_start"])
 def test_resume_takes_the_experiment_from_the_run(base: list[str], role: str, tmp_path: Path) -> None:
     """Also for the processes that quick_start.py starts; how it is run is up to the present command line."""
-    argv = [*base, "--epochs", "7", "--local_lr", "0.1", "--server_lr", "0.3333333333333333"]
+    argv = [*base, "--rounds", "7", "--local_lr", "0.1", "--server_lr", "0.3333333333333333"]
     run = begun_run(tmp_path / "run", *argv)
     args = utils.get_args(role, ["--resume", str(run), "--data_root", "/elsewhere", "--checkpoint_every", "3"])
     recorded = dataclasses.replace(config(*argv), client_batching=1)
@@ -187,9 +225,9 @@ def test_resume_takes_the_experiment_from_the_run(base: list[str], role: str, tm
 
 
 def test_resume_refuses_another_experiment_but_not_the_same(tmp_path: Path) -> None:
-    run = str(begun_run(tmp_path / "run", "--dataset", "mnist", "--epochs", "7"))
+    run = str(begun_run(tmp_path / "run", "--dataset", "mnist", "--rounds", "7"))
     for given, recorded in (
-        (["--epochs", "8"], "7"),
+        (["--rounds", "8"], "7"),
         (["--dataset", "emnist"], "mnist"),
         (["--seed", "1"], "0"),
         (["--initial_model", "/x"], "None"),
@@ -247,11 +285,11 @@ def test_a_run_of_an_earlier_version_is_not_resumed(tmp_path: Path) -> None:
 def test_a_file_gives_flags_and_the_command_line_wins(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text(
-        'dataset = "digits"\nepochs = 7\nserver_lr = 0.5\njoint = true\nclient_num_per_round = 1\nport = 4000\n'
+        'dataset = "digits"\nrounds = 7\nserver_lr = 0.5\njoint = true\nclient_num_per_round = 1\nport = 4000\n'
     )
     args = utils.get_args("server", ["--config", str(file), "--server_lr", "0.7"])
     assert args.experiment == config(
-        *("--dataset", "digits", "--epochs", "7", "--server_lr", "0.7", "--joint", "--client_num_per_round", "1")
+        *("--dataset", "digits", "--rounds", "7", "--server_lr", "0.7", "--joint", "--client_num_per_round", "1")
     )
     assert args.port == 4000
     assert utils.get_args("single", ["--config", str(file)]).experiment.fedavg.server_optimizer.learning_rate == 0.5
@@ -269,10 +307,10 @@ def test_another_runs_config_gives_its_experiment(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("colour = 1", "colour is unknown; use the names of flags without dashes"),
-        ("epochs = 7.5", "--epochs 7.5 must be a whole number from 0"),
-        ("epochs = [7]", "--epochs [7] must be a whole number"),
+        ("rounds = 7.5", "--rounds 7.5 must be a whole number from 0"),
+        ("epochs = [7]", "--rounds [7] must be a whole number"),
         ("local_split = 'head'", "--local_split head is unknown; use one of shuffled, tail"),
-        ("epochs = ", "Invalid value"),
+        ("rounds = ", "Invalid value"),
     ],
 )
 def test_an_error_in_a_file_is_one_line_with_the_file_and_the_key(text: str, said: str, tmp_path: Path) -> None:
@@ -303,7 +341,7 @@ def test_the_data_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
     ("argv", "said"),
     [
         (["--dataset", "cifar"], "--dataset cifar is unknown; use one of emnist"),
-        (["--epochs", "x"], "--epochs x must be a whole number from 0"),
+        (["--rounds", "x"], "--rounds x must be a whole number from 0"),
         (["--threads", "0"], "--threads 0 must be a whole number from 1 to 1024"),
         (["--fine_tune", "maybe"], "--fine_tune maybe must be true or false"),
         (["--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
@@ -318,7 +356,7 @@ def test_malformed_flags_are_one_line(argv: list[str], said: str) -> None:
 
 def test_a_malformed_flag_ends_with_a_line_and_status_2() -> None:
     for entry_point in ("single_process.py", "quick_start.py", "reproduce.py"):
-        command = [sys.executable, str(ROOT / entry_point), "--epochs", "x", "--rows", "--dataset"]
+        command = [sys.executable, str(ROOT / entry_point), "--rounds", "x", "--rows", "--dataset"]
         answer = subprocess.run(command, capture_output=True, text=True)
         assert (answer.returncode, answer.stdout, len(answer.stderr.splitlines())) == (2, "", 1), answer.stderr
         assert answer.stderr.startswith("error: ")

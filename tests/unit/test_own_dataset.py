@@ -270,11 +270,11 @@ def test_a_model_or_a_loss_that_cannot_be_trained_is_seen_before_the_first_round
 
 
 def test_this_projects_model_must_fit_the_users_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Points have one coordinate, the MLP of --struct takes 784 pixels."""
+    """Points have one coordinate, the MLP of --model takes 784 pixels."""
 
     parts = {name: value for name, value in vars(Points).items() if name != "build_model"}
     dataset = load(type("WithoutModel", (), parts), monkeypatch)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"the model of --struct on inputs \(2, 1\) of torch.float32: RuntimeError"):
+    with pytest.raises(ValueError, match=r"the model of --model on inputs \(2, 1\) of torch.float32: RuntimeError"):
         utils.get_model(make_config(dataset="my:Given", architecture="mlp"), dataset)
 
 

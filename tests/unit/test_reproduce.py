@@ -203,8 +203,8 @@ def test_other_flags_are_refused_before_anything_is_started(kept: bool, tmp_path
     folder = job.result_dir if kept else job.run_dir
     leave_run(job, folder, ends=kept)
     assert tiny_jobs(tmp_path, 0)
-    with pytest.raises(ValueError, match=f"{folder} holds a run with --epochs 3, not 4; move it away, or name another"):
-        tiny_jobs(tmp_path, 0, epochs="4")
+    with pytest.raises(ValueError, match=f"{folder} holds a run with --rounds 3, not 4; move it away, or name another"):
+        tiny_jobs(tmp_path, 0, rounds="4")
     with pytest.raises(ValueError, match=f"--server_lr 1.0, not 0.5; .* with {'--results' if kept else '--runs'}"):
         tiny_jobs(tmp_path, 0, server_lr="0.5")
 
@@ -302,7 +302,7 @@ def test_a_row_is_done_only_when_all_of_it_is_kept(tmp_path: Path, monkeypatch: 
 
 def test_the_rest_is_judged_by_the_work_in_it(tmp_path: Path) -> None:
     """The first row of a table takes twenty times as long as the last; a mean a row would be far off."""
-    rows = {"a": {**TINY_ROW, "epochs": "300"}, "b": TINY_ROW}
+    rows = {"a": {**TINY_ROW, "rounds": "300"}, "b": TINY_ROW}
     long, short = plan_jobs(rows, [0], tmp_path / "runs", tmp_path / "results")
     # cohort 5, 2 epochs; fine-tuning 2 rounds, 1 epoch; 100 clients a point, every 2 rounds; 4 unseen, twice
     assert num_passes(short) == 3 * 5 * 2 + 2 * 5 * 1 + (1 + 1) * 100 + 2 * 4

@@ -239,7 +239,7 @@ def test_runs_that_the_table_cannot_show_are_refused(tmp_path: Path, monkeypatch
     with pytest.raises(ValueError, match="holds no finished run of the sine task"):
         sine.main()
     write_run(tmp_path / "a" / "short" / "seed0", falling(1.0, 1.0)[:11])
-    with pytest.raises(ValueError, match=r"short/seed0 has no errors up to 32 steps; .*--pers_curve 32"):
+    with pytest.raises(ValueError, match=r"short/seed0 has no errors up to 32 steps; .*--personalization_curve 32"):
         sine_errors.read_rows(tmp_path / "a")
     write_run(tmp_path / "b" / "small_batches" / "seed0", falling(1.0, 1.0), batch_size=5)
     with pytest.raises(ValueError, match=r"small_batches/seed0: .*run it with --batch_size 10"):
