@@ -110,8 +110,8 @@ def compare(
         str(5 * cohort),
         "--local_epochs",
         "1",
-        "--fine_tune",
-        "false",
+        "--fine_tune_method",
+        "none",
     ]
     config = utils.get_args("single", [*flags, "--client_num_per_round", str(cohort)]).experiment
     fitting = choose_group_size(config, model, dataset, [describe_device(device)]).client_batching or 1

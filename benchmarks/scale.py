@@ -221,7 +221,7 @@ class Run:
             "batch_size": 400,  # one step
             "personalization_epochs": 1,
             "eval_every": 1_000_000,
-            "fine_tune": "false",
+            "fine_tune_method": "none",
             "run_dir": self._run_dir,
         }
         self.started = time.monotonic()

@@ -32,7 +32,7 @@ def experiment_flags(model: str, num_clients: int, num_rounds: int, folder: Path
     flags = ["--dataset", MODELS[model][0], "--data_root", str(folder), "--partition", "iid", "--device", "cpu"]
     flags += ["--client_num_in_total", str(num_clients + num_unseen(num_clients)), "--unseen_fraction", "0.2"]
     flags += ["--client_num_per_round", str(num_clients), "--rounds", str(num_rounds), "--local_epochs", "5"]
-    flags += ["--server_lr", "1", "--server_momentum", "0", "--fine_tune", "false", "--eval_every", "1000000"]
+    flags += ["--server_lr", "1", "--server_momentum", "0", "--fine_tune_method", "none", "--eval_every", "1000000"]
     return [*flags, "--personalization_epochs", "1"]
 
 

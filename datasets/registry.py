@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from perfedavg.fields import unknown
+
 if TYPE_CHECKING:
     from datasets.clients.partitioned import ImageSplits
     from datasets.clients.raw import RawClients
@@ -72,7 +74,7 @@ def find(name: str) -> DataSet:
     if ":" in name:
         return USERS_OWN
     if name not in DATA_SETS:
-        raise ValueError(f"--dataset {name} is unknown; use one of {', '.join(DATA_SETS)}, or package.module:factory")
+        raise ValueError(f"--dataset {name} {unknown(name, DATA_SETS)}, or package.module:factory")
     return DATA_SETS[name]
 
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from datasets.registry import DATA_SETS, DataSet, find
 from launch import paths
 from launch.settings import ENTRY_POINTS, Data, Network, Worker
-from perfedavg.fields import MISSING, Flag, build, by_any_name, flags_by_name, renamed, values_of
+from perfedavg.fields import MISSING, NONE, Flag, build, by_any_name, flags_by_name, renamed, values_of
 from perfedavg.plain_values import parse_toml
 from perfedavg.recording.runs import CONFIG_FILE, RecordedRun, read_unfinished_run
 from perfedavg.settings import ExperimentConfig
@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FIRST: tuple[str, ...] = ("dataset", "client_num_per_round", "rounds", "local_epochs", "fine_tune_method", "seed")
 FIRST += ("workers", "world_size", "rank", "data_root", "run_dir")
 """Flags that a newcomer looks for."""
+_SWITCH = "fine_tune"
+"""An older flag; see `_without_switch`."""
 _OF_ONE_RUN = ("run_dir", "resume", "initial_model")
 
 
@@ -33,6 +35,21 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; {self.prog} --help shows the flags")
+
+    def refuse(self, word: str, flags: Mapping[str, Flag]) -> NoReturn:
+        """For a word that is no flag, nor the value of one. flags: those that there are."""
+        from difflib import get_close_matches
+
+        if not word.startswith("-"):
+            self.error(f"{word!r} is neither a flag nor the value of one")
+        given = word.partition("=")[0]
+        name = given.lstrip("-")
+        known = by_any_name(flags)
+        owners = [_program(kind) or "" for kind in ENTRY_POINTS.values() if name in by_any_name(flags_by_name(kind))]
+        if owners:
+            self.error(f"{given} is a flag of {', '.join(owners)}, not of {self.prog}")
+        near = [f"--{known[one].name}" for one in get_close_matches(name, known, 1)]
+        self.error(f"{given} is unknown; use {near[0]}" if near else f"{given} is unknown")
 
 
 def parse(kind: type[Settings], argv: Sequence[str] | None = None) -> Settings:
@@ -43,7 +60,11 @@ def parse(kind: type[Settings], argv: Sequence[str] | None = None) -> Settings:
     Raises ValueError, in a line with the flag, the value and the fix. Ends the process after --help.
     """
     flags = flags_by_name(kind)
-    texts = vars(build_parser(kind).parse_args(argv))
+    parser = build_parser(kind)
+    namespace, unknown_words = parser.parse_known_args(argv)
+    if unknown_words:
+        parser.refuse(unknown_words[0], flags)
+    texts = _without_switch(vars(namespace))
     file = texts.pop("config", None)
     values = {} if file is None else _read_file(file, flags)
     values |= {name: flags[name].parse(text) for name, text in renamed(texts, flags).items()}
@@ -56,6 +77,15 @@ def parse(kind: type[Settings], argv: Sequence[str] | None = None) -> Settings:
     if "client_num_in_total" in flags:
         _complete(flags, values)
     return build(kind, values)
+
+
+def _without_switch(texts: Mapping[str, Any]) -> dict[str, Any]:
+    """`--fine_tune false`, as older commands and files have it, is `--fine_tune_method none`; true changes nothing."""
+    texts = dict(texts)
+    switch = texts.pop(_SWITCH, "true")
+    if str(switch).lower() not in ("true", "1", "yes", "false", "0", "no", NONE):
+        raise ValueError(f"--{_SWITCH} {switch} is unknown; use --fine_tune_method, with {NONE} for no fine-tuning")
+    return texts if str(switch).lower() in ("true", "1", "yes") else texts | {"fine_tune_method": NONE}
 
 
 def _complete(flags: Mapping[str, Flag], values: dict[str, Any]) -> None:
@@ -96,7 +126,7 @@ def _read_file(text: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
                 values["initial_model"] = run.initial_model
             return {name: value for name, value in values.items() if name in flags}
         known = {name for kind in ENTRY_POINTS.values() for name in by_any_name(flags_by_name(kind))}
-        content = parse_toml(path.read_text(encoding="utf-8"))
+        content = _without_switch(parse_toml(path.read_text(encoding="utf-8")))
         for name in content:
             if name not in known:
                 raise ValueError(f"{name} is unknown; use the names of flags without dashes, such as rounds = 100")
@@ -126,10 +156,10 @@ def _resume(kind: type[Settings], values: dict[str, Any]) -> Settings:
     asked = values_of(build(ExperimentConfig, {**present, **given}).settled_as(recorded))
     if "initial_model" in values and recorded.initial_model is None:
         asked["initial_model"] = values["initial_model"]
-    for name, value in asked.items():
-        if value != present.get(name):
+    for name in sorted(asked, key=lambda name: name not in given):  # what is given may bring other differences
+        if asked[name] != present.get(name):
             raise ValueError(
-                f"--{name} {value} differs from the run's {present.get(name)}; leave it out, or start a new run"
+                f"--{name} {asked[name]} differs from the run's {present.get(name)}; leave it out, or start a new run"
             )
     values.setdefault("initial_model", run.initial_model)
     settings: Any = build(kind, {**values, **present})
@@ -179,12 +209,18 @@ def _words(flags: Iterable[Flag], values: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def build_parser(kind: type) -> argparse.ArgumentParser:
+def _program(kind: Any) -> str | None:
+    """How a person starts an entry point; None for the name of its file."""
+    return getattr(kind, "program", None) or getattr(kind, "script", None)
+
+
+def build_parser(kind: type) -> _Parser:
     """Its values are texts, only of flags that are given."""
     description = " ".join((kind.__doc__ or "").split())
-    program = getattr(kind, "program", None)
     usage = "%(prog)s [--FLAG VALUE ...]" if kind in ENTRY_POINTS.values() else None
-    parser = _Parser(program, usage, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = _Parser(
+        _program(kind), usage, description=description, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
     groups: dict[str, Any] = {}
     flags = flags_by_name(kind)
     if kind in ENTRY_POINTS.values():
@@ -211,6 +247,8 @@ def build_parser(kind: type) -> argparse.ArgumentParser:
         groups[title].add_argument(name if flag.setting.positional else f"--{name}", **options)
         for alias in flag.aliases:
             groups[title].add_argument(f"--{alias}", **options | {"help": argparse.SUPPRESS})
+    if "fine_tune_method" in flags:
+        parser.add_argument(f"--{_SWITCH}", nargs="?", const="true", help=argparse.SUPPRESS)
     return parser
 
 

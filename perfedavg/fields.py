@@ -15,7 +15,7 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING as MISSING
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -81,7 +81,7 @@ class Setting:
         if self.refuse is not None:
             return self.refuse(value)
         if self.choices is not None and self.kinds is None:
-            return None if value in self.choices else f"is unknown; use one of {', '.join(self.choices)}"
+            return None if value in self.choices else unknown(value, self.choices)
         if isinstance(value, bool) or not isinstance(value, (int, float)) or self._is_allowed(value):
             return None
         return f"must be {self.allowed(type(value))}"
@@ -121,7 +121,7 @@ class Part:
     flags: names that do not follow the prefix, by what the settings call themselves; None for no flag.
     defaults: what takes the place of the settings' own defaults, by their fields, such as `server_optimizer.name`.
     of: whose they are, for the help texts.
-    switch: of a part that may be None, the help of the flag that says so; empty where it has none.
+    is_optional: whether it may be None, which its choice says by the name NONE.
     """
 
     kind: type
@@ -130,7 +130,7 @@ class Part:
     flags: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     of: str = ""
-    switch: str = ""
+    is_optional: bool = False
 
 
 def setting(default: Any, help: str, **options: Any) -> Any:
@@ -164,7 +164,6 @@ class Flag:
     default: MISSING where there is none.
     title: the heading that it stands under.
     choices: the texts that it can have, where these are known.
-    is_switch: whether it says if a part is there.
     aliases: older names, without dashes.
     """
 
@@ -176,7 +175,6 @@ class Flag:
     help: str
     setting: Setting
     choices: Sequence[str] | None = None
-    is_switch: bool = False
     aliases: Sequence[str] = ()
 
     @property
@@ -187,13 +185,13 @@ class Flag:
         return self.setting.metavar or self.name if self.setting.positional else f"--{self.name}"
 
     def value_in(self, settings: Any) -> Any:
-        """Its value in an instance of the whole; MISSING where the part that has it is left out."""
+        """Its value in an instance of the whole; MISSING where the part that has it is left out, as a choice says."""
         value = settings
         for name in self.path:
             value = getattr(value, name, MISSING)
-        if self.is_switch:
-            return value is not None
-        return value.name if self.setting.kinds and value is not MISSING else value
+        if self.setting.kinds is None:
+            return value
+        return value.name if value is not MISSING else NONE if NONE in (self.choices or ()) else MISSING
 
     @property
     def implied(self) -> str | None:
@@ -204,7 +202,7 @@ class Flag:
         if not isinstance(text, str):
             return tuple(self.parse(one) for one in text)
         if self.choices is not None and text not in self.choices:
-            raise ValueError(f"{self.label} {text} is unknown; use one of {', '.join(self.choices)}")
+            raise ValueError(f"{self.label} {text} {unknown(text, self.choices)}")
         if self.setting.unset is not None and text == self.setting.unset:
             return None
         try:
@@ -218,6 +216,16 @@ class Flag:
 
 
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def unknown(name: str, known: Iterable[str]) -> str:
+    """What is wrong with a name that is none of the known ones, to be read behind it; the most similar comes first."""
+    from difflib import get_close_matches
+
+    names = list(known)
+    near = get_close_matches(name, names, 1)
+    others = ", ".join(one for one in names if one not in near)
+    return f"is unknown; use {near[0]}, or one of {others}" if near else f"is unknown; use one of {others}"
 
 
 @functools.cache
@@ -317,16 +325,18 @@ def _flags(
         described, place = field.metadata.get(_KEY), (*path, field.name)
         heading = title or getattr(described, "title", "") or _heading(kind, field.name)
         if isinstance(described, Part):
-            is_optional = described.switch != ""
-            if is_optional:
-                switch = Setting(described.switch)
-                yield Flag(name_of(field.name), place, bool, True, heading, switch.help, switch, is_switch=True)
             rename = functools.partial(_renamed, described, name_of)
             start = f"{field.name}."
             below = {name[len(start) :]: value for name, value in defaults.items() if name.startswith(start)}
             inner_title = described.title or title
             yield from _flags(
-                described.kind, place, rename, {**described.defaults, **below}, inner_title, described.of, is_optional
+                described.kind,
+                place,
+                rename,
+                {**described.defaults, **below},
+                inner_title,
+                described.of,
+                described.is_optional,
             )
         elif isinstance(described, Setting):
             default = defaults.get(field.name, field.default)
@@ -365,12 +375,12 @@ def _kind_of_value(kind: Any) -> Any:
 
 
 def _build(kind: type, values: Mapping[tuple[str, ...], Any], path: tuple[str, ...]) -> Any:
-    """None where its part is switched off."""
+    """None where its choice is NONE."""
     arguments = {}
     for field in dataclasses.fields(kind):
         described, place = field.metadata.get(_KEY), (*path, field.name)
         if isinstance(described, Part):
-            arguments[field.name] = None if values.get(place) is False else _build(described.kind, values, place)
+            arguments[field.name] = _build(described.kind, values, place)
         elif isinstance(described, Setting):
             value = values[place]
             if described.kinds is not None:

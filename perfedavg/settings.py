@@ -231,7 +231,7 @@ class ExperimentConfig(ClientsConfig):
     fine_tune: PhaseConfig | None = part(
         PhaseConfig,
         title="phase 2, fine-tuning",
-        switch="whether to fine-tune",
+        is_optional=True,
         prefix="fine_tune_",
         flags={"epochs": "fine_tune_outer_loops"},
         defaults={"num_rounds": 100, "num_local_epochs": 10, "server_schedule": "linear", "method": "reptile"},

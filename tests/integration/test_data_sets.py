@@ -61,7 +61,7 @@ def test_shakespeare_by_role_trains_the_lstm(launched: Launched, tmp_path: Path)
     }
     write_leaf(tmp_path / "shakespeare" / "all_data_0.json", roles)
     flags = ["--dataset", "shakespeare", "--data_root", tmp_path, *SHORT[2:], "--batch_size", "100"]
-    flags += ["--client_num_per_round", "1", "--fine_tune", "false"]
+    flags += ["--client_num_per_round", "1", "--fine_tune_method", "none"]
     status, _, errors = finish(launched.start("single_process.py", *flags, "--run_dir", tmp_path / "run"))
     assert status == 0, errors
     result = read_result(tmp_path / "run")

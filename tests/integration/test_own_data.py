@@ -130,7 +130,7 @@ def test_the_example_of_the_documentation_runs(launched: Launched, tmp_path: Pat
     """The code in docs/your-own-data.md, as it stands there."""
     page = (ROOT / "docs" / "your-own-data.md").read_text()
     (tmp_path / "my_tones.py").write_text(page.partition("```python\n")[2].partition("```")[0])
-    flags = ["--rounds", "2", "--fine_tune", "false", "--run_dir", str(tmp_path / "run")]
+    flags = ["--rounds", "2", "--fine_tune_method", "none", "--run_dir", str(tmp_path / "run")]
     process = launched.start("single_process.py", "--dataset", "my_tones:Tones", *flags, cwd=tmp_path)
     status, _, errors = finish(process)
     assert status == 0, errors
@@ -188,7 +188,7 @@ def test_a_run_of_a_model_with_tied_weights_ends_well_and_another_starts_from_it
 ) -> None:
     """Its weights are saved once, and come back with the same digest. Its clients' names stand in the table."""
     (tmp_path / "my_tied.py").write_text(TIED)
-    flags = ["--dataset", "my_tied:Data", "--client_num_per_round", "2", "--fine_tune", "false"]
+    flags = ["--dataset", "my_tied:Data", "--client_num_per_round", "2", "--fine_tune_method", "none"]
     start = partial(launched.start, "single_process.py", *flags, cwd=tmp_path)
     status, _, errors = finish(start("--rounds", "2", "--run_dir", "one"))
     assert status == 0, errors
@@ -232,7 +232,7 @@ def test_a_factory_that_is_not_one(name: str, reason: str, tmp_path: Path) -> No
 
 
 def test_a_folder_runs_end_to_end(launched: Launched, folder: Path, tmp_path: Path) -> None:
-    flags = ["--client_num_per_round", "2", "--rounds", "1", "--fine_tune", "false", "--model", "mlp"]
+    flags = ["--client_num_per_round", "2", "--rounds", "1", "--fine_tune_method", "none", "--model", "mlp"]
     words = ("single_process.py", "--dataset", "folder", "--data_root", folder, "--run_dir", tmp_path / "run")
     assert finish(launched.start(*words, *flags))[0] == 0
     assert_one_clear_line(

@@ -23,7 +23,7 @@ from multi_process.transport.handshake import read_token
 from perfedavg.terminal.console import command_line
 
 LONG = ["--dataset", "folder", "--model", "mlp", "--client_num_per_round", "2", "--rounds", "6"]
-LONG += ["--local_epochs", "40", "--fine_tune", "false", "--personalization_epochs", "1", "--eval_every", "1"]
+LONG += ["--local_epochs", "40", "--fine_tune_method", "none", "--personalization_epochs", "1", "--eval_every", "1"]
 """A round takes long enough to be stopped in its middle."""
 
 

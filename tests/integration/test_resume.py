@@ -121,7 +121,7 @@ def test_other_data_than_the_runs(launched: Launched, tmp_path: Path) -> None:
 
 
 def test_clients_that_all_diverge_leave_the_model_as_it_was(launched: Launched, tmp_path: Path) -> None:
-    words = [*TINY, "--local_lr", "1e30", "--fine_tune", "false"]
+    words = [*TINY, "--local_lr", "1e30", "--fine_tune_method", "none"]
     process = launched.start("single_process.py", *words, "--run_dir", tmp_path / "run")
     status, _, errors = finish(process)
     assert status == 0, errors

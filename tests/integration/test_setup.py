@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,15 @@ def test_an_unfit_python_is_one_clear_line(python: str, message: str, tmp_path: 
     assert last.startswith("error: ")
     assert message in last
     assert not list(tmp_path.glob(".venv/installed-*"))
+
+
+@pytest.mark.parametrize(
+    "script", ["single_process.py", "server.py", "client_worker.py", "report.py", "personalize.py"]
+)
+def test_a_python_without_the_packages_is_one_line_with_the_command_to_use(script: str) -> None:
+    """As it is with `python3 single_process.py`, outside .venv. -S leaves out all that is installed."""
+    command = [sys.executable, "-S", script, "--rounds", "3"]
+    answer = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert (answer.returncode, answer.stdout, len(answer.stderr.splitlines())) == (2, "", 1), answer.stderr
+    assert answer.stderr.startswith(f"error: {sys.executable} has no torch; use the Python of .venv")
+    assert answer.stderr.endswith(f": .venv/bin/python {script} --rounds 3\n")

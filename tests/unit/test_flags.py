@@ -39,7 +39,6 @@ EXPERIMENT_FLAGS = [
     (["--server_lr", "0.7"], lambda c: c.fedavg.server_optimizer.learning_rate),
     (["--server_momentum", "0.7"], lambda c: c.fedavg.server_optimizer.momentum),
     (["--local_lr", "0.7"], lambda c: c.fedavg.client_optimizer.learning_rate),
-    (["--fine_tune", "false"], lambda c: c.fine_tune),
     (["--method", "fedprox"], lambda c: c.fedavg.method),
     (["--mu", "0.7", "--method", "fedprox"], lambda c: c.fedavg.method),
     (["--support_fraction", "0.7", "--method", "fomaml"], lambda c: c.fedavg.method),
@@ -176,8 +175,21 @@ def test_the_rate_of_phase_2_fits_what_the_server_does_with_it(argv: list[str], 
     assert settings.fine_tune.server_optimizer.learning_rate == rate
 
 
-def test_no_fine_tuning_can_be_said_in_two_ways() -> None:
-    assert config("--fine_tune_method", "none").fine_tune is config("--fine_tune", "false").fine_tune is None
+@pytest.mark.parametrize("older", [["--fine_tune", "False"], ["--fine_tune=none"]])
+def test_no_fine_tuning_can_be_said_as_older_commands_do(older: list[str], tmp_path: Path) -> None:
+    assert config("--fine_tune_method", "none").fine_tune is None
+    assert config(*older, "--fine_tune_method", "maml").fine_tune is None
+    assert config("--fine_tune", "--fine_tune_method", "maml") == config("--fine_tune_method", "maml")
+    (tmp_path / "none.toml").write_text("fine_tune = false\n")
+    assert config("--config", str(tmp_path / "none.toml")).fine_tune is None
+
+
+def test_another_runs_missing_phase_can_be_added(tmp_path: Path) -> None:
+    run = begun_run(tmp_path / "run", "--dataset", "digits", "--fine_tune_method", "none")
+    added = config("--config", str(run / "config.json"), "--fine_tune_method", "reptile")
+    assert added.fine_tune == config("--dataset", "digits").fine_tune
+    with pytest.raises(ValueError, match=r"^--fine_tune_method reptile differs from the run's none; leave it out"):
+        utils.get_args("single", ["--resume", str(run), "--fine_tune_method", "reptile"])
 
 
 def test_a_clients_adam_has_no_first_moment() -> None:
@@ -210,7 +222,7 @@ def begun_run(path: Path, *argv: str, **settled: object) -> Path:
     return path
 
 
-@pytest.mark.parametrize("base", [["--dataset", "femnist"], ["--dataset", "digits", "--fine_tune", "false"]])
+@pytest.mark.parametrize("base", [["--dataset", "femnist"], ["--dataset", "digits", "--fine_tune_method", "none"]])
 @pytest.mark.parametrize("role", ["single", "server", "quick_start"])
 def test_resume_takes_the_experiment_from_the_run(base: list[str], role: str, tmp_path: Path) -> None:
     """Also for the processes that quick_start.py starts; how it is run is up to the present command line."""
@@ -343,9 +355,17 @@ def test_the_data_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
         (["--dataset", "cifar"], "--dataset cifar is unknown; use one of emnist"),
         (["--rounds", "x"], "--rounds x must be a whole number from 0"),
         (["--threads", "0"], "--threads 0 must be a whole number from 1 to 1024"),
-        (["--fine_tune", "maybe"], "--fine_tune maybe must be true or false"),
-        (["--nonsense", "1"], "unrecognized arguments: --nonsense 1"),
-        (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
+        (["--dataset", "digit"], "--dataset digit is unknown; use digits, or one of emnist"),
+        (
+            ["--fine_tune", "maybe"],
+            "--fine_tune maybe is unknown; use --fine_tune_method, with none for no fine-tuning",
+        ),
+        (["--fine_tune_method", "reptil"], "--fine_tune_method reptil is unknown; use reptile, or one of fedavg"),
+        (["--nonsense", "1"], "--nonsense is unknown; "),
+        (["--epoch", "1"], "--epoch is unknown; use --rounds; "),
+        (["--client_per_round=1"], "--client_per_round is unknown; use --client_num_per_round; "),
+        (["--rank", "1"], "--rank is a flag of client_worker.py, not of "),
+        (["digits"], "'digits' is neither a flag nor the value of one; "),
     ],
 )
 def test_malformed_flags_are_one_line(argv: list[str], said: str) -> None:

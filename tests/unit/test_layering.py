@@ -15,7 +15,7 @@ OWN |= {"server", "client_worker", "single_process", "quick_start", "reproduce",
 MAY_IMPORT = {
     "compat": set(),
     "models": {"perfedavg.own_module"},
-    "datasets": {"compat", "perfedavg.contracts", "perfedavg.own_module", "perfedavg.seeding"},
+    "datasets": {"compat", "perfedavg.contracts", "perfedavg.fields", "perfedavg.own_module", "perfedavg.seeding"},
     "perfedavg": set(),
     "multi_process": {"compat", "perfedavg"},
     "reporting": {"perfedavg", "datasets.registry"},
