@@ -18,7 +18,7 @@ from torch import Tensor
 from perfedavg.aggregation.base import refusal_of
 from perfedavg.aggregation.exact_mean import ExactMean
 from perfedavg.engine.scores import ClientScore
-from perfedavg.engine.tasks import ClientReport, ClientStates
+from perfedavg.engine.tasks import ClientReport
 from perfedavg.methods.base import Method
 from perfedavg.settings import Phase
 
@@ -109,8 +109,11 @@ class ExpectedTraining:
     num_parameters: int
     num_train_examples: Callable[[int], int]
 
-    def check(self, part: ExactMean, reports: Sequence[ClientReport], states: ClientStates) -> None:
-        """Raises ValueError where no clients' training can have given this part of the round's sum."""
+    def check(self, part: ExactMean, reports: Sequence[ClientReport], keeping: Collection[int]) -> None:
+        """Raises ValueError where no clients' training can have given this part of the round's sum.
+
+        keeping: the clients that were said to keep something.
+        """
         if part.capacity != self.capacity or len(part.total) != self.num_parameters:
             raise ValueError(
                 f"its sum has capacity {part.capacity} and {len(part.total)} parameters, the round {self.capacity} "
@@ -122,8 +125,8 @@ class ExpectedTraining:
             if report.refused is not None and not _is_refusal(report.refused, report.client_id):
                 raise ValueError(f"client {report.client_id} was refused for no reason of this protocol")
         accepted = [report for report in reports if report.refused is None]
-        if not states.keys() <= {report.client_id for report in accepted if self.method.keeps_state}:
-            raise ValueError(f"clients {sorted(states)} have no reason to keep anything")
+        if not set(keeping) <= {report.client_id for report in accepted}:
+            raise ValueError(f"clients {sorted(keeping)} have no reason to keep anything")
         weight = sum(self.method.weight(report.num_examples) for report in accepted)
         if part.weight != weight:
             raise ValueError(f"its sum has weight {part.weight}, its clients {weight}")

@@ -7,7 +7,7 @@ client to one worker for good; a package holds tensors of one type, and its slic
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -136,11 +136,14 @@ class CohortHandler(ServerHandler):
         """Whether every client of the round has reported."""
         return self._num_missing == 0
 
-    def load(self, payload: PartialSum) -> bool:
-        """Merge a worker's part, which has been checked. True when the round is complete."""
+    def load(self, payload: PartialSum, keeping: Collection[int] = ()) -> bool:
+        """Merge a worker's part, which has been checked. True when the round is complete.
+
+        keeping: those of its clients that keep something from now on.
+        """
         self.cohort_update.sum.merge(payload.part)
         self.cohort_update.reports += payload.reports
-        self.cohort_update.states |= payload.states
+        self.cohort_update.keeping.update(keeping)
         self._num_missing -= len(payload.reports)
         return self.if_stop
 

@@ -108,7 +108,10 @@ class StartTraining(Message):
 
 @dataclass(frozen=True)
 class KeptStates(Message):
-    """Server to worker: what clients that it is given next keep from earlier rounds; of others, they keep nothing."""
+    """Server to worker: what clients that it is given next keep from earlier rounds; of others, they keep nothing.
+
+    Worker to server: what clients that it has trained keep from now on, before the sum that has their updates.
+    """
 
     code = MessageCode.ParameterUpdate
     states: dict[int, dict[str, Tensor]]
@@ -160,7 +163,7 @@ class PartialSum(Message):
 
     reports: of each client, also of those whose update was refused.
     total: (num_parameters,) int64.
-    states: what clients keep now, of those that keep anything and whose update was not refused.
+    states: what clients keep now that was not sent before, of those whose update was not refused.
     """
 
     code = MessageCode.GradientUpdate

@@ -44,6 +44,10 @@ class Schedule:
         """Clients that this worker has been given and is not done with."""
         return self._in_work.get(worker, ())
 
+    def is_at(self, worker: int, client_id: int | None) -> bool:
+        """Whether this worker has been given the client, and has not delivered its result."""
+        return client_id in self.in_work(worker) or client_id in self._done.get(worker, ())
+
     def take(self, worker: int, most: int) -> list[int]:
         """Hand out the next clients to a worker, at most so many."""
         positions = [heapq.heappop(self._waiting) for _ in range(min(most, len(self._waiting)))]

@@ -29,17 +29,10 @@ from multi_process.pace import Pace
 from multi_process.transport.network import REMINDER_SECONDS, ConnectedWorker, ServerNetwork
 from multi_process.transport.peer import PeerLostError
 from multi_process.work_item import Worker, WorkItem
-from perfedavg.contracts import FederatedDataset
+from perfedavg.contracts import FederatedDataset, RoundStates
+from perfedavg.engine.client_states import ClientState, check_kept, copy_of, max_batch_bytes
 from perfedavg.engine.scores import ClientScore
-from perfedavg.engine.tasks import (
-    ClientStates,
-    CohortTask,
-    CohortUpdate,
-    ScoringTask,
-    copies_of,
-    cut_into_groups,
-    max_states_bytes,
-)
+from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.settings import ExperimentConfig
 from perfedavg.terminal.console import say
@@ -170,16 +163,22 @@ class WorkerPool(PoolManager):
         method = self.config.phases[task.phase].method
         expected = ExpectedTraining(method, task.capacity, parameters.numel(), self._clients.num_train_examples)
 
-        def accept_result(answer: Message) -> None:
+        def accept_state(client_id: int, state: ClientState) -> None:
+            check_kept(method, client_id, state, parameters.numel())
+            task.states.put(client_id, copy_of(state))
+
+        def accept_result(worker: Worker, answer: Message) -> None:
             assert isinstance(answer, PartialSum), "a trained client's result comes in a sum"
             # A copy, because the worker's next message would overwrite what has been checked.
-            answer = replace(answer, total=answer.total.clone(), states=copies_of(answer.states))
-            expected.check(answer.part, answer.reports, answer.states)
-            self._handler.load(answer)
+            answer = replace(answer, total=answer.total.clone())
+            expected.check(answer.part, answer.reports, worker.keeping)
+            self._handler.load(answer, worker.keeping)
+            worker.keeping.clear()
 
         start = StartTraining(int(task.phase), task.round_number, task.capacity, global_parameters)
         pace = self._paces[StartTraining, task.phase]
-        item = self._perform(start, task.client_ids, accept_result, pace, task.states)
+        may_keep = accept_state if method.keeps_state else None
+        item = self._perform(start, task.client_ids, accept_result, pace, task.states, may_keep)
         assert self._handler.if_stop, "every client was handed out and reported"
         update = self._handler.cohort_update
         update.slot_seconds, update.lost_workers = item.slot_seconds, item.lost
@@ -190,13 +189,14 @@ class WorkerPool(PoolManager):
         sizes = self._clients.num_train_examples
         expected = ExpectedScoring(task.num_curve_epochs, self._has_no_accuracies(), sizes)
 
-        def accept_result(answer: Message) -> None:
+        def accept_result(worker: Worker, answer: Message) -> None:
             assert isinstance(answer, GroupScored), "a scored group's result comes by itself"
             expected.check(answer.scores)
             scores.extend(answer.scores)
 
         start = StartScoring(int(task.phase), task.round_number, task.num_curve_epochs, parameters)
-        self._perform(start, task.client_ids, accept_result, self._paces[StartScoring, task.num_curve_epochs], {})
+        pace = self._paces[StartScoring, task.num_curve_epochs]
+        self._perform(start, task.client_ids, accept_result, pace, task.states)
         return scores
 
     def _has_no_accuracies(self) -> bool:
@@ -210,22 +210,25 @@ class WorkerPool(PoolManager):
         self,
         start: StartTraining | StartScoring,
         client_ids: Sequence[int],
-        accept_result: Callable[[Message], None],
+        accept_result: Callable[[Worker, Message], None],
         pace: Pace,
-        states: ClientStates,
+        states: RoundStates,
+        accept_state: Callable[[int, ClientState], None] | None = None,
     ) -> WorkItem:
         """Hand out the clients, group by group, the largest first, until each one's result has been delivered."""
         assert self.config.client_batching is not None, "the configuration is settled"
         num_examples = self._clients.num_train_examples
         cut = cut_into_groups(client_ids, num_examples, self.config.client_batching)
         groups = {group[0]: group for group in cut}
+        states.read_ahead([client_id for group in cut for client_id in group])
         lost, self._lost_between = self._lost_between, {}
         item = self._item = WorkItem(
-            start, groups, num_examples, states, accept_result, pace, self._paces[PartialSum], lost
+            start, groups, num_examples, states, accept_result, pace, self._paces[PartialSum], lost, accept_state
         )
         self._checked_at = time.monotonic()
         for worker in self._workers.values():
             worker.has_begun = worker.is_sum_requested = False
+            worker.keeping.clear()
             worker.ready_since = time.monotonic()
         while not item.schedule.is_complete:
             item.hand_out(self._ready_workers())
@@ -322,7 +325,7 @@ class WorkerPool(PoolManager):
             return
         peer, join = worker.connected.peer, worker.join
         peer.num_parameters, peer.num_clients = self._num_parameters, self._handler.num_clients
-        peer.max_states_bytes = max_states_bytes(self.config, self._num_parameters)
+        peer.max_states_bytes = max_batch_bytes(self.config, self._num_parameters)
         on_same_machine = sum(other.join.machine == join.machine for other in self._workers.values())
         num_cores = join.num_cores // on_same_machine
         worker.num_slots = join.threads or default_num_slots(self.config, join.device_kind, num_cores)

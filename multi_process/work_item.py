@@ -24,7 +24,8 @@ from multi_process.pace import LEAST_SECONDS, Pace
 from multi_process.schedule import Schedule
 from multi_process.transport.handshake import FinishedError
 from multi_process.transport.network import ConnectedWorker
-from perfedavg.engine.tasks import ClientStates
+from perfedavg.contracts import RoundStates
+from perfedavg.engine.client_states import ClientState, ClientStates, in_batches
 from perfedavg.terminal.console import LOGGER
 
 
@@ -36,6 +37,7 @@ class Worker:
     is_ready: it may be given work.
     has_begun: it was told of the present work item.
     is_sum_requested: it was asked for the sum over the clients that it has trained.
+    keeping: clients of which it delivered what they keep, before the sum that has their updates.
     ready_since: when it could begin on the present work item, on the clock of `time.monotonic`.
     progress_at: when it last delivered anything of what it has in hand, or was given it.
     is_called_slow: the user has been told that nothing has come since.
@@ -47,6 +49,7 @@ class Worker:
     is_ready: bool = False
     has_begun: bool = False
     is_sum_requested: bool = False
+    keeping: set[int] = field(default_factory=set)
     ready_since: float = 0.0
     progress_at: float = 0.0
     is_called_slow: bool = False
@@ -78,9 +81,10 @@ class WorkItem:
     groups: of clients that are worked on at once, by the first client of each; in the order of handing out.
     num_examples: a client's training examples, by its id.
     states: what clients kept from earlier rounds.
-    accept_result: takes the results that an answer has, or raises ValueError and takes none.
+    accept_result: takes the results that a worker's answer has, or raises ValueError and takes none.
     pace, sum_pace: how long a group takes, and sending a sum.
     lost: why each worker that was lost meanwhile is gone, by its rank.
+    accept_state: takes what a client of a round keeps from now on, or raises ValueError; None where none may.
     slot_seconds: see `tasks.CohortUpdate`.
     num_given_up: times that a rank was given up in it.
     """
@@ -88,16 +92,18 @@ class WorkItem:
     start: StartTraining | StartScoring
     groups: dict[int, tuple[int, ...]]
     num_examples: Callable[[int], int]
-    states: ClientStates
-    accept_result: Callable[[Message], None]
+    states: RoundStates
+    accept_result: Callable[[Worker, Message], None]
     pace: Pace
     sum_pace: Pace
     lost: dict[int, str]
+    accept_state: Callable[[int, ClientState], None] | None = None
     slot_seconds: float = 0.0
     num_given_up: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.schedule = Schedule(list(self.groups))
+        self._first_of = {client_id: first for first, group in self.groups.items() for client_id in group}
         self._handed_out_at: dict[int, float] = {}
 
     def hand_out(self, workers: Sequence[Worker]) -> None:
@@ -126,8 +132,8 @@ class WorkItem:
                     worker.send(self.start)
                     worker.has_begun = True
                 groups = [list(self.groups[first]) for first in firsts]
-                if kept := {id: self.states[id] for group in groups for id in group if id in self.states}:
-                    worker.send(KeptStates(kept))
+                for batch in in_batches((id, self.states.get(id)) for group in groups for id in group):
+                    worker.send(KeptStates(batch))
                 worker.send(AssignGroups(groups))
             elif not num_in_work and schedule.num_done(worker.number) and not worker.is_sum_requested:
                 worker.send(RequestPartialSum())
@@ -135,17 +141,20 @@ class WorkItem:
                 worker.note_progress(now)
 
     def expects(self, message: Message) -> bool:
-        kinds = (GroupTrained, PartialSum) if isinstance(self.start, StartTraining) else (GroupScored,)
+        kinds = (GroupTrained, KeptStates, PartialSum) if isinstance(self.start, StartTraining) else (GroupScored,)
         return isinstance(message, kinds)
 
     def take_answer(self, worker: Worker, message: Message) -> None:
         """Raises ValueError, and takes nothing of the answer, where it does not fit what was handed out."""
         if isinstance(message, GroupTrained):
             self._finish(worker, message.first)
+        elif isinstance(message, KeptStates):
+            self._take_states(worker, message.states)
         elif isinstance(message, PartialSum):
             firsts = self.group_keys([report.client_id for report in message.reports])
             if not worker.is_sum_requested or len(firsts) != self.schedule.num_done(worker.number):
                 raise ValueError("its sum is not the one that it was asked for")
+            self._take_states(worker, message.states)
             self._deliver(worker, firsts, message)
             self.sum_pace.learn(time.monotonic() - worker.progress_at)
             worker.is_sum_requested = False
@@ -155,6 +164,15 @@ class WorkItem:
                 self._finish(worker, first)
             self._deliver(worker, firsts, message)
         worker.note_progress(time.monotonic())
+
+    def _take_states(self, worker: Worker, states: ClientStates) -> None:
+        for client_id, state in states.items():
+            if self.accept_state is None:
+                raise ValueError(f"clients {sorted(states)} have no reason to keep anything")
+            if not self.schedule.is_at(worker.number, self._first_of.get(client_id)):
+                raise ValueError(f"client {client_id} keeps something, but was not handed out to it")
+            self.accept_state(client_id, state)
+            worker.keeping.add(client_id)
 
     def group_keys(self, client_ids: Sequence[int]) -> list[int]:
         """The first clients of the groups that these clients are. Raises ValueError where a group is not whole."""
@@ -170,7 +188,7 @@ class WorkItem:
 
     def _deliver(self, worker: Worker, firsts: Sequence[int], message: Message) -> None:
         self.schedule.check_done(worker.number, firsts)
-        self.accept_result(message)
+        self.accept_result(worker, message)
         self.schedule.deliver(worker.number, firsts)
 
     def overdue_seconds(self, worker: Worker) -> float | None:

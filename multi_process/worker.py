@@ -33,10 +33,12 @@ from multi_process.messages import (
 from multi_process.transport.handshake import FinishedError
 from multi_process.transport.network import WorkerNetwork
 from multi_process.transport.peer import PeerLostError, RunEndedError
+from multi_process.travelling_states import TravellingStates
 from perfedavg.contracts import FederatedDataset
+from perfedavg.engine.client_states import max_batch_bytes
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.local_work import CohortTraining
-from perfedavg.engine.tasks import CohortTask, ScoringTask, copies_of, max_states_bytes
+from perfedavg.engine.tasks import CohortTask, ScoringTask
 from perfedavg.machine.cores import usable_cores
 from perfedavg.settings import ExperimentConfig, Phase
 from perfedavg.terminal.console import reason_of, say
@@ -76,6 +78,7 @@ class PersonalizationTrainer(SerialTrainer):
         self._report_failure = report_failure
         self._work: Callable[[Sequence[int]], Message] | None = None
         self._training: CohortTraining | None = None
+        self._states = TravellingStates()
         self._futures: list[Future[None]] = []
 
     @property
@@ -96,18 +99,17 @@ class PersonalizationTrainer(SerialTrainer):
         check_start(payload.phase, payload.parameters, self.config.phases, self.num_parameters)
         phase, parameters = Phase(payload.phase), payload.parameters.clone()
         if isinstance(payload, StartTraining):
-            task = CohortTask(phase, payload.round_number, (), payload.capacity)
+            task = CohortTask(phase, payload.round_number, (), payload.capacity, self._states)
             self._training = self._executor.begin_training(task, parameters)
             self._work = self._train
         else:
-            scoring = ScoringTask(phase, payload.round_number, (), payload.num_curve_epochs)
+            scoring = ScoringTask(phase, payload.round_number, (), payload.num_curve_epochs, self._states)
             score = self._executor.begin_scoring(scoring, parameters).score
             self._work = lambda group: GroupScored(score(group))
 
     def take_states(self, payload: KeptStates) -> None:
-        """What clients of the round, which come next, kept from earlier ones."""
-        assert self._training is not None, "a round was begun"
-        self._training.add_states(copies_of(payload.states))
+        """What clients that come next kept from earlier rounds."""
+        self._states.add(payload.states)
 
     def local_process(self, payload: AssignGroups, id_list: list[list[int]]) -> None:
         """Let the groups of the list train or be scored, each on the next free slot. Does not wait for them."""
@@ -121,7 +123,8 @@ class PersonalizationTrainer(SerialTrainer):
         """The sum over the clients that were trained since the last one. None may be in training."""
         assert self._training is not None, "there is a round before there is a sum"
         taken = self._training.take_update()
-        return PartialSum(taken.sum.weight, taken.sum.capacity, taken.reports, taken.sum.total, taken.states)
+        states = self._states.take()
+        return PartialSum(taken.sum.weight, taken.sum.capacity, taken.reports, taken.sum.total, states)
 
     def abandon(self) -> None:
         """Forget the work that was begun. Waits for the clients that are on a slot."""
@@ -130,6 +133,7 @@ class PersonalizationTrainer(SerialTrainer):
         wait(self._futures)
         self._futures.clear()
         self._training = self._work = None
+        self._states = TravellingStates()
 
     def _process(self, group: Sequence[int]) -> None:
         assert self._work is not None, "work was begun before its clients came"
@@ -143,6 +147,8 @@ class PersonalizationTrainer(SerialTrainer):
     def _train(self, group: Sequence[int]) -> Message:
         assert self._training is not None, "a round was begun"
         self._training.train(group)
+        if batch := self._states.take_batch():
+            self._send(KeptStates(batch))
         return GroupTrained(group[0])
 
 
@@ -218,7 +224,7 @@ class WorkerManager(ClientManager):
             )
         self._configured = configured
         network.peer.num_parameters = self._trainer.num_parameters
-        network.peer.max_states_bytes = max_states_bytes(self._trainer.config, self._trainer.num_parameters)
+        network.peer.max_states_bytes = max_batch_bytes(self._trainer.config, self._trainer.num_parameters)
         say(
             f"worker {network.rank}: joined {network.address[0]}:{network.address[1]}, "
             f"{clean_text(answer.experiment['dataset'])} on {self._device}, {answer.num_slots} client(s) side by side"
@@ -231,7 +237,7 @@ class WorkerManager(ClientManager):
             match request:
                 case StartTraining() | StartScoring():
                     trainer.begin(request)
-                case KeptStates() if trainer.is_training:
+                case KeptStates() if trainer.has_begun:
                     trainer.take_states(request)
                 case AssignGroups() if trainer.has_begun:
                     trainer.local_process(request, request.groups)

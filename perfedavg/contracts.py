@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from perfedavg.engine.client_states import ClientState
     from perfedavg.engine.experiment import ExperimentState, RoundRecord
     from perfedavg.engine.scores import ClientScore
     from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
@@ -90,6 +91,50 @@ class Executor(Protocol):
 
     def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
         """The scores of the task's clients, in any order."""
+        ...
+
+
+class RoundStates(Protocol):
+    """What the clients of a round or of a scoring keep, for those who do their work. May be used by several threads."""
+
+    def get(self, client_id: int) -> ClientState:
+        """What the client kept from earlier rounds, which the caller may change; empty where it keeps nothing.
+
+        Raises ValueError, one line, where that has been lost.
+        """
+        ...
+
+    def read_ahead(self, client_ids: Sequence[int]) -> None:
+        """These clients will be asked for, in this order."""
+
+    def put(self, client_id: int, state: ClientState) -> None:
+        """What the client keeps from this round on, where its result is delivered too; the store's own from now on.
+
+        Raises OSError, one line, where an earlier one cannot be written.
+        """
+
+
+class ClientStateStore(RoundStates, Protocol):
+    """What a method lets clients keep between rounds.
+
+    What is put in a round is what `get` returns from its end on (`commit`); a client whose result was not delivered has
+    what it had.
+    """
+
+    def begin_round(self, phase: Phase, round_number: int) -> None:
+        """Forget what was put and not committed; what is put from now on is of this round."""
+
+    def commit(self, client_ids: Iterable[int]) -> None:
+        """The round is over. client_ids: of those for which something was put, the ones that take it over."""
+
+    def reset(self) -> None:
+        """No client keeps anything."""
+
+    def versions(self) -> dict[int, int]:
+        """The round of the present phase in which each client last kept something, by its id.
+
+        From then on that outlives a power cut. Raises OSError or ValueError, one line, where it cannot.
+        """
         ...
 
 

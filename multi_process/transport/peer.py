@@ -106,7 +106,7 @@ class Peer:
 
     num_parameters: of the model, once it is known; no message with parameters is taken before.
     num_clients: of which such a message may report, at most.
-    max_states_bytes: of what these clients keep.
+    max_states_bytes: of what clients keep, in one message.
     Raises ConnectionError where there is no thread to be had for it.
     """
 

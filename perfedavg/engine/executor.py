@@ -81,6 +81,7 @@ class LocalExecutor:
         started = time.monotonic()
         training = self.begin_training(task, parameters)
         groups = self._groups(task.client_ids)
+        task.states.read_ahead([client_id for group in groups for client_id in group])
         for group in groups:
             training.expect(group)
         self._pool.map(training.train, groups)
@@ -89,7 +90,9 @@ class LocalExecutor:
         return update
 
     def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
-        return self._pool.map(self.begin_scoring(task, parameters).score, self._groups(task.client_ids))
+        groups = self._groups(task.client_ids)
+        task.states.read_ahead([client_id for group in groups for client_id in group])
+        return self._pool.map(self.begin_scoring(task, parameters).score, groups)
 
     def begin_training(self, task: CohortTask, parameters: Tensor) -> CohortTraining:
         """A round that takes its clients group by group; those that the task names need not be known yet."""

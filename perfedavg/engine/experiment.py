@@ -11,17 +11,18 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from perfedavg.contracts import ClientDirectory, Executor, Observer
+from perfedavg.contracts import ClientDirectory, ClientStateStore, Executor, Observer
+from perfedavg.engine.client_states import StatesInMemory
 from perfedavg.engine.cohorts import draw_cohort, draw_eval_clients
 from perfedavg.engine.scores import ClientScore, check_summary, mean, summarize
-from perfedavg.engine.tasks import ClientStates, CohortTask, ScoringTask
+from perfedavg.engine.tasks import CohortTask, ScoringTask
 from perfedavg.plain_values import from_plain, shown
 from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig, Phase, PhaseConfig
@@ -93,7 +94,7 @@ class ExperimentState:
     phase: Phase
     num_rounds: int
     server: ServerOptimizer
-    client_states: ClientStates = field(default_factory=dict)
+    client_states: ClientStateStore = field(default_factory=StatesInMemory)
     pending_record: RoundRecord | None = None
     scores: dict[Phase, list[ClientScore]] = field(default_factory=dict)
     phase_seconds: dict[Phase, float] = field(default_factory=dict)
@@ -102,10 +103,17 @@ class ExperimentState:
     _clock: float | None = field(default=None, repr=False)
 
     @classmethod
-    def fresh(cls, config: ExperimentConfig, initial_parameters: Tensor) -> ExperimentState:
-        """Before the first round. initial_parameters: (num_parameters,), the global model to start from; copied."""
+    def fresh(
+        cls, config: ExperimentConfig, initial_parameters: Tensor, client_states: ClientStateStore | None = None
+    ) -> ExperimentState:
+        """Before the first round.
+
+        initial_parameters: (num_parameters,), the global model to start from; copied.
+        client_states: where what clients keep goes, which is nothing yet; by default into memory.
+        """
         phase, settings = next(iter(config.phases.items()))
-        return cls(phase, 0, ServerOptimizer(settings.server_optimizer, initial_parameters))
+        server = ServerOptimizer(settings.server_optimizer, initial_parameters)
+        return cls(phase, 0, server, StatesInMemory() if client_states is None else client_states)
 
     @property
     def num_recorded(self) -> int:
@@ -139,17 +147,17 @@ class ExperimentState:
             self._clock = now
 
     def end_round(
-        self, mean_update: Tensor | None, rate_factor: float, record: RoundRecord, client_states: ClientStates
+        self, mean_update: Tensor | None, rate_factor: float, record: RoundRecord, keeping: Iterable[int]
     ) -> None:
         """Take the server's step, or none where every update was refused; the round then waits to be recorded.
 
-        rate_factor: see `PhaseConfig.server_rate_factor`.  client_states: what clients of the round keep now.
+        rate_factor: see `PhaseConfig.server_rate_factor`.  keeping: see `tasks.CohortUpdate`.
         """
         with self.lock:
             self.step_failed = True
             if mean_update is not None:
                 self.server.step(mean_update, rate_factor)
-            self.client_states |= client_states
+            self.client_states.commit(keeping)
             self.num_rounds += 1
             self.pending_record = record
             self.step_failed = False
@@ -172,7 +180,8 @@ class ExperimentState:
         with self.lock:
             self.read_clock()
             self.server = ServerOptimizer(settings.server_optimizer, self.server.parameters)
-            self.phase, self.num_rounds, self.client_states = phase, 0, {}
+            self.client_states.reset()
+            self.phase, self.num_rounds = phase, 0
 
 
 @dataclass(frozen=True)
@@ -248,8 +257,9 @@ class _Run:
         method = config.phases[phase].method
         cohort = draw_cohort(config, clients.train_client_ids, phase, round_number)
         capacity = sum(method.weight(clients.num_train_examples(client_id)) for client_id in cohort)
-        kept = {client_id: state.client_states[client_id] for client_id in cohort if client_id in state.client_states}
-        update = self.executor.train(CohortTask(phase, round_number, cohort, capacity, kept), state.server.parameters)
+        state.client_states.begin_round(phase, round_number)
+        task = CohortTask(phase, round_number, cohort, capacity, state.client_states)
+        update = self.executor.train(task, state.server.parameters)
         update.reports.sort(key=lambda report: report.client_id)
         assert tuple(report.client_id for report in update.reports) == cohort, "every client of the cohort trains once"
         accepted = [report for report in update.reports if report.refused is None]
@@ -273,7 +283,7 @@ class _Run:
             lost_workers=dict(update.lost_workers),
             evaluation=None,
         )
-        state.end_round(mean_update, config.phases[phase].server_rate_factor(round_number), record, update.states)
+        state.end_round(mean_update, config.phases[phase].server_rate_factor(round_number), record, update.keeping)
 
     def _record_round(self) -> None:
         """Score the unseen clients where the round that has been trained is a time to, and tell of the round."""
@@ -303,8 +313,9 @@ class _Run:
         self.state.add_scores(self._score(unseen, self.config.num_curve_epochs))
 
     def _score(self, client_ids: tuple[int, ...], num_curve_epochs: int = 0) -> list[ClientScore]:
-        task = ScoringTask(self.state.phase, self.state.num_rounds, client_ids, num_curve_epochs)
-        scores = self.executor.score(task, self.state.server.parameters)
+        state = self.state
+        task = ScoringTask(state.phase, state.num_rounds, client_ids, num_curve_epochs, state.client_states)
+        scores = self.executor.score(task, state.server.parameters)
         scores.sort(key=lambda score: score.client_id)
         assert [score.client_id for score in scores] == sorted(client_ids), "every client is scored exactly once"
         return scores

@@ -12,19 +12,11 @@ from torch import Tensor
 from perfedavg.aggregation.base import RefusedUpdateError
 from perfedavg.aggregation.exact_mean import ExactMean
 from perfedavg.engine.client_reader import ClientReader
+from perfedavg.engine.client_states import ClientState, check_kept
 from perfedavg.engine.cohorts import draw_cohort, draw_next_cohort
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.slots import SlotPool, TrainingSlot
-from perfedavg.engine.tasks import (
-    KEPT_TYPES,
-    ClientReport,
-    ClientStates,
-    CohortTask,
-    CohortUpdate,
-    ScoringTask,
-    cut_into_groups,
-    max_state_bytes,
-)
+from perfedavg.engine.tasks import ClientReport, CohortTask, CohortUpdate, ScoringTask, cut_into_groups
 from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig
 from perfedavg.training.client_models import Client
@@ -50,22 +42,17 @@ class CohortTraining:
         self._place = place
         self._task = task
         self._start = start
-        self._states = dict(task.states)
         self._training = local_training_of(place.config, task.phase)
         self._method = place.config.phases[task.phase].method
         self._aggregation = self._method.aggregation()
         self._sums: dict[TrainingSlot, ExactMean] = {}
         self._reports: list[ClientReport] = []
-        self._new_states: ClientStates = {}
+        self._keeping: set[int] = set()
         self._likely_next = self._likely_next_groups() if place.reader.reads_ahead else {}
 
     def expect(self, group: Sequence[int]) -> None:
         """Begin to read the clients of a group that will be trained here, and then those likely to follow them."""
         self._place.reader.read_ahead([*group, *self._likely_next.get(group[0], ())])
-
-    def add_states(self, states: ClientStates) -> None:
-        """What some of the clients kept from earlier rounds, where the task does not say it."""
-        self._states |= states
 
     def train(self, group: Sequence[int]) -> list[ClientReport]:
         """Add the clients' updates to the sum, or refuse one and say why. May be called from several threads."""
@@ -80,8 +67,8 @@ class CohortTraining:
             first.merge(other)
         first.total = first.total.cpu()
         reports, self._reports = self._reports, []
-        states, self._new_states = self._new_states, {}
-        return CohortUpdate(first, reports, states=states)
+        keeping, self._keeping = self._keeping, set()
+        return CohortUpdate(first, reports, keeping=keeping)
 
     def _train(self, slot: TrainingSlot, group: Sequence[int]) -> list[ClientReport]:
         started = time.monotonic()
@@ -99,28 +86,21 @@ class CohortTraining:
         for client_id, client, loss, refused in zip(group, clients, losses, refusals, strict=True):
             reports.append(ClientReport(client_id, len(client.labels), loss, seconds, refused))
             if client.state and refused is None:
-                self._new_states[client_id] = self._kept(client_id, client.state)
+                self._keep(client_id, client.state)
         self._reports += reports
         return reports
 
     def _client(self, client_id: int) -> Client:
         data = self._place.reader.client_data(client_id)
         seeds = _seeds(self._place.config, Purpose.LOCAL_TRAINING, self._task, client_id)
-        state = {name: value.clone() for name, value in self._states.get(client_id, {}).items()}
-        return Client(data.train_inputs, data.train_labels, seeds, state)
+        return Client(data.train_inputs, data.train_labels, seeds, self._task.states.get(client_id))
 
-    def _kept(self, client_id: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies, because a value may be a part of the slot's models. Raises ValueError where it is too much."""
-        if not self._method.keeps_state:
-            raise ValueError(f"the method {self._method.name} does not say that its clients keep anything: keeps_state")
+    def _keep(self, client_id: int, state: ClientState) -> None:
+        """Of copies, because a value may be a part of the slot's models."""
         kept = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-        for name, value in kept.items():
-            if value.dtype not in KEPT_TYPES:
-                raise ValueError(f"{self._method.name} keeps {name} as {value.dtype}; keep int64, float32 or float64")
-        num_bytes, most = sum(value.nbytes for value in kept.values()), max_state_bytes(len(self._start))
-        if num_bytes > most:
-            raise ValueError(f"client {client_id} keeps {num_bytes} bytes in {self._method.name}; the most is {most}")
-        return kept
+        check_kept(self._method, client_id, kept, len(self._start))
+        self._task.states.put(client_id, kept)
+        self._keeping.add(client_id)
 
     def _add(self, running: ExactMean, update: Tensor, num_examples: int, client_id: int) -> str | None:
         """Add a client's update to a sum. Returns why it is refused, or None."""
@@ -180,6 +160,7 @@ class UnseenScoring:
                 data.train_inputs,
                 data.train_labels,
                 _seeds(self._place.config, Purpose.PERSONALIZATION, self._task, client_id),
+                self._task.states.get(client_id),
             )
             for client_id, data in zip(group, parts, strict=True)
         ]

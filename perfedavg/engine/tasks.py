@@ -6,32 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from perfedavg.aggregation.exact_mean import ExactMean
-from perfedavg.settings import ExperimentConfig, Phase
-
-ClientStates = dict[int, dict[str, Tensor]]
-"""By client id, what a method lets the client keep between rounds; clients without any are left out."""
-KEPT_TYPES = (torch.int64, torch.float32, torch.float64)
-MAX_KEPT_MODELS = 4
-"""Models of float64 of which a client may keep as much, and a little more."""
-
-
-def max_state_bytes(num_parameters: int) -> int:
-    """The most that a client of a model may keep."""
-    return 2**20 + 8 * MAX_KEPT_MODELS * num_parameters
-
-
-def max_states_bytes(config: ExperimentConfig, num_parameters: int) -> int:
-    """The most that the clients of a round keep; 0 where no method lets them."""
-    keeps = any(phase.method.keeps_state for phase in config.phases.values())
-    return config.cohort_size * max_state_bytes(num_parameters) if keeps else 0
-
-
-def copies_of(states: ClientStates) -> ClientStates:
-    return {client_id: {name: value.clone() for name, value in kept.items()} for client_id, kept in states.items()}
+from perfedavg.contracts import RoundStates
+from perfedavg.engine.client_states import StatesInMemory
+from perfedavg.settings import Phase
 
 
 @dataclass(frozen=True)
@@ -41,14 +19,14 @@ class CohortTask:
     round_number: counted from 1.
     client_ids: who trains.
     capacity: weight of the *whole* cohort, which fixes the grid of the exact mean, also for a part of it.
-    states: what the clients kept from earlier rounds.
+    states: what the clients kept from earlier rounds, and where what they keep from this one goes.
     """
 
     phase: Phase
     round_number: int
     client_ids: tuple[int, ...]
     capacity: int
-    states: ClientStates = field(default_factory=dict)
+    states: RoundStates = field(default_factory=StatesInMemory)
 
 
 @dataclass(frozen=True)
@@ -56,12 +34,14 @@ class ScoringTask:
     """Unseen clients to score with the global model as it is after a round of a phase.
 
     num_curve_epochs: also score after each of the first N epochs of adapting, and before them; 0 turns it off.
+    states: what the clients kept from the rounds in which they trained.
     """
 
     phase: Phase
     round_number: int
     client_ids: tuple[int, ...]
     num_curve_epochs: int = 0
+    states: RoundStates = field(default_factory=StatesInMemory)
 
 
 @dataclass(frozen=True)
@@ -87,14 +67,14 @@ class CohortUpdate:
     """The sum of the updates of some clients, and their reports, in any order.
 
     slot_seconds: wall time, summed over the training slots that could have worked on the cohort.
-    states: what the clients keep now, of those that keep anything and whose update was not refused.
+    keeping: clients for which a new state was put: those that keep anything and whose update was not refused.
     lost_workers: why each worker that was lost in the round is gone, by its rank.
     """
 
     sum: ExactMean
     reports: list[ClientReport]
     slot_seconds: float = 0.0
-    states: ClientStates = field(default_factory=dict)
+    keeping: set[int] = field(default_factory=set)
     lost_workers: dict[int, str] = field(default_factory=dict)
 
     @property

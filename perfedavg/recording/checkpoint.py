@@ -21,9 +21,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from perfedavg.engine.client_states import ClientStates, StatesInMemory
 from perfedavg.engine.experiment import ExperimentState, RoundRecord
 from perfedavg.engine.scores import ClientScore
-from perfedavg.engine.tasks import ClientStates
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.plain_values import differences, from_plain, parse_json, shown
 from perfedavg.recording.files import read_tensors, remove_partial_files, replace_file
@@ -182,7 +182,8 @@ class Checkpoints:
 def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
     """The content of the file."""
     tensors = {f"server.{name}": tensor for name, tensor in state.server.tensors().items()}
-    for client_id, kept in state.client_states.items():
+    assert isinstance(state.client_states, StatesInMemory)
+    for client_id, kept in state.client_states.current.items():
         tensors |= {f"client.{client_id}.{name}": tensor.contiguous() for name, tensor in kept.items()}
     for phase, scores in state.scores.items():
         tensors[f"scores.{phase.field}"] = _encode_scores(scores)
@@ -214,7 +215,7 @@ def _decode(content: _Content, tensors: Mapping[str, Tensor], config: Experiment
         return ExperimentState(
             phase=phase,
             num_rounds=content.num_rounds,
-            client_states=_decode_states(tensors),
+            client_states=StatesInMemory(_decode_states(tensors)),
             server=ServerOptimizer.from_tensors(settings.server_optimizer, server),
             pending_record=None if content.pending_record is None else RoundRecord.from_dict(content.pending_record),
             scores={Phase.of_field(name): _decode_scores(tensors[f"scores.{name}"]) for name in content.scores},
