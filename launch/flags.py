@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,19 @@ from typing import Any, NoReturn, TypeVar
 from datasets.registry import DATA_SETS, DataSet, find
 from launch import paths
 from launch.settings import ENTRY_POINTS, Data, Network, Worker
-from perfedavg.fields import MISSING, NONE, Flag, build, by_any_name, flags_by_name, renamed, values_of
+from perfedavg.fields import (
+    MISSING,
+    NONE,
+    Flag,
+    OpenKinds,
+    build,
+    by_any_name,
+    flags_by_name,
+    flags_of,
+    renamed,
+    values_of,
+)
+from perfedavg.methods import METHODS
 from perfedavg.plain_values import parse_toml
 from perfedavg.recording.runs import CONFIG_FILE, RecordedRun, read_unfinished_run
 from perfedavg.settings import ExperimentConfig
@@ -59,6 +72,7 @@ def parse(kind: type[Settings], argv: Sequence[str] | None = None) -> Settings:
     --resume, the experiment is the one that the run has recorded.
     Raises ValueError, in a line with the flag, the value and the fix. Ends the process after --help.
     """
+    _import_named(kind, argv)
     flags = flags_by_name(kind)
     parser = build_parser(kind)
     namespace, unknown_words = parser.parse_known_args(argv)
@@ -88,12 +102,73 @@ def _without_switch(texts: Mapping[str, Any]) -> dict[str, Any]:
     return texts if str(switch).lower() in ("true", "1", "yes") else texts | {"fine_tune_method": NONE}
 
 
+def _import_named(kind: type, argv: Sequence[str] | None) -> None:
+    """Import the user's own methods that a command line names, itself or in a file, for they bring flags.
+
+    Raises ValueError, in a line, where one that it names itself cannot be had. What is wrong with a file is said when
+    it is read.
+    """
+    flags = by_any_name(flags_by_name(kind))
+    open_choices = {name: flag for name, flag in flags.items() if isinstance(flag.setting.kinds, OpenKinds)}
+    if not open_choices:
+        return
+    parser = _Parser(argument_default=argparse.SUPPRESS, allow_abbrev=False, add_help=False)
+    for name in (*open_choices, "config", "resume"):
+        parser.add_argument(f"--{name}")
+    texts = vars(parser.parse_known_args(argv)[0])
+    with contextlib.suppress(ValueError, OSError):
+        if "config" in texts:
+            _import_named_in_file(paths.file(texts.pop("config")), open_choices)
+    with contextlib.suppress(ValueError, OSError):
+        if "resume" in texts:
+            RecordedRun.read(paths.path(texts.pop("resume"))).experiment()
+    for name, text in texts.items():
+        if name in open_choices:
+            open_choices[name].parse(text)
+    _refuse_taken_names()
+
+
+def _import_named_in_file(path: Path, open_choices: Mapping[str, Flag]) -> None:
+    if path.name == CONFIG_FILE:
+        RecordedRun.read(path.parent).experiment()
+        return
+    for name, value in parse_toml(path.read_text(encoding="utf-8")).items():
+        if name in open_choices:
+            open_choices[name].parse(str(value))
+
+
+def _refuse_taken_names() -> None:
+    """Raise ValueError where a setting of a user's own method has the name of another flag.
+
+    The methods of the user's own are then forgotten, until they are named again.
+    """
+    try:
+        for kind in ENTRY_POINTS.values():
+            flags = list(flags_of(kind).values())
+            taken = {
+                "help",
+                "config",
+                *by_any_name({flag.name: flag for flag in flags if flag.name and not flag.by_choice}),
+            }
+            for flag in flags:
+                if flag.name in taken and flag.by_choice:
+                    own = " and ".join(flag.by_choice)
+                    raise ValueError(
+                        f"{own} cannot give its setting {flag.path[-1]} the flag --{flag.name}, which is another one's;"
+                        " rename it"
+                    )
+    except ValueError as error:
+        METHODS.forget_own()
+        raise ValueError(f"--method {error}") from error
+
+
 def _complete(flags: Mapping[str, Flag], values: dict[str, Any]) -> None:
     """Add what follows from the data set."""
     dataset = values.setdefault("dataset", flags["dataset"].default)
     data_set = find(dataset)
     for name, flag in flags.items():
-        values.setdefault(name, _default(flag, data_set))
+        if not flag.by_choice:
+            values.setdefault(name, _default(flag, data_set))
     if "model" in flags:
         values["model"] = _architecture(dataset, values["model"])
 
@@ -261,13 +336,19 @@ def _metavar(flag: Flag) -> str:
 
 
 def default_words(flag: Flag) -> str:
-    """The default of a flag, in brackets; of one that follows the data set, the most frequent as `others`."""
-    datasets: dict[str, list[str]] = {}
-    for name, data_set in DATA_SETS.items():
-        datasets.setdefault(_default_word(flag, _default(flag, data_set)), []).append(name)
-    *rare, (common, _) = sorted(datasets.items(), key=lambda entry: len(entry[1]))
+    """The default of a flag, in brackets; of one that follows the data set or the method, the most frequent as
+    `others`.
+    """
+    defaults = {name: _default(flag, data_set) for name, data_set in DATA_SETS.items()}
+    if flag.by_choice:
+        defaults = {name: default for name, (default, _) in flag.by_choice.items()}
+    names_by_word: dict[str, list[str]] = {}
+    for name, value in defaults.items():
+        names_by_word.setdefault(_default_word(flag, value), []).append(name)
+    *rare, (common, _) = sorted(names_by_word.items(), key=lambda entry: len(entry[1]))
     listed = "".join(f"{word} for {', '.join(names)}; " for word, names in rare)
-    words = f"{listed}{common} for the others" if rare else common
+    others = ", ".join(names_by_word[common]) if flag.by_choice else "the others"
+    words = f"{listed}{common} for {others}" if rare else common
     environment = flag.setting.environment
     words = f"{environment}, or {words}" if environment else words
     return f"(default: {words})" if words else "(must be given)"

@@ -70,12 +70,14 @@ class Configure(Message):
     ticket: the same as in Join, by which the worker knows the server.
     experiment: `ExperimentConfig.to_dict`.
     num_slots: clients to train side by side.
+    sources: see `own_module.sources`; the worker's must be the same.
     """
 
     code = MessageCode.SetUp
     ticket: Ticket
     experiment: dict[str, Any]
     num_slots: NumSlots
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from perfedavg.engine.client_states import ClientState, check_kept, copy_of, max
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
 from perfedavg.machine.kernels import KernelLog
+from perfedavg.own_module import sources
 from perfedavg.settings import ExperimentConfig
 from perfedavg.terminal.console import say
 from perfedavg.terminal.entry_point import at_early_end
@@ -329,7 +330,7 @@ class WorkerPool(PoolManager):
         on_same_machine = sum(other.join.machine == join.machine for other in self._workers.values())
         num_cores = join.num_cores // on_same_machine
         worker.num_slots = join.threads or default_num_slots(self.config, join.device_kind, num_cores)
-        worker.send(Configure(worker.connected.ticket, self.config.to_dict(), worker.num_slots))
+        worker.send(Configure(worker.connected.ticket, self.config.to_dict(), worker.num_slots, sources()))
 
     def _take_message(self, worker: Worker, message: Message) -> None:
         """Act on what a worker says. Raises _ProtocolViolationError where it does not fit."""

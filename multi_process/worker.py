@@ -40,6 +40,7 @@ from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.local_work import CohortTraining
 from perfedavg.engine.tasks import CohortTask, ScoringTask
 from perfedavg.machine.cores import usable_cores
+from perfedavg.own_module import changed_sources
 from perfedavg.settings import ExperimentConfig, Phase
 from perfedavg.terminal.console import reason_of, say
 from perfedavg.training.compute import describe_device, describe_kernels
@@ -219,6 +220,12 @@ class WorkerManager(ClientManager):
         if self._trainer is None or configured != self._configured:
             config = ExperimentConfig.from_dict(answer.experiment)
             model, dataset = self._build_workload(config)
+            changed = ", ".join(changed_sources(answer.sources))
+            if changed:
+                raise ValueError(
+                    f"the code of {clean_text(changed)} is not the server's; give both the same files, and start the "
+                    "worker again"
+                )
             self._trainer = PersonalizationTrainer(
                 config, model, dataset, self._device, answer.num_slots, self._send, self._report_failure
             )

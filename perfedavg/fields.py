@@ -20,6 +20,8 @@ from dataclasses import MISSING as MISSING
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from perfedavg.own_module import import_own
+
 MOST = 2**31 - 1
 """Upper bound of whole numbers without one of their own: torch takes no larger batch, and no run has more rounds."""
 NO_FLAG = ""
@@ -28,6 +30,81 @@ NONE = "none"
 _KEY = "setting"
 
 Settings = TypeVar("Settings")
+
+
+class Kinds(dict[str, type]):
+    """The dataclasses that a choice is between, by name."""
+
+    def find(self, name: str) -> type | None:
+        """The dataclass of that name, or None. Raises ValueError where it is a user's own that cannot be had."""
+        return self.get(name)
+
+
+class OpenKinds(Kinds):
+    """Also those of users' own, named as `package.module:Class`, once they have been named.
+
+    base: what all of them are.  flag: what they are named with, without dashes.  built_in: names of this project's.
+    needed: the method that a user's own must have in place of the base's.
+    """
+
+    def __init__(self, kinds: Mapping[str, type], base: type, flag: str, needed: str) -> None:
+        super().__init__(kinds)
+        self.base = base
+        self.flag = flag
+        self.built_in = frozenset(kinds)
+        self._needed = needed
+
+    def find(self, name: str) -> type | None:
+        if name not in self and ":" in name:
+            asked = f"is a subclass of {self.base.__module__}.{self.base.__qualname__}"
+            self.add(name, import_own(f"--{self.flag}", name, "Class", self._is_kind, asked))
+        return self.get(name)
+
+    def add(self, name: str, kind: type) -> None:
+        """Let a user's own be one of them, by that name, which becomes its `name`. Raises ValueError where it is none."""
+        problem = self._problem_with(kind)
+        if problem is not None:
+            raise ValueError(f"--{self.flag} {name}: {problem}")
+        kind.name = name  # type: ignore[attr-defined]
+        self[name] = kind
+        flags_of.cache_clear()
+
+    def forget_own(self) -> None:
+        """Until they are named again."""
+        for name in self.keys() - self.built_in:
+            del self[name]
+        flags_of.cache_clear()
+
+    def _is_kind(self, found: object) -> bool:
+        return isinstance(found, type) and issubclass(found, self.base)
+
+    def _problem_with(self, kind: type) -> str | None:
+        for name in self.built_in:
+            if self[name] is kind:
+                return f"this is {name}; name it so"
+        left_out = [name for name, value in vars(kind).items() if isinstance(value, dataclasses.Field)]
+        if left_out:
+            return f"its class is no dataclass, and so {left_out[0]} no setting; write @dataclass(frozen=True) above it"
+        for field in dataclasses.fields(kind):
+            if setting_of(field) is None:
+                return f"its field {field.name} is no setting; write {field.name} = {__name__}.setting(default, help)"
+            if field.default is MISSING:
+                return f"its setting {field.name} has no default; give it one"
+        is_lacking = getattr(kind, self._needed) is getattr(self.base, self._needed)
+        return f"it has no {self._needed}; write one" if is_lacking else None
+
+
+def stand_in(base: type, name: str, values: Mapping[str, Any]) -> Any:
+    """A choice as it was recorded, without its code: its name and the values of its settings, and nothing else.
+
+    Raises ValueError where they cannot be any.
+    """
+    fields = [(key, Any, dataclasses.field(metadata={_KEY: _ANY})) for key in values]
+    try:
+        kind = dataclasses.make_dataclass("Recorded", fields, bases=(base,), namespace={"name": name}, frozen=True)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return kind(**values)
 
 
 @dataclass(frozen=True)
@@ -73,7 +150,7 @@ class Setting:
     environment: str = ""
     positional: bool = False
     many: bool = False
-    kinds: Mapping[str, type] | None = None
+    kinds: Kinds | None = None
     reported: str = "differing"
 
     def problem(self, value: Any) -> str | None:
@@ -111,6 +188,9 @@ class Setting:
         return f"a number {' and '.join(limits)}".rstrip()
 
 
+_ANY = Setting("", refuse=lambda value: None)
+
+
 @dataclass(frozen=True)
 class Part:
     """What a field says about the settings that it holds.
@@ -140,6 +220,7 @@ def setting(default: Any, help: str, **options: Any) -> Any:
 
 def choice(kinds: Mapping[str, type], default: str, help: str, **options: Any) -> Any:
     """A dataclass field that holds one of several dataclasses, each with settings of its own and a `name`."""
+    kinds = kinds if isinstance(kinds, Kinds) else Kinds(kinds)
     described = Setting(help, choices=tuple(kinds), kinds=kinds, **options)
     return dataclasses.field(default=kinds[default](), metadata={_KEY: described})
 
@@ -149,7 +230,8 @@ def part(kind: type, **options: Any) -> Any:
     described = Part(kind, **options)
 
     def with_defaults() -> Any:
-        return _build(kind, {flag.path: flag.default for flag in _flags(kind, defaults=described.defaults)}, ())
+        flags = _flags(kind, defaults=described.defaults)
+        return _build(kind, {flag.path: flag.default for flag in flags if not flag.by_choice}, ())
 
     return dataclasses.field(default_factory=with_defaults, metadata={_KEY: described})
 
@@ -165,6 +247,8 @@ class Flag:
     title: the heading that it stands under.
     choices: the texts that it can have, where these are known.
     aliases: older names, without dashes.
+    by_choice: of a setting of what is chosen, such as a method: its default and its help by the names of those that
+        have it. The default is then that of the one that is chosen.
     """
 
     name: str | None
@@ -176,6 +260,7 @@ class Flag:
     setting: Setting
     choices: Sequence[str] | None = None
     aliases: Sequence[str] = ()
+    by_choice: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -193,6 +278,25 @@ class Flag:
             return value
         return value.name if value is not MISSING else NONE if NONE in (self.choices or ()) else MISSING
 
+    def setting_in(self, settings: Any) -> Setting:
+        """What the field says that has its value in an instance of the whole."""
+        for name in self.path[:-1]:
+            settings = getattr(settings, name, None)
+        field = getattr(settings, "__dataclass_fields__", {}).get(self.path[-1])
+        return (field and setting_of(field)) or self.setting
+
+    def beside(self, other: Flag) -> Flag:
+        """The flag of a setting that several choices have. Raises ValueError where a text does not mean it in all."""
+        if (self.kind, self.setting.choices) != (other.kind, other.setting.choices):
+            (one, *_), (another, *_) = self.by_choice, other.by_choice
+            raise ValueError(f"{another} has a setting {self.path[-1]} as {one} has, of another type; rename it")
+        by_choice = {**self.by_choice, **other.by_choice}
+        helps: dict[str, list[str]] = {}
+        for name, (_, help) in by_choice.items():
+            helps.setdefault(help, []).append(name)
+        said = [help if len(helps) == 1 else f"{help} ({', '.join(names)})" for help, names in helps.items()]
+        return dataclasses.replace(self, by_choice=by_choice, help="; ".join(said))
+
     @property
     def implied(self) -> str | None:
         return "true" if self.kind is bool else self.setting.implied
@@ -201,7 +305,8 @@ class Flag:
         """The value that a text stands for. Raises ValueError, naming the flag, the text and what is allowed."""
         if not isinstance(text, str):
             return tuple(self.parse(one) for one in text)
-        if self.choices is not None and text not in self.choices:
+        is_own = self.setting.kinds is not None and self.setting.kinds.find(text) is not None
+        if self.choices is not None and text not in self.choices and not is_own:
             raise ValueError(f"{self.label} {text} {unknown(text, self.choices)}")
         if self.setting.unset is not None and text == self.setting.unset:
             return None
@@ -231,7 +336,10 @@ def unknown(name: str, known: Iterable[str]) -> str:
 @functools.cache
 def flags_of(kind: Any) -> dict[tuple[str, ...], Flag]:
     """All settings of a dataclass and of its parts, in their order, by the fields that lead to them."""
-    return {flag.path: flag for flag in _flags(kind)}
+    flags: dict[tuple[str, ...], Flag] = {}
+    for flag in _flags(kind):
+        flags[flag.path] = flags[flag.path].beside(flag) if flag.path in flags else flag
+    return flags
 
 
 def flags_by_name(kind: type) -> dict[str, Flag]:
@@ -261,7 +369,11 @@ def build(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     """
     described: Any = kind
     flags = flags_of(described)
-    by_path = {flag.path: values.get(flag.name, flag.default) if flag.name else flag.default for flag in flags.values()}
+    by_path = {
+        flag.path: values.get(flag.name or "", flag.default)
+        for flag in flags.values()
+        if flag.name in values or not flag.by_choice
+    }
     for path, value in by_path.items():
         if value is MISSING:
             raise ValueError(f"{flags[path].label} must be given")
@@ -293,9 +405,16 @@ def to_plain(settings: Any) -> dict[str, Any]:
     return plain
 
 
-def kinds_of(field: dataclasses.Field[Any]) -> Mapping[str, type] | None:
-    """The dataclasses that a field is a choice between, by name; None where it is none."""
-    return getattr(field.metadata.get(_KEY), "kinds", None)
+def setting_of(field: dataclasses.Field[Any]) -> Setting | None:
+    """What a field says about its setting; None where it is none."""
+    described = field.metadata.get(_KEY)
+    return described if isinstance(described, Setting) else None
+
+
+def kinds_of(field: dataclasses.Field[Any]) -> Kinds | None:
+    """The dataclasses that a field is a choice between; None where it is none."""
+    described = setting_of(field)
+    return None if described is None else described.kinds
 
 
 def check(settings: Any) -> None:
@@ -306,7 +425,7 @@ def check(settings: Any) -> None:
     kind: Any = type(settings)
     for flag in flags_of(kind).values():
         value = flag.value_in(settings)
-        problem = None if value is None or value is MISSING else flag.setting.problem(value)
+        problem = None if value is None or value is MISSING else flag.setting_in(settings).problem(value)
         if problem is not None:
             raise ValueError(f"{flag.label} {value} {problem}")
 
@@ -343,7 +462,7 @@ def _flags(
             choices = described.choices
             if described.kinds is not None:
                 default = default if isinstance(default, str) else default.name
-                choices = (*described.kinds, NONE) if is_optional_part else choices
+                choices = (*described.kinds, *((NONE,) if is_optional_part else ()))
             own_name = field.name if described.flag is None else described.flag
             name = None if own_name == NO_FLAG else name_of(own_name)
             aliases = [alias for alias in map(name_of, described.aliases) if alias is not None]
@@ -352,8 +471,9 @@ def _flags(
                 str if described.kinds else _kind_of_value(hints[field.name]),
             )
             yield Flag(name, place, kind_of_value, default, heading, help, described, choices, aliases=aliases)
-            for kind_of_choice in (described.kinds or {}).values():
-                yield from _flags(kind_of_choice, place, name_of, {}, heading, of)
+            for chosen, kind_of_choice in (described.kinds or {}).items():
+                for flag in _flags(kind_of_choice, place, name_of, {}, heading, of):
+                    yield dataclasses.replace(flag, by_choice={chosen: (flag.default, flag.help)})
 
 
 def _renamed(part: Part, name_of: Callable[[str], str | None], name: str) -> str | None:
@@ -382,10 +502,13 @@ def _build(kind: type, values: Mapping[tuple[str, ...], Any], path: tuple[str, .
         if isinstance(described, Part):
             arguments[field.name] = _build(described.kind, values, place)
         elif isinstance(described, Setting):
-            value = values[place]
+            value = values.get(place, field.default)
             if described.kinds is not None:
                 if value == NONE:
                     return None
-                value = _build(described.kinds[value], values, place)
+                kind_of_choice = described.kinds.find(value)
+                if kind_of_choice is None:
+                    raise ValueError(f"{value} is unknown; use one of {', '.join(described.kinds)}")
+                value = _build(kind_of_choice, values, place)
             arguments[field.name] = value
     return kind(**arguments)

@@ -5,12 +5,14 @@ How the module is found and imported, and in which of its lines an error arose. 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib
 import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +28,10 @@ _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdli
 _PAGE = "docs/your-own-data.md says more"
 
 
+class OwnModuleError(ValueError):
+    """A user's own code cannot be had, or fails."""
+
+
 def import_own(
     flag: str, name: str, kind: str, fits: Callable[[Any], bool] = callable, asked: str = "can be called"
 ) -> Any:
@@ -39,7 +45,7 @@ def import_own(
     module_name, _, own_name = name.partition(":")
     what, meant = f"{flag} {name} cannot be imported", f"it means package.module:{kind}"
     if not (module_name and own_name) or module_name.startswith("."):
-        raise ValueError(f"{what}; {meant}")
+        raise OwnModuleError(f"{what}; {meant}")
     folder = _current_folder()
     if folder not in sys.path:
         sys.path.append(folder)
@@ -51,18 +57,51 @@ def import_own(
         if not is_absent or _users_frame(error):
             raise explained(what, error) from error
         place = f"it is neither in {folder}, where this process was started, nor installed"
-        raise ValueError(f"{what} ({error}): {place}; {meant}") from error
+        raise OwnModuleError(f"{what} ({error}): {place}; {meant}") from error
+    _note_sources(module_name.partition(".")[0])
     found = getattr(module, own_name, None)
     if not fits(found):
-        raise ValueError(f"{what} ({_place_of(module.__spec__)} has no {own_name} that {asked}); {meant}")
+        raise OwnModuleError(f"{what} ({_place_of(module.__spec__)} has no {own_name} that {asked}); {meant}")
     return found
+
+
+_sources: dict[str, str] = {}
+
+
+def sources() -> dict[str, str]:
+    """By module, the SHA-256 of the files of users' own code, as they were when they were imported.
+
+    Of each module that `import_own` imported, and of those that lie in its folder and were imported with it.
+    """
+    return dict(_sources)
+
+
+def changed_sources(others: Mapping[str, str]) -> list[str]:
+    """The modules of users' own code that another process, or an earlier one, had otherwise."""
+    return sorted(name for name, digest in _sources.items() if others.get(name, digest) != digest)
+
+
+def _note_sources(top: str) -> None:
+    """top: name of the module or the package that was imported."""
+    place = getattr(sys.modules[top], "__file__", None)
+    folder = None if place is None or place.startswith(_LIBRARIES) else Path(place).parent
+    if folder is not None and Path(place or "").stem == "__init__":
+        folder = folder.parent
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if name in _sources or not isinstance(file, str) or not file.endswith(".py") or _is_ours(file):
+            continue
+        is_beside = folder is not None and not file.startswith(_LIBRARIES) and Path(file).is_relative_to(folder)
+        if is_beside or f"{name}.".startswith(f"{top}."):
+            with contextlib.suppress(OSError):
+                _sources[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def explained(what: str, error: BaseException) -> ValueError:
     """An error that arose in a user's code, as one line: what was done, file and line, the error, and the way out."""
     text = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
     shown = "".join(char if char.isprintable() else "?" for char in text)[:500]
-    return ValueError(
+    return OwnModuleError(
         f"{what}: {_users_place(error)}{type(error).__name__}{': ' * bool(shown)}{shown}{_way_out(error)}"
     )
 
@@ -74,7 +113,7 @@ def _refuse_hidden(what: str, name: str, folder: Path) -> None:
     spec = PathFinder.find_spec(name, sys.path) if taken is None else taken.__spec__
     if own is None or spec is None or (spec.origin and Path(spec.origin).resolve() == own.resolve()):
         return
-    raise ValueError(f"{what}: {name} is {_place_of(spec)} here, not {own}; rename your file ({_PAGE})")
+    raise OwnModuleError(f"{what}: {name} is {_place_of(spec)} here, not {own}; rename your file ({_PAGE})")
 
 
 def _way_out(error: BaseException) -> str:
@@ -144,4 +183,6 @@ def _current_folder() -> str:
     try:
         return os.getcwd()
     except FileNotFoundError as error:
-        raise ValueError("the current folder, in which modules are looked for, is gone; change to another") from error
+        raise OwnModuleError(
+            "the current folder, in which modules are looked for, is gone; change to another"
+        ) from error

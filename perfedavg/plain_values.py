@@ -16,7 +16,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from perfedavg.fields import kinds_of
+from perfedavg.fields import Kinds, OpenKinds, kinds_of, stand_in
 
 Value = TypeVar("Value")
 
@@ -144,11 +144,16 @@ def _convert_fields(kind: Any, values: dict[str, Any], name: str, ignore_unknown
     return kind(**converted)
 
 
-def _convert_choice(kinds: Mapping[str, type], value: Any, name: str, ignore_unknown: bool) -> Any:
+def _convert_choice(kinds: Kinds, value: Any, name: str, ignore_unknown: bool) -> Any:
+    """ignore_unknown: let a stand-in be what this version does not have; no module of a user's is imported."""
     chosen = value.get("name") if isinstance(value, dict) else None
-    if not isinstance(chosen, str) or chosen not in kinds:
+    settings = {key: value[key] for key in value if key != "name"} if isinstance(chosen, str) else {}
+    if isinstance(chosen, str) and ignore_unknown and isinstance(kinds, OpenKinds) and chosen not in kinds.built_in:
+        return stand_in(kinds.base, chosen, settings)
+    kind = kinds.find(chosen) if isinstance(chosen, str) else None
+    if kind is None:
         raise ValueError(f"{name} is {shown(value)}, must be an object whose name is one of {', '.join(kinds)}")
-    return _convert_fields(kinds[chosen], {key: value[key] for key in value if key != "name"}, name, ignore_unknown)
+    return _convert_fields(kind, settings, name, ignore_unknown)
 
 
 def _convert_union(kinds: tuple[Any, ...], value: Any, name: str, ignore_unknown: bool) -> Any:

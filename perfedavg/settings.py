@@ -130,7 +130,7 @@ class PhaseConfig:
         at_least=1,
     )
     server_schedule: str = setting("constant", "the server's rate over the rounds; linear ends at 0", choices=SCHEDULES)
-    method: Method = choice(METHODS, "fedavg", "what a client does and sends")
+    method: Method = choice(METHODS, "fedavg", "what a client does and sends, or package.module:Class for your own")
 
     def __post_init__(self) -> None:
         if self.server_optimizer.learning_rate is None:

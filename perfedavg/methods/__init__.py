@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from perfedavg.fields import OpenKinds
 from perfedavg.methods.base import Method
 from perfedavg.methods.fedavg import FedAvg
 from perfedavg.methods.fedprox import FedProx
@@ -9,4 +10,9 @@ from perfedavg.methods.fomaml import FOMAML
 from perfedavg.methods.maml import MAML
 from perfedavg.methods.reptile import Reptile
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (FedAvg, FedProx, Reptile, FOMAML, MAML)}
+__all__ = ["FOMAML", "MAML", "METHODS", "FedAvg", "FedProx", "Method", "Reptile"]
+
+
+METHODS = OpenKinds(
+    {method.name: method for method in (FedAvg, FedProx, Reptile, FOMAML, MAML)}, Method, "method", needed="update"
+)

@@ -25,6 +25,7 @@ from perfedavg.engine.client_states import ClientStates, StatesInMemory
 from perfedavg.engine.experiment import ExperimentState, RoundRecord
 from perfedavg.engine.scores import ClientScore
 from perfedavg.machine.kernels import KernelLog
+from perfedavg.own_module import changed_sources, sources
 from perfedavg.plain_values import differences, from_plain, parse_json, shown
 from perfedavg.recording.files import read_tensors, remove_partial_files, replace_file
 from perfedavg.settings import ExperimentConfig, Phase
@@ -46,7 +47,10 @@ class _DamagedError(Exception):
 
 @dataclass(frozen=True)
 class _Content:
-    """The JSON of a checkpoint. Phases by their `field`; `pending_record` as `RoundRecord.to_dict` gives it."""
+    """The JSON of a checkpoint.
+
+    Phases by their `field`; `pending_record` as `RoundRecord.to_dict` gives it; `sources` as `own_module.sources`.
+    """
 
     format_version: int
     config: dict[str, Any]
@@ -58,6 +62,7 @@ class _Content:
     pending_record: dict[str, Any] | None
     scores: list[str]
     phase_seconds: dict[str, float]
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -177,6 +182,9 @@ class Checkpoints:
                 f"this run was begun with other versions or processors ({'; '.join(versions)}): its result may differ "
                 "in the last bits"
             )
+        changed = changed_sources(content.sources)
+        if changed:
+            say(f"the code of {', '.join(changed)} has changed since the run was begun: its result may differ")
 
 
 def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
@@ -198,6 +206,7 @@ def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
         pending_record=None if state.pending_record is None else state.pending_record.to_dict(),
         scores=[phase.field for phase in state.scores],
         phase_seconds={phase.field: seconds for phase, seconds in state.phase_seconds.items()},
+        sources=sources(),
     )
     text = json.dumps(asdict(content))
     return safetensors.torch.save(tensors, {"checkpoint": text, "crc32": _checksum(text, tensors)})

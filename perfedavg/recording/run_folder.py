@@ -17,6 +17,7 @@ from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, Roun
 from perfedavg.engine.scores import ClientScore
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.machine.versions import describe_environment
+from perfedavg.own_module import sources
 from perfedavg.plain_values import from_plain
 from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
 from perfedavg.recording.divergence import say_divergence_in_round, say_divergence_in_scores
@@ -147,7 +148,8 @@ class RunFolder:
         """
         assert config.is_settled, "a run is one experiment for good"
         kernels = kernels or KernelLog()
-        environment = {**describe_environment(), "kernels": kernels.to_dict()}
+        own_code = {"own_code": sources()} if sources() else {}
+        environment = {**describe_environment(), "kernels": kernels.to_dict(), **own_code}
         identity = RunIdentity(config, clients.fingerprint, {"commit": environment["commit"]}, kernels)
         self._clients = clients
         self._checkpoints = Checkpoints(self.path / CHECKPOINT_FOLDER, identity)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from perfedavg.own_module import OwnModuleError
 from perfedavg.plain_values import from_plain, parse_json
 from perfedavg.settings import ExperimentConfig, Phase
 
@@ -64,8 +65,9 @@ class RecordedRun:
     def experiment(self, ignore_unknown: bool = False) -> ExperimentConfig:
         """All settings of the experiment, none of them open.
 
-        ignore_unknown: read a later version's run without the settings that this version does not know.
-        Raises ValueError, naming the setting that is damaged.
+        ignore_unknown: read a later version's run without the settings that this version does not know, and a user's
+            own method without its code, which then does nothing.
+        Raises ValueError, naming the setting that is damaged, or the user's own code that is not at hand.
         """
         try:
             if "flags" in self.content:
@@ -75,6 +77,8 @@ class RecordedRun:
             if not experiment.is_settled:
                 raise ValueError("its client_batching or initial_model is not settled")
             return experiment
+        except OwnModuleError:
+            raise  # the file is good
         except ValueError as error:
             path = self.folder / CONFIG_FILE
             raise ValueError(f"{path} is damaged, or of another version of this project ({error})") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -11,6 +12,7 @@ from helpers import Difference, QuadraticClients, make_config
 
 from multi_process.messages import AssignGroups, Configure, Message, RequestPartialSum, StartScoring, StartTraining
 from multi_process.worker import WorkerManager
+from perfedavg import own_module
 
 CLIENTS = QuadraticClients([[0.0, 0.0]] * 5, [4, 5, 6, 7, 8], num_unseen=1)
 TICKET = "a ticket"
@@ -49,6 +51,8 @@ class Script:
         ([Configure(TICKET, {}, 1)], "dataset"),
         ([Configure(TICKET, {**CONFIGURE.experiment, "fedavg": 3}, 1)], "fedavg"),
         ([Configure(TICKET, {**CONFIGURE.experiment, "seed": "zero"}, 1)], "seed"),
+        ([replace(CONFIGURE, sources={"my_method": "1" * 64})], "the code of my_method is not the server's; give both"),
+        ([replace(CONFIGURE, sources={"not_here": "1" * 64}), TRAIN, TRAIN, CONFIGURE], "Configure where"),
         ([CONFIGURE, AssignGroups([[0]])], "AssignGroups where work was expected"),
         ([CONFIGURE, RequestPartialSum()], "RequestPartialSum where work was expected"),
         ([CONFIGURE, SCORE, RequestPartialSum()], "RequestPartialSum where work was expected"),
@@ -58,8 +62,9 @@ class Script:
         ([CONFIGURE, StartTraining(7, 1, 22, torch.zeros(2))], "phase 7 with 2 parameters"),
     ],
 )
-def test_a_worker_refuses_what_cannot_be(said: list[Message], reason: str) -> None:
+def test_a_worker_refuses_what_cannot_be(said: list[Message], reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the end of a run with a line for the user, not in an error of whatever came to use it."""
+    monkeypatch.setattr(own_module, "_sources", {"my_method": "0" * 64})
     worker = WorkerManager(
         cast(Any, Script(said)),
         lambda config: (Difference([0.0, 0.0]), CLIENTS),
