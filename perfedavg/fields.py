@@ -61,7 +61,7 @@ class OpenKinds(Kinds):
         return self.get(name)
 
     def add(self, name: str, kind: type) -> None:
-        """Let a user's own be one of them, by that name, which becomes its `name`. Raises ValueError where it is none."""
+        """Let a user's own be one of them, by that name, which becomes its `name`. Raises ValueError."""
         problem = self._problem_with(kind)
         if problem is not None:
             raise ValueError(f"--{self.flag} {name}: {problem}")
