@@ -148,6 +148,7 @@ def _refuse_taken_names() -> None:
             taken = {
                 "help",
                 "config",
+                _SWITCH,
                 *by_any_name({flag.name: flag for flag in flags if flag.name and not flag.by_choice}),
             }
             for flag in flags:
