@@ -22,6 +22,7 @@ def main() -> None:
     from perfedavg.run import run_and_record
     from perfedavg.training.client_batching import choose_group_size
     from perfedavg.training.compute import resolve_device, return_freed_memory, use_reproducible_kernels
+    from perfedavg.training.flat_model import flatten
     from reporting.run_plots import draw_run_plots
 
     use_reproducible_kernels()
@@ -41,7 +42,7 @@ def main() -> None:
         network,
         dataset,
         partial(choose_group_size, config, model, dataset),
-        sum(parameter.numel() for parameter in model.parameters()),
+        flatten(model).numel(),
         args.join_timeout_seconds,
         args.worker_wait_seconds,
         worker_command(args),

@@ -44,6 +44,7 @@ from perfedavg.own_module import changed_sources
 from perfedavg.settings import ExperimentConfig, Phase
 from perfedavg.terminal.console import reason_of, say
 from perfedavg.training.compute import describe_device, describe_kernels
+from perfedavg.training.flat_model import flatten
 
 FAREWELL_SECONDS = 5.0
 """For the server to hear why a worker leaves."""
@@ -71,7 +72,7 @@ class PersonalizationTrainer(SerialTrainer):
     ) -> None:
         super().__init__(model, len(dataset.train_client_ids) + len(dataset.unseen_client_ids))
         self.dataset = dataset
-        self.num_parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.num_parameters = flatten(model).numel()
         self.config = config
         self._executor = LocalExecutor(config, model, dataset, device, num_slots)
         self.warnings = self._executor.warnings

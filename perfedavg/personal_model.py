@@ -20,7 +20,7 @@ from perfedavg.recording.runs import MODEL_FILE, RESULT_FILE, RecordedRun
 from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig
 from perfedavg.training.client_models import SCORING_BATCH_SIZE, Client
-from perfedavg.training.flat_model import FlatModel
+from perfedavg.training.flat_model import FlatModel, copy_into
 from perfedavg.training.local_training import LocalTraining, Loss
 
 CLASS_NAMES_FILE = "class_names.json"
@@ -101,9 +101,7 @@ def personalize(
     after = _score(flat, data)
     if not (math.isfinite(after.loss) and bool(flat.vector.isfinite().all())):
         raise ValueError(f"--local_lr {training.optimizer.learning_rate} is too high, the model diverged; lower it")
-    with torch.no_grad():
-        for parameter, adapted in zip(model.parameters(), flat.module.parameters(), strict=True):
-            parameter.copy_(adapted)  # no view of the flat vector: torch.export is for tensors of their own
+    copy_into(model, flat.vector)  # no views of the flat vector: torch.export is for tensors of their own
     return before, after
 
 

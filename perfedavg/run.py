@@ -16,7 +16,7 @@ from perfedavg.settings import ExperimentConfig
 from perfedavg.terminal.console import optional, say, show
 from perfedavg.terminal.display import ProgressDisplay, result_table
 from perfedavg.terminal.entry_point import at_early_end
-from perfedavg.training.flat_model import flatten
+from perfedavg.training.flat_model import count_buffer_entries, flatten
 
 SAVE_TIMEOUT_SECONDS = 30.0
 """How long a signal waits for a server step or a checkpoint that is under way."""
@@ -40,7 +40,7 @@ def run_and_record(
     """
     state = folder.begin(config, clients, run_settings, executor.kernels)
     if state is None:
-        state = ExperimentState.fresh(config, flatten(model))
+        state = ExperimentState.fresh(config, flatten(model), count_buffer_entries(model))
         if config.initial_model is not None:  # whose file need not be there when the run is resumed
             folder.keep_start(state)
     _check_size(state, model, folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -44,6 +46,19 @@ class Aggregation:
     def after_mean(self, mean: Tensor, num_updates: int, seeds: np.random.SeedSequence) -> Tensor:
         """What the server steps along. num_updates: that are in the mean.  seeds: of the round. Here, the mean."""
         return mean
+
+
+def check_buffers(changes: Tensor, client_id: int) -> None:
+    """Raises RefusedUpdateError where the change of a model's buffers, (num_buffer_entries,), cannot be added.
+
+    Running statistics are as large as what flows through the model, and their squares, whatever the learning rate.
+    """
+    largest = changes.abs().max().item()
+    if math.isfinite(largest) and largest > MAX_ENTRY:
+        raise RefusedUpdateError(
+            f"{refusal_of(client_id)}a buffer of its model, such as a running statistic, moved by {largest:g} (the "
+            f"limit is {MAX_ENTRY:g}): scale the inputs, or use GroupNorm in place of BatchNorm"
+        )
 
 
 def refusal_of(client_id: int) -> str:

@@ -22,7 +22,7 @@ from perfedavg.machine.cores import usable_cores
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.settings import ExperimentConfig, flag
 from perfedavg.training.compute import check_portable, describe_kernels
-from perfedavg.training.flat_model import FlatModel
+from perfedavg.training.flat_model import FlatModel, count_buffer_entries
 from perfedavg.training.local_training import Loss, loss_of
 from perfedavg.training.precision import check_precision
 from perfedavg.training.stacked_model import StackedModel
@@ -71,7 +71,7 @@ class LocalExecutor:
             build_group()  # now, because it may refuse the model
         slots = [TrainingSlot(build_single, build_group) for _ in range(num_slots)]
         self._pool = SlotPool(slots, getattr(dataset, "explain", None))
-        self._place = Workplace(config, self._pool, ClientReader(dataset, num_readers))
+        self._place = Workplace(config, self._pool, ClientReader(dataset, num_readers), count_buffer_entries(model))
 
     @property
     def num_slots(self) -> int:

@@ -38,7 +38,8 @@ class RoundRecord:
     refused: why a client's update is not in the mean, by its id. Where all were refused, the model is as it was.
     train_loss: uniform mean of the clients' training losses (see `tasks.ClientReport.loss`), over those whose update
         was not refused; None where there is none.
-    update_norm: Euclidean norm of the mean update, before the server optimizer; 0 where all were refused.
+    update_norm: Euclidean norm of the mean update, before the server optimizer and without buffers; 0 where all were
+        refused.
     seconds: wall time of training and aggregation, without evaluation.
     idle_share: share of that time in which those who train had no client, 0 .. 1.
     lost_workers: why each worker that was lost in the round is gone, by its rank.
@@ -104,15 +105,20 @@ class ExperimentState:
 
     @classmethod
     def fresh(
-        cls, config: ExperimentConfig, initial_parameters: Tensor, client_states: ClientStateStore | None = None
+        cls,
+        config: ExperimentConfig,
+        initial_parameters: Tensor,
+        num_buffer_entries: int = 0,
+        client_states: ClientStateStore | None = None,
     ) -> ExperimentState:
         """Before the first round.
 
         initial_parameters: (num_parameters,), the global model to start from; copied.
+        num_buffer_entries: how many of its entries, the last ones, are buffers.
         client_states: where what clients keep goes, which is nothing yet; by default into memory.
         """
         phase, settings = next(iter(config.phases.items()))
-        server = ServerOptimizer(settings.server_optimizer, initial_parameters)
+        server = ServerOptimizer(settings.server_optimizer, initial_parameters, num_buffer_entries)
         return cls(phase, 0, server, StatesInMemory() if client_states is None else client_states)
 
     @property
@@ -179,7 +185,8 @@ class ExperimentState:
         """Go on to the next phase, with the same model, a fresh server optimizer, and clients that keep nothing."""
         with self.lock:
             self.read_clock()
-            self.server = ServerOptimizer(settings.server_optimizer, self.server.parameters)
+            server = self.server
+            self.server = ServerOptimizer(settings.server_optimizer, server.parameters, server.num_buffer_entries)
             self.client_states.reset()
             self.phase, self.num_rounds = phase, 0
 
@@ -269,7 +276,10 @@ class _Run:
         if accepted:
             seeds = seed_sequence(config.seed, Purpose.AGGREGATION, phase=phase, round_number=round_number)
             mean_update = method.aggregation().after_mean(update.sum.finish(state.server.dtype), len(accepted), seeds)
-        norm = 0.0 if mean_update is None else float(torch.linalg.vector_norm(mean_update, dtype=torch.float64))
+        norm = 0.0
+        if mean_update is not None:
+            stepped_on = state.server.without_buffers(mean_update)
+            norm = float(torch.linalg.vector_norm(stepped_on, dtype=torch.float64))
         record = RoundRecord(
             phase=phase,
             round_number=round_number,

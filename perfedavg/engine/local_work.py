@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from perfedavg.aggregation.base import RefusedUpdateError
+from perfedavg.aggregation.base import RefusedUpdateError, check_buffers
 from perfedavg.aggregation.exact_mean import ExactMean
 from perfedavg.engine.client_reader import ClientReader
 from perfedavg.engine.client_states import ClientState, check_kept
@@ -25,11 +25,15 @@ from perfedavg.training.local_training import LocalTraining, local_training_of
 
 @dataclass(frozen=True)
 class Workplace:
-    """What all work of a process is done with."""
+    """What all work of a process is done with.
+
+    num_buffer_entries: how many entries of the global model, the last ones, are buffers.
+    """
 
     config: ExperimentConfig
     pool: SlotPool
     reader: ClientReader
+    num_buffer_entries: int = 0
 
 
 class CohortTraining:
@@ -75,6 +79,10 @@ class CohortTraining:
         models = slot.models(len(group), self._method.differentiates_training)
         clients = [self._client(client_id) for client_id in group]
         updates, losses = self._method.update(models, self._start, clients, self._training)
+        num_buffer_entries = self._place.num_buffer_entries
+        if num_buffer_entries and self._method.sends_gradients:
+            moved = models.parameters - self._start
+            updates[:, -num_buffer_entries:] = moved[:, -num_buffer_entries:]
         if slot not in self._sums:
             self._sums[slot] = self._aggregation.begin(len(self._start), self._task.capacity, self._start.device)
         refusals = [
@@ -105,6 +113,8 @@ class CohortTraining:
     def _add(self, running: ExactMean, update: Tensor, num_examples: int, client_id: int) -> str | None:
         """Add a client's update to a sum. Returns why it is refused, or None."""
         try:
+            if self._place.num_buffer_entries:
+                check_buffers(update[-self._place.num_buffer_entries :], client_id)
             added = self._aggregation.before_add(update, len(self._start), client_id)
         except RefusedUpdateError as error:
             return str(error)

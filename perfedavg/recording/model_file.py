@@ -1,4 +1,4 @@
-"""model.safetensors: a model's parameters, and what a reader needs to build the model and to name its classes."""
+"""model.safetensors: a model's parameters and buffers, and what is needed to build the model and name its classes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from perfedavg.plain_values import from_plain, parse_json
 from perfedavg.recording.files import read_tensors
 from perfedavg.settings import ExperimentConfig
+from perfedavg.training.flat_model import entries_of
 
 OWN_PARTS = ("build_model", "loss_function")
 """What a data set may bring itself, in place of this project's models and of the cross entropy."""
@@ -112,15 +113,15 @@ def check_can_be_saved(model: nn.Module) -> None:
     try:
         copied = copy.deepcopy(model)
         with torch.no_grad():
-            for parameter in copied.parameters():
-                parameter.zero_()
+            for entry in entries_of(copied).values():
+                entry.zero_()
         state = safetensors.torch.load(model_file(model, {}))
         copied.load_state_dict(state | {name: state[first] for name, first in _untied(model)[1].items()})
     except Exception as error:  # whatever a user's model raises
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(f"the model cannot be saved and read back ({reason}); {fix}") from error
-    for (name, saved), parameter in zip(model.named_parameters(), copied.parameters(), strict=True):
-        if not torch.equal(saved, parameter):
+    for (name, saved), read in zip(entries_of(model).items(), entries_of(copied).values(), strict=True):
+        if not torch.equal(saved, read):
             raise ValueError(f"the model's parameter {name} does not come back from its state_dict; {fix}")
 
 

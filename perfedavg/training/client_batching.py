@@ -22,6 +22,7 @@ from perfedavg.contracts import FederatedDataset
 from perfedavg.settings import ExperimentConfig, Phase, flag
 from perfedavg.terminal.console import say
 from perfedavg.training.compute import ComputeDevice
+from perfedavg.training.flat_model import flatten
 from perfedavg.training.local_training import local_training_of, loss_of
 from perfedavg.training.memory import group_memory_bytes
 from perfedavg.training.stacked_model import StackedModel
@@ -43,7 +44,7 @@ def choose_group_size(
     if config.client_batching is not None:
         return config
     is_gpu = all(device.kind == "cuda" for device in devices)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = flatten(model).numel()
     if (not is_gpu and num_parameters > TINY_MODEL) or not _can_be_stacked(model):
         return replace(config, client_batching=1)
     if not is_gpu:

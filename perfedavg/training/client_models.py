@@ -28,7 +28,8 @@ QUERY_BATCH_SIZE = 1024
 memory of one that has the data of all."""
 
 Penalty = Callable[[Tensor], Tensor]
-"""Clients' parameters, (clients, num_parameters), to the gradients of what is added to their losses, of equal shape."""
+"""Clients' parameters, (clients, num_parameters), to the gradients of what is added to their losses, of equal shape.
+Those of buffers count as 0."""
 AfterEpochs = Callable[[dict[int, int]], None]
 """Is told, by the client's place, the number of each epoch that has just ended; 0 before the first step."""
 
@@ -79,15 +80,18 @@ class ClientModels(ABC):
     Clients are given with the largest first, those of a call are the first ones here.
 
     loss_function: a plain mean over the examples of a batch, which must not influence each other.
+    num_buffer_entries: how many of a row's entries, the last ones, are the model's buffers. Training moves them
+        without gradients.
     """
 
     device: torch.device
     loss_function: Loss
+    num_buffer_entries: int
 
     @property
     @abstractmethod
     def parameters(self) -> Tensor:
-        """(clients, num_parameters): a row for each client of the last call. Not a copy."""
+        """(clients, num_parameters): a row for each client of the last call, parameters and buffers. Not a copy."""
 
     @abstractmethod
     def load(self, parameters: Tensor, num_clients: int = 1) -> None:
@@ -168,6 +172,8 @@ class ClientModels(ABC):
         """
         # Before the step, which changes the parameters.
         pull = None if penalty is None else penalty(self.parameters[: len(batch.sizes)])
+        if pull is not None and self.num_buffer_entries:
+            pull[:, -self.num_buffer_entries :] = 0
         rate = optimizer.rate_of_plain_sgd
         if rate is not None:
             losses = self.descend_on(batch, rate)

@@ -1,4 +1,9 @@
-"""The model of one client, whose parameters are one flat vector, which is what server and clients exchange."""
+"""The model of one client, which is one flat vector, and that is what server and clients exchange.
+
+The vector holds the parameters and then the buffers that a model saves and that are floating-point numbers, such as
+BatchNorm's running statistics. They so are initialized, trained, averaged, kept and sent as parameters are.
+Other buffers, such as counters of batches, start afresh with each client.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +28,18 @@ from perfedavg.training.local_training import Loss
 
 
 class FlatModel(ClientModels):
-    """A private copy of a model on one device, with its parameters as views of one flat vector.
+    """A private copy of a model on one device, with its parameters and buffers as views of one flat vector.
 
     module: the copy, with layers that are seeded or faster in place of some (see `perfedavg.training.layers`).
-    vector: (num_parameters,) the parameters; writing to it changes the model, once `refresh` is called.
+    vector: (num_parameters,) the parameters and buffers; writing to it changes the model, once `refresh` is called.
+        A training step moves the buffers in place.
     dropout_generator: the source of every dropout mask.
 
     precision: `float32`, which leaves every type as it is, or `bf16`: while the model trains, its layers compute in
         bfloat16 as torch.autocast chooses; parameters, optimizer and losses keep their own type.
 
-    Raises ValueError where the model has buffers (running statistics of BatchNorm would pass from one client to the
-    next) or a layer whose randomness cannot be seeded for each client.
+    Raises ValueError where the model has a layer whose randomness cannot be seeded for each client, or buffers of
+    another type than its parameters.
     """
 
     def __init__(
@@ -46,13 +52,22 @@ class FlatModel(ClientModels):
         self.loss_function = loss_function
         self.device = torch.device(device)
         self.dropout_generator = torch.Generator(device=self.device)
-        refuse_buffers(model)
+        refuse_mixed_types(model)
         self._computes_in_bf16 = precision == "bf16"
         self._deferred = DeferredGradients()
         # The generator is bound after the copy, because a generator cannot be deep-copied.
         self.module = replace_layers(copy.deepcopy(model).to(self.device), self._replacement)
         self.vector = flatten(self.module)
         unflatten_into(self.module, self.vector)
+        self.num_buffer_entries = count_buffer_entries(self.module)
+        moving = {id(buffer) for buffer in moving_buffers(self.module).values()}
+        self._buffers = [
+            (layer, name, held)
+            for layer in self.module.modules()
+            for name, held in layer._buffers.items()
+            if held is not None
+        ]
+        self._fresh_buffers = [(held, held.clone()) for _, _, held in self._buffers if id(held) not in moving]
         self._trained = [view for view in self.module.parameters() if view.requires_grad]
         layers = list(self.module.modules())
         self._dense_layers = [layer for layer in layers if isinstance(layer, FactoredLinear)]
@@ -78,6 +93,14 @@ class FlatModel(ClientModels):
     def load(self, parameters: Tensor, num_clients: int = 1) -> None:
         refuse_too_many(num_clients, 1)
         self.vector.copy_(parameters)
+        for layer, name, held in self._buffers:
+            if layer._buffers[name] is not held:
+                raise ValueError(
+                    f"{type(layer).__name__} puts a new tensor in the place of its buffer {name}, which so would pass "
+                    f"from client to client; write to it instead, as in self.{name}.copy_(...)"
+                )
+        for held, fresh in self._fresh_buffers:
+            held.copy_(fresh)
         self.module.train()
         self.refresh()
 
@@ -129,9 +152,9 @@ class FlatModel(ClientModels):
         self.refresh()
 
     def gradient(self, loss: Tensor) -> Tensor:
-        """The gradient of the loss, a scalar that the model gave: (num_parameters,), in the parameters' order.
+        """The gradient of the loss, a scalar that the model gave: (num_parameters,), in the vector's order.
 
-        It is 0 for parameters that do not require one.
+        It is 0 for buffers, and for parameters that do not require one.
         """
         self._deferred.begin(None)
         gradients = torch.autograd.grad(loss, self._trained, allow_unused=True)
@@ -163,14 +186,15 @@ def refuse_too_many(num_clients: int, room: int) -> None:
         raise ValueError(f"{num_clients} clients do not fit a group of {room}; give 1 to {room}")
 
 
-def refuse_buffers(model: nn.Module) -> None:
-    """Raise ValueError where the model has buffers."""
-    buffers = [name for name, _ in model.named_buffers()]
-    if buffers:
-        raise ValueError(
-            f"the model has buffers ({', '.join(buffers[:3])}), which would pass from client to client; "
-            "use layers without running state, such as GroupNorm in place of BatchNorm"
-        )
+def refuse_mixed_types(model: nn.Module) -> None:
+    """Raise ValueError where the model has buffers that have no place in the vector of its parameters."""
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    for name, buffer in moving_buffers(model).items():
+        if kinds and buffer.dtype not in kinds:
+            raise ValueError(
+                f"the model's buffer {name} is {buffer.dtype}, its parameters are {', '.join(map(str, kinds))}; make "
+                "them alike, as in model.float()"
+            )
 
 
 def refuse_unseedable(layer: nn.Module) -> None:
@@ -181,11 +205,52 @@ def refuse_unseedable(layer: nn.Module) -> None:
         raise ValueError(f"{type(layer).__name__} draws from torch's global generator; use nn.Dropout in its place")
 
 
+def moving_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that training may move and that a model's vector has room for, by name, each once.
+
+    They are those of floating-point numbers that the model saves, such as BatchNorm's running statistics.
+    """
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, layer in model.named_modules():
+        for name, buffer in layer._buffers.items():
+            if buffer is not None and buffer.is_floating_point() and name not in layer._non_persistent_buffers_set:
+                found.setdefault(id(buffer), (f"{prefix}.{name}" if prefix else name, buffer))
+    return dict(found.values())
+
+
+def entries_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that make up a model's vector, by name and in its order: its parameters, then `moving_buffers`."""
+    return {**dict(model.named_parameters()), **moving_buffers(model)}
+
+
+def count_buffer_entries(model: nn.Module) -> int:
+    """How many entries of a model's vector, the last ones, are buffers'; 0 for most models."""
+    return sum(buffer.numel() for buffer in moving_buffers(model).values())
+
+
 def flatten(model: nn.Module) -> Tensor:
-    """A copy of the model's parameters as one vector, (num_parameters,), in the order of `model.parameters()`."""
-    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+    """A copy of the model as one vector, (num_parameters,): `entries_of`, one behind the other."""
+    return torch.cat([entry.detach().reshape(-1) for entry in entries_of(model).values()])
 
 
-def unflatten_into(model: nn.Module, parameters: Tensor) -> None:
-    """Let a model's parameters be views of a flat vector, (num_parameters,), of the same device and type."""
-    nn.utils.vector_to_parameters(parameters, model.parameters())
+def unflatten_into(model: nn.Module, vector: Tensor) -> None:
+    """Let a model's parameters and buffers be views of its vector, (num_parameters,), of the same device and type."""
+    buffers = moving_buffers(model)
+    nn.utils.vector_to_parameters(vector, model.parameters())
+    position = len(vector) - sum(buffer.numel() for buffer in buffers.values())
+    views = {}
+    for buffer in buffers.values():
+        # .data, because views share a count of writes, by which autograd would take one buffer's for another's.
+        views[id(buffer)] = vector[position : position + buffer.numel()].view_as(buffer).data
+        position += buffer.numel()
+    for layer in model.modules():
+        for name, held in layer._buffers.items():
+            layer._buffers[name] = views.get(id(held), held)
+
+
+def copy_into(model: nn.Module, vector: Tensor) -> None:
+    """Give a model's own parameters and buffers the values of a vector, (num_parameters,)."""
+    entries = entries_of(model).values()
+    with torch.no_grad():
+        for entry, values in zip(entries, vector.split([entry.numel() for entry in entries]), strict=True):
+            entry.copy_(values.view_as(entry))

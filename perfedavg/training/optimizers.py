@@ -105,16 +105,24 @@ class ServerOptimizer:
 
     The pseudo-gradient is minus the mean update, so that with sgd and learning rate 1 the step is
     `theta + mean update`: FedAvg's average, and Reptile's `theta + step * mean_i(theta_i(K) - theta)` at step 1.
+
+    num_buffer_entries: how many entries, the last ones, are a model's buffers, such as BatchNorm's running statistics.
+        They are no weights to be optimized: each gets its mean change, whatever the optimizer and its rate.
     """
 
-    def __init__(self, config: OptimizerConfig, parameters: Tensor) -> None:
+    def __init__(self, config: OptimizerConfig, parameters: Tensor, num_buffer_entries: int = 0) -> None:
         self._parameters = parameters.detach().clone()
-        self._optimizer = Optimizer(config, self._parameters)
+        self.num_buffer_entries = num_buffer_entries
+        self._optimizer = Optimizer(config, self.without_buffers(self._parameters))
 
     @property
     def parameters(self) -> Tensor:
         """The global model after the steps so far, (num_parameters,). A copy."""
         return self._parameters.clone()
+
+    def without_buffers(self, vector: Tensor) -> Tensor:
+        """The entries of a vector, (num_parameters,), that the optimizer steps on."""
+        return vector[: -self.num_buffer_entries] if self.num_buffer_entries else vector
 
     @property
     def dtype(self) -> torch.dtype:
@@ -122,22 +130,28 @@ class ServerOptimizer:
 
     def tensors(self) -> dict[str, Tensor]:
         """All that the next step depends on, by name. Not copies: the next step changes them."""
-        return {"parameters": self._parameters, **self._optimizer.state}
+        buffers = self._parameters[len(self._parameters) - self.num_buffer_entries :]
+        kept = {"buffers": buffers} if self.num_buffer_entries else {}
+        return {"parameters": self.without_buffers(self._parameters), **kept, **self._optimizer.state}
 
     @classmethod
     def from_tensors(cls, config: OptimizerConfig, tensors: Mapping[str, Tensor]) -> ServerOptimizer:
         """The inverse of `tensors`; the new one owns copies. Raises ValueError where they are no optimizer's."""
         if "parameters" not in tensors:
             raise ValueError("there are no parameters")
-        shape = tensors["parameters"].shape
-        if len(shape) != 1 or any(tensor.ndim and tensor.shape != shape for tensor in tensors.values()):
+        state = {name: tensor.clone() for name, tensor in tensors.items()}
+        parameters = state.pop("parameters")
+        buffers = state.pop("buffers", parameters[:0])
+        if parameters.ndim != 1 or any(tensor.ndim and tensor.shape != parameters.shape for tensor in state.values()):
             raise ValueError("the optimizer's state is not that of its parameters")
-        server = cls(config, tensors["parameters"])
-        server._optimizer.state.update(
-            {name: tensor.clone() for name, tensor in tensors.items() if name != "parameters"}
-        )
+        if (buffers.ndim, buffers.dtype) != (1, parameters.dtype):
+            raise ValueError("the buffers are not those of the parameters")
+        server = cls(config, torch.cat([parameters, buffers]), len(buffers))
+        server._optimizer.state.update(state)
         return server
 
     def step(self, mean_update: Tensor, rate_factor: float = 1.0) -> None:
         """One server step along the mean update, (num_parameters,), at so much of the learning rate."""
-        self._optimizer.step(-mean_update, rate_factor)
+        self._optimizer.step(-self.without_buffers(mean_update), rate_factor)
+        if self.num_buffer_entries:
+            self._parameters[-self.num_buffer_entries :] += mean_update[-self.num_buffer_entries :]

@@ -16,10 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from perfedavg.settings import flag
 from perfedavg.training.client_models import Batch, Client, ClientModels, Query
-from perfedavg.training.flat_model import flatten, refuse_buffers, refuse_too_many, refuse_unseedable
+from perfedavg.training.flat_model import (
+    count_buffer_entries,
+    flatten,
+    moving_buffers,
+    refuse_mixed_types,
+    refuse_too_many,
+    refuse_unseedable,
+)
 from perfedavg.training.layers import GroupBatches, GroupDropout, replace_layers
 from perfedavg.training.local_training import LocalTraining, Loss
 
@@ -35,7 +43,8 @@ class StackedModel(ClientModels):
     group_size: clients there is room for.  precision: see `FlatModel`.
 
     Raises ValueError where a `FlatModel` would, and where a layer cannot be run for many clients at once: recurrent
-    ones, for which torch has no rule, and those that mix the examples of a batch.
+    ones, for which torch has no rule, and those that mix the examples of a batch or move their buffers in training.
+    So buffers are constants here, and the same for all clients.
     """
 
     def __init__(
@@ -52,7 +61,7 @@ class StackedModel(ClientModels):
         self.loss_function = loss_function
         self._num_clients = group_size
         self._computes_in_bf16 = precision == "bf16"
-        refuse_buffers(model)
+        refuse_mixed_types(model)
         generators = [torch.Generator(device=_generator_device(self.device)) for _ in range(group_size)]
         self._batches = GroupBatches(generators, [])
         # Its parameters are never read: a call is given a client's in their place.
@@ -64,6 +73,11 @@ class StackedModel(ClientModels):
             row = slice(position, position + parameter.numel())
             self._views[name] = self._matrix[:, row].view(group_size, *parameter.shape)
             position = row.stop
+        for layer in self._module.modules():
+            layer._buffers.update(
+                {name: held.to(self.device) for name, held in layer._buffers.items() if held is not None}
+            )
+        self.num_buffer_entries = count_buffer_entries(self._module)
         self._frozen = [name for name, parameter in self._module.named_parameters() if not parameter.requires_grad]
         self._uses = _uses_of_parameters(self._module)
 
@@ -75,6 +89,11 @@ class StackedModel(ClientModels):
         refuse_too_many(num_clients, len(self._matrix))
         self._num_clients = num_clients
         self._matrix[:num_clients] = parameters
+        if self.num_buffer_entries:
+            buffers = moving_buffers(self._module).values()
+            values = self._matrix[0, -self.num_buffer_entries :].split([buffer.numel() for buffer in buffers])
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value.view_as(buffer))
 
     def refresh(self) -> None:
         """Nothing is derived from the parameters."""
@@ -90,7 +109,7 @@ class StackedModel(ClientModels):
 
     def differentiate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         gradients, losses = self._differentiate(batch)
-        return _flat(gradients), losses
+        return self._flat(gradients), losses
 
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         is_real = _is_real(batch)
@@ -143,7 +162,7 @@ class StackedModel(ClientModels):
                 self._first(len(clients)), batches, self._rows(query)
             )
         gradients, losses = cast(tuple[Gradients, Tensor], differentiated)
-        return _flat(self._freeze(gradients)), losses
+        return self._flat(self._freeze(gradients)), losses
 
     def _differentiate(self, batch: Batch) -> tuple[Gradients, Tensor]:
         """The gradients by parameter, each client's over its own batch, and the losses, (clients,)."""
@@ -186,6 +205,13 @@ class StackedModel(ClientModels):
         """The gradients, with zeros for the parameters that are not trained."""
         return {name: torch.zeros_like(value) if name in self._frozen else value for name, value in gradients.items()}
 
+    def _flat(self, gradients: Gradients) -> Tensor:
+        """As one matrix, (clients, num_parameters)."""
+        parts = [gradient.flatten(1) for gradient in gradients.values()]
+        if self.num_buffer_entries:
+            parts.append(parts[0].new_zeros(len(parts[0]), self.num_buffer_entries))
+        return torch.cat(parts, dim=1)
+
     def _run(self, parameters: Gradients, inputs: Tensor) -> Tensor:
         used = {use: parameters[name] for use, name in self._uses.items()}
         return cast(Tensor, functional_call(self._module, used, (inputs,), tie_weights=False))
@@ -200,6 +226,11 @@ class StackedModel(ClientModels):
             raise ValueError(
                 f"{type(layer).__name__} mixes the examples of a batch, so it cannot be trained many at once; "
                 f"use {flag('client_batching')} 1, or GroupNorm in its place"
+            )
+        if isinstance(layer, _InstanceNorm) and layer.track_running_stats:
+            raise ValueError(
+                f"{type(layer).__name__} with track_running_stats moves its buffers, so it cannot be trained many at "
+                f"once; use {flag('client_batching')} 1, or leave that out"
             )
         refuse_unseedable(layer)
         return GroupDropout(layer.p, self._batches) if isinstance(layer, nn.Dropout) else None
@@ -227,11 +258,6 @@ def _losses(outputs: Tensor, labels: Tensor, loss_function: Loss) -> Tensor:
 def _is_real(batch: Batch) -> Tensor:
     """(clients, rows): which rows are the client's own."""
     return torch.arange(batch.inputs.shape[1], device=batch.counts.device) < batch.counts[:, None]
-
-
-def _flat(gradients: Gradients) -> Tensor:
-    """As one matrix, (clients, num_parameters)."""
-    return torch.cat([gradient.flatten(1) for gradient in gradients.values()], dim=1)
 
 
 def _generator_device(device: torch.device) -> torch.device:

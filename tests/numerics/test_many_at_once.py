@@ -322,7 +322,8 @@ def test_dropout_whose_first_dimension_is_not_the_batch_is_refused() -> None:
         (CharLSTM(11), "LSTM cannot be trained many at once, nor differentiated twice; use --client_batching 1"),
         (nn.GRUCell(3, 3), "GRUCell cannot be trained many at once"),
         (nn.BatchNorm1d(3, track_running_stats=False), "BatchNorm1d mixes the examples of a batch"),
-        (nn.BatchNorm1d(3), "running_mean"),
+        (nn.BatchNorm1d(3), "BatchNorm1d mixes the examples"),
+        (nn.InstanceNorm1d(3, track_running_stats=True), "moves its buffers"),
         (nn.Sequential(nn.Dropout2d(0.5)), "Dropout2d"),
     ],
 )

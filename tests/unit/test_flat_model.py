@@ -48,7 +48,6 @@ def test_dropout_keeps_the_expectation_and_rests_in_evaluation() -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (nn.BatchNorm1d(3), "running_mean"),
         (nn.Sequential(nn.Dropout2d(0.5)), "Dropout2d"),
         (nn.LSTM(3, 3, num_layers=2, dropout=0.1), "LSTM"),
     ],
