@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
-from perfedavg.contracts import ClientDirectory, Executor
-from perfedavg.engine.experiment import ExperimentState, run_experiment
+from perfedavg.contracts import ClientDirectory, Executor, Observer
+from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, RoundRecord, experiment_rounds
 from perfedavg.recording.model_file import ModelFacts
 from perfedavg.recording.results import summarize_run
 from perfedavg.recording.run_folder import RunFolder
@@ -30,13 +31,37 @@ def run_and_record(
     folder: RunFolder,
     run_settings: dict[str, Any],
 ) -> None:
-    """Run the experiment from the model's weights, or from where the folder's run was stopped.
+    """Run and record the experiment as `recorded_rounds` does, show its progress, and print the result table."""
 
-    Shows it, records it in the folder, and prints the result table. Whatever ends it early, a signal or an error,
-    leaves a checkpoint and a line that tells how to go on. Plots are left to the caller, for when no worker waits for
-    the end.
-    model: with the weights to start from, which are not needed where the folder has a checkpoint.
+    def show_table(result: dict[str, Any]) -> None:
+        with optional("no table of the results"):
+            show(f"\n{result_table(result, getattr(clients, 'note', ''))}")
+
+    observers = [ProgressDisplay(config)]
+    for _ in recorded_rounds(config, executor, clients, model, folder, run_settings, observers, show_table):
+        pass
+    show(f"results in {folder.shown_path}")
+
+
+def recorded_rounds(
+    config: ExperimentConfig,
+    executor: Executor,
+    clients: ClientDirectory,
+    model: nn.Module,
+    folder: RunFolder,
+    run_settings: dict[str, Any],
+    observers: Sequence[Observer] = (),
+    take_result: Callable[[dict[str, Any]], None] | None = None,
+) -> Iterator[RoundRecord]:
+    """Run the experiment round by round, from the model's weights or from where the folder's run was stopped.
+
+    Records it in the folder. Whatever ends it early, a signal, an error or a caller who takes no more rounds, leaves a
+    checkpoint and a line that tells how to go on. Plots are left to the caller, for when no worker waits for the end.
+    model: with the weights to start from, which are not needed where the folder has a checkpoint; at the end with the
+        final ones.
     run_settings: as `RunFolder.begin` takes them; `world_size` among them.
+    observers: besides the folder.
+    take_result: is given the content of result.json, also where there is no room for the file.
     """
     state = folder.begin(config, clients, run_settings, executor.kernels)
     if state is None:
@@ -47,7 +72,8 @@ def run_and_record(
     keeper = _StateKeeper(folder, state)
     withdraw = at_early_end(keeper.end_early)
     try:
-        outcome = run_experiment(config, executor, clients, state, [folder, ProgressDisplay(config)])
+        yield from experiment_rounds(config, executor, clients, state, [folder, *observers])
+        outcome = ExperimentOutcome.of(state)
         facts = {
             "train_clients": len(clients.train_client_ids),
             "unseen_clients": len(clients.unseen_client_ids),
@@ -60,15 +86,14 @@ def run_and_record(
             with state.lock:
                 folder.write_result(outcome, model, ModelFacts.of(config, clients), result)
                 keeper.has_ended = True
-        finally:  # also where there is no room for the files
-            with optional("no table of the results"):
-                show(f"\n{result_table(result, getattr(clients, 'note', ''))}")
+        finally:
+            if take_result is not None:
+                take_result(result)
     except BaseException as error:
         keeper.end_early(error)
         raise
     finally:
         withdraw()
-    show(f"results in {folder.shown_path}")
 
 
 def _check_size(state: ExperimentState, model: nn.Module, folder: RunFolder) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import math
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -152,6 +152,12 @@ class ExperimentState:
             self.phase_seconds[self.phase] = self.phase_seconds.get(self.phase, 0.0) + now - self._clock
             self._clock = now
 
+    def stop_clock(self) -> None:
+        """Until it is started again, time is nobody's."""
+        with self.lock:
+            self.read_clock()
+            self._clock = None
+
     def end_round(
         self, mean_update: Tensor | None, rate_factor: float, record: RoundRecord, keeping: Iterable[int]
     ) -> None:
@@ -199,6 +205,11 @@ class ExperimentOutcome:
     scores: dict[Phase, list[ClientScore]]
     phase_seconds: dict[Phase, float]
 
+    @classmethod
+    def of(cls, state: ExperimentState) -> ExperimentOutcome:
+        """Of a run that has come to its end."""
+        return cls(state.server.parameters, state.scores, state.phase_seconds)
+
     @property
     def seconds(self) -> float:
         return math.fsum(self.phase_seconds.values())
@@ -221,9 +232,24 @@ def run_experiment(
     executor did the work, nor from how often the run was stopped and went on from its state.
     Raises ValueError where a round asks for more clients than there are to train.
     """
+    for _ in experiment_rounds(config, executor, clients, state, observers):
+        pass
+    return ExperimentOutcome.of(state)
+
+
+def experiment_rounds(
+    config: ExperimentConfig,
+    executor: Executor,
+    clients: ClientDirectory,
+    state: ExperimentState,
+    observers: Sequence[Observer] = (),
+) -> Iterator[RoundRecord]:
+    """As `run_experiment`, round by round: each when it has been recorded. Between two, the state may be saved.
+
+    Time that the caller takes between two rounds does not count.
+    """
     config.check_cohort_size(len(clients.train_client_ids))
-    _Run(config, executor, clients, state, observers).go_on()
-    return ExperimentOutcome(state.server.parameters, state.scores, state.phase_seconds)
+    return _Run(config, executor, clients, state, observers).go_on()
 
 
 @dataclass(frozen=True)
@@ -236,7 +262,7 @@ class _Run:
     state: ExperimentState
     observers: Sequence[Observer]
 
-    def go_on(self) -> None:
+    def go_on(self) -> Iterator[RoundRecord]:
         """From where the state stands to the end."""
         state = self.state
         state.start_clock()
@@ -250,7 +276,10 @@ class _Run:
             while state.num_recorded < settings.num_rounds:
                 if state.pending_record is None:
                     self._train_round()
-                self._record_round()
+                record = self._record_round()
+                state.stop_clock()
+                yield record
+                state.start_clock()
             if phase not in state.scores:
                 self._score_unseen()
             for observer in self.observers:
@@ -295,7 +324,7 @@ class _Run:
         )
         state.end_round(mean_update, config.phases[phase].server_rate_factor(round_number), record, update.keeping)
 
-    def _record_round(self) -> None:
+    def _record_round(self) -> RoundRecord:
         """Score the unseen clients where the round that has been trained is a time to, and tell of the round."""
         state, record = self.state, self.state.pending_record
         assert record is not None, "a round has been trained"
@@ -314,6 +343,7 @@ class _Run:
         state.mark_recorded()
         for observer in self.observers:
             observer.checkpoint_due(state)
+        return record
 
     def _score_unseen(self) -> None:
         """The results after the present phase: all unseen clients, epoch by epoch where that is asked for."""
