@@ -137,10 +137,10 @@ def worker_sending(fault: Fault) -> None:
 
 def worker_scoring(fault: Fault) -> None:
     """Personalizing an unseen client."""
-    from perfedavg.engine.local_work import UnseenScoring
+    from perfedavg.engine.local_work import ClientScoring
 
     follow_worker(fault)
-    before(UnseenScoring, "_score", lambda *args: fault.strike_if_due())
+    before(ClientScoring, "_score", lambda *args: fault.strike_if_due())
 
 
 def server_joining(fault: Fault) -> None:

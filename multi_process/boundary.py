@@ -139,16 +139,20 @@ class ExpectedTraining:
 class ExpectedScoring:
     """What the server knows of a scoring by itself.
 
+    metrics: what clients are scored by.
     num_curve_epochs: see `tasks.ScoringTask`.
     is_regression: whether there are no accuracies.
     """
 
+    metrics: Sequence[str]
     num_curve_epochs: int
     is_regression: bool
     num_train_examples: Callable[[int], int]
 
     def check(self, scores: Sequence[ClientScore]) -> None:
-        """Raises ValueError where no client can have scored so. Losses may be infinite or NaN: training may diverge."""
+        """Raises ValueError where no client can have scored so. Other values than accuracies may be infinite or NaN:
+        training may diverge.
+        """
         num_measured = self.num_curve_epochs + 1 if self.num_curve_epochs else 0
         for score in scores:
             _check_examples(score.client_id, score.num_train_examples, self.num_train_examples)
@@ -158,8 +162,13 @@ class ExpectedScoring:
                     f"client {score.client_id} was scored after {len(score.by_epoch)} numbers of epochs, not "
                     f"{num_measured}"
                 )
-            accuracies = [accuracy for _, accuracy in score.by_epoch]
-            for accuracy in (score.initial_accuracy, score.personalized_accuracy, *accuracies):
+            for values in (score.initial, score.personalized, *score.by_epoch):
+                if list(values) != list(self.metrics):
+                    raise ValueError(
+                        f"client {score.client_id} was scored by {clean_text(', '.join(values), 80)}, not by "
+                        f"{', '.join(self.metrics)}"
+                    )
+                accuracy = values["accuracy"]
                 if not (math.isnan(accuracy) if self.is_regression else 0 <= accuracy <= 1):
                     raise ValueError(f"client {score.client_id} has an accuracy of {accuracy}")
 

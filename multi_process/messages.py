@@ -121,7 +121,7 @@ class KeptStates(Message):
 
 @dataclass(frozen=True)
 class StartScoring(Message):
-    """Server to worker: unseen clients are to be scored next. The fields are those of `tasks.ScoringTask`."""
+    """Server to worker: clients are to be scored next. The fields are those of `tasks.ScoringTask`."""
 
     code = MessageCode.ParameterUpdate
     phase: PhaseNumber

@@ -188,7 +188,7 @@ class WorkerPool(PoolManager):
     def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
         scores: list[ClientScore] = []
         sizes = self._clients.num_train_examples
-        expected = ExpectedScoring(task.num_curve_epochs, self._has_no_accuracies(), sizes)
+        expected = ExpectedScoring(self.config.metric_names, task.num_curve_epochs, self._has_no_accuracies(), sizes)
 
         def accept_result(worker: Worker, answer: Message) -> None:
             assert isinstance(answer, GroupScored), "a scored group's result comes by itself"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
     from perfedavg.engine.client_states import ClientState
     from perfedavg.engine.experiment import ExperimentState, RoundRecord
-    from perfedavg.engine.scores import ClientScore
+    from perfedavg.engine.scores import ClientScore, RunScores
     from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
     from perfedavg.machine.kernels import KernelLog
-    from perfedavg.settings import Phase
+    from perfedavg.settings import Phase, Population
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ class Observer(Protocol):
     def checkpoint_due(self, state: ExperimentState) -> None:
         """A round has been recorded, and nothing is under way: the time to save the state."""
 
-    def scoring_started(self, phase: Phase, num_clients: int) -> None: ...
+    def scoring_started(self, phase: Phase, population: Population, num_clients: int) -> None: ...
 
-    def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
+    def phase_ended(self, phase: Phase, scores: RunScores) -> None:
         """scores: after this phase and those before it."""
 
 

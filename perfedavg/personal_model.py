@@ -150,9 +150,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _score(model: FlatModel, data: ClientData) -> Score:
-    ((loss, accuracy),) = model.score([(data.test_inputs, data.test_labels)])
+    (values,) = model.score([(data.test_inputs, data.test_labels)])
     num_examples = len(data.test_labels)
-    return Score(loss, round(accuracy * num_examples), num_examples)
+    return Score(values["loss"], round(values["accuracy"] * num_examples), num_examples)
 
 
 def _check_exported(content: bytes, model: nn.Module, inputs: Tensor) -> None:

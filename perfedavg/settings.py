@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import MISSING, dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 from fractions import Fraction
 from typing import Any
 
@@ -31,6 +31,8 @@ GRADIENT_STEP = 0.1
 """The same where clients send gradients."""
 ADAPTIVE_STEP = 0.001
 """The server's learning rate with adam, yogi and adagrad."""
+BASIC_METRICS = ("loss", "accuracy")
+"""What every client is scored by."""
 HIGHEST_RATE = 1e30
 """Of learning rates: above it, optimizers compute step sizes that float32 does not hold."""
 UNREAD = "unread"
@@ -61,6 +63,15 @@ class Phase(IntEnum):
     def of_field(cls, name: str) -> Phase:
         """The inverse of `field`. Raises KeyError where no phase has that name."""
         return {phase.field: phase for phase in cls}[name]
+
+
+class Population(Enum):
+    """Whose scores they are, always told apart. The value is its name in files."""
+
+    UNSEEN = "unseen"
+    """Clients that never train."""
+    TRAINED = "trained"
+    """Clients that took part in training."""
 
 
 def refuse_share(text: str) -> str | None:
@@ -263,6 +274,11 @@ class ExperimentConfig(ClientsConfig):
             if self.fedavg.num_rounds == 0:
                 del phases[Phase.FEDAVG]
         return phases
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """What clients are scored by, in the order of results."""
+        return BASIC_METRICS
 
     def __post_init__(self) -> None:
         """Refuse, with the flag, its value and the fix, whatever cannot be run."""

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfedavg.recording.runs import CurvePoint, FinishedRun, PhaseResult
-from perfedavg.settings import Phase
+from perfedavg.settings import Phase, Population
 
 NO_NUMBER = "-"
 """Stands for a figure that does not exist, or is not finite."""
@@ -52,7 +52,7 @@ class Measure:
 
     def values(self, results: Sequence[PhaseResult], kind: str) -> list[float | None]:
         """kind: of KINDS."""
-        return [getattr(getattr(result, kind), self.field) for result in results]
+        return [getattr(result, kind).get(self.field) for result in results]
 
     def mean(self, results: Sequence[PhaseResult], kind: str) -> str:
         """The mean over the results of seeds, as text."""
@@ -100,7 +100,7 @@ def rounds_to_target(curve: Sequence[CurvePoint], kind: str, target: float) -> i
     None where it never was. The curve has a point every `eval_every` rounds, which is how exact the answer is.
     """
     for point in curve:
-        accuracy = getattr(point, kind).accuracy
+        accuracy = getattr(point, kind)["accuracy"]
         if accuracy is not None and accuracy >= target:
             return point.round_number
     return None
@@ -110,7 +110,8 @@ def steps_per_epoch(run: FinishedRun) -> int | None:
     """Personalization steps in an epoch; None where unseen clients differ in it, or their sizes are not known."""
     if run.clients is None:
         return None
-    counts = set(np.ceil(run.clients["num_train_examples"] / run.settings["batch_size"]).astype(int).tolist())
+    sizes = run.clients[Population.UNSEEN]["num_train_examples"]
+    counts = set(np.ceil(sizes / run.settings["batch_size"]).astype(int).tolist())
     return counts.pop() if len(counts) == 1 else None
 
 

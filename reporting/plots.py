@@ -186,7 +186,7 @@ def draw_clients(rows: Sequence[Row], measure: Measure) -> Draw | None:
 def mean_curve(row: Row, kind: str, measure: Measure) -> Curve:
     """The curve of a row: means and sample deviations over its seeds, at the rounds that all their curves have."""
     curves = [
-        {point.round_number: getattr(getattr(point, kind), measure.field) for point in run.curve}
+        {point.round_number: getattr(point, kind).get(measure.field) for point in run.curve}
         for run in row.runs
         if run.curve
     ]
@@ -194,10 +194,10 @@ def mean_curve(row: Row, kind: str, measure: Measure) -> Curve:
 
 
 def _epoch_curve(results: Sequence[PhaseResult], measure: Measure) -> Curve:
-    curves = [{entry.epochs: getattr(entry, measure.field) for entry in result.by_epoch} for result in results]
+    curves = [dict(enumerate(scores[measure.field] for scores in result.by_epoch)) for result in results]
     epochs, means, deviations = _over_seeds(curves)
     if len(results) == 1 and not measure.is_accuracy:
-        spread = [entry.loss_std for entry in results[0].by_epoch]
+        spread = [scores["loss_std"] for scores in results[0].by_epoch]
         deviations = np.array([np.nan if std is None else confidence_95(std, results[0].clients) for std in spread])
     return epochs, means, deviations
 

@@ -72,7 +72,7 @@ class Row:
     def has_accuracy(self) -> bool:
         """Whether the clients' task has accuracies, unlike a regression."""
         results = itertools.chain.from_iterable(self.results.values())
-        return any(getattr(result, kind).accuracy is not None for result in results for kind in KINDS)
+        return any(getattr(result, kind)["accuracy"] is not None for result in results for kind in KINDS)
 
     def after(self, phase: Phase) -> str:
         """What the results of a phase come after."""

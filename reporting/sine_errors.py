@@ -45,7 +45,7 @@ def errors_by_step(run: FinishedRun) -> NDArray[np.float64]:
     Those after the last phase; NaN where one is not finite.
     """
     *_, last = run.phases.values()
-    return np.array([(entry.loss, entry.loss_std) for entry in last.by_epoch], dtype=np.float64).reshape(-1, 2)
+    return np.array([(entry["loss"], entry["loss_std"]) for entry in last.by_epoch], dtype=np.float64).reshape(-1, 2)
 
 
 def pool(runs: Sequence[FinishedRun]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -13,7 +13,7 @@ from typing import Any, ParamSpec
 import numpy as np
 
 from perfedavg.plain_values import parse_toml
-from perfedavg.recording.runs import KINDS, EpochScores, FinishedRun
+from perfedavg.recording.runs import KINDS, FinishedRun, Scores
 from perfedavg.settings import Phase
 from reporting.figures import (
     ACCURACY,
@@ -139,7 +139,7 @@ def clients_table(rows: Sequence[Row], measure: Measure) -> Lines:
 def epochs_table(rows: Sequence[Row]) -> Lines:
     """Accuracy after some numbers of personalization epochs, means over those seeds that measured them."""
     measured = [
-        (row, phase, [{entry.epochs: entry.accuracy for entry in result.by_epoch} for result in results])
+        (row, phase, [dict(enumerate(scores["accuracy"] for scores in result.by_epoch)) for result in results])
         for row in rows
         for phase, results in row.results_by_epoch.items()
     ]
@@ -165,7 +165,7 @@ def steps_table(rows: Sequence[Row], measure: Measure) -> Lines:
         for phase in row.results_by_epoch:
             for run in row.runs:
                 factor = 1 if unit == "epoch" else steps[run.path] or 1
-                by_steps = {entry.epochs * factor: entry for entry in run.phases[phase].by_epoch}
+                by_steps = {epochs * factor: scores for epochs, scores in enumerate(run.phases[phase].by_epoch)}
                 measured += [(row, run, phase, by_steps)] if by_steps else []
     shown = [count for count in SHOWN_STEPS if any(count in by_steps for *_, by_steps in measured)]
     for row, run, phase, by_steps in measured:
@@ -176,10 +176,11 @@ def steps_table(rows: Sequence[Row], measure: Measure) -> Lines:
         yield line
 
 
-def _with_confidence(scores: EpochScores, num_clients: int) -> str:
-    if scores.loss is None or scores.loss_std is None:
+def _with_confidence(scores: Scores, num_clients: int) -> str:
+    loss, deviation = scores["loss"], scores["loss_std"]
+    if loss is None or deviation is None:
         return NO_NUMBER
-    return f"{scores.loss:.4f} ± {confidence_95(scores.loss_std, num_clients):.4f}"
+    return f"{loss:.4f} ± {confidence_95(deviation, num_clients):.4f}"
 
 
 def published_tables(dataset: str, rows: Sequence[Row]) -> list[tuple[str, Table, list[str]]]:
@@ -236,7 +237,8 @@ def to_csv(rows: Sequence[Row], target: float) -> str:
     """A line for each row, seed and phase, in full precision; empty where there is no number."""
     lines = [_csv_line(row, run, phase, target) for row in rows for run in row.runs for phase in row.results]
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
+    # Runs of earlier versions have fewer figures.
+    writer = csv.DictWriter(text, max(map(list, lines), key=len), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()
@@ -254,7 +256,7 @@ def _csv_line(row: Row, run: FinishedRun, phase: Phase, target: float) -> dict[s
         "phase": phase.field,
         "phase_rounds": run.settings[phase.field]["num_rounds"],
         "unseen_clients": result.clients,
-        **{f"{kind}_{name}": value for kind in KINDS for name, value in vars(getattr(result, kind)).items()},
+        **{f"{kind}_{name}": value for kind in KINDS for name, value in getattr(result, kind).items()},
         "fraction_hurt": result.fraction_hurt,
         "target_accuracy": target,
         **{f"rounds_to_target_{kind}": rounds_to_target(run.curve or (), kind, target) for kind in KINDS},

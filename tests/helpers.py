@@ -341,6 +341,11 @@ def digits_dataset(num_clients: int, seed: int = 0) -> SplitDataset:
     return SplitDataset("digits", clients, num_clients * 4 // 5, num_clients // 5, seed)
 
 
+def basic(loss: float, accuracy: float) -> dict[str, float]:
+    """A client's values of the metrics that every run has."""
+    return {"loss": loss, "accuracy": accuracy}
+
+
 def make_config(**changes: Any) -> ExperimentConfig:
     """A small valid experiment, with the given fields changed."""
     sgd = OptimizerConfig("sgd", 0.1)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from helpers import QuadraticClients, make_config
+from helpers import QuadraticClients, basic, make_config
 from torch import Tensor
 
 from multi_process import messages, server, work_item
@@ -158,15 +158,13 @@ class Member:
 
     def score_values(self, client_id: int) -> Values:
         assert isinstance(self._start, StartScoring)
-        curve = [[1.0, 0.25]] * (self._start.num_curve_epochs + 1) if self._start.num_curve_epochs else []
+        curve = [basic(1.0, 0.25)] * (self._start.num_curve_epochs + 1) if self._start.num_curve_epochs else []
         return {
             "client_id": client_id,
             "num_train_examples": SIZES[client_id],
             "num_test_examples": 1,
-            "initial_loss": 1.0 + client_id,
-            "initial_accuracy": 0.25,
-            "personalized_loss": 0.5,
-            "personalized_accuracy": 0.75,
+            "initial": basic(1.0 + client_id, 0.25),
+            "personalized": basic(0.5, 0.75),
             "by_epoch": curve,
         }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perfedavg.contracts import FederatedDataset
 from perfedavg.engine.client_reader import ClientReader
-from perfedavg.engine.local_work import CohortTraining, UnseenScoring, Workplace
+from perfedavg.engine.local_work import ClientScoring, CohortTraining, Workplace
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.slots import Result, SlotPool, TrainingSlot
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
@@ -98,9 +98,9 @@ class LocalExecutor:
         """A round that takes its clients group by group; those that the task names need not be known yet."""
         return CohortTraining(self._place, task, parameters.to(self._device))
 
-    def begin_scoring(self, task: ScoringTask, parameters: Tensor) -> UnseenScoring:
+    def begin_scoring(self, task: ScoringTask, parameters: Tensor) -> ClientScoring:
         """A scoring that takes its clients group by group."""
-        return UnseenScoring(self._place, task, parameters.to(self._device))
+        return ClientScoring(self._place, task, parameters.to(self._device))
 
     def submit(self, work: Callable[[Sequence[int]], Result], group: Sequence[int]) -> Future[Result]:
         """Call `work`, which trains or scores the group, in a thread of the pool."""

@@ -21,11 +21,11 @@ from torch import Tensor
 from perfedavg.contracts import ClientDirectory, ClientStateStore, Executor, Observer
 from perfedavg.engine.client_states import StatesInMemory
 from perfedavg.engine.cohorts import draw_cohort, draw_eval_clients
-from perfedavg.engine.scores import ClientScore, check_summary, mean, summarize
+from perfedavg.engine.scores import ClientScore, RunScores, check_summary, mean, summarize
 from perfedavg.engine.tasks import CohortTask, ScoringTask
 from perfedavg.plain_values import from_plain, shown
 from perfedavg.seeding import Purpose, seed_sequence
-from perfedavg.settings import ExperimentConfig, Phase, PhaseConfig
+from perfedavg.settings import ExperimentConfig, Phase, PhaseConfig, Population
 from perfedavg.training.optimizers import ServerOptimizer
 
 
@@ -87,7 +87,7 @@ class ExperimentState:
     server: the global model and the state of the server's optimizer.
     client_states: what the phase's method lets clients keep between rounds.
     pending_record: the last round, until it has been evaluated and the observers have been told of it.
-    scores: of all unseen clients after each phase whose last round they are scored after.
+    scores: by population after each phase; those that are still to be scored are missing.
     phase_seconds: wall time of each phase so far, over all processes that took part in the run.
     step_failed: whether a step has failed in its middle (out of memory), so that the state must not be saved.
     """
@@ -97,7 +97,7 @@ class ExperimentState:
     server: ServerOptimizer
     client_states: ClientStateStore = field(default_factory=StatesInMemory)
     pending_record: RoundRecord | None = None
-    scores: dict[Phase, list[ClientScore]] = field(default_factory=dict)
+    scores: dict[Phase, dict[Population, list[ClientScore]]] = field(default_factory=dict)
     phase_seconds: dict[Phase, float] = field(default_factory=dict)
     step_failed: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -134,7 +134,7 @@ class ExperimentState:
     @property
     def progress(self) -> tuple[Phase, int, bool, int]:
         """Equal for two states of one run where neither is ahead of the other."""
-        return self.phase, self.num_rounds, self.pending_record is None, len(self.scores)
+        return self.phase, self.num_rounds, self.pending_record is None, sum(map(len, self.scores.values()))
 
     @property
     def label(self) -> str:
@@ -175,10 +175,10 @@ class ExperimentState:
             self.step_failed = False
             self.read_clock()
 
-    def add_scores(self, scores: list[ClientScore]) -> None:
-        """Those of all unseen clients, after the last round of the present phase."""
+    def add_scores(self, population: Population, scores: list[ClientScore]) -> None:
+        """Those of a population, after the last round of the present phase."""
         with self.lock:
-            self.scores[self.phase] = scores
+            self.scores.setdefault(self.phase, {})[population] = scores
             self.read_clock()
 
     def mark_recorded(self) -> None:
@@ -199,10 +199,10 @@ class ExperimentState:
 
 @dataclass(frozen=True)
 class ExperimentOutcome:
-    """The final global model, (num_parameters,), the scores of all unseen clients after each phase, and its cost."""
+    """The final global model, (num_parameters,), the scores after each phase, and its cost."""
 
     parameters: Tensor
-    scores: dict[Phase, list[ClientScore]]
+    scores: RunScores
     phase_seconds: dict[Phase, float]
 
     @classmethod
@@ -226,7 +226,7 @@ def run_experiment(
     state: ExperimentState,
     observers: Sequence[Observer] = (),
 ) -> ExperimentOutcome:
-    """Train through every phase from where `state` stands, and score all unseen clients after each.
+    """Train through every phase from where `state` stands, and score clients after each: all unseen ones.
 
     The outcome follows from configuration, clients and initial parameters alone, to the bit, and not from which
     executor did the work, nor from how often the run was stopped and went on from its state.
@@ -280,8 +280,7 @@ class _Run:
                 state.stop_clock()
                 yield record
                 state.start_clock()
-            if phase not in state.scores:
-                self._score_unseen()
+            self._score_populations()
             for observer in self.observers:
                 observer.phase_ended(phase, state.scores)
 
@@ -330,10 +329,10 @@ class _Run:
         assert record is not None, "a round has been trained"
         point: list[ClientScore] | None = None
         if state.num_rounds == self.config.phases[state.phase].num_rounds:
-            if state.phase not in state.scores:
-                self._score_unseen()
+            self._score_populations()
             curve_clients = draw_eval_clients(self.config, self.clients.unseen_client_ids)
-            point = [score for score in state.scores[state.phase] if score.client_id in curve_clients]
+            unseen = state.scores[state.phase][Population.UNSEEN]
+            point = [score for score in unseen if score.client_id in curve_clients]
         elif state.num_rounds % self.config.eval_every == 0:
             point = self._score(draw_eval_clients(self.config, self.clients.unseen_client_ids))
         if point is not None:
@@ -345,12 +344,14 @@ class _Run:
             observer.checkpoint_due(state)
         return record
 
-    def _score_unseen(self) -> None:
-        """The results after the present phase: all unseen clients, epoch by epoch where that is asked for."""
-        unseen = tuple(self.clients.unseen_client_ids)
-        for observer in self.observers:
-            observer.scoring_started(self.state.phase, len(unseen))
-        self.state.add_scores(self._score(unseen, self.config.num_curve_epochs))
+    def _score_populations(self) -> None:
+        """The results after the present phase that are not there yet, epoch by epoch where that is asked for."""
+        phase, known = self.state.phase, self.state.scores.get(self.state.phase, {})
+        for population, client_ids in {Population.UNSEEN: tuple(self.clients.unseen_client_ids)}.items():
+            if population not in known:
+                for observer in self.observers:
+                    observer.scoring_started(phase, population, len(client_ids))
+                self.state.add_scores(population, self._score(client_ids, self.config.num_curve_epochs))
 
     def _score(self, client_ids: tuple[int, ...], num_curve_epochs: int = 0) -> list[ClientScore]:
         state = self.state

@@ -139,8 +139,8 @@ class CohortTraining:
         return {group[0]: next_group for group, next_group in zip(present, following, strict=False)}
 
 
-class UnseenScoring:
-    """Scores unseen clients before and after adapting. Arguments as `CohortTraining` takes them."""
+class ClientScoring:
+    """Scores clients before and after adapting. Arguments as `CohortTraining` takes them."""
 
     def __init__(self, place: Workplace, task: ScoringTask, start: Tensor) -> None:
         config = place.config
@@ -174,7 +174,7 @@ class UnseenScoring:
             )
             for client_id, data in zip(group, parts, strict=True)
         ]
-        measured: list[dict[int, tuple[float, float]]] = [{} for _ in group]
+        measured: list[dict[int, dict[str, float]]] = [{} for _ in group]
 
         def measure(epochs: dict[int, int]) -> None:
             due = {client: epoch for client, epoch in epochs.items() if epoch in self._measured_epochs}
@@ -189,8 +189,8 @@ class UnseenScoring:
                 client_id,
                 len(data.train_labels),
                 len(data.test_labels),
-                *scores[0],
-                *scores[self._place.config.num_personalization_epochs],
+                scores[0],
+                scores[self._place.config.num_personalization_epochs],
                 tuple(scores[epoch] for epoch in range(self._task.num_curve_epochs + 1))
                 if self._task.num_curve_epochs
                 else (),

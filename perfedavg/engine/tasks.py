@@ -31,7 +31,7 @@ class CohortTask:
 
 @dataclass(frozen=True)
 class ScoringTask:
-    """Unseen clients to score with the global model as it is after a round of a phase.
+    """Clients to score, starting from the global model as it is after a round of a phase.
 
     num_curve_epochs: also score after each of the first N epochs of adapting, and before them; 0 turns it off.
     states: what the clients kept from the rounds in which they trained.

@@ -11,7 +11,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,11 @@ from perfedavg.machine.kernels import KernelLog
 from perfedavg.own_module import changed_sources, sources
 from perfedavg.plain_values import differences, from_plain, parse_json, shown
 from perfedavg.recording.files import read_tensors, remove_partial_files, replace_file
-from perfedavg.settings import ExperimentConfig, Phase
+from perfedavg.settings import ExperimentConfig, Phase, Population
 from perfedavg.terminal.console import say
 from perfedavg.training.optimizers import ServerOptimizer
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 NUM_KEPT = 2
 """Files kept: the one before the last is there for a disk that loses the last one."""
 
@@ -49,7 +49,8 @@ class _DamagedError(Exception):
 class _Content:
     """The JSON of a checkpoint.
 
-    Phases by their `field`; `pending_record` as `RoundRecord.to_dict` gives it; `sources` as `own_module.sources`.
+    Phases by their `field`; `pending_record` as `RoundRecord.to_dict` gives it; `scores` names the populations that
+    were scored after each phase; `sources` as `own_module.sources`.
     """
 
     format_version: int
@@ -60,7 +61,7 @@ class _Content:
     phase: str
     num_rounds: int
     pending_record: dict[str, Any] | None
-    scores: list[str]
+    scores: dict[str, list[str]]
     phase_seconds: dict[str, float]
     sources: dict[str, str] = field(default_factory=dict)
 
@@ -193,8 +194,9 @@ def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
     assert isinstance(state.client_states, StatesInMemory)
     for client_id, kept in state.client_states.current.items():
         tensors |= {f"client.{client_id}.{name}": tensor.contiguous() for name, tensor in kept.items()}
-    for phase, scores in state.scores.items():
-        tensors[f"scores.{phase.field}"] = _encode_scores(scores)
+    for phase, by_population in state.scores.items():
+        for population, scores in by_population.items():
+            tensors[_scores_name(phase.field, population.value)] = _encode_scores(scores)
     content = _Content(
         format_version=FORMAT_VERSION,
         config=identity.config.to_dict(),
@@ -204,7 +206,7 @@ def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
         phase=state.phase.field,
         num_rounds=state.num_rounds,
         pending_record=None if state.pending_record is None else state.pending_record.to_dict(),
-        scores=[phase.field for phase in state.scores],
+        scores={phase.field: [population.value for population in scored] for phase, scored in state.scores.items()},
         phase_seconds={phase.field: seconds for phase, seconds in state.phase_seconds.items()},
         sources=sources(),
     )
@@ -227,24 +229,41 @@ def _decode(content: _Content, tensors: Mapping[str, Tensor], config: Experiment
             client_states=StatesInMemory(_decode_states(tensors)),
             server=ServerOptimizer.from_tensors(settings.server_optimizer, server),
             pending_record=None if content.pending_record is None else RoundRecord.from_dict(content.pending_record),
-            scores={Phase.of_field(name): _decode_scores(tensors[f"scores.{name}"]) for name in content.scores},
+            scores={
+                Phase.of_field(phase): {
+                    Population(population): _decode_scores(
+                        tensors[_scores_name(phase, population)], config.metric_names
+                    )
+                    for population in scored
+                }
+                for phase, scored in content.scores.items()
+            },
             phase_seconds={Phase.of_field(name): seconds for name, seconds in content.phase_seconds.items()},
         )
     except _UNREADABLE as error:
         raise _DamagedError(f"its parts do not fit each other: {error}") from error
 
 
+def _scores_name(phase: str, population: str) -> str:
+    return f"scores.{phase}.{population}"
+
+
 def _encode_scores(scores: Sequence[ClientScore]) -> Tensor:
-    """A row a client, float64: the fields of a ClientScore in their order, then loss and accuracy of each epoch."""
-    rows = [astuple(score) for score in scores]
-    return torch.tensor([[*row[:-1], *chain.from_iterable(row[-1])] for row in rows], dtype=torch.float64)
+    """A row a client, float64: its counts, then the value of every metric: initial, personalized, after each epoch."""
+    rows = []
+    for score in scores:
+        values = [list(by_metric.values()) for by_metric in (score.initial, score.personalized, *score.by_epoch)]
+        rows.append([score.client_id, score.num_train_examples, score.num_test_examples, *chain(*values)])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
-def _decode_scores(rows: Tensor) -> list[ClientScore]:
+def _decode_scores(rows: Tensor, metrics: Sequence[str]) -> list[ClientScore]:
     scores = []
-    for client_id, num_train, num_test, *measures in rows.tolist():
-        score = ClientScore(int(client_id), int(num_train), int(num_test), *measures[:4])
-        scores.append(replace(score, by_epoch=tuple(zip(measures[4::2], measures[5::2], strict=True))))
+    for client_id, num_train, num_test, *values in rows.tolist():
+        parts = [values[first : first + len(metrics)] for first in range(0, len(values), len(metrics))]
+        initial, personalized, *by_epoch = (dict(zip(metrics, part, strict=True)) for part in parts)
+        counts = (int(client_id), int(num_train), int(num_test))
+        scores.append(ClientScore(*counts, initial, personalized, tuple(by_epoch)))
     return scores
 
 

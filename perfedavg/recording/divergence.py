@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from perfedavg.contracts import ClientDirectory, client_label
 from perfedavg.engine.experiment import RoundRecord
-from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.scores import PhaseScores
 from perfedavg.settings import Phase
 from perfedavg.terminal.console import say
 
@@ -29,19 +29,21 @@ def say_divergence_in_round(record: RoundRecord, clients: ClientDirectory) -> No
         say(f"{where}: the clients' mean loss is {record.train_loss}; {remedy}")
 
 
-def say_divergence_in_scores(phase: Phase, scores: Sequence[ClientScore], clients: ClientDirectory) -> None:
-    """Which unseen clients have losses that are not finite, and so makes the mean."""
-    diverged = [
-        score.client_id
-        for score in scores
-        if not (math.isfinite(score.initial_loss) and math.isfinite(score.personalized_loss))
-    ]
-    if diverged:
-        named = _labels(diverged[:NUM_NAMED], clients) + (", ..." if len(diverged) > NUM_NAMED else "")
-        say(
-            f"after {phase.label}: the loss of {len(diverged)} of {len(scores)} unseen clients is infinite or not a "
-            f"number (clients {named}), and so is the mean; they adapt at --local_lr, which a lower one may mend"
-        )
+def say_divergence_in_scores(phase: Phase, by_population: PhaseScores, clients: ClientDirectory) -> None:
+    """Which clients have losses that are not finite, and so makes the mean."""
+    for population, scores in by_population.items():
+        diverged = [
+            score.client_id
+            for score in scores
+            if not (math.isfinite(score.initial["loss"]) and math.isfinite(score.personalized["loss"]))
+        ]
+        if diverged:
+            named = _labels(diverged[:NUM_NAMED], clients) + (", ..." if len(diverged) > NUM_NAMED else "")
+            say(
+                f"after {phase.label}: the loss of {len(diverged)} of {len(scores)} {population.value} clients is "
+                f"infinite or not a number (clients {named}), and so is the mean; they adapt at --local_lr, which a "
+                "lower one may mend"
+            )
 
 
 def _rate_flag(phase: Phase) -> str:

@@ -6,17 +6,16 @@ import csv
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from perfedavg.contracts import ClientDirectory, client_name
 from perfedavg.engine.experiment import ExperimentOutcome
-from perfedavg.engine.scores import ClientScore, summarize
-from perfedavg.recording.runs import result_key
-from perfedavg.settings import ExperimentConfig, Phase
+from perfedavg.engine.scores import RunScores, summarize
+from perfedavg.recording.runs import KINDS, result_key
+from perfedavg.settings import ExperimentConfig, Population
 
 _COUNTS = ("num_train_examples", "num_test_examples")
-_MEASURES = ("initial_loss", "initial_accuracy", "personalized_loss", "personalized_accuracy")
 
 
 def summarize_run(config: ExperimentConfig, outcome: ExperimentOutcome, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,26 +31,41 @@ def summarize_run(config: ExperimentConfig, outcome: ExperimentOutcome, facts: M
             phase.field: {"rounds": config.phases[phase].num_rounds, "seconds": outcome.phase_seconds[phase]}
             for phase in outcome.scores
         },
-        **{result_key(phase): summarize(scores) for phase, scores in outcome.scores.items()},
+        **{
+            result_key(phase, population): summarize(scores)
+            for population in Population
+            for phase, by_population in outcome.scores.items()
+            if (scores := by_population.get(population))
+        },
     }
 
 
-def clients_csv(scores: Mapping[Phase, Sequence[ClientScore]], clients: ClientDirectory) -> bytes:
-    """A row an unseen client, in order of id, with its name where the data set names any.
+def clients_csv(scores: RunScores, clients: ClientDirectory) -> bytes:
+    """A row a scored client, those of each population in order of id, with its name where the data set names any.
 
     scores: of the same clients after each phase, whose name is the prefix of their columns.
     """
-    rows = list(zip(*scores.values(), strict=True))
-    names = [client_name(clients, first.client_id) for first, *_ in rows]
+    rows = [
+        (population, row)
+        for population in Population
+        for row in zip(*(by_population.get(population, ()) for by_population in scores.values()), strict=True)
+    ]
+    names = [client_name(clients, first.client_id) for _, (first, *_) in rows]
     has_names = any(name is not None for name in names)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    columns = [f"{result_key(phase)}_{measure}" for phase in scores for measure in _MEASURES]
-    writer.writerow(["client_id", *(["client_name"] if has_names else []), *_COUNTS, *columns])
-    for row, name in zip(rows, names, strict=True):
+    columns = [
+        f"{result_key(phase)}_{kind}_{metric}"
+        for phase, score in zip(scores, rows[0][1], strict=True)
+        for kind in KINDS
+        for metric in getattr(score, kind)
+    ]
+    writer.writerow(["population", "client_id", *(["client_name"] if has_names else []), *_COUNTS, *columns])
+    for (population, row), name in zip(rows, names, strict=True):
         counts = [getattr(row[0], count) for count in _COUNTS]
-        values = [getattr(score, measure) for score in row for measure in _MEASURES]
-        writer.writerow([row[0].client_id, *([name] if has_names else []), *counts, *values])
+        values = [value for score in row for kind in KINDS for value in getattr(score, kind).values()]
+        named = [name] if has_names else []
+        writer.writerow([population.value, row[0].client_id, *named, *counts, *values])
     return text.getvalue().encode()
 
 

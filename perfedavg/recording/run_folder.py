@@ -14,7 +14,7 @@ from torch import nn
 
 from perfedavg.contracts import ClientDirectory, client_name
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, RoundRecord
-from perfedavg.engine.scores import ClientScore
+from perfedavg.engine.scores import RunScores
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.machine.versions import describe_environment
 from perfedavg.own_module import sources
@@ -36,7 +36,7 @@ from perfedavg.recording.runs import (
     read_metrics,
     read_unfinished_run,
 )
-from perfedavg.settings import ExperimentConfig, Phase
+from perfedavg.settings import ExperimentConfig, Phase, Population
 from perfedavg.terminal.console import LOGGER, command_line, reason_of, say
 from perfedavg.training.flat_model import unflatten_into
 
@@ -51,7 +51,7 @@ class RunFolder:
 
     config.json        every setting, versions, commit, how the run was started, and each time it was resumed
     metrics.jsonl      a line a round, written as the round ends
-    clients.csv        a row an unseen client: its scores before and after personalization, after each phase
+    clients.csv        a row a scored client: its scores before and after personalization, after each phase
     checkpoint/        the last states from which the run can go on; gone when it has ended
     model.safetensors  the final global model
     result.json        the summary, written when all that was measured is there: without it, the run is unfinished
@@ -219,10 +219,10 @@ class RunFolder:
             with state.lock:
                 self._attempt("a checkpoint", lambda: self.save_checkpoint(state))
 
-    def scoring_started(self, phase: Phase, num_clients: int) -> None:
-        LOGGER.info("%s: scoring %d unseen clients", phase.label, num_clients)
+    def scoring_started(self, phase: Phase, population: Population, num_clients: int) -> None:
+        LOGGER.info("%s: scoring %d %s clients", phase.label, num_clients, population.value)
 
-    def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
+    def phase_ended(self, phase: Phase, scores: RunScores) -> None:
         say_divergence_in_scores(phase, scores[phase], self._clients)
         self._attempt(CLIENTS_FILE, lambda: self._write_clients(scores))
 
@@ -265,7 +265,7 @@ class RunFolder:
             ) from error
         self._checkpoints.remove()
 
-    def _write_clients(self, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
+    def _write_clients(self, scores: RunScores) -> None:
         replace_file(self.path / CLIENTS_FILE, clients_csv(scores, self._clients))
 
     def _write_json(self, name: str, content: Mapping[str, Any]) -> None:

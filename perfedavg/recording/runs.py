@@ -10,11 +10,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from perfedavg.own_module import OwnModuleError
 from perfedavg.plain_values import from_plain, parse_json
-from perfedavg.settings import ExperimentConfig, Phase
+from perfedavg.settings import BASIC_METRICS, ExperimentConfig, Phase, Population
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +32,6 @@ INITIAL_MODEL = "initial_model_path"
 
 KINDS = ("initial", "personalized")
 """Scores of the global model, and of the same model after a client has adapted it."""
-
-_MEASURES = ("loss", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -101,37 +99,26 @@ class RecordedRun:
         return read_model_file(self.folder / MODEL_FILE)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Uniform means over unseen clients, and the spread of their accuracy. Accuracies are in 0..1.
-
-    None stands for what is no number: any accuracy of a regression, a loss that overflowed.
-    """
-
-    loss: float | None
-    accuracy: float | None
-    accuracy_std: float | None
-    accuracy_p10: float | None
-    accuracy_p50: float | None
-    accuracy_p90: float | None
+def _with_basic_metrics(scores: dict[str, float | None], name: str) -> dict[str, float | None]:
+    for metric in BASIC_METRICS:
+        if metric not in scores:
+            raise ValueError(f"it lacks {name}.{metric}")
+    return scores
 
 
-@dataclass(frozen=True)
-class EpochScores:
-    """Uniform means over unseen clients after some epochs of personalization, and population deviations."""
+Scores = Annotated[dict[str, float | None], _with_basic_metrics]
+"""What `scores.summarize` says of some clients: means by metric, deviations and percentiles. Accuracies are in 0..1.
 
-    epochs: int
-    loss: float | None
-    loss_std: float | None
-    accuracy: float | None
-    accuracy_std: float | None
+None stands for what is no number: any accuracy of a regression, a loss that overflowed. Runs of earlier versions lack
+percentiles of losses.
+"""
 
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """How the unseen clients fare after a phase.
+    """How the clients of a population fare after a phase.
 
-    clients: number of unseen clients.
+    clients: their number.
     fraction_hurt: share of them whose score got worse by adapting, 0..1; None where that is not known.
     by_epoch: after 0, 1, .. epochs of personalization; empty where that was not measured.
     """
@@ -140,7 +127,7 @@ class PhaseResult:
     initial: Scores
     personalized: Scores
     fraction_hurt: float | None
-    by_epoch: tuple[EpochScores, ...] = ()
+    by_epoch: tuple[Scores, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,6 +143,8 @@ class RunResult:
     model_sha256: str
     after_fedavg: PhaseResult | None = None
     after_fine_tune: PhaseResult | None = None
+    trained_after_fedavg: PhaseResult | None = None
+    trained_after_fine_tune: PhaseResult | None = None
 
 
 @dataclass(frozen=True)
@@ -176,9 +165,9 @@ class FinishedRun:
 
     settings: the experiment as plain values, as config.json holds it.
     environment: versions and commit.
-    phases: the results after each phase, in their order; never empty.
+    results: of each population that was scored, after each phase in their order. Unseen clients always are.
     curve: None where metrics.jsonl is missing or damaged.
-    clients: the columns of clients.csv, (num_unseen,) each; None where it is missing or damaged.
+    clients: of each population, the columns of clients.csv, (num_clients,) each; None where it is missing or damaged.
     problems: a line for each of the two that could not be read.
     """
 
@@ -186,9 +175,9 @@ class FinishedRun:
     settings: Mapping[str, Any]
     result: RunResult
     environment: Mapping[str, Any]
-    phases: Mapping[Phase, PhaseResult]
+    results: Mapping[Population, Mapping[Phase, PhaseResult]]
     curve: tuple[CurvePoint, ...] | None
-    clients: Mapping[str, NDArray[np.float64]] | None
+    clients: Mapping[Population, Mapping[str, NDArray[np.float64]]] | None
     problems: tuple[str, ...]
 
     @classmethod
@@ -197,18 +186,23 @@ class FinishedRun:
         run = RecordedRun.read(folder)
         run.check_ended()
         experiment = run.experiment(ignore_unknown=True)
-        result, phases = _read_result(folder / RESULT_FILE, list(experiment.phases))
+        result, results = _read_result(folder / RESULT_FILE, list(experiment.phases))
         curve, clients, problems = None, None, []
         try:
             curve = _read_curve(folder, experiment.fedavg.num_rounds)
         except ValueError as error:
             problems.append(str(error))
         try:
-            clients = _read_clients(folder / CLIENTS_FILE, phases)
+            clients = _read_clients(folder / CLIENTS_FILE, results, experiment.metric_names)
         except ValueError as error:
             problems.append(str(error))
         settings = json.loads(json.dumps(experiment.to_dict()))
-        return cls(folder, settings, result, run.environment, phases, curve, clients, tuple(problems))
+        return cls(folder, settings, result, run.environment, results, curve, clients, tuple(problems))
+
+    @property
+    def phases(self) -> Mapping[Phase, PhaseResult]:
+        """How the unseen clients fare after each phase; never empty."""
+        return self.results[Population.UNSEEN]
 
     @property
     def dataset(self) -> str:
@@ -218,14 +212,20 @@ class FinishedRun:
     def seed(self) -> int:
         return int(self.settings["seed"])
 
-    def client_scores(self, phase: Phase, kind: str, measure: str) -> NDArray[np.float64] | None:
-        """A score of each unseen client, (num_unseen,), NaN where it is no number; None where they are not known."""
-        return None if self.clients is None else self.clients[f"{result_key(phase)}_{kind}_{measure}"]
+    def client_scores(
+        self, phase: Phase, kind: str, metric: str, population: Population = Population.UNSEEN
+    ) -> NDArray[np.float64] | None:
+        """A score of each client of a population, (num_clients,), NaN where it is no number.
+
+        None where they are not known.
+        """
+        columns = (self.clients or {}).get(population)
+        return None if columns is None else columns.get(f"{result_key(phase)}_{kind}_{metric}")
 
 
-def result_key(phase: Phase) -> str:
-    """What the scores after a phase are called in result.json, and in the columns of clients.csv."""
-    return f"after_{phase.field}"
+def result_key(phase: Phase, population: Population = Population.UNSEEN) -> str:
+    """What the scores after a phase are called in result.json; without a population also in columns of clients.csv."""
+    return f"{'' if population is Population.UNSEEN else f'{population.value}_'}after_{phase.field}"
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -303,17 +303,19 @@ def _naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is damaged ({error})") from error
 
 
-def _read_result(path: Path, phases: Sequence[Phase]) -> tuple[RunResult, dict[Phase, PhaseResult]]:
+def _read_result(path: Path, phases: Sequence[Phase]) -> tuple[RunResult, dict[Population, dict[Phase, PhaseResult]]]:
     values = read_object(path)
     with _naming(path):
         result = from_plain(RunResult, values, ignore_unknown=True)
-        by_phase = {}
-        for phase in phases:
-            after = getattr(result, result_key(phase))
-            if after is None:
-                raise ValueError(f"it lacks {result_key(phase)}")
-            by_phase[phase] = after
-    return result, by_phase
+        results: dict[Population, dict[Phase, PhaseResult]] = {}
+        for population in Population:
+            after = {phase: getattr(result, result_key(phase, population)) for phase in phases}
+            missing = [phase for phase, one in after.items() if one is None]
+            if not missing:
+                results[population] = after
+            elif population is Population.UNSEEN or len(missing) < len(phases):
+                raise ValueError(f"it lacks {result_key(missing[0], population)}")
+    return result, results
 
 
 @dataclass(frozen=True)
@@ -340,21 +342,28 @@ def _read_curve(folder: Path, num_fedavg_rounds: int) -> tuple[CurvePoint, ...]:
     return tuple(points)
 
 
-def _read_clients(path: Path, phases: Mapping[Phase, PhaseResult]) -> dict[str, NDArray[np.float64]]:
+def _read_clients(
+    path: Path, results: Mapping[Population, Mapping[Phase, PhaseResult]], metrics: Sequence[str]
+) -> dict[Population, dict[str, NDArray[np.float64]]]:
     import numpy as np
 
-    names = ["num_train_examples"]
-    names += [f"{result_key(phase)}_{kind}_{measure}" for phase in phases for kind in KINDS for measure in _MEASURES]
+    phases = results[Population.UNSEEN]
+    names = ["client_id", "num_train_examples"]
+    names += [f"{result_key(phase)}_{kind}_{metric}" for phase in phases for kind in KINDS for metric in metrics]
     with _naming(path), open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         for name in names:
             if name not in (reader.fieldnames or ()):
                 raise ValueError(f"it lacks {name}")
         rows = list(reader)
-        columns = {name: np.array([_cell(row[name]) for row in rows]) for name in names}
-        for result in phases.values():
-            if len(rows) != result.clients:
-                raise ValueError(f"it has {len(rows)} rows, and {RESULT_FILE} counts {result.clients} clients")
+        columns = {}
+        for population, by_phase in results.items():
+            # Runs of earlier versions scored unseen clients alone, and do not say so.
+            own = [row for row in rows if row.get("population", Population.UNSEEN.value) == population.value]
+            columns[population] = {name: np.array([_cell(row[name]) for row in own]) for name in names}
+            for result in by_phase.values():
+                if len(own) != result.clients:
+                    raise ValueError(f"it has {len(own)} rows, and {RESULT_FILE} counts {result.clients} clients")
     return columns
 
 

@@ -6,13 +6,13 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from perfedavg.engine.experiment import ExperimentState, RoundRecord
-from perfedavg.engine.scores import ClientScore, summarize
+from perfedavg.engine.scores import RunScores, summarize
 from perfedavg.recording.runs import result_key
-from perfedavg.settings import ExperimentConfig, Phase
+from perfedavg.settings import ExperimentConfig, Phase, Population
 from perfedavg.terminal.console import LOGGER, is_live, reason_of
 
 if TYPE_CHECKING:
@@ -82,17 +82,17 @@ class ProgressDisplay:
             print(f"{line}{elapsed:.0f} s elapsed, about {left:.0f} s left", file=self._stream, flush=True)
 
     @_costs_nothing
-    def scoring_started(self, phase: Phase, num_clients: int) -> None:
+    def scoring_started(self, phase: Phase, population: Population, num_clients: int) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(f"scoring {num_clients} unseen clients")
+            self._bar.set_postfix_str(f"scoring {num_clients} {population.value} clients")
 
     def checkpoint_due(self, state: ExperimentState) -> None:
         pass
 
     @_costs_nothing
-    def phase_ended(self, phase: Phase, scores: Mapping[Phase, Sequence[ClientScore]]) -> None:
+    def phase_ended(self, phase: Phase, scores: RunScores) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(_accuracies(summarize(scores[phase])))
+            self._bar.set_postfix_str(_accuracies(summarize(scores[phase][Population.UNSEEN])))
             self._bar.close()
             self._bar = None
 

@@ -200,8 +200,8 @@ class ClientModels(ABC):
 
         return self.sum_over_pieces(queries, differentiate)
 
-    def score(self, tests: Sequence[tuple[Tensor, Tensor]]) -> list[tuple[float, float]]:
-        """Each client's mean loss and accuracy, 0..1, at `parameters` on its test part.
+    def score(self, tests: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
+        """Each client's mean `loss` and `accuracy`, 0..1, at `parameters` on its test part.
 
         tests: inputs, (num_examples, ...), and labels, (num_examples,), in any order of size. Labels that are not whole
         numbers are targets of a regression, of which the accuracy is NaN.
@@ -213,7 +213,10 @@ class ClientModels(ABC):
             losses[: len(sums)] += sums
             correct[: len(sums)] += numbers
         return [
-            (loss / len(labels), math.nan if labels.is_floating_point() else right / len(labels))
+            {
+                "loss": loss / len(labels),
+                "accuracy": math.nan if labels.is_floating_point() else right / len(labels),
+            }
             for loss, right, (_, labels) in zip(losses.tolist(), correct.tolist(), tests, strict=True)
         ]
 

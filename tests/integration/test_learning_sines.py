@@ -15,6 +15,7 @@ from experiments import sine_adaptation
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.engine.scores import summarize
+from perfedavg.settings import Population
 from perfedavg.training.flat_model import flatten
 from reporting import sine_errors
 
@@ -36,7 +37,7 @@ def errors_by_step(*flags: str) -> list[float]:
     executor = LocalExecutor(config, model, dataset)
     outcome = run_experiment(config, executor, dataset, ExperimentState.fresh(config, flatten(model)))
     *_, scores = outcome.scores.values()
-    return [entry["loss"] for entry in summarize(scores)["by_epoch"]]
+    return [entry["loss"] for entry in summarize(scores[Population.UNSEEN])["by_epoch"]]
 
 
 def test_meta_training_makes_adaptation_fast_and_joint_training_does_not() -> None:

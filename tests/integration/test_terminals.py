@@ -13,11 +13,11 @@ import termios
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, Launched, finish, make_config, read_result
+from helpers import ROOT, TINY, Launched, basic, finish, make_config, read_result
 
 from perfedavg.engine.experiment import RoundRecord
 from perfedavg.engine.scores import ClientScore
-from perfedavg.settings import Phase
+from perfedavg.settings import Phase, Population
 from perfedavg.terminal.display import ProgressDisplay
 
 PROGRAM = """
@@ -121,8 +121,9 @@ def test_a_terminal_of_no_width(terminal: str, monkeypatch: pytest.MonkeyPatch) 
         shown.phase_started(Phase.FEDAVG, 2, 0)
         for number in (1, 2):
             shown.round_ended(RoundRecord(Phase.FEDAVG, number, (0,), 1, {}, 1.0, 1.0, 1.0, 0.0, {}, evaluation))
-        shown.scoring_started(Phase.FEDAVG, 4)
-        shown.phase_ended(Phase.FEDAVG, {Phase.FEDAVG: [ClientScore(1, 8, 2, 1.0, 0.5, 0.5, 1.0)]})
+        shown.scoring_started(Phase.FEDAVG, Population.UNSEEN, 4)
+        score = ClientScore(1, 8, 2, basic(1.0, 0.5), basic(0.5, 1.0))
+        shown.phase_ended(Phase.FEDAVG, {Phase.FEDAVG: {Population.UNSEEN: [score]}})
     text = read_all(ours)
     assert "2/2" in text
     assert ("\r" in text.replace("\r\n", "")) is (terminal == "xterm")

@@ -15,7 +15,7 @@ from torch import Tensor
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
 from perfedavg.methods.reptile import Reptile
-from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig, Population
 from perfedavg.training.flat_model import flatten
 
 START = [2.0, -1.0]
@@ -117,12 +117,12 @@ def test_a_clients_adam_starts_afresh_in_every_round() -> None:
 
 def test_personalization_scores_before_and_after_adapting() -> None:
     outcome = run(config(1, OptimizerConfig("sgd", 1.0)))
-    (score,) = outcome.scores[Phase.FEDAVG]
+    (score,) = outcome.scores[Phase.FEDAVG][Population.UNSEEN]
     distance = (outcome.parameters - torch.tensor(CENTRES[4], dtype=torch.float64)).square().sum().item()
     shrunk = shrinkage(SIZES[4], PERSONALIZATION_EPOCHS, LOCAL_LR)
     assert (score.client_id, score.num_train_examples, score.num_test_examples) == (4, 18, 1)
-    assert abs(score.initial_loss - 0.5 * distance) < 1e-12
-    assert abs(score.personalized_loss - 0.5 * shrunk**2 * distance) < 1e-12
+    assert abs(score.initial["loss"] - 0.5 * distance) < 1e-12
+    assert abs(score.personalized["loss"] - 0.5 * shrunk**2 * distance) < 1e-12
 
 
 def test_scoring_does_not_change_the_global_model() -> None:

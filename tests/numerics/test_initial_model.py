@@ -22,7 +22,7 @@ from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
 from perfedavg.methods.reptile import Reptile
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record
-from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig, Population
 from perfedavg.training.flat_model import flatten
 
 START = [2.0, -1.0]
@@ -78,14 +78,14 @@ def test_the_initial_model_is_scored_as_it_is() -> None:
     assert executor.num_trainings == 0
     assert torch.equal(outcome.parameters, torch.tensor(START, dtype=torch.float64))
     assert list(outcome.scores) == [Phase.FEDAVG]
-    for score, size in zip(outcome.scores[Phase.FEDAVG], (18, 9), strict=True):
+    for score, size in zip(outcome.scores[Phase.FEDAVG][Population.UNSEEN], (18, 9), strict=True):
         w, centre = torch.tensor(START, dtype=torch.float64), CLIENTS.centres[score.client_id]
         loss = 0.5 * (w - centre).square().sum().item()
         steps = -(-size // NO_TRAINING.batch_size)
-        assert score.initial_loss == pytest.approx(loss, rel=1e-12)
-        assert score.personalized_loss == pytest.approx(loss * 0.9 ** (2 * steps), rel=1e-12)
+        assert score.initial["loss"] == pytest.approx(loss, rel=1e-12)
+        assert score.personalized["loss"] == pytest.approx(loss * 0.9 ** (2 * steps), rel=1e-12)
         expected = [loss * 0.9 ** (2 * steps * epoch) for epoch in range(3)]
-        assert [point[0] for point in score.by_epoch] == pytest.approx(expected, rel=1e-12)
+        assert [point["loss"] for point in score.by_epoch] == pytest.approx(expected, rel=1e-12)
 
 
 def test_its_run_folder_is_whole_and_names_the_initial_model(

@@ -257,11 +257,11 @@ def assert_scores_are_those_of_one_by_one(model: nn.Module, sizes: Sequence[int]
         labels[right] = single.module.eval()(inputs).argmax(dim=1)[right]
     scores = stacked.score(tests)
     assert len(scores) == len(sizes)
-    for (loss, accuracy), row, (inputs, labels) in zip(scores, stacked.parameters, tests, strict=False):
+    for values, row, (inputs, labels) in zip(scores, stacked.parameters, tests, strict=False):
         single.load(row)
-        ((expected_loss, expected_accuracy),) = single.score([(inputs, labels)])
-        assert loss == pytest.approx(expected_loss, rel=1e-12)
-        assert accuracy == expected_accuracy
+        (expected,) = single.score([(inputs, labels)])
+        assert values["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+        assert values["accuracy"] == expected["accuracy"]
 
 
 def test_scores_are_those_of_one_by_one(model: nn.Module) -> None:
@@ -348,7 +348,7 @@ def test_a_row_is_a_model_and_the_original_is_left_alone() -> None:
     inputs, _ = examples(0, 3)
     labels = torch.tensor([1, 0, 2])
     expected = F.cross_entropy(functional_call(original.eval(), row, (inputs,)), labels)
-    (_, (loss, _)) = stacked.score([(inputs, labels)] * 2)
+    loss = stacked.score([(inputs, labels)] * 2)[1]["loss"]
     assert loss == pytest.approx(expected.item(), rel=1e-12)
 
 

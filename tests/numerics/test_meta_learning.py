@@ -17,7 +17,7 @@ from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
 from perfedavg.methods import METHODS
 from perfedavg.methods.maml import MAML
-from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig, Population
 from perfedavg.training import client_models
 from perfedavg.training.client_models import Client, ClientModels, Query
 from perfedavg.training.flat_model import FlatModel, flatten
@@ -245,7 +245,7 @@ def test_slots_do_not_change_a_bit(method: str, client_batching: int) -> None:
     assert torch.equal(one.parameters, two.parameters)
     assert one.scores == two.scores
     assert not torch.equal(one.parameters, run(make_config(cohort_size=6), 1).parameters)
-    scores = one.scores[Phase.FINE_TUNE]
+    scores = one.scores[Phase.FINE_TUNE][Population.UNSEEN]
     assert all(len(score.by_epoch) == 3 for score in scores)
 
 

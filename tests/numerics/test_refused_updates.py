@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Difference, QuadraticClients, half_squared_norm, make_config
+from helpers import Difference, QuadraticClients, basic, half_squared_norm, make_config
 from torch import Tensor
 
 from perfedavg.engine.executor import LocalExecutor
@@ -136,7 +136,8 @@ class LosesCount(DivergesIn):
         return update
 
     def score(self, task: ScoringTask, parameters: Tensor) -> list[ClientScore]:
-        return [dataclasses.replace(score, personalized_loss=math.nan) for score in self._good.score(task, parameters)]
+        diverged = basic(math.nan, math.nan)
+        return [dataclasses.replace(score, personalized=diverged) for score in self._good.score(task, parameters)]
 
 
 def test_losses_that_are_no_numbers_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from helpers import make_config
 
 from perfedavg.engine.experiment import RoundRecord
-from perfedavg.settings import Phase, PhaseConfig
+from perfedavg.settings import Phase, PhaseConfig, Population
 from perfedavg.terminal import display
 from perfedavg.terminal.display import ProgressDisplay
 
@@ -50,6 +50,6 @@ def test_the_bar_starts_where_the_run_goes_on() -> None:
     shown.phase_started(Phase.FEDAVG, 10, 6)
     for number in range(7, 11):
         shown.round_ended(record(number))
-    shown.scoring_started(Phase.FEDAVG, 5)
+    shown.scoring_started(Phase.FEDAVG, Population.UNSEEN, 5)
     bars = re.findall(r"FedAvg (\d+)/(\d+)", stream.getvalue())
     assert (bars[0], bars[-1]) == (("6", "10"), ("10", "10"))

@@ -221,7 +221,7 @@ def test_a_member_may_say_anything_at_any_time(num_examples: int) -> None:
             assert_whole(update)  # a total that is possible is a lie that nobody can know
         assert sorted(report.client_id for report in update.reports) == list(COHORT)
         assert sorted(score.client_id for score in scores) == list(UNSEEN)
-        assert all(0 <= score.personalized_accuracy <= 1 for score in scores)
+        assert all(0 <= score.personalized["accuracy"] <= 1 for score in scores)
         lines = [line for line in pool.said if "lost worker" in line or "could not join" in line]
         assert len(lines) == (fuzzed.told is not None)
         assert all(line.isprintable() for line in pool.said)

@@ -46,7 +46,6 @@ FLOATS = st.floats(allow_nan=False)
 TEXTS = st.text(max_size=60)
 LINES = TEXTS.map(clean_text)
 SECONDS = st.floats(0, 1e9)
-ACCURACIES = st.floats(0, 1)
 
 
 def float_tensors() -> st.SearchStrategy[torch.Tensor]:
@@ -61,8 +60,8 @@ def int_tensors() -> st.SearchStrategy[torch.Tensor]:
 
 
 REPORTS = st.builds(ClientReport, IDS, COUNTS, FLOATS, SECONDS, st.one_of(st.none(), LINES))
-CURVES = st.lists(st.tuples(FLOATS, ACCURACIES), max_size=3).map(tuple)
-SCORES = st.builds(ClientScore, IDS, COUNTS, COUNTS, FLOATS, ACCURACIES, FLOATS, ACCURACIES, CURVES)
+VALUES = st.dictionaries(TEXTS, FLOATS, max_size=3)
+SCORES = st.builds(ClientScore, IDS, COUNTS, COUNTS, VALUES, VALUES, st.lists(VALUES, max_size=3).map(tuple))
 STATES = st.dictionaries(IDS, st.dictionaries(TEXTS, st.one_of(float_tensors(), int_tensors()), max_size=3), max_size=3)
 GROUPS = st.lists(st.lists(IDS, min_size=1, max_size=3), min_size=1, max_size=5)
 ROUNDS = st.integers(1, 2**40)

@@ -7,9 +7,11 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
+from helpers import basic
 
 from multi_process.messages import (
     AssignGroups,
@@ -136,8 +138,9 @@ def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -
 def test_a_message_about_a_large_group_arrives(connect: Connect) -> None:
     """A GPU may score a thousand clients at once; in a handshake, nobody may say so much."""
     ends = connect()
-    curve = tuple((1 / 3, epoch / 7) for epoch in range(7))
-    message = GroupScored([ClientScore(number, 16, 4, 1.5, 0.5, 1.25, 0.75, curve) for number in range(1000)])
+    curve = tuple(basic(1 / 3, epoch / 7) for epoch in range(7))
+    score = ClientScore(0, 16, 4, basic(1.5, 0.5), basic(1.25, 0.75), curve)
+    message = GroupScored([replace(score, client_id=number) for number in range(1000)])
     ends.worker.send(message)
     assert ends.server.receive() == message
 

@@ -37,8 +37,8 @@ RECORD = json.loads(
         ).to_dict()
     )
 )
-SCORE = {"client_id": 3, "num_train_examples": 5, "num_test_examples": 2, "by_epoch": [[1.0, 0.5], [0.5, 1.0]]}
-SCORE |= {"initial_loss": 1, "initial_accuracy": 0.5, "personalized_loss": 0.5, "personalized_accuracy": 1.0}
+SCORE = {"client_id": 3, "num_train_examples": 5, "num_test_examples": 2, "by_epoch": [{"loss": 1.0}, {"loss": 0.5}]}
+SCORE |= {"initial": {"loss": 1, "accuracy": 0.5}, "personalized": {"loss": 0.5, "accuracy": 1.0}}
 
 
 def places(value: Any, prefix: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:

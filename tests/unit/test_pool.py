@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import basic
 from members import COHORT, NUM_PARAMETERS, SIZES, UNSEEN, Faulty, Member, Pool, Values, assert_whole
 
 from multi_process.messages import AssignGroups, Message, RequestPartialSum, StartTraining
@@ -131,18 +132,20 @@ def test_an_update_that_diverged_is_left_out_as_ever(start: Start) -> None:
 @pytest.mark.parametrize(
     ("change", "num_curve_epochs", "reason"),
     [
-        (each_score(initial_accuracy=7.0), 0, "has an accuracy of 7.0"),
-        (each_score(personalized_accuracy=-0.1), 0, "has an accuracy of -0.1"),
-        (each_score(personalized_accuracy=math.inf), 0, "has an accuracy of inf"),
-        (each_score(initial_accuracy=math.nan), 0, "has an accuracy of nan"),
-        (each_score(initial_loss=None), 0, "initial_loss is null, must be a number"),
+        (each_score(initial=basic(1.0, 7.0)), 0, "has an accuracy of 7.0"),
+        (each_score(personalized=basic(1.0, -0.1)), 0, "has an accuracy of -0.1"),
+        (each_score(personalized=basic(1.0, math.inf)), 0, "has an accuracy of inf"),
+        (each_score(initial=basic(1.0, math.nan)), 0, "has an accuracy of nan"),
+        (each_score(initial=None), 0, "initial is null, must be an object"),
+        (each_score(initial={"loss": None}), 0, "is null, must be a number"),
+        (each_score(initial={"loss": 1.0}), 0, "was scored by loss, not by loss, accuracy"),
         (each_score(num_train_examples=77), 0, "77 training examples; it has"),
         (each_score(num_test_examples=0), 0, "num_test_examples is 0"),
         (each_score(client_id=0), 0, "were not delivered as their group"),
-        (each_score(by_epoch=[[1.0, 0.5]]), 0, "after 1 numbers of epochs, not 0"),
+        (each_score(by_epoch=[basic(1.0, 0.5)]), 0, "after 1 numbers of epochs, not 0"),
         (each_score(by_epoch=[]), 2, "after 0 numbers of epochs, not 3"),
-        (each_score(by_epoch=[[1.0, 0.5], [1.0, 0.5], [1.0, 8.0]]), 2, "has an accuracy of 8.0"),
-        (each_score(by_epoch=[[1.0], [1.0], [1.0]]), 2, "by_epoch[0] has 1 entries, must have 2"),
+        (each_score(by_epoch=[basic(1.0, 0.5), basic(1.0, 0.5), basic(1.0, 8.0)]), 2, "has an accuracy of 8.0"),
+        (each_score(by_epoch=[[1.0], [1.0], [1.0]]), 2, "by_epoch[0] is an array, must be an object"),
         (lambda values: {"scores": values["scores"] * 2}, 0, "client"),
         (lambda values: {"scores": []}, 0, "scores is of length 0"),
     ],
@@ -156,15 +159,15 @@ def test_impossible_scores_are_in_no_result(
     assert sorted((score.client_id, score.num_train_examples) for score in scores) == [
         (client_id, SIZES[client_id]) for client_id in UNSEEN
     ]
-    assert {score.personalized_accuracy for score in scores} == {0.75}
+    assert {score.personalized["accuracy"] for score in scores} == {0.75}
     assert {len(score.by_epoch) for score in scores} == {num_curve_epochs + 1 if num_curve_epochs else 0}
     assert_sent_away(pool, honest, faulty, reason)
 
 
 def test_losses_that_are_not_finite_are_results(start: Start) -> None:
     """Training that diverges ends with them, at an honest worker too."""
-    member = changing("GroupScored", each_score(personalized_loss=math.inf, initial_loss=math.nan))
-    assert all(math.isinf(score.personalized_loss) for score in start(member).score())
+    member = changing("GroupScored", each_score(personalized=basic(math.inf, 0.5), initial=basic(math.nan, 0.5)))
+    assert all(math.isinf(score.personalized["loss"]) for score in start(member).score())
     assert member.told is None
 
 
@@ -172,10 +175,8 @@ SCORE: Values = {
     "client_id": 0,
     "num_train_examples": 5,
     "num_test_examples": 1,
-    "initial_loss": 1.0,
-    "initial_accuracy": 0.5,
-    "personalized_loss": 1.0,
-    "personalized_accuracy": 0.5,
+    "initial": basic(1.0, 0.5),
+    "personalized": basic(1.0, 0.5),
     "by_epoch": [],
 }
 

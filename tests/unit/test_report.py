@@ -900,9 +900,9 @@ def test_reads_what_a_run_writes(tmp_path: Path) -> None:
     assert run.curve is not None
     assert [point.round_number for point in run.curve] == [1, 2, 3, 4]
     for phase, result in run.phases.items():
-        assert [entry.epochs for entry in result.by_epoch] == [0, 1, 2]
-        assert result.by_epoch[0].accuracy == result.initial.accuracy
+        assert [scores["epochs"] for scores in result.by_epoch] == [0, 1, 2]
+        assert result.by_epoch[0]["accuracy"] == result.initial["accuracy"]
         scores = run.client_scores(phase, "personalized", "accuracy")
         assert scores is not None
-        assert scores.mean() == pytest.approx(result.personalized.accuracy)
+        assert scores.mean() == pytest.approx(result.personalized["accuracy"])
     assert "E 2, 4 clients a round" in to_markdown(build_report(runs, 0.8), with_plots=True)

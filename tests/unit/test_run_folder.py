@@ -71,7 +71,7 @@ def test_result_has_what_its_readers_rely_on(run: tuple[Path, nn.Module]) -> Non
     assert (result["dataset"], result["seed"], result["world_size"]) == ("digits", 0, 1)
     assert (result["train_clients"], result["unseen_clients"], result["rounds"]) == (16, 4, 2)
     assert set(result["phases"]) == {"fedavg", "fine_tune"}
-    measures = {"loss", "accuracy", "accuracy_std", "accuracy_p10", "accuracy_p50", "accuracy_p90"}
+    measures = {f"{metric}{of}" for metric in ("loss", "accuracy") for of in ("", "_std", "_p10", "_p50", "_p90")}
     for key in ("after_fedavg", "after_fine_tune"):
         assert set(result[key]["initial"]) == set(result[key]["personalized"]) == measures
         assert 0 <= result[key]["fraction_hurt"] <= 1

@@ -172,7 +172,8 @@ def write_run(folder: Path, errors: Errors, num_tasks: int = 600, joint: bool = 
     ]
     result = {"train_clients": 100, "unseen_clients": num_tasks, "seconds": 1.0, "model_sha256": "0" * 64, key: scores}
     columns = [f"{key}_{kind}_{measure}" for kind in ("initial", "personalized") for measure in ("loss", "accuracy")]
-    rows = [",".join(["num_train_examples", *columns]), *(["10,1.0,,0.5,"] * num_tasks)]
+    rows = [",".join(["client_id", "num_train_examples", *columns])]
+    rows += [f"{client_id},10,1.0,,0.5," for client_id in range(num_tasks)]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"experiment": experiment}))
     (folder / "clients.csv").write_text("\n".join(rows))
