@@ -69,13 +69,14 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
     """The experiment's model for a data set, with the initial weights that follow from the seed.
 
     A user's own data set may bring its model, as a method `build_model()`. Raises ValueError where that is none that
-    could be trained, or that could not be saved when it has been.
+    could be trained, or that could not be saved when it has been, or where a method does not go with it.
     """
     import torch
 
     from models import build_model
     from perfedavg.recording.model_file import check_can_be_saved
     from perfedavg.seeding import Purpose, seed_sequence, torch_seeds
+    from perfedavg.training.layout import check_methods
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seeds(seed_sequence(config.seed, Purpose.INITIAL_MODEL), 1)[0])
@@ -85,6 +86,7 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
     if check_model:
         check_model(model)
         check_can_be_saved(model)
+    check_methods(config, model)
     return model
 
 

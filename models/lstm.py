@@ -12,6 +12,8 @@ class CharLSTM(nn.Module):
     820 thousand parameters with 80 classes, of which torch's second bias a gate, absent from the paper's, is 2,048.
     """
 
+    head = "output.*"
+
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_classes, 8)

@@ -8,6 +8,8 @@ from torch import nn
 class MLP(nn.Sequential):
     """784-200-200-num_classes with ReLU between. (batch, 1, 28, 28) to (batch, num_classes) logits."""
 
+    head = "5.*"
+
     def __init__(self, num_classes: int) -> None:
         super().__init__(
             nn.Flatten(),

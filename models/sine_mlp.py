@@ -8,6 +8,8 @@ from torch import nn
 class SineMLP(nn.Sequential):
     """1-64-64-num_outputs with tanh between. (batch, 1) to (batch, num_outputs); 4,353 parameters with one output."""
 
+    head = "4.*"
+
     def __init__(self, num_outputs: int) -> None:
         super().__init__(
             nn.Linear(1, 64),

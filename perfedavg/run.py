@@ -17,7 +17,8 @@ from perfedavg.settings import ExperimentConfig
 from perfedavg.terminal.console import optional, say, show
 from perfedavg.terminal.display import ProgressDisplay, result_table
 from perfedavg.terminal.entry_point import at_early_end
-from perfedavg.training.flat_model import count_buffer_entries, flatten
+from perfedavg.training.flat_model import flatten
+from perfedavg.training.layout import count_buffer_entries
 
 SAVE_TIMEOUT_SECONDS = 30.0
 """How long a signal waits for a server step or a checkpoint that is under way."""

@@ -22,7 +22,8 @@ from perfedavg.machine.cores import usable_cores
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.settings import ExperimentConfig, flag
 from perfedavg.training.compute import check_portable, describe_kernels
-from perfedavg.training.flat_model import FlatModel, count_buffer_entries
+from perfedavg.training.flat_model import FlatModel
+from perfedavg.training.layout import count_buffer_entries
 from perfedavg.training.local_training import Loss, loss_of
 from perfedavg.training.precision import check_precision
 from perfedavg.training.stacked_model import StackedModel

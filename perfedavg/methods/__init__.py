@@ -8,11 +8,15 @@ from perfedavg.methods.fedavg import FedAvg
 from perfedavg.methods.fedprox import FedProx
 from perfedavg.methods.fomaml import FOMAML
 from perfedavg.methods.maml import MAML
+from perfedavg.methods.personal_layers.fedper import FedPer
 from perfedavg.methods.reptile import Reptile
 
-__all__ = ["FOMAML", "MAML", "METHODS", "FedAvg", "FedProx", "Method", "Reptile"]
+__all__ = ["FOMAML", "MAML", "METHODS", "FedAvg", "FedPer", "FedProx", "Method", "Reptile"]
 
 
 METHODS = OpenKinds(
-    {method.name: method for method in (FedAvg, FedProx, Reptile, FOMAML, MAML)}, Method, "method", needed="update"
+    {method.name: method for method in (FedAvg, FedProx, Reptile, FOMAML, MAML, FedPer)},
+    Method,
+    "method",
+    needed="update",
 )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from perfedavg.aggregation.base import Aggregation
     from perfedavg.settings import OptimizerConfig
     from perfedavg.training.client_models import AfterEpochs, Client, ClientModels
+    from perfedavg.training.layout import Layout
     from perfedavg.training.local_training import LocalTraining
 
 
@@ -27,15 +28,22 @@ class Method:
     differentiates_training: whether `update` calls `ClientModels.gradients_through_training`, for which even a single
         client needs stacked models.
     keeps_state: whether clients keep something between rounds, in `Client.state`.
+    goes_on: whether another phase can go on from its global model. Not where that is no whole model, or where the
+        method is what clients keep, which ends with the phase.
     """
 
     name: ClassVar[str]
     sends_gradients: ClassVar[bool] = False
     differentiates_training: ClassVar[bool] = False
     keeps_state: ClassVar[bool] = False
+    goes_on: ClassVar[bool] = True
 
     def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
         """Why the method does not go with the clients' optimizer, and what to use; None where it does."""
+        return None
+
+    def problem_with_model(self, layout: Layout) -> str | None:
+        """Why the method does not go with a model, and what to use; None where it does."""
         return None
 
     def weight(self, num_examples: int) -> int:
@@ -67,7 +75,10 @@ class Method:
         training: LocalTraining,
         after_epochs: AfterEpochs,
     ) -> None:
-        """Adapt the models to unseen clients. after_epochs: as `ClientModels.train` takes it."""
+        """Adapt the models to clients, those that trained with their state and unseen ones with an empty one.
+
+        after_epochs: as `ClientModels.steps` takes it. Epoch 0 is the initial model, which may be a client's own.
+        """
         models.train(start, clients, training, after_epochs=after_epochs)
 
     def bytes_per_client(self, bytes_of_step: Callable[[int], int], training: LocalTraining, num_examples: int) -> int:

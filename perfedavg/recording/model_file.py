@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from perfedavg.plain_values import from_plain, parse_json
 from perfedavg.recording.files import read_tensors
 from perfedavg.settings import ExperimentConfig
-from perfedavg.training.flat_model import entries_of
+from perfedavg.training.layout import entries_of
 
 OWN_PARTS = ("build_model", "loss_function")
 """What a data set may bring itself, in place of this project's models and of the cross entropy."""

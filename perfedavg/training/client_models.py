@@ -7,10 +7,11 @@ kernel adds up in another order.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from perfedavg.seeding import torch_seeds
+from perfedavg.training.layout import Columns, Layout
 from perfedavg.training.local_training import LocalTraining, Loss, Steps
 from perfedavg.training.optimizers import Optimizer
 
@@ -40,13 +42,19 @@ class Client:
 
     inputs: (num_examples, ...), labels: (num_examples,), its training part, on any device.
     seeds: its identity, from which everything random about it follows.
-    state: what it kept in its last round, by name; empty at first, and for methods without state.
+    state: what it kept in its last round, by name, on any device; empty for one that was never trained, and for
+        methods without state.
     """
 
     inputs: Tensor
     labels: Tensor
     seeds: np.random.SeedSequence
     state: dict[str, Tensor] = field(default_factory=dict)
+
+    def in_pass(self, number: int) -> Client:
+        """The same client with other seeds, for further passes over its examples; 0 and above."""
+        entropy, key = self.seeds.entropy, (*self.seeds.spawn_key, number)
+        return replace(self, seeds=np.random.SeedSequence(entropy, spawn_key=key))
 
 
 class Query(NamedTuple):
@@ -82,11 +90,14 @@ class ClientModels(ABC):
     loss_function: a plain mean over the examples of a batch, which must not influence each other.
     num_buffer_entries: how many of a row's entries, the last ones, are the model's buffers. Training moves them
         without gradients.
+    layout: which column of a row is which parameter's.
     """
 
     device: torch.device
     loss_function: Loss
     num_buffer_entries: int
+    layout: Layout
+    _frozen: Columns | None = None
 
     @property
     @abstractmethod
@@ -95,7 +106,7 @@ class ClientModels(ABC):
 
     @abstractmethod
     def load(self, parameters: Tensor, num_clients: int = 1) -> None:
-        """Let so many clients start from a flat vector, (num_parameters,), of any device.
+        """Let so many clients start from a flat vector, (num_parameters,), or from a row each, of any device.
 
         Raises ValueError where there is no room for them.
         """
@@ -123,6 +134,27 @@ class ClientModels(ABC):
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Sums of the losses and numbers of right answers, each (clients,). Dropout rests."""
 
+    @abstractmethod
+    def _train_only(self, names: Collection[str] | None) -> None:
+        """From now on differentiate by these parameters only; None for all that the model itself lets train."""
+
+    @contextlib.contextmanager
+    def training_only(self, names: Collection[str] | None) -> Iterator[None]:
+        """Meanwhile only these parameters, at least one, are trained; gradients of others are 0 and cost nothing.
+
+        None trains all.
+        """
+        if names is None:
+            yield
+            return
+        self._frozen = self.layout.columns(self.layout.others(names))
+        self._train_only(names)
+        try:
+            yield
+        finally:
+            self._frozen = None
+            self._train_only(None)
+
     def gradients_through_training(
         self, start: Tensor, clients: Sequence[Client], queries: Sequence[Query], training: LocalTraining
     ) -> tuple[Tensor, list[float]]:
@@ -140,30 +172,29 @@ class ClientModels(ABC):
         training: LocalTraining,
         penalty: Penalty | None = None,
         after_epochs: AfterEpochs | None = None,
+        trained: Collection[str] | None = None,
     ) -> list[float]:
-        """Train each client from `start`, (num_parameters,), with a fresh optimizer.
+        """Train each client from `start`, with a fresh optimizer.
 
-        after_epochs: may use the models but not change them. Where steps are counted, an epoch that is cut short has no
-            end; a group may still train beside a client whose epoch has ended.
-        Returns each client's mean loss, without the penalty, over the examples of its last epoch, each before its
-        step; NaN where it took none.
+        start: (num_parameters,), or a row a client, (clients, num_parameters); `parameters` to go on from there.
+        after_epochs: as `steps` takes it.
+        trained: the names of the parameters to train (see `training_only`); None for all.
+        Returns each client's mean loss, without the penalty (see `LocalSteps.losses`).
         """
         self.load(start, len(clients))
-        inputs, labels = self.together([(client.inputs, client.labels) for client in clients])
-        steps = self.draw_steps(clients, training)
-        optimizer = Optimizer(training.optimizer, self.parameters)
-        sums = torch.zeros(len(clients), dtype=torch.float64, device=self.device)
-        if after_epochs is not None:
-            after_epochs(dict.fromkeys(range(len(clients)), 0))
-        for step, (positions, counts, sizes) in enumerate(steps):
-            batch = Batch(inputs[positions], labels[positions], sizes, counts, sizes)
-            losses = self.take_step(batch, optimizer, penalty)
-            if step >= steps.first_of_last_epochs:
-                sums[: len(sizes)] += torch.where(steps.is_last_epoch[step, : len(sizes)], losses * counts, 0.0)
-            if after_epochs is not None and (ended := steps.epochs_ended(step)):
-                after_epochs(ended)
-        means: list[float] = (sums / steps.num_last_examples).tolist()
-        return means
+        steps = self.steps(clients, training, after_epochs)
+        span = None if trained is None else self.layout.columns(trained).span
+        optimizer = Optimizer(training.optimizer, self.parameters, span)
+        with self.training_only(trained):
+            for batch in steps:
+                steps.note(self.take_step(batch, optimizer, penalty))
+        return steps.losses
+
+    def steps(
+        self, clients: Sequence[Client], training: LocalTraining, after_epochs: AfterEpochs | None = None
+    ) -> LocalSteps:
+        """The batches of the clients' local training, to iterate over once. Seeds their dropout too."""
+        return LocalSteps(self, clients, training, after_epochs)
 
     def take_step(self, batch: Batch, optimizer: Optimizer, penalty: Penalty | None = None) -> Tensor:
         """A step of each client on its batch. Returns the losses before it, (clients,).
@@ -174,6 +205,8 @@ class ClientModels(ABC):
         pull = None if penalty is None else penalty(self.parameters[: len(batch.sizes)])
         if pull is not None and self.num_buffer_entries:
             pull[:, -self.num_buffer_entries :] = 0
+        if pull is not None and self._frozen is not None:
+            self._frozen.clear(pull)
         rate = optimizer.rate_of_plain_sgd
         if rate is not None:
             losses = self.descend_on(batch, rate)
@@ -279,3 +312,46 @@ class ClientModels(ABC):
                     whole[: len(more)] += more
         assert total is not None, "each client has an example"
         return total[0], total[1].tolist()
+
+
+class LocalSteps:
+    """The batches of clients' local training, one after the other. See `ClientModels.steps`.
+
+    after_epochs: is told of epochs when the next batch is asked for. It may use the models but not change them. Where
+        steps are counted, an epoch that is cut short has no end; a group may still train beside a client whose epoch
+        has ended.
+    """
+
+    def __init__(
+        self,
+        models: ClientModels,
+        clients: Sequence[Client],
+        training: LocalTraining,
+        after_epochs: AfterEpochs | None = None,
+    ) -> None:
+        self._inputs, self._labels = models.together([(client.inputs, client.labels) for client in clients])
+        self._steps = models.draw_steps(clients, training)
+        self._after_epochs = after_epochs
+        self._sums = torch.zeros(len(clients), dtype=torch.float64, device=models.device)
+        self._step, self._counts = 0, self._steps.counts[:1]
+
+    def __iter__(self) -> Iterator[Batch]:
+        steps, after_epochs = self._steps, self._after_epochs
+        if after_epochs is not None:
+            after_epochs(dict.fromkeys(range(len(self._sums)), 0))
+        for self._step, (positions, self._counts, sizes) in enumerate(steps):
+            yield Batch(self._inputs[positions], self._labels[positions], sizes, self._counts, sizes)
+            if after_epochs is not None and (ended := steps.epochs_ended(self._step)):
+                after_epochs(ended)
+
+    def note(self, losses: Tensor) -> None:
+        """The losses of the present batch, (clients,), before the step."""
+        if self._step >= self._steps.first_of_last_epochs:
+            is_last = self._steps.is_last_epoch[self._step, : len(losses)]
+            self._sums[: len(losses)] += torch.where(is_last, losses * self._counts, 0.0)
+
+    @property
+    def losses(self) -> list[float]:
+        """Each client's mean loss over the examples of its last epoch, each before its step; NaN where it took none."""
+        means: list[float] = (self._sums / self._steps.num_last_examples).tolist()
+        return means

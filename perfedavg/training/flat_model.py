@@ -8,6 +8,7 @@ Other buffers, such as counters of batches, start afresh with each client.
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from perfedavg.training.layers import (
     is_plain_linear,
     replace_layers,
 )
+from perfedavg.training.layout import Layout, count_buffer_entries, entries_of, moving_buffers
 from perfedavg.training.local_training import Loss
 
 
@@ -68,7 +70,9 @@ class FlatModel(ClientModels):
             if held is not None
         ]
         self._fresh_buffers = [(held, held.clone()) for _, _, held in self._buffers if id(held) not in moving]
-        self._trained = [view for view in self.module.parameters() if view.requires_grad]
+        self.layout = Layout.of(model)
+        self._trainable = {name: view for name, view in self.module.named_parameters() if view.requires_grad}
+        self._trained = list(self._trainable.values())
         layers = list(self.module.modules())
         self._dense_layers = [layer for layer in layers if isinstance(layer, FactoredLinear)]
         # On a CPU, torch's pooling is many times faster with the channels side by side, its convolutions a little.
@@ -92,7 +96,7 @@ class FlatModel(ClientModels):
 
     def load(self, parameters: Tensor, num_clients: int = 1) -> None:
         refuse_too_many(num_clients, 1)
-        self.vector.copy_(parameters)
+        self.vector.copy_(parameters.reshape(-1))
         for layer, name, held in self._buffers:
             if layer._buffers[name] is not held:
                 raise ValueError(
@@ -131,6 +135,11 @@ class FlatModel(ClientModels):
             if labels.is_floating_point():
                 return losses[None], torch.zeros_like(batch.counts)
             return losses[None], (outputs.argmax(dim=1) == labels).sum()[None]
+
+    def _train_only(self, names: Collection[str] | None) -> None:
+        for name, view in self._trainable.items():
+            view.requires_grad_(names is None or name in names)
+        self._trained = [view for view in self._trainable.values() if view.requires_grad]
 
     def _training_loss(self, batch: Batch) -> Tensor:
         if not self.module.training:
@@ -203,29 +212,6 @@ def refuse_unseedable(layer: nn.Module) -> None:
         return
     if isinstance(layer, _DropoutNd) or (isinstance(layer, nn.RNNBase) and layer.dropout > 0):
         raise ValueError(f"{type(layer).__name__} draws from torch's global generator; use nn.Dropout in its place")
-
-
-def moving_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that training may move and that a model's vector has room for, by name, each once.
-
-    They are those of floating-point numbers that the model saves, such as BatchNorm's running statistics.
-    """
-    found: dict[int, tuple[str, Tensor]] = {}
-    for prefix, layer in model.named_modules():
-        for name, buffer in layer._buffers.items():
-            if buffer is not None and buffer.is_floating_point() and name not in layer._non_persistent_buffers_set:
-                found.setdefault(id(buffer), (f"{prefix}.{name}" if prefix else name, buffer))
-    return dict(found.values())
-
-
-def entries_of(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that make up a model's vector, by name and in its order: its parameters, then `moving_buffers`."""
-    return {**dict(model.named_parameters()), **moving_buffers(model)}
-
-
-def count_buffer_entries(model: nn.Module) -> int:
-    """How many entries of a model's vector, the last ones, are buffers'; 0 for most models."""
-    return sum(buffer.numel() for buffer in moving_buffers(model).values())
 
 
 def flatten(model: nn.Module) -> Tensor:

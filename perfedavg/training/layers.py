@@ -49,11 +49,15 @@ class DeferredGradients:
     def linear_backward(
         self, weight: Tensor, multiplied: Tensor, gradient: Tensor, rows: Tensor, needs_input_grad: bool
     ) -> Tensor | None:
-        """Keep or subtract a weight's gradient; return the inputs' one, `gradient @ multiplied`, where it is needed."""
+        """Keep or subtract the gradient of a weight, unless it is frozen.
+
+        Returns that of the inputs, `gradient @ multiplied`, where it is needed.
+        """
         if multiplied.dtype != weight.dtype:
-            self.pending.append((weight, gradient, rows))
+            if weight.requires_grad:
+                self.pending.append((weight, gradient, rows))
             return gradient.mm(multiplied) if needs_input_grad else None
-        subtracts = self.learning_rate is not None and self._num_uses[weight] == 1
+        subtracts = self.learning_rate is not None and self._num_uses[weight] == 1 and weight.requires_grad
         to_rows: Tensor | None = None
         for block in blocks(weight):
             part, part_gradient = multiplied[block], gradient[:, block]
@@ -61,7 +65,7 @@ class DeferredGradients:
                 to_rows = part_gradient.mm(part) if to_rows is None else to_rows.addmm_(part_gradient, part)
             if subtracts:
                 part.addmm_(part_gradient.t(), rows, alpha=-cast(float, self.learning_rate))
-        if not subtracts:
+        if weight.requires_grad and not subtracts:
             self.pending.append((weight, gradient, rows))
         return to_rows
 

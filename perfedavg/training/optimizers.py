@@ -21,11 +21,12 @@ from perfedavg.settings import OptimizerConfig
 class Optimizer:
     """A fresh optimizer over one tensor, which its steps change.
 
+    columns: the only ones that it changes, of a tensor of rows; None for all.
     state: all that the next step depends on besides, by name; empty before the first step, and without momentum.
     Raises ValueError where the configuration names no optimizer.
     """
 
-    def __init__(self, config: OptimizerConfig, parameters: Tensor) -> None:
+    def __init__(self, config: OptimizerConfig, parameters: Tensor, columns: slice | None = None) -> None:
         steps = {
             "sgd": self._sgd,
             "momentum": self._sgd,
@@ -37,7 +38,8 @@ class Optimizer:
             raise ValueError(f"unknown optimizer {config.name!r}")
         self.state: dict[str, Tensor] = {}
         self._config = config
-        self._parameters = parameters
+        self._columns = columns
+        self._parameters = parameters if columns is None else parameters[:, columns]
         self._step = steps[config.name]
 
     @property
@@ -54,6 +56,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, gradient: Tensor, rate_factor: float = 1.0) -> None:
         """One step along a gradient of the tensor's shape, at so much of the learning rate."""
+        gradient = gradient if self._columns is None else gradient[:, self._columns]
         self._step(gradient, rate_factor * self._config.learning_rate)
 
     def _sgd(self, gradient: Tensor, rate: float) -> None:

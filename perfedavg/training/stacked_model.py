@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
@@ -21,14 +21,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from perfedavg.settings import flag
 from perfedavg.training.client_models import Batch, Client, ClientModels, Query
 from perfedavg.training.flat_model import (
-    count_buffer_entries,
     flatten,
-    moving_buffers,
     refuse_mixed_types,
     refuse_too_many,
     refuse_unseedable,
 )
 from perfedavg.training.layers import GroupBatches, GroupDropout, replace_layers
+from perfedavg.training.layout import Layout, count_buffer_entries, moving_buffers
 from perfedavg.training.local_training import LocalTraining, Loss
 
 Gradients = dict[str, Tensor]
@@ -78,7 +77,9 @@ class StackedModel(ClientModels):
                 {name: held.to(self.device) for name, held in layer._buffers.items() if held is not None}
             )
         self.num_buffer_entries = count_buffer_entries(self._module)
-        self._frozen = [name for name, parameter in self._module.named_parameters() if not parameter.requires_grad]
+        self.layout = Layout.of(model)
+        self._trainable = [name for name, parameter in self._module.named_parameters() if parameter.requires_grad]
+        self._trained = self._trainable
         self._uses = _uses_of_parameters(self._module)
 
     @property
@@ -111,11 +112,14 @@ class StackedModel(ClientModels):
         gradients, losses = self._differentiate(batch)
         return self._flat(gradients), losses
 
+    def _train_only(self, names: Collection[str] | None) -> None:
+        self._trained = [name for name in self._trainable if names is None or name in names]
+
     def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         is_real = _is_real(batch)
         self._module.eval()
         with torch.no_grad():
-            outputs = vmap(self._run)(self._first(len(batch.sizes)), batch.inputs)
+            outputs = vmap(self._run)(*self._first(len(batch.sizes)), batch.inputs)
             losses = _losses(outputs.flatten(0, 1), batch.labels.flatten(0, 1), self.loss_function).view(is_real.shape)
             sums = torch.where(is_real, losses, 0.0).sum(dim=1, dtype=torch.float64)
             if batch.labels.is_floating_point():
@@ -146,33 +150,32 @@ class StackedModel(ClientModels):
             batches.append(self._rows(Batch(inputs[places], labels[places], step_sizes, counts, step_sizes)))
         learning_rate = training.optimizer.learning_rate
 
-        def loss_after_training(parameters: Gradients, batches: list[Rows], query: Rows) -> Tensor:
+        def loss_after_training(trained: Gradients, frozen: Gradients, batches: list[Rows], query: Rows) -> Tensor:
             for step_sizes, batch in zip(sizes, batches, strict=True):
                 self._begin_batch(step_sizes)
-                gradients = self._freeze(cast(Gradients, grad(self._loss_of_client)(parameters, *batch)))
-                parameters = {name: value - learning_rate * gradients[name] for name, value in parameters.items()}
+                gradients = cast(Gradients, grad(self._loss_of_client)(trained, frozen, *batch))
+                trained = {name: value - learning_rate * gradients[name] for name, value in trained.items()}
             for client, seed in enumerate(query_seeds):
                 self.seed_dropout(client, seed)
             self._begin_batch(query_sizes)
-            return self._loss_of_client(parameters, *query)
+            return self._loss_of_client(trained, frozen, *query)
 
         query_sizes = query.sizes
         with self._computing():
             differentiated = vmap(grad_and_value(loss_after_training))(
-                self._first(len(clients)), batches, self._rows(query)
+                *self._first(len(clients)), batches, self._rows(query)
             )
         gradients, losses = cast(tuple[Gradients, Tensor], differentiated)
-        return self._flat(self._freeze(gradients)), losses
+        return self._flat(gradients), losses
 
     def _differentiate(self, batch: Batch) -> tuple[Gradients, Tensor]:
-        """The gradients by parameter, each client's over its own batch, and the losses, (clients,)."""
+        """The gradients of what is trained, each client's over its own batch, and the losses, (clients,)."""
         self._begin_batch(batch.sizes)
         with self._computing():
             differentiated = vmap(grad_and_value(self._loss_of_client))(
-                self._first(len(batch.sizes)), *self._rows(batch)
+                *self._first(len(batch.sizes)), *self._rows(batch)
             )
-        gradients, losses = cast(tuple[Gradients, Tensor], differentiated)
-        return self._freeze(gradients), losses
+        return cast(tuple[Gradients, Tensor], differentiated)
 
     def _rows(self, batch: Batch) -> Rows:
         """With the weight of each example in its client's loss."""
@@ -181,9 +184,11 @@ class StackedModel(ClientModels):
         weights = _is_real(batch).to(self._matrix.dtype) / totals[:, None].clamp(min=1)
         return batch.inputs, batch.labels, weights
 
-    def _loss_of_client(self, parameters: Gradients, inputs: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    def _loss_of_client(
+        self, trained: Gradients, frozen: Gradients, inputs: Tensor, labels: Tensor, weights: Tensor
+    ) -> Tensor:
         """The loss of one client with these parameters over its batch, under a vmap over clients."""
-        outputs = self._run(parameters, inputs).to(self._matrix.dtype)
+        outputs = self._run(trained, frozen, inputs).to(self._matrix.dtype)
         return (_losses(outputs, labels, self.loss_function) * weights).sum()
 
     def _begin_batch(self, sizes: Sequence[int]) -> None:
@@ -197,22 +202,24 @@ class StackedModel(ClientModels):
             return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         return contextlib.nullcontext()
 
-    def _first(self, clients: int) -> dict[str, Tensor]:
-        """The first clients' parameters by name, each (clients, *shape), as views."""
-        return {name: view[:clients] for name, view in self._views.items()}
-
-    def _freeze(self, gradients: Gradients) -> Gradients:
-        """The gradients, with zeros for the parameters that are not trained."""
-        return {name: torch.zeros_like(value) if name in self._frozen else value for name, value in gradients.items()}
+    def _first(self, clients: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The first clients' parameters by name, each (clients, *shape), as views: those trained, and the others."""
+        trained = {name: self._views[name][:clients] for name in self._trained}
+        return trained, {name: view[:clients] for name, view in self._views.items() if name not in trained}
 
     def _flat(self, gradients: Gradients) -> Tensor:
-        """As one matrix, (clients, num_parameters)."""
-        parts = [gradient.flatten(1) for gradient in gradients.values()]
+        """As one matrix, (clients, num_parameters), with zeros for what is not trained."""
+        (num_clients, *_), *_ = (gradient.shape for gradient in gradients.values())
+        parts = [
+            gradients[name].flatten(1) if name in gradients else torch.zeros_like(view[:num_clients]).flatten(1)
+            for name, view in self._views.items()
+        ]
         if self.num_buffer_entries:
-            parts.append(parts[0].new_zeros(len(parts[0]), self.num_buffer_entries))
+            parts.append(parts[0].new_zeros(num_clients, self.num_buffer_entries))
         return torch.cat(parts, dim=1)
 
-    def _run(self, parameters: Gradients, inputs: Tensor) -> Tensor:
+    def _run(self, trained: Gradients, frozen: Gradients, inputs: Tensor) -> Tensor:
+        parameters = {**frozen, **trained}
         used = {use: parameters[name] for use, name in self._uses.items()}
         return cast(Tensor, functional_call(self._module, used, (inputs,), tie_weights=False))
 

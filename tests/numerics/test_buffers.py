@@ -24,7 +24,8 @@ from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
 from perfedavg.seeding import Purpose, seed_sequence, torch_seeds
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.client_models import Client, Query
-from perfedavg.training.flat_model import FlatModel, count_buffer_entries, entries_of, flatten, unflatten_into
+from perfedavg.training.flat_model import FlatModel, flatten, unflatten_into
+from perfedavg.training.layout import count_buffer_entries, entries_of
 from perfedavg.training.local_training import LocalTraining
 from perfedavg.training.stacked_model import StackedModel
 

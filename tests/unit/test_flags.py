@@ -42,6 +42,11 @@ EXPERIMENT_FLAGS = [
     (["--method", "fedprox"], lambda c: c.fedavg.method),
     (["--mu", "0.7", "--method", "fedprox"], lambda c: c.fedavg.method),
     (["--support_fraction", "0.7", "--method", "fomaml"], lambda c: c.fedavg.method),
+    (["--personal_layers", "0.*", "--method", "fedper", "--fine_tune_method", "none"], lambda c: c.fedavg.method),
+    (
+        ["--fine_tune_personal_layers", "0.*", "--fine_tune_method", "fedper"],
+        lambda c: c.fine_tune.method,
+    ),
     (["--fine_tune_mu", "0.7", "--fine_tune_method", "fedprox"], lambda c: c.fine_tune.method),
     (["--fine_tune_method", "maml"], lambda c: c.fine_tune.method),
     (["--fine_tune_support_fraction", "0.7", "--fine_tune_method", "maml"], lambda c: c.fine_tune.method),
