@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from perfedavg.machine.processes import SignalWatch, end_processes, exit_status
 from perfedavg.recording.files import replace_file
 from perfedavg.recording.folders import make_folder, remove_empty
 from perfedavg.recording.runs import RecordedRun, read_metrics, read_object
-from perfedavg.settings import ExperimentConfig, num_unseen_clients
-from perfedavg.terminal.console import command_line, say, show
+from perfedavg.settings import ExperimentConfig, PhaseConfig, num_unseen_clients
+from perfedavg.terminal.console import command_line, duration, say, show
 
 NUM_LAST_LINES = 10
 """Lines shown of the output of a run that failed."""
@@ -136,7 +137,7 @@ def run_jobs(
         result = keep_results(job)
         left.remove(job)
         ended.append((job, result["seconds"]))
-        show(f"{title}: {describe(result)}; about {_duration(seconds_left(left, ended) / num_at_once)} to go")
+        show(f"{title}: {describe(result)}; about {duration(seconds_left(left, ended) / num_at_once)} to go")
 
     try:
         while (waiting or running) and not failed and not signals.received:
@@ -254,25 +255,30 @@ def seconds_left(left: Sequence[Job], ended: Sequence[tuple[Job, float]]) -> flo
     return sum(seconds for _, seconds in ended) / num_made * sum(map(num_passes, left))
 
 
-def num_passes(job: Job) -> int:
+def num_passes(job: Job) -> float:
     """Passes over one client's data that a run makes to train and to score, to which its time is about proportional.
 
-    A local step counts as a pass.
+    A local step counts as a pass, and a method's own price is in it.
     """
     config = job.experiment
     assert config.num_clients is not None, "every row says how many clients it has"
     num_unseen = num_unseen_clients(config.num_clients, config.unseen_fraction)
-    passes = 0
+    passes = 0.0
     for phase in config.phases.values():
-        passes += phase.num_rounds * config.cohort_size * (phase.num_local_steps or phase.num_local_epochs)
+        of_client = phase.method.round_cost(functools.partial(_local_passes, phase), 1)
+        passes += phase.num_rounds * config.cohort_size * of_client
         passes += phase.num_rounds // config.eval_every * config.eval_clients * config.num_personalization_epochs
         passes += num_unseen * max(config.num_personalization_epochs, config.num_curve_epochs)
     return passes
 
 
+def _local_passes(phase: PhaseConfig, num_examples: int) -> float:
+    return phase.num_local_steps or phase.num_local_epochs
+
+
 def describe(result: Mapping[str, Any]) -> str:
     """How long a run took, and its scores, in a line."""
-    parts = [_duration(result["seconds"])]
+    parts = [duration(result["seconds"])]
     phase_1 = "after FedAvg" if result["rounds"] else "untrained"
     for key, label in (("after_fedavg", phase_1), ("after_fine_tune", "after fine-tuning")):
         if key in result:
@@ -286,12 +292,6 @@ def _score(summary: Mapping[str, Any]) -> str:
     if summary["accuracy"] is not None:
         return f"{summary['accuracy']:.2%}"
     return "no finite loss" if summary["loss"] is None else f"loss {summary['loss']:.4f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _from_root(path: Path) -> Path:

@@ -81,6 +81,13 @@ class Method:
         """
         models.train(start, clients, training, after_epochs=after_epochs)
 
+    def round_cost(self, count_steps: Callable[[int], float], num_examples: int) -> float:
+        """A client's time in a round, in local steps of FedAvg, about; by it the time to go is told.
+
+        count_steps: the phase's local steps, by the number of examples.
+        """
+        return count_steps(num_examples)
+
     def bytes_per_client(self, bytes_of_step: Callable[[int], int], training: LocalTraining, num_examples: int) -> int:
         """The most memory that `update` takes for a client. bytes_of_step: of a step, by the size of its batch."""
         return bytes_of_step(training.batch_size)

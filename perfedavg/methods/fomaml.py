@@ -6,6 +6,7 @@ theta_K; the client sends minus the gradient of its query loss at theta_K.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -42,6 +43,9 @@ class FOMAML(Method):
         models.train(start, supports, training)
         gradients, losses = models.gradients(queries)
         return gradients.neg_(), losses
+
+    def round_cost(self, count_steps: Callable[[int], float], num_examples: int) -> float:
+        return count_steps(math.ceil(self.support_fraction * num_examples)) + 1
 
     def bytes_per_client(self, bytes_of_step: Callable[[int], int], training: LocalTraining, num_examples: int) -> int:
         from perfedavg.training.client_models import QUERY_BATCH_SIZE

@@ -25,6 +25,8 @@ class MAML(FOMAML):
 
     name: ClassVar[str] = "maml"
     differentiates_training: ClassVar[bool] = True
+    TIMES_A_STEP: ClassVar[float] = 5.0
+    """What a step costs with its derivative, in plain ones."""
 
     def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
         if client_optimizer.name == "sgd":
@@ -39,6 +41,9 @@ class MAML(FOMAML):
         supports, queries = cut_clients(clients, self.support_fraction)
         gradients, losses = models.gradients_through_training(start, supports, queries, training)
         return gradients.neg_(), losses
+
+    def round_cost(self, count_steps: Callable[[int], float], num_examples: int) -> float:
+        return self.TIMES_A_STEP * super().round_cost(count_steps, num_examples)
 
     def bytes_per_client(self, bytes_of_step: Callable[[int], int], training: LocalTraining, num_examples: int) -> int:
         """All steps are kept until they have been differentiated."""

@@ -48,6 +48,13 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def duration(seconds: float) -> str:
+    """`3 h 5 min`, `2 min 10 s`, `45 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
 def command_line(words: Iterable[str | Path]) -> str:
     """The words of a command as a POSIX shell reads them again, in a line; also those that are no text."""
     return " ".join(_quoted(str(word)) for word in words)

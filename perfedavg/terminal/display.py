@@ -5,19 +5,26 @@ from __future__ import annotations
 import functools
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
+from perfedavg.contracts import ClientDirectory
 from perfedavg.engine.experiment import ExperimentState, RoundRecord
 from perfedavg.engine.scores import RunScores, summarize
 from perfedavg.recording.runs import result_key
 from perfedavg.settings import ExperimentConfig, Phase, Population
-from perfedavg.terminal.console import LOGGER, is_live, reason_of
+from perfedavg.terminal.console import LOGGER, duration, is_live, reason_of
+from perfedavg.terminal.time_to_go import TimeToGo
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+SILENCE_SECONDS = 30.0
+"""Where lines are printed, there is one at least so often."""
+BAR_SECONDS = 2.0
+"""So often the line on a terminal is drawn again."""
 _Method = TypeVar("_Method", bound=Callable[..., None])
 
 
@@ -25,9 +32,10 @@ def _costs_nothing(method: _Method) -> _Method:
     """Let what a method of a display fails at (tqdm takes settings from the environment, say) be in the log alone."""
 
     @functools.wraps(method)
-    def shown(*args: Any) -> None:
+    def shown(self: ProgressDisplay, *args: Any) -> None:
         try:
-            method(*args)
+            with self._lock:
+                method(self, *args)
         except Exception as error:
             LOGGER.warning("progress cannot be shown: %s", reason_of(error))
 
@@ -35,24 +43,41 @@ def _costs_nothing(method: _Method) -> _Method:
 
 
 class ProgressDisplay:
-    """An observer that shows phase, round, time left and the latest accuracies of unseen clients.
+    """An observer that shows phase, round, time to go and the latest accuracies of unseen clients.
 
-    On a terminal it is one line that is redrawn; elsewhere (a file, a pipe) a line for each point of the curve.
-    Nothing that it fails at ends the run.
+    On a terminal it is one line that is redrawn; elsewhere (a file, a pipe) a line for each point of the curve, and one
+    where there was none for a while. Nothing that it fails at ends the run. Used with `with`.
     """
 
-    def __init__(self, config: ExperimentConfig, stream: TextIO | None = None) -> None:
+    def __init__(self, config: ExperimentConfig, clients: ClientDirectory, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._phases = config.phases
-        self._rounds_here = 0  # in this process: a run that goes on has more behind it
-        self._rounds_left = 0
-        self._started = time.monotonic()
+        self._time = TimeToGo(config, clients)
+        self._phase = next(iter(self._phases))
+        self._num_rounds = 0  # of the phase, that have ended
+        self._scored: list[Population] = []
+        self._scoring: Population | None = None  # what is under way, if it is not a round
+        self._accuracies = ""
+        self._started = self._since = self._last_line = time.monotonic()
         self._bar: tqdm[Any] | None = None
+        self._lock = threading.RLock()
+        self._ended = threading.Event()
+        self._clock = threading.Thread(target=self._show_now_and_then, name="progress", daemon=True)
+
+    def __enter__(self) -> ProgressDisplay:
+        self._clock.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._clock.join()
+        if self._bar is not None:
+            self._bar.close()
 
     @_costs_nothing
     def phase_started(self, phase: Phase, num_rounds: int, num_recorded: int) -> None:
-        to_come = sum(settings.num_rounds for later, settings in self._phases.items() if later >= phase)
-        self._rounds_left = to_come - num_recorded
+        self._phase, self._num_rounds, self._scored, self._scoring = phase, num_recorded, [], None
+        self._since = time.monotonic()
         if is_live(self._stream):
             from tqdm import tqdm
 
@@ -60,41 +85,93 @@ class ProgressDisplay:
                 total=num_rounds,
                 initial=num_recorded,
                 desc=phase.label,
-                unit="round",
                 file=self._stream,
-                bar_format="{desc} {n_fmt}/{total_fmt} |{bar:24}| {elapsed}, {remaining} left{postfix}",
+                bar_format="{desc} {n_fmt}/{total_fmt} |{bar:24}| {elapsed}{postfix}",
             )
 
     @_costs_nothing
     def round_ended(self, record: RoundRecord) -> None:
-        self._rounds_here += 1
-        self._rounds_left -= 1
-        accuracies = None if record.evaluation is None else _accuracies(record.evaluation)
+        now = time.monotonic()
+        if self._scoring is not None:
+            self._end_scoring(now)
+        elif record.evaluation is not None:
+            self._time.add_point(max(0.0, now - self._since - record.seconds))
+        self._time.add_round(record.phase, record.seconds)
+        self._num_rounds, self._since = record.round_number, now
+        if record.evaluation is not None:
+            self._accuracies = _accuracies(record.evaluation)
         if self._bar is not None:
-            if accuracies is not None:
-                self._bar.set_postfix_str(accuracies, refresh=False)
-            self._bar.update()
-        elif accuracies is not None:
-            elapsed = time.monotonic() - self._started
-            left = elapsed / self._rounds_here * self._rounds_left
-            num_rounds = self._phases[record.phase].num_rounds
-            line = f"{record.phase.label} round {record.round_number}/{num_rounds}: {accuracies}, "
-            print(f"{line}{elapsed:.0f} s elapsed, about {left:.0f} s left", file=self._stream, flush=True)
+            self._draw_bar(refresh=False)
+            self._bar.update(record.round_number - self._bar.n)
+        elif record.evaluation is not None:
+            self._print_line()
 
     @_costs_nothing
     def scoring_started(self, phase: Phase, population: Population, num_clients: int) -> None:
+        now = time.monotonic()
+        self._time.expect_scoring(population, num_clients)
+        if self._scoring is not None:
+            self._end_scoring(now)
+        self._scoring, self._since, self._num_rounds = population, now, self._phases[phase].num_rounds
         if self._bar is not None:
-            self._bar.set_postfix_str(f"scoring {num_clients} {population.value} clients")
+            self._draw_bar()
 
     def checkpoint_due(self, state: ExperimentState) -> None:
         pass
 
     @_costs_nothing
     def phase_ended(self, phase: Phase, scores: RunScores) -> None:
+        if self._scoring is not None:
+            self._end_scoring(time.monotonic())
         if self._bar is not None:
             self._bar.set_postfix_str(_accuracies(summarize(scores[phase][Population.UNSEEN])))
             self._bar.close()
             self._bar = None
+
+    def _end_scoring(self, now: float) -> None:
+        assert self._scoring is not None, "clients are being scored"
+        self._time.add_scoring(self._scoring, now - self._since)
+        self._scored.append(self._scoring)
+        self._scoring, self._since = None, now
+
+    def _show_now_and_then(self) -> None:
+        while not self._ended.wait(self._seconds_to_tick()):
+            self._tick()
+
+    def _seconds_to_tick(self) -> float:
+        is_quiet_for = time.monotonic() - self._last_line
+        return BAR_SECONDS if is_live(self._stream) else max(0.0, SILENCE_SECONDS - is_quiet_for)
+
+    @_costs_nothing
+    def _tick(self) -> None:
+        """Show how the time goes by, where nothing else has shown anything for a while."""
+        if self._bar is not None:
+            self._draw_bar()
+        elif time.monotonic() - self._last_line >= SILENCE_SECONDS:
+            self._print_line()
+
+    def _draw_bar(self, refresh: bool = True) -> None:
+        assert self._bar is not None, "there is one"
+        parts = [self._time_left(), self._activity(), self._accuracies]
+        self._bar.set_postfix_str(", ".join(part for part in parts if part), refresh)
+
+    def _print_line(self) -> None:
+        self._last_line = time.monotonic()
+        place = f"{self._phase.label} round {self._num_rounds}/{self._phases[self._phase].num_rounds}"
+        parts = [self._activity(), self._accuracies, f"{duration(self._last_line - self._started)} elapsed"]
+        parts += [self._time_left()]
+        print(f"{place}: {', '.join(part for part in parts if part)}", file=self._stream, flush=True)
+
+    def _activity(self) -> str:
+        return "" if self._scoring is None else f"scoring {self._scoring.value} clients"
+
+    def _time_left(self) -> str:
+        """Empty where it cannot be told yet. What is under way counts by the time that it was expected to take."""
+        left = self._time.of_run(self._phase, self._num_rounds, self._scored)
+        if left is None:
+            return ""
+        expected = self._time.of_scoring(self._scoring) if self._scoring else self._time.of_round(self._phase)
+        return f"about {duration(left - min(time.monotonic() - self._since, expected or 0.0))} to go"
 
 
 def result_table(result: dict[str, Any], note: str = "") -> str:

@@ -13,7 +13,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, Launched, basic, finish, make_config, read_result
+from helpers import ROOT, TINY, Launched, QuadraticClients, basic, finish, make_config, read_result
 
 from perfedavg.engine.experiment import RoundRecord
 from perfedavg.engine.scores import ClientScore
@@ -117,7 +117,7 @@ def test_a_terminal_of_no_width(terminal: str, monkeypatch: pytest.MonkeyPatch) 
     scores = {"accuracy": 0.5, "loss": 1.0}
     evaluation = {"initial": scores, "personalized": scores}
     with open(theirs, "w") as stream:
-        shown = ProgressDisplay(make_config(), stream)
+        shown = ProgressDisplay(make_config(), QuadraticClients([[0.0]] * 2, [1, 1], 1), stream)
         shown.phase_started(Phase.FEDAVG, 2, 0)
         for number in (1, 2):
             shown.round_ended(RoundRecord(Phase.FEDAVG, number, (0,), 1, {}, 1.0, 1.0, 1.0, 0.0, {}, evaluation))

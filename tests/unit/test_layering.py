@@ -37,6 +37,7 @@ ROOMS = (
     "training",
     "engine",
     "recording",
+    "terminal.time_to_go",
     "terminal.display",
     "personal_model",
     "run",
