@@ -69,7 +69,8 @@ def recorded_rounds(
     """
     state = folder.begin(config, clients, run_settings, executor.kernels)
     if state is None:
-        state = ExperimentState.fresh(config, flatten(model), count_buffer_entries(model))
+        num_buffer_entries = count_buffer_entries(model)
+        state = ExperimentState.fresh(config, flatten(model), num_buffer_entries, folder.client_states)
         if config.initial_model is not None:  # whose file need not be there when the run is resumed
             folder.keep_start(state)
     _check_size(state, model, folder)
@@ -152,5 +153,7 @@ class _StateKeeper:
                 f"the checkpoint of {state.label} cannot be written ({error.strerror}); make room in "
                 f"{self._folder.shown_path}, then continue from the one before it with: {command}"
             )
+        except ValueError as error:
+            say(f"no checkpoint of {state.label} was saved ({error}); continue from the one before it with: {command}")
         else:
             say(f"checkpoint of {state.label} saved; continue with: {command}")

@@ -1,33 +1,32 @@
 """Checkpoints: the state of a run in a file, from which it goes on to the same result, to the bit.
 
-A checkpoint is a safetensors file: parameters, states of the server's optimizer and of clients, and scores as tensors,
-all else as JSON in the file's metadata. Nothing in it is executed when it is read.
+A checkpoint is a safetensors file: parameters, state of the server's optimizer, scores, and in which files the clients'
+states are, as tensors, all else as JSON in the file's metadata. Nothing in it is executed when it is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from perfedavg.engine.client_states import ClientStates, StatesInMemory
 from perfedavg.engine.experiment import ExperimentState, RoundRecord
 from perfedavg.engine.scores import ClientScore
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.own_module import changed_sources, sources
 from perfedavg.plain_values import differences, from_plain, parse_json, shown
-from perfedavg.recording.files import read_tensors, remove_partial_files, replace_file
+from perfedavg.recording.client_states import References, StateFiles
+from perfedavg.recording.files import checked_file, read_checked, remove_partial_files, replace_file
 from perfedavg.settings import ExperimentConfig, Phase, Population
 from perfedavg.terminal.console import say
 from perfedavg.training.optimizers import ServerOptimizer
@@ -36,6 +35,8 @@ FORMAT_VERSION = 5
 NUM_KEPT = 2
 """Files kept: the one before the last is there for a disk that loses the last one."""
 
+_KIND = "checkpoint"
+_CLIENT_STATES = "client_states"
 _NAME = re.compile(r"(?P<field>fedavg|fine_tune)-(?P<round>\d+)\.safetensors")
 _UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError)
 """What reading a damaged file raises, wherever the damage is."""
@@ -82,38 +83,48 @@ class RunIdentity:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in a folder that this process alone writes to."""
+    """The checkpoints of one run, in a folder that this process alone writes to.
 
-    def __init__(self, folder: Path, identity: RunIdentity) -> None:
+    client_states: the files that they refer to.
+    """
+
+    def __init__(self, folder: Path, identity: RunIdentity, client_states: StateFiles) -> None:
         self._folder = folder
         self._identity = identity
+        self._client_states = client_states
+        self._references: dict[str, References] = {}  # of each that is there and can be read, by its name
         if folder.is_dir():
             remove_partial_files(folder)
 
     def save(self, state: ExperimentState) -> None:
         """Write a checkpoint and remove those before the last two. The caller holds the state's lock.
 
-        Raises OSError, and leaves those that are there, where it cannot be written.
+        Raises OSError, and leaves those that are there, where it cannot be written; ValueError where what clients keep
+        has been lost.
         """
         assert not state.step_failed, "a step has failed in its middle"
         state.read_clock()
+        references = References(state.phase, state.client_states.versions())
         self._folder.mkdir(exist_ok=True)
         name = f"{state.phase.field}-{state.num_rounds:06d}.safetensors"
-        replace_file(self._folder / name, _encode(state, self._identity))
+        replace_file(self._folder / name, _encode(state, self._identity, references))
+        self._references[name] = references
         for path in self._paths()[NUM_KEPT:]:
             path.unlink(missing_ok=True)
+            self._references.pop(path.name, None)
+        self._client_states.keep(list(self._references.values()))
 
     def load(self) -> ExperimentState | None:
         """The last state that was saved, or None where none ever was.
 
-        A damaged file is reported and set aside, and the one before it taken. Raises ValueError where all are damaged,
-        or belong to another experiment or other data.
+        A damaged file, or one that refers to one, is reported and set aside, and the one before it taken. Clients keep
+        what that refers to. Raises ValueError where all are damaged, or belong to another experiment or other data.
         """
         paths = self._paths()
         damaged: list[str] = []
         for path in paths:
             try:
-                state = self._load(path)
+                state, references = self._load(path)
             except _DamagedError as error:
                 damaged.append(f"{path.name} ({error})")
                 continue
@@ -121,21 +132,41 @@ class Checkpoints:
                 say(f"damaged, and so set aside: {', '.join(damaged)}; going on from {path.name}")
             for newer in paths[: len(damaged)]:
                 newer.rename(newer.with_suffix(".damaged"))
+            self._references = {path.name: references, **self._read_references(paths[len(damaged) + 1 :])}
+            self._client_states.go_on(references, list(self._references.values()))
             return state
         if damaged:
             raise ValueError(
                 f"no checkpoint in {self._folder} can be read: {', '.join(damaged)}; start a new run, or remove that "
                 "folder to let this one start from its first round"
             )
+        self._client_states.go_on(None, ())
         return None
 
-    def _load(self, path: Path) -> ExperimentState:
+    def _read_references(self, paths: Sequence[Path]) -> dict[str, References]:
+        """Of those that can be read, by their names."""
+        found = {}
+        for path in paths:
+            with contextlib.suppress(_DamagedError, ValueError):
+                found[path.name] = _decode_references(*self._read(path))
+        return found
+
+    def _load(self, path: Path) -> tuple[ExperimentState, References]:
         """Raises _DamagedError where it cannot be read, ValueError where it is of another experiment or version."""
+        content, tensors = self._read(path)
+        self._check_identity(content, path)
+        references = _decode_references(content, tensors)
+        state = _decode(content, tensors, self._identity.config, self._client_states)
         try:
-            tensors, metadata = read_tensors(path)
-            text = metadata["checkpoint"]
-            if metadata["crc32"] != _checksum(text, tensors):
-                raise ValueError("its checksum does not fit")
+            self._client_states.check(references)
+        except ValueError as error:
+            raise _DamagedError(str(error)) from error
+        return state, references
+
+    def _read(self, path: Path) -> tuple[_Content, dict[str, Tensor]]:
+        """Raises as `_load` does."""
+        try:
+            text, tensors = read_checked(path, _KIND)
             values = from_plain(dict[str, Any], parse_json(text))
             version = values.get("format_version")
             content = from_plain(_Content, values) if version == FORMAT_VERSION else None
@@ -146,12 +177,12 @@ class Checkpoints:
                 f"{path} has format {shown(version)}, this version reads {FORMAT_VERSION}; go on with the version that "
                 "the run was begun with"
             )
-        self._check_identity(content, path)
-        return _decode(content, tensors, self._identity.config)
+        return content, tensors
 
     def remove(self) -> None:
-        """Remove them all, with their folder."""
+        """Remove them all, with their folder, and of what they refer to all but what clients keep at the end."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._client_states.finish()
 
     def _paths(self) -> list[Path]:
         """The latest first."""
@@ -188,12 +219,11 @@ class Checkpoints:
             say(f"the code of {', '.join(changed)} has changed since the run was begun: its result may differ")
 
 
-def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
+def _encode(state: ExperimentState, identity: RunIdentity, references: References) -> bytes:
     """The content of the file."""
     tensors = {f"server.{name}": tensor for name, tensor in state.server.tensors().items()}
-    assert isinstance(state.client_states, StatesInMemory)
-    for client_id, kept in state.client_states.current.items():
-        tensors |= {f"client.{client_id}.{name}": tensor.contiguous() for name, tensor in kept.items()}
+    rounds = sorted(references.rounds.items())
+    tensors[_CLIENT_STATES] = torch.tensor(rounds, dtype=torch.int64).reshape(-1, 2)  # (clients, 2): id, round
     for phase, by_population in state.scores.items():
         for population, scores in by_population.items():
             tensors[_scores_name(phase.field, population.value)] = _encode_scores(scores)
@@ -210,11 +240,19 @@ def _encode(state: ExperimentState, identity: RunIdentity) -> bytes:
         phase_seconds={phase.field: seconds for phase, seconds in state.phase_seconds.items()},
         sources=sources(),
     )
-    text = json.dumps(asdict(content))
-    return safetensors.torch.save(tensors, {"checkpoint": text, "crc32": _checksum(text, tensors)})
+    return checked_file(_KIND, json.dumps(asdict(content)), tensors)
 
 
-def _decode(content: _Content, tensors: Mapping[str, Tensor], config: ExperimentConfig) -> ExperimentState:
+def _decode_references(content: _Content, tensors: Mapping[str, Tensor]) -> References:
+    try:
+        return References(Phase.of_field(content.phase), dict(tensors[_CLIENT_STATES].tolist()))
+    except _UNREADABLE as error:
+        raise _DamagedError(f"its parts do not fit each other: {error}") from error
+
+
+def _decode(
+    content: _Content, tensors: Mapping[str, Tensor], config: ExperimentConfig, client_states: StateFiles
+) -> ExperimentState:
     """Raises _DamagedError where the parts do not fit each other."""
     try:
         phase = Phase.of_field(content.phase)
@@ -226,7 +264,7 @@ def _decode(content: _Content, tensors: Mapping[str, Tensor], config: Experiment
         return ExperimentState(
             phase=phase,
             num_rounds=content.num_rounds,
-            client_states=StatesInMemory(_decode_states(tensors)),
+            client_states=client_states,
             server=ServerOptimizer.from_tensors(settings.server_optimizer, server),
             pending_record=None if content.pending_record is None else RoundRecord.from_dict(content.pending_record),
             scores={
@@ -265,21 +303,3 @@ def _decode_scores(rows: Tensor, metrics: Sequence[str]) -> list[ClientScore]:
         counts = (int(client_id), int(num_train), int(num_test))
         scores.append(ClientScore(*counts, initial, personalized, tuple(by_epoch)))
     return scores
-
-
-def _decode_states(tensors: Mapping[str, Tensor]) -> ClientStates:
-    states: ClientStates = {}
-    for name, tensor in tensors.items():
-        if name.startswith("client."):
-            _, client_id, kept = name.split(".", 2)
-            states.setdefault(int(client_id), {})[kept] = tensor
-    return states
-
-
-def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of everything that a checkpoint says, which finds what a disk did to it."""
-    checksum = zlib.crc32(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        checksum = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), checksum)
-        checksum = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)
-    return str(checksum)

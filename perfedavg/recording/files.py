@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +16,10 @@ if TYPE_CHECKING:
 _PARTIAL = ".partial"
 
 
-def replace_file(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes, syncs_folder: bool = True) -> None:
     """Write a file, or replace it, in one step: a reader, a crash or a power cut never leaves half of it.
 
+    syncs_folder: whether a power cut from now on leaves it; otherwise only one after `sync_folder` does.
     Raises OSError, and leaves what was there as it was, where it cannot be written.
     """
     partial = path.with_name(f".{path.name}{_PARTIAL}")
@@ -29,7 +32,13 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    if syncs_folder:
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Let the names in a folder outlive a power cut. Raises OSError."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(folder)
     finally:
@@ -50,6 +59,36 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     with open(path, "rb") as file, safetensors.safe_open(f"/proc/self/fd/{file.fileno()}", "pt") as content:
         names = content.keys()
         return {name: content.get_tensor(name) for name in names}, content.metadata() or {}
+
+
+def checked_file(kind: str, text: str, tensors: Mapping[str, Tensor]) -> bytes:
+    """The content of a safetensors file with a text and a checksum. kind: what it is, under which the text stands."""
+    import safetensors.torch
+
+    return safetensors.torch.save(dict(tensors), {kind: text, "crc32": checksum(text, tensors)})
+
+
+def read_checked(path: Path, kind: str) -> tuple[str, dict[str, Tensor]]:
+    """Text and tensors of a file that `checked_file` made.
+
+    Raises ValueError where the checksum does not fit, otherwise OSError, SafetensorError or KeyError.
+    """
+    tensors, metadata = read_tensors(path)
+    text = metadata[kind]
+    if metadata["crc32"] != checksum(text, tensors):
+        raise ValueError("its checksum does not fit")
+    return text, tensors
+
+
+def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of everything that a file says, which finds what a disk did to it."""
+    import torch
+
+    crc = zlib.crc32(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data, crc)
+    return str(crc)
 
 
 class GrowingFile:

@@ -20,6 +20,7 @@ from perfedavg.machine.versions import describe_environment
 from perfedavg.own_module import sources
 from perfedavg.plain_values import from_plain
 from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
+from perfedavg.recording.client_states import StateFiles
 from perfedavg.recording.divergence import say_divergence_in_round, say_divergence_in_scores
 from perfedavg.recording.events import EventFile
 from perfedavg.recording.files import GrowingFile, replace_file
@@ -27,6 +28,7 @@ from perfedavg.recording.folders import ClaimedFolder
 from perfedavg.recording.model_file import ModelFacts, model_file
 from perfedavg.recording.results import clients_csv, to_json
 from perfedavg.recording.runs import (
+    CLIENT_STATES_FOLDER,
     CLIENTS_FILE,
     CONFIG_FILE,
     INITIAL_MODEL,
@@ -53,6 +55,7 @@ class RunFolder:
     metrics.jsonl      a line a round, written as the round ends
     clients.csv        a row a scored client: its scores before and after personalization, after each phase
     checkpoint/        the last states from which the run can go on; gone when it has ended
+    client_states/     what the method lets each client keep that has trained; only where it does
     model.safetensors  the final global model
     result.json        the summary, written when all that was measured is there: without it, the run is unfinished
     plots/             the accuracy curve, and the accuracy of unseen clients before and after; drawn by `reporting`
@@ -87,6 +90,7 @@ class RunFolder:
         self._checkpoint_every = checkpoint_every
         self._resumes = resume
         self._restart_command = restart_command
+        self.client_states = StateFiles(path / CLIENT_STATES_FOLDER)
         self._metrics = GrowingFile(path / METRICS_FILE)
         self._failing: set[str] = set()
         self._saved: tuple[Phase, int, bool, int] | None = None
@@ -152,7 +156,7 @@ class RunFolder:
         environment = {**describe_environment(), "kernels": kernels.to_dict(), **own_code}
         identity = RunIdentity(config, clients.fingerprint, {"commit": environment["commit"]}, kernels)
         self._clients = clients
-        self._checkpoints = Checkpoints(self.path / CHECKPOINT_FOLDER, identity)
+        self._checkpoints = Checkpoints(self.path / CHECKPOINT_FOLDER, identity, self.client_states)
         self._events: EventFile | None = EventFile(self.path / "tensorboard", config.phases)
         with self._needing_room():
             state = self._go_on(config, run_settings, environment) if self._resumes else None
@@ -237,7 +241,7 @@ class RunFolder:
     def save_checkpoint(self, state: ExperimentState) -> None:
         """Save the state, and before it the lines of metrics.jsonl that it stands for. The caller holds its lock.
 
-        Does nothing where it has been saved already. Raises OSError, and keeps the checkpoints that are there.
+        Does nothing where it has been saved already. Raises OSError or ValueError as `Checkpoints.save` does.
         """
         if state.progress != self._saved:
             self._metrics.flush(to_disk=True)
@@ -247,7 +251,7 @@ class RunFolder:
     def write_result(
         self, outcome: ExperimentOutcome, model: nn.Module, facts: ModelFacts, result: Mapping[str, Any]
     ) -> None:
-        """Write model, clients.csv and, last, result.json; then remove the checkpoints.
+        """Write model, clients.csv and, last, result.json; then remove the checkpoints. What clients keep stays.
 
         `model` takes the final parameters.
         Raises OSError, one line with the fix, where there is no room; the checkpoints are then kept.
@@ -255,6 +259,7 @@ class RunFolder:
         unflatten_into(model, outcome.parameters.clone())
         try:
             self._metrics.flush(to_disk=True)
+            self.client_states.versions()  # which are on the disk then
             replace_file(self.path / MODEL_FILE, model_file(model, facts.to_metadata()))
             self._write_clients(outcome.scores)
             self._write_json(RESULT_FILE, result)

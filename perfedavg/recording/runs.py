@@ -28,6 +28,7 @@ RESULT_FILE = "result.json"
 METRICS_FILE = "metrics.jsonl"
 CLIENTS_FILE = "clients.csv"
 MODEL_FILE = "model.safetensors"
+CLIENT_STATES_FOLDER = "client_states"
 INITIAL_MODEL = "initial_model_path"
 
 KINDS = ("initial", "personalized")
@@ -97,6 +98,12 @@ class RecordedRun:
         from perfedavg.recording.model_file import read_model_file
 
         return read_model_file(self.folder / MODEL_FILE)
+
+    def client_state(self, client_id: int) -> dict[str, Tensor]:
+        """What a client keeps at the end of the run; empty where it keeps nothing. Imports torch. Raises ValueError."""
+        from perfedavg.recording.client_states import read_final_state
+
+        return read_final_state(self.folder / CLIENT_STATES_FOLDER, client_id)
 
 
 def _with_basic_metrics(scores: dict[str, float | None], name: str) -> dict[str, float | None]:

@@ -21,6 +21,7 @@ from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.engine.tasks import CohortTask
 from perfedavg.methods import FOMAML
 from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
+from perfedavg.recording.client_states import StateFiles
 from perfedavg.seeding import Purpose, seed_sequence, torch_seeds
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.client_models import Client, Query
@@ -264,7 +265,8 @@ def test_a_buffer_that_is_replaced_is_found() -> None:
 def test_a_resumed_run_goes_on_to_the_same_statistics(tmp_path: Path) -> None:
     adam = OptimizerConfig("adam", 0.01)
     config = dataclasses.replace(CONFIG, fedavg=PhaseConfig(4, 1, SGD, adam))
-    checkpoints = Checkpoints(tmp_path / "checkpoint", RunIdentity(config, dataset().fingerprint, {}))
+    identity = RunIdentity(config, dataset().fingerprint, {})
+    checkpoints = Checkpoints(tmp_path / "checkpoint", identity, StateFiles(tmp_path / "client_states"))
 
     class StopError(Exception):
         pass

@@ -19,6 +19,7 @@ from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.engine.tasks import CohortTask
 from perfedavg.methods import FedAvg
 from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
+from perfedavg.recording.client_states import StateFiles
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.client_models import Client, ClientModels
 from perfedavg.training.flat_model import flatten
@@ -100,9 +101,11 @@ class StopsAfter:
 @pytest.mark.parametrize("num_rounds", [1, 3, NUM_ROUNDS, NUM_ROUNDS + 2])
 def test_a_run_that_goes_on_from_a_checkpoint_counts_on(num_rounds: int, tmp_path: Path) -> None:
     config = counting()
-    checkpoints = Checkpoints(tmp_path / "checkpoint", RunIdentity(config, "quadratic", {}))
+    files = StateFiles(tmp_path / "client_states")
+    checkpoints = Checkpoints(tmp_path / "checkpoint", RunIdentity(config, "quadratic", {}), files)
+    begun = ExperimentState.fresh(config, flatten(Difference(START)), client_states=files)
     with pytest.raises(StopError):
-        run_experiment(config, executor(config), clients(), fresh(config), [StopsAfter(checkpoints, num_rounds)])
+        run_experiment(config, executor(config), clients(), begun, [StopsAfter(checkpoints, num_rounds)])
     state = checkpoints.load()
     assert state is not None
     assert any(state.client_states.get(client_id) for client_id in range(4)), "somebody has counted"

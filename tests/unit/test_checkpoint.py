@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import safetensors
-import safetensors.torch
 import torch
 from helpers import Difference, QuadraticClients, half_squared_norm, make_config
 from torch import Tensor
@@ -22,8 +21,9 @@ from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
-from perfedavg.recording import checkpoint
 from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
+from perfedavg.recording.client_states import StateFiles
+from perfedavg.recording.files import checked_file
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.run import run_and_record
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
@@ -184,7 +184,7 @@ def test_a_run_stopped_again_and_again_ends_as_one_left_alone(tmp_path: Path) ->
 def test_seconds_are_the_sum_over_all_parts(tmp_path: Path) -> None:
     """The first part claims to have taken 100 seconds."""
     identity = RunIdentity(CONFIG, CLIENTS.fingerprint, {})
-    store = Checkpoints(tmp_path / "run" / "checkpoint", identity)
+    store = Checkpoints(tmp_path / "run" / "checkpoint", identity, StateFiles(tmp_path / "run" / "client_states"))
     run_part(CONFIG, tmp_path / "run", Events(12))
     state = store.load()
     assert state is not None
@@ -198,7 +198,7 @@ def test_seconds_are_the_sum_over_all_parts(tmp_path: Path) -> None:
 
 def checkpoints(path: Path, **changes: Any) -> Checkpoints:
     identity = RunIdentity(CONFIG, CLIENTS.fingerprint, {"torch": "1", "numpy": "2", "commit": None})
-    return Checkpoints(path, replace(identity, **changes))
+    return Checkpoints(path, replace(identity, **changes), StateFiles(path / "client_states"))
 
 
 def advanced_state(num_rounds: int = 2) -> ExperimentState:
@@ -299,8 +299,7 @@ def test_an_edited_checkpoint_gives_way_to_the_one_before(
         content = json.loads(file.metadata()["checkpoint"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     text = json.dumps({**content, **change})
-    crc32 = str(checkpoint._checksum(text, tensors))
-    safetensors.torch.save_file(tensors, last, {"checkpoint": text, "crc32": crc32})
+    last.write_bytes(checked_file("checkpoint", text, tensors))
     state = store.load()
     assert state is not None
     assert state.num_rounds == 1

@@ -21,6 +21,7 @@ from perfedavg.engine.experiment import ExperimentState
 from perfedavg.fields import flags_by_name
 from perfedavg.methods import METHODS
 from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
+from perfedavg.recording.client_states import StateFiles
 from perfedavg.recording.runs import RecordedRun
 from perfedavg.settings import ExperimentConfig
 
@@ -162,7 +163,9 @@ def test_a_run_can_be_read_without_its_code(folder: Path) -> None:
 
 def test_code_that_was_changed_before_a_resumption_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settled = dataclasses.replace(config("--method", "my_methods:Pull"), client_batching=1)
-    checkpoints = Checkpoints(folder / "checkpoint", RunIdentity(settled, "data", {}))
+    checkpoints = Checkpoints(
+        folder / "checkpoint", RunIdentity(settled, "data", {}), StateFiles(folder / "client_states")
+    )
     checkpoints.save(ExperimentState.fresh(settled, torch.zeros(2)))
     checkpoints.load()
     assert "has changed" not in capsys.readouterr().err
