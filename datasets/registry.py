@@ -109,7 +109,7 @@ def _load_shakespeare(request: DatasetRequest, data_root: Path) -> FederatedData
 
 
 def _load_folder(request: DatasetRequest, data_root: Path) -> FederatedDataset:
-    from datasets.sources.image_folder import load_image_folder
+    from datasets.own.image_folder import load_image_folder
 
     return _split(request, load_image_folder(data_root))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from datasets.clients.split import count_train, cut_examples
-from datasets.sources.image_folder import read_class_folders
+from datasets.own.image_folder import read_class_folders
 from perfedavg.contracts import ClientData
 from perfedavg.seeding import Purpose, data_stream
 

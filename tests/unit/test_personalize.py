@@ -21,7 +21,7 @@ import personalize
 from datasets.clients.person import has_bright_ground, load_person
 from datasets.clients.split import SplitDataset
 from datasets.sources.digits import load_digits_images
-from datasets.sources.image_folder import load_image_folder
+from datasets.own.image_folder import load_image_folder
 from models import build_model
 from perfedavg import personal_model
 from perfedavg.engine.executor import LocalExecutor

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from datasets.clients.person import load_person
-from datasets.sources.image_folder import load_image_folder
+from datasets.own.image_folder import load_image_folder
 from datasets.sources.leaf import load_femnist
 
 Greys = NDArray[np.uint8]

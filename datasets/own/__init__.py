@@ -1,0 +1,1 @@
+"""A user's own data in files: a folder of images, arrays, tables."""
