@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     NOISE = 103
     WRITER = 104
     SINE = 105
+    CLIENT_ORDER = 106
 
 
 def seed_sequence(

@@ -6,9 +6,11 @@ import hashlib
 from collections.abc import Sequence
 from fractions import Fraction
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,6 +50,9 @@ class SplitDataset:
         self.note = note
         self.num_classes = clients.num_classes
         self.class_names = clients.class_names
+        self.about = clients.about
+        if clients.has_targets:
+            self.loss_function = mean_squared_error
         self._clients = clients
         self._seed = seed
         self._local_split = local_split
@@ -103,18 +108,26 @@ class SplitDataset:
         return hashlib.blake2b(str(parts).encode(), digest_size=16).hexdigest()
 
 
-def cut_examples(raw: NDArray[np.uint8], labels: NDArray[np.int64], num_train: int, num_dropped: int = 0) -> ClientData:
+def cut_examples(raw: NDArray[Any], labels: NDArray[Any], num_train: int, num_dropped: int = 0) -> ClientData:
     """The first num_train examples to train on; all others, but for the next num_dropped, to be scored on.
 
-    raw: images (num_examples, 28, 28), or tokens (num_examples, length).
+    raw, labels: see `RawClients.examples`.
     """
-    values, targets = torch.from_numpy(raw), torch.from_numpy(labels.astype(np.int64, copy=False))
-    if values.ndim == 2:
-        inputs: Tensor = values.to(torch.int64)
+    values, targets = torch.from_numpy(raw), torch.from_numpy(labels)
+    if values.is_floating_point():
+        inputs: Tensor = values
+    elif values.ndim == 2:
+        inputs = values.to(torch.int64)
     else:
-        inputs = values.unsqueeze(1).to(torch.float32).div_(255)
+        images = values.unsqueeze(1) if values.ndim == 3 else values
+        inputs = images.to(torch.float32).div_(255)
     test = num_train + num_dropped
     return ClientData(inputs[:num_train], targets[:num_train], inputs[test:], targets[test:])
+
+
+def mean_squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
+    """The loss where labels are targets; both (num_examples, num_targets)."""
+    return F.mse_loss(outputs, labels)
 
 
 def count_train(num_examples: int, train_percent: int | Fraction = TRAIN_PERCENT) -> int:

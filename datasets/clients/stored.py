@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,42 +16,61 @@ from datasets.clients.raw import ConsecutiveClients, Examples
 from datasets.sources.image_files import are_blank
 from datasets.storage import built_once, tell
 
-CACHE_FORMAT = 4
-"""Raised with every change of the files that `cached_clients` writes, so that older ones are built anew."""
+CACHE_FORMAT = 5
+"""Raised with every change of the files that `stored_clients` writes, so that older ones are built anew."""
 
 
 @dataclass(frozen=True)
 class NamedClient:
     """One client on its way into the cache.
 
-    name: unlike any other client's.  inputs: (num_examples, ...) uint8, alike for all clients; num_examples may be 0.
-    labels: (num_examples,) int64, below the number of classes.
+    name: unlike any other client's.
+    inputs: (num_examples, ...), as `RawClients.examples` gives them, alike for all clients; num_examples may be 0.
+    labels: (num_examples,) int64, below the number of classes; or (num_examples, num_targets) float32.
     num_train: size of its training part, which comes first, where the data set is published with that split.
     """
 
     name: str
-    inputs: NDArray[np.uint8]
-    labels: NDArray[np.int64]
+    inputs: NDArray[Any]
+    labels: NDArray[Any]
     num_train: int | None = None
+
+
+@dataclass(frozen=True)
+class NewClients:
+    """All clients of a data set on their way into the cache.
+
+    clients: in their order. Whatever it raises leaves no cache behind.
+    class_names: label i stands for the i-th; None where labels are targets of a regression.
+    overlap: see RawClients.
+    about: what was made of the files, in a line for the user; empty for nothing.
+    """
+
+    clients: Iterable[NamedClient]
+    class_names: Sequence[str] | None
+    overlap: int = 0
+    about: str = ""
 
 
 class StoredClients(ConsecutiveClients):
     """Clients in one folder of plain files, of which inputs and labels are mapped and not loaded."""
 
-    def __init__(self, folder: Path, class_names: Sequence[str]) -> None:
+    def __init__(self, folder: Path) -> None:
         meta = json.loads((folder / "meta.json").read_text())
         super().__init__(np.array(meta["offsets"], dtype=np.int64))
-        self.class_names = tuple(class_names)
+        names: list[str] | None = meta["class_names"]
+        self.class_names = None if names is None else tuple(names)
+        self.num_classes = meta["label_shape"][0] if names is None else len(names)
+        self.has_targets = names is None
         self.names: list[str] = meta["names"]
-        self.num_classes = len(class_names)
         self._fingerprint: str = meta["fingerprint"]
         self.overlap = meta["overlap"]
         self.train_counts = meta["train_counts"]
+        self.about: str = meta["about"]
         self.blank_clients: list[str] = meta["blank_clients"]
         total = int(self._offsets[-1])
-        shape = (total, *meta["input_shape"])
-        self._inputs = np.memmap(folder / "inputs", dtype=np.uint8, mode="r", shape=shape)
-        self._labels = np.memmap(folder / "labels", dtype="<i8", mode="r", shape=(total,))
+        self._inputs = _mapped(folder / "inputs", meta["input_type"], (total, *meta["input_shape"]))
+        self._labels = _mapped(folder / "labels", meta["label_type"], (total, *meta["label_shape"]))
 
     @property
     def fingerprint(self) -> str:
@@ -62,6 +81,12 @@ class StoredClients(ConsecutiveClients):
         return np.asarray(self._inputs[own]), np.asarray(self._labels[own])
 
 
+def _mapped(file: Path, kind: str, shape: tuple[int, ...]) -> NDArray[Any]:
+    if 0 in shape:  # nothing of it can be mapped, as of examples without features
+        return np.zeros(shape, dtype=kind)
+    return np.memmap(file, dtype=kind, mode="r", shape=shape)
+
+
 def cached_clients(
     cache: Path,
     name: str,
@@ -70,20 +95,21 @@ def cached_clients(
     class_names: Sequence[str],
     overlap: int = 0,
 ) -> StoredClients:
-    """The clients that an iterator yields, from the cache where it holds them already.
+    """As `stored_clients`, of clients whose classes are known before they are read.
+
+    clients: is exhausted only where the cache is built.
+    """
+    return stored_clients(cache, name, sources, lambda: NewClients(clients, class_names, overlap))
+
+
+def stored_clients(cache: Path, name: str, sources: Iterable[Path], read: Callable[[], NewClients]) -> StoredClients:
+    """The clients that a function reads from files, from the cache where it holds them already.
 
     cache, name, sources: see `built_once`.
-    clients: is exhausted only where the cache is built. Whatever it raises leaves no cache behind.
-    class_names: label i stands for the i-th.  overlap: see RawClients.
-    Raises ValueError where there is no client with an example, and what `built_once` raises.
+    Raises ValueError where there is no client with an example, and what `built_once` and `read` raise.
     """
     stored = built_once(
-        cache,
-        name,
-        sources,
-        lambda folder: _write_clients(folder, clients, overlap),
-        lambda folder: StoredClients(folder, class_names),
-        CACHE_FORMAT,
+        cache, name, sources, lambda folder: _write_clients(folder, read()), StoredClients, CACHE_FORMAT
     )
     if stored.blank_clients:
         tell(
@@ -93,39 +119,52 @@ def cached_clients(
     return stored
 
 
-def _write_clients(folder: Path, clients: Iterator[NamedClient], overlap: int) -> None:
+def _write_clients(folder: Path, new: NewClients) -> None:
     names: list[str] = []
     offsets = [0]
     train_counts: list[int | None] = []
     blank_clients: list[str] = []
-    input_shape: tuple[int, ...] = ()
+    alike: tuple[Any, ...] = ()
     digest = hashlib.blake2b(digest_size=16)
     with open(folder / "inputs", "wb") as inputs_file, open(folder / "labels", "wb") as labels_file:
-        for client in clients:
-            input_shape = input_shape or client.inputs.shape[1:]
-            assert client.inputs.dtype == np.uint8, client.name
-            assert client.inputs.shape[1:] == input_shape, client.name
-            assert len(client.inputs) == len(client.labels), client.name
+        for client in new.clients:
+            inputs, labels = _little_endian(client.inputs), _little_endian(client.labels)
+            kinds = (inputs.dtype.str, inputs.shape[1:], labels.dtype.str, labels.shape[1:])
+            alike = alike or kinds
+            assert kinds == alike, client.name
+            assert len(inputs) == len(labels), client.name
             names.append(client.name)
-            offsets.append(offsets[-1] + len(client.labels))
+            offsets.append(offsets[-1] + len(labels))
             train_counts.append(client.num_train)
-            if client.inputs.ndim == 3 and len(client.inputs) and are_blank(client.inputs):
+            if inputs.dtype == np.uint8 and inputs.ndim >= 3 and len(inputs) and are_blank(inputs):
                 blank_clients.append(client.name)
-            for array, file in ((client.inputs, inputs_file), (client.labels.astype("<i8"), labels_file)):
-                content = np.ascontiguousarray(array).tobytes()
+            for array, file in ((inputs, inputs_file), (labels, labels_file)):
+                content = np.ascontiguousarray(array).data
                 digest.update(content)
                 file.write(content)
     if not offsets[-1]:
         raise ValueError("there is no client with an example")
     published = None not in train_counts
     digest.update(json.dumps([names, offsets, train_counts] if published else [names, offsets]).encode())
+    input_type, input_shape, label_type, label_shape = alike
     meta: dict[str, Any] = {
         "names": names,
         "offsets": offsets,
+        "input_type": input_type,
         "input_shape": input_shape,
-        "overlap": overlap,
+        "label_type": label_type,
+        "label_shape": label_shape,
+        "class_names": None if new.class_names is None else list(new.class_names),
+        "overlap": new.overlap,
         "train_counts": train_counts if published else None,
+        "about": new.about,
         "blank_clients": blank_clients,
         "fingerprint": digest.hexdigest(),
     }
     (folder / "meta.json").write_text(json.dumps(meta))
+    if new.about:
+        tell(new.about)
+
+
+def _little_endian(array: NDArray[Any]) -> NDArray[Any]:
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)

@@ -58,8 +58,8 @@ def read_image(source: Path | IO[bytes], place: str, ink_is_dark: bool = False) 
 
 
 def are_blank(images: NDArray[np.uint8]) -> bool:
-    """Whether each of the images (num_images, height, width) has one and the same grey all over."""
-    return bool((images == images[:, :1, :1]).all())
+    """Whether each of the images (num_images, ..., height, width) has one and the same colour all over."""
+    return bool((images == images[..., :1, :1]).all())
 
 
 def _fault_of(image: Image.Image) -> str | None:
