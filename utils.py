@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from datasets.registry import DatasetRequest, find, load_federated_dataset, meaningless
 from launch.flags import ROOT, parse, restart_command
 from launch.settings import ENTRY_POINTS
+from perfedavg.own_files import shown_dataset
 from perfedavg.recording.folders import make_default_folder
 from perfedavg.recording.runs import read_unfinished_run
 from perfedavg.settings import UNREAD, ClientsConfig, ExperimentConfig, num_unseen_clients
@@ -42,7 +43,7 @@ def get_datasets(config: ExperimentConfig, data_root: Path) -> FederatedDataset:
     dataset = load_clients(config, data_root)
     num_left_out = getattr(dataset, "num_left_out", 0)
     if num_left_out:
-        say(f"left out of {config.dataset}, too small to train and be scored: {num_left_out} client(s)")
+        say(f"left out of {shown_dataset(config.dataset)}, too small to train and be scored: {num_left_out} client(s)")
     return apply_views(config, dataset)
 
 
@@ -60,7 +61,13 @@ def apply_views(config: ExperimentConfig, dataset: FederatedDataset) -> Federate
 def load_clients(config: ClientsConfig, data_root: Path) -> FederatedDataset:
     num_unseen = partial(num_unseen_clients, unseen_fraction=config.unseen_fraction)
     request = DatasetRequest(
-        config.dataset, config.num_clients, num_unseen, config.partition, config.seed, config.local_split
+        config.dataset,
+        config.num_clients,
+        num_unseen,
+        config.partition,
+        config.seed,
+        config.local_split,
+        config.own_files,
     )
     return load_federated_dataset(request, data_root)
 

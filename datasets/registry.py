@@ -5,16 +5,19 @@ Entry points read the entries for --help, so heavy modules are imported only whe
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perfedavg.fields import unknown
+from perfedavg.own_files import ARRAYS, TABLES, UNTOLD, OwnFiles, is_path, shown_dataset
 
 if TYPE_CHECKING:
     from datasets.clients.partitioned import ImageSplits
     from datasets.clients.raw import RawClients
+    from datasets.own.rows import Rows
     from perfedavg.contracts import FederatedDataset
 
 MOST_DEALT_CLIENTS = 10_000_000
@@ -25,11 +28,12 @@ MOST_DEALT_CLIENTS = 10_000_000
 class DatasetRequest:
     """Which data, dealt out how.
 
-    name: a data set's, or `package.module:factory` for a user's own.
+    name: a data set's, the path of a user's own file or folder, or `package.module:factory` for a user's own code.
     num_clients: training and unseen clients together, or None for all that natural clients are.
     num_unseen: from the number of clients to the number of those that never train.
     partition: see `Partition.parse`; None for data with natural clients.
     local_split: see `SplitDataset`.
+    own_files: how a user's own files are read.
     """
 
     name: str
@@ -38,6 +42,7 @@ class DatasetRequest:
     partition: str | None
     seed: int
     local_split: str = "shuffled"
+    own_files: OwnFiles = UNTOLD
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class DataSet:
     models: from each value of --model that fits to a model's name (see `models`); the first is the default.
     defaults: of settings, where they are not those of `ExperimentConfig`, by their fields.
     meaningless: from the name of a setting to the reason why only its default goes with this data set.
+    own_files: the settings of OwnFiles that it reads; of the others, only the defaults go with it.
     note: what has to be said with every result; empty for nothing.
     loss_name: what the loss is called in tables.
     """
@@ -56,6 +62,7 @@ class DataSet:
     models: Mapping[str, str]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     meaningless: Mapping[str, str] = field(default_factory=dict)
+    own_files: frozenset[str] = frozenset()
     note: str = ""
     loss_name: str = "loss"
 
@@ -66,15 +73,35 @@ def load_federated_dataset(request: DatasetRequest, data_root: Path) -> Federate
     for setting, default in (("partition", None), ("local_split", "shuffled")):
         if setting in data_set.meaningless and getattr(request, setting) != default:
             raise meaningless(request.name, setting, getattr(request, setting))
+    for own in fields(OwnFiles):
+        value = getattr(request.own_files, own.name)
+        if own.name not in data_set.own_files and value != own.default:
+            raise ValueError(
+                f"--{own.name} {str(value).lower() if isinstance(value, bool) else value} has no meaning for "
+                f"{shown_dataset(request.name)}, which is no {_readers_of(own.name)}; leave it out"
+            )
     return data_set.load(request, data_root)
+
+
+def _readers_of(setting: str) -> str:
+    """The kinds of a user's files that a setting is for."""
+    return "folder of images" if setting in _IMAGE_SETTINGS else "table or .npz file"
 
 
 def find(name: str) -> DataSet:
     """The entry of a data set. Raises ValueError where there is none."""
+    if is_path(name):
+        ending = os.path.splitext(name)[1].lower()
+        return USERS_TABLE if ending in TABLES else USERS_ARRAYS if ending in ARRAYS else DATA_SETS["folder"]
     if ":" in name:
         return USERS_OWN
     if name not in DATA_SETS:
-        raise ValueError(f"--dataset {name} {unknown(name, DATA_SETS)}, or package.module:factory")
+        if os.path.isdir(name):
+            raise ValueError(f"--dataset {name} is no data set; to read the folder here, name its path, ./{name}")
+        raise ValueError(
+            f"--dataset {name} {unknown(name, DATA_SETS)}, the path of a folder of images or of a file that ends in "
+            f"{', '.join((*TABLES, *ARRAYS))}, or package.module:factory"
+        )
     return DATA_SETS[name]
 
 
@@ -111,7 +138,54 @@ def _load_shakespeare(request: DatasetRequest, data_root: Path) -> FederatedData
 def _load_folder(request: DatasetRequest, data_root: Path) -> FederatedDataset:
     from datasets.own.image_folder import load_image_folder
 
-    return _split(request, load_image_folder(data_root))
+    folder = find_path(request.name, data_root) if is_path(request.name) else data_root
+    return _split(request, load_image_folder(folder, request.own_files))
+
+
+def _load_table(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    from datasets.own.tables import read_table
+
+    return _load_rows(request, data_root, read_table)
+
+
+def _load_arrays(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    from datasets.own.arrays import read_arrays
+
+    return _load_rows(request, data_root, read_arrays)
+
+
+def _load_rows(request: DatasetRequest, data_root: Path, read: Callable[[Path, OwnFiles], Rows]) -> FederatedDataset:
+    from datasets.clients.raw import DrawnClients
+    from datasets.clients.standardized import StandardizedView
+    from datasets.own.rows import stored_rows
+
+    file = find_path(request.name, data_root)
+    clients = stored_rows(file, request.own_files, read)
+    dataset = _split(request, DrawnClients(clients, request.seed))
+    return StandardizedView(dataset) if request.own_files.standardize and clients.holds_features else dataset
+
+
+def find_path(name: str, data_root: Path) -> Path:
+    """The file or folder that a data set's name stands for: as it is named or, on another machine, in the data root.
+
+    Raises ValueError where it is in neither place.
+    """
+    named = Path(name)
+    found = next((path for path in (named, data_root / named.name) if path.exists()), None)
+    if found is None:
+        raise ValueError(
+            f"--dataset {name} is not there, nor is {named.name} in --data_root {data_root}; name a file or folder "
+            "that is"
+        )
+    is_folder = find(name) is DATA_SETS["folder"]
+    if is_folder and not found.is_dir():
+        raise ValueError(
+            f"--dataset {found} is neither a folder of images nor a file that ends in {', '.join((*TABLES, *ARRAYS))}; "
+            "rename it, or write it as one of these"
+        )
+    if not is_folder and found.is_dir():
+        raise ValueError(f"--dataset {found} is a folder; rename it, or name a file")
+    return found
 
 
 def _load_synthetic_writers(request: DatasetRequest, data_root: Path) -> FederatedDataset:
@@ -159,26 +233,29 @@ def _split(request: DatasetRequest, clients: RawClients) -> FederatedDataset:
     """Clients split into training and unseen ones, and the examples of each into two parts."""
     from datasets.clients.split import SplitDataset
 
+    name = shown_dataset(request.name)
     num_clients = clients.num_clients if request.num_clients is None else request.num_clients
     if num_clients > clients.num_clients:
         raise ValueError(
-            f"--client_num_in_total {num_clients} exceeds the {clients.num_clients} clients of {request.name}; "
+            f"--client_num_in_total {num_clients} exceeds the {clients.num_clients} clients of {name}; "
             f"lower it to {clients.num_clients} or less"
         )
     if clients.train_counts is not None and request.local_split != "shuffled":
         raise ValueError(
-            f"--local_split {request.local_split} has no meaning for {request.name}: its files hold LEAF's own split "
-            "of each client's examples; leave it out"
+            f"--local_split {request.local_split} has no meaning for {name}: its files hold a split of each client's "
+            "examples; leave it out"
         )
     num_unseen = request.num_unseen(num_clients)
     num_train = num_clients - num_unseen
     note = find(request.name).note
-    return SplitDataset(request.name, clients, num_train, num_unseen, request.seed, request.local_split, note)
+    return SplitDataset(name, clients, num_train, num_unseen, request.seed, request.local_split, note)
 
 
 _FOR_62_CLASSES = {"cnn": "emnist_cnn", "mlp": "mlp"}
 _FOR_10_CLASSES = {"cnn": "mnist_cnn", "mlp": "mlp"}
 _OWN_CLIENTS = {"partition": "its clients are its own"}
+_IMAGE_SETTINGS = frozenset({"image_size", "image_color"})
+_ROW_SETTINGS = frozenset(own.name for own in fields(OwnFiles)) - _IMAGE_SETTINGS
 _NATURAL: dict[str, Any] = {"num_clients": None, "partition": None}
 _QUICK = {
     "num_clients": 50,
@@ -225,7 +302,7 @@ DATA_SETS = {
         _OWN_CLIENTS,
         note="synthetic, rendered from fonts: no result on it is a result on FEMNIST",
     ),
-    "folder": DataSet(_load_folder, _FOR_62_CLASSES, _NATURAL, _OWN_CLIENTS),
+    "folder": DataSet(_load_folder, _FOR_62_CLASSES, _NATURAL, _OWN_CLIENTS, _IMAGE_SETTINGS),
     "sine": DataSet(
         _load_sine,
         {"mlp": "sine_mlp"},
@@ -245,3 +322,8 @@ USERS_OWN = DataSet(
     {**_OWN_CLIENTS, "local_split": "it cuts its clients' data itself"},
 )
 """For a data set given as package.module:factory."""
+_FEW_ROUNDS = {**_QUICK, **_NATURAL, "cohort_size": 5}
+USERS_TABLE = DataSet(_load_table, {"mlp": "mlp"}, _FEW_ROUNDS, _OWN_CLIENTS, _ROW_SETTINGS)
+"""For a data set given as the path of a CSV or parquet file."""
+USERS_ARRAYS = DataSet(_load_arrays, _FOR_62_CLASSES, _FEW_ROUNDS, _OWN_CLIENTS, _ROW_SETTINGS)
+"""For a data set given as the path of an .npz file."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import logging
 import os
@@ -131,7 +132,7 @@ def _build(place: Path, name: str, folder: str, build: Callable[[Path], None]) -
             finished = Path(building) / "finished"
             finished.mkdir()
             build(finished)
-            for old in place.glob(f"{name}-*"):
+            for old in place.glob(f"{glob.escape(name)}-*"):
                 shutil.rmtree(old)
             os.replace(finished, place / folder)
     except OSError as error:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from datasets.registry import DATA_SETS
 from launch import paths
 from perfedavg.fields import MISSING, check, part, setting
+from perfedavg.own_files import dataset_name
 from perfedavg.settings import UNREAD, ClientsConfig, Compute, ExperimentConfig
 
 BACKENDS = ("gloo", "nccl")
@@ -157,7 +158,13 @@ class Describe(Data, ClientsConfig):
 
     program: ClassVar[str] = "python -m datasets.describe"
     heading = "clients"
-    dataset: str = setting("digits", f"{_DATA_SETS}, or package.module:factory for your own")
+    dataset: str = setting(
+        "digits",
+        f"{_DATA_SETS}; of your own: a folder of images or a .csv, .parquet or .npz file by its path, or "
+        "package.module:factory",
+        metavar="NAME",
+        parse=dataset_name,
+    )
     plot: Path | None = setting(
         None,
         "write the label mix and examples as a PNG, to NAME.png unless a file is named",

@@ -17,6 +17,7 @@ from perfedavg.fields import NO_FLAG, check, choice, label, part, setting, to_pl
 from perfedavg.machine.kernels import PORTABLE_KERNELS
 from perfedavg.methods import METHODS
 from perfedavg.methods.base import Method
+from perfedavg.own_files import OwnFiles, dataset_name
 from perfedavg.plain_values import from_plain, shown
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "yogi", "adagrad")
@@ -166,7 +167,12 @@ class ClientsConfig:
     """Who the clients are and what data each has."""
 
     heading = "clients"
-    dataset: str = setting(MISSING, "{of}, or package.module:factory for your own", metavar="NAME")
+    dataset: str = setting(
+        MISSING,
+        "{of}; of your own: a folder of images or a .csv, .parquet or .npz file by its path, or package.module:factory",
+        metavar="NAME",
+        parse=dataset_name,
+    )
     num_clients: int | None = setting(
         3400, "clients, training and unseen together", flag="client_num_in_total", at_least=1, absent="all clients"
     )
@@ -186,6 +192,7 @@ class ClientsConfig:
         choices=LOCAL_SPLITS,
         reported="always",
     )
+    own_files: OwnFiles = part(OwnFiles, title="your own files")
     seed: int = setting(
         0, "everything random follows from it; same seed, same model", at_least=0, at_most=2**63 - 1, reported="never"
     )

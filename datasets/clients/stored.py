@@ -73,6 +73,11 @@ class StoredClients(ConsecutiveClients):
         self._labels = _mapped(folder / "labels", meta["label_type"], (total, *meta["label_shape"]))
 
     @property
+    def holds_features(self) -> bool:
+        """Whether an input is a row of numbers, each of which means something else."""
+        return self._inputs.ndim == 2 and self._inputs.dtype.kind == "f"
+
+    @property
     def fingerprint(self) -> str:
         return self._fingerprint
 

@@ -11,7 +11,7 @@ import torch
 from perfedavg.contracts import ClientData, FederatedDataset
 
 
-class _View:
+class View:
     """A data set of which some things are seen otherwise; what else it has (names, a loss, a model) is its own."""
 
     def __init__(self, dataset: FederatedDataset) -> None:
@@ -35,7 +35,7 @@ class _View:
         return self._dataset.num_train_examples(client_id)
 
 
-class ValidationView(_View):
+class ValidationView(View):
     """The last training clients are scored and do not train; the unseen clients are left alone.
 
     For choosing settings: what is chosen by its score on clients is no longer unseen there.
@@ -61,7 +61,7 @@ class ValidationView(_View):
         return data
 
 
-class JointView(_View):
+class JointView(View):
     """One training client that has the training parts of all of them: centralized training, as a federation of one."""
 
     def __init__(self, dataset: FederatedDataset) -> None:

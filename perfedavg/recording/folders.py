@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from perfedavg.own_files import shown_dataset
 from perfedavg.recording.files import remove_partial_files
 from perfedavg.terminal.console import LOGGER
 
@@ -34,7 +35,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 def make_default_folder(parent: Path, dataset: str) -> Path:
     """Create `<parent>/<date-time>-<dataset>`, with a number behind it where another run has just taken that."""
-    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{dataset.replace(':', '.')}"
+    stem = f"{time.strftime('%Y%m%d-%H%M%S')}-{shown_dataset(dataset).replace(':', '.')}"
     parent.mkdir(parents=True, exist_ok=True)
     for suffix in itertools.chain([""], map("-{}".format, itertools.count(2))):
         with contextlib.suppress(FileExistsError):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 from perfedavg.contracts import ClientDirectory
 from perfedavg.engine.experiment import ExperimentState, RoundRecord
 from perfedavg.engine.scores import RunScores, summarize
+from perfedavg.own_files import shown_dataset
 from perfedavg.recording.runs import result_key
 from perfedavg.settings import ExperimentConfig, Phase, Population
 from perfedavg.terminal.console import LOGGER, duration, is_live, reason_of
@@ -177,7 +178,7 @@ class ProgressDisplay:
 def result_table(result: dict[str, Any], note: str = "") -> str:
     """The table that ends a run, from the content of result.json. note: about the data."""
     lines = [
-        f"{result['unseen_clients']} unseen clients of {result['dataset']}, uniform means",
+        f"{result['unseen_clients']} unseen clients of {shown_dataset(result['dataset'])}, uniform means",
         *([note] if note else []),
         "",
         f"{'':19}{'initial':^20}{'personalized':^20}{'clients':>9}",

@@ -15,7 +15,8 @@ OWN |= {"server", "client_worker", "single_process", "quick_start", "reproduce",
 MAY_IMPORT = {
     "compat": set(),
     "models": {"perfedavg.own_module"},
-    "datasets": {"compat", "perfedavg.contracts", "perfedavg.fields", "perfedavg.own_module", "perfedavg.seeding"},
+    "datasets": {"compat", *(f"perfedavg.{name}" for name in ("contracts", "fields", "own_files", "own_module"))}
+    | {"perfedavg.seeding"},
     "perfedavg": set(),
     "multi_process": {"compat", "perfedavg"},
     "reporting": {"perfedavg", "datasets.registry"},
@@ -27,6 +28,7 @@ ROOMS = (
     "machine",
     "own_module",
     "fields",
+    "own_files",
     "plain_values",
     "seeding",
     "terminal",

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import personalize
 from datasets.clients.person import has_bright_ground, load_person
 from datasets.clients.split import SplitDataset
-from datasets.sources.digits import load_digits_images
 from datasets.own.image_folder import load_image_folder
+from datasets.sources.digits import load_digits_images
 from models import build_model
 from perfedavg import personal_model
 from perfedavg.engine.executor import LocalExecutor
