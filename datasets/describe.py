@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import utils
 from launch.settings import NAMED_BY_DATASET
 from perfedavg.contracts import FederatedDataset, client_label
+from perfedavg.own_files import shown_dataset
 from perfedavg.recording.files import replace_file
 from perfedavg.terminal.console import show
 from perfedavg.terminal.entry_point import run_entry_point
@@ -49,7 +50,9 @@ class Description:
         classes = (self.label_counts > 0).sum(axis=1)
         num_clients = len(dataset.train_client_ids) + len(dataset.unseen_client_ids)
         sampled = f" (of {len(self.client_ids)} clients)" if len(self.client_ids) < num_clients else ""
+        about = getattr(dataset, "about", "")
         lines = [
+            *([about] if about else []),
             f"{self.name}: {num_clients} clients, {len(dataset.train_client_ids)} train and "
             f"{len(dataset.unseen_client_ids)} are unseen; {dataset.num_classes} classes",
             f"left out, too small to train and be scored: {num_left_out} clients",
@@ -135,10 +138,10 @@ def _spread(values: NDArray[np.int64]) -> str:
 
 def main() -> None:
     args = utils.get_args("describe")
-    description = describe(args.dataset, utils.load_clients(args, args.data_root))
+    description = describe(shown_dataset(args.dataset), utils.load_clients(args, args.data_root))
     show(description.text())
     if args.plot is not None:
-        file = Path(f"{args.dataset}.png") if args.plot == NAMED_BY_DATASET else args.plot
+        file = Path(f"{description.name}.png") if args.plot == NAMED_BY_DATASET else args.plot
         image = png(lambda: plot(description), 110)
         try:
             replace_file(file, image)

@@ -70,6 +70,8 @@ class DataSet:
 def load_federated_dataset(request: DatasetRequest, data_root: Path) -> FederatedDataset:
     """Raises ValueError where the data cannot be had, is damaged, or has too little for so many clients."""
     data_set = find(request.name)
+    if is_path(request.name):
+        find_path(request.name, data_root)
     for setting, default in (("partition", None), ("local_split", "shuffled")):
         if setting in data_set.meaningless and getattr(request, setting) != default:
             raise meaningless(request.name, setting, getattr(request, setting))

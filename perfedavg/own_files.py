@@ -52,7 +52,7 @@ class OwnFiles:
     )
     image_size: str | None = setting(
         None,
-        "pixels to which images of a folder are scaled, on a black ground where proportions differ, such as 32 or 64x48",
+        "pixels to which images of a folder are scaled, such as 32 or 64x48; black fills up where proportions differ",
         refuse=_refuse_size,
         metavar="N|WxH",
         absent="their own size, which must be the same for all",

@@ -115,8 +115,8 @@ class Rows:
             self._refuse_empty(column, values)
             if kind == "numbers":
                 raise self._fault(
-                    f"{self._named(column)} holds text, {values[0]!r:.50} in {self.row_place(0)}, and --labels numbers "
-                    "asks for numbers; write numbers, or leave the flag out"
+                    f"{self._named(column)} holds text, {str(values[0])!r:.50} in {self.row_place(0)}, and --labels "
+                    "numbers asks for numbers; write numbers, or leave the flag out"
                 )
         elif values.dtype.kind == "f":
             self.refuse_not_finite(column)

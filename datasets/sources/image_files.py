@@ -8,7 +8,7 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16")
@@ -50,17 +50,19 @@ class ImageForm:
         """Of a cache; equal forms, equal name."""
         return f"{shown_size(self.size)}-{self.colour}{'-scaled' if self.is_scaled else ''}"
 
-    @property
-    def _way_to_scale(self) -> str:
-        return "scale it, or have all images scaled, such as by --image_size 32" if self.is_chosen else "scale it"
+    def fault_of_size(self, size: tuple[int, int]) -> str | None:
+        """What is wrong with an image of so many pixels, (width, height), and the fix."""
+        if self.is_scaled or size == self.size:
+            return None
+        way = "scale it, or have all images scaled, such as by --image_size 32" if self.is_chosen else "scale it"
+        return f"is {shown_size(size)}, not {shown_size(self.size)}; {way}"
 
     def fault_of(self, image: Image.Image) -> str | None:
         """What the header of an image says against reading it, and the fix; before any pixel is decoded."""
-        size = _size_when_turned(image)
-        if size != self.size and not self.is_scaled:
-            return f"is {shown_size(size)}, not {shown_size(self.size)}; {self._way_to_scale}"
-        if size[0] * size[1] > MOST_PIXELS:
-            return f"is {shown_size(size)}, more than {MOST_PIXELS:,} pixels; scale it"
+        if self.fault_of_size(image.size) and self.fault_of_size(image.size[::-1]):  # it may have to be turned
+            return self.fault_of_size(image.size)
+        if image.size[0] * image.size[1] > MOST_PIXELS:
+            return f"is {shown_size(image.size)}, more than {MOST_PIXELS:,} pixels; scale it"
         frames = getattr(image, "n_frames", 1)
         if frames > 1 and image.format in FORMATS:  # a JPEG with further pictures is of another one
             return f"holds {frames} frames; save the one that counts as an image of its own"
@@ -80,12 +82,9 @@ GREY_28 = ImageForm()
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image as it is shown, from its header. Raises ValueError where it is none."""
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            return _size_when_turned(image)
-    except Exception as error:
-        raise _unreadable(str(path), error) from error
+    """Width and height of an image as it is shown. Raises ValueError where it is none that could be read."""
+    any_size = ImageForm(is_scaled=True)
+    return _opened(path, str(path), any_size)[0].size
 
 
 def read_image(
@@ -101,15 +100,7 @@ def read_image(
     Raises ValueError, with the place and the fix, for anything that is no such image, and where what it shows could not
     be kept: several colours beside transparency, several frames, contrast in nothing but colour, 16 bits hardly used.
     """
-    try:
-        with Image.open(source, formats=FORMATS) as image:
-            fault = form.fault_of(image)
-            colours_of_16_bits = image.mode != "I;16" and any(";16" in str(tile.args) for tile in image.tile)
-            turned = None if fault else ImageOps.exif_transpose(image)
-    except Exception as error:
-        raise _unreadable(place, error) from error
-    if turned is None:
-        raise ValueError(f"{place} {fault}")
+    turned, colours_of_16_bits = _opened(source, place, form)
     if turned.mode == "I;16":
         pixels = _from_16_bits(turned, place)
     elif colours_of_16_bits and np.asarray(turned).max() < FAINT_16_BIT // 256:  # Pillow has kept their upper 8 bits
@@ -131,10 +122,19 @@ def are_blank(images: NDArray[np.uint8]) -> bool:
     return bool((images == images[..., :1, :1]).all())
 
 
-def _size_when_turned(image: Image.Image) -> tuple[int, int]:
-    """Width and height as the image is shown: an orientation in the file may turn it by a quarter."""
-    is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    return (image.height, image.width) if is_turned else image.size
+def _opened(source: Path | IO[bytes], place: str, form: ImageForm) -> tuple[Image.Image, bool]:
+    """An image as it is to be shown, and whether it has colours of 16 bits."""
+    try:
+        with Image.open(source, formats=FORMATS) as image:
+            fault = form.fault_of(image)
+            colours_of_16_bits = image.mode != "I;16" and any(";16" in str(tile.args) for tile in image.tile)
+            turned = None if fault else ImageOps.exif_transpose(image)
+    except Exception as error:
+        raise _unreadable(place, error) from error
+    fault = fault if turned is None else form.fault_of_size(turned.size)
+    if turned is None or fault:
+        raise ValueError(f"{place} {fault}")
+    return turned, colours_of_16_bits
 
 
 def _unreadable(place: str, error: Exception) -> ValueError:

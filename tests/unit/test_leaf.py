@@ -181,7 +181,7 @@ def test_a_published_split_is_not_cut_again(tmp_path: Path) -> None:
     for part, document in SPLIT.items():
         write_json(tmp_path / "femnist" / NAMES[part], document)
     request = DatasetRequest("femnist", None, lambda _: 1, None, 0, "tail")
-    with pytest.raises(ValueError, match="--local_split tail has no meaning for femnist: its files hold LEAF's own"):
+    with pytest.raises(ValueError, match="--local_split tail has no meaning for femnist: its files hold a split"):
         load_federated_dataset(request, tmp_path)
 
 

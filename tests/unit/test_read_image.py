@@ -39,10 +39,13 @@ NONE = np.zeros_like(INK)
 
 
 def from_folder(content: bytes, ending: str, folder: Path) -> Greys:
+    """A client before it, in the order of the names, has an image of 28x28, whose size all must have."""
+    (folder / "a" / "class").mkdir(parents=True)
+    Image.new("L", (28, 28)).save(folder / "a" / "class" / "image.png")
     path = folder / "client" / "class" / f"image{ending}"
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
-    return load_image_folder(folder).examples(0)[0][0]
+    return load_image_folder(folder).examples(1)[0][0]
 
 
 def from_person(content: bytes, ending: str, folder: Path) -> Greys:
