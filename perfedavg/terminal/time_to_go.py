@@ -110,8 +110,8 @@ def describe_dear_methods(config: ExperimentConfig, clients: ClientDirectory) ->
         times = cost / sample.round_cost(replace(config.fedavg, method=FedAvg()))
         counted = "num_local_epochs" if settings.num_local_steps is None else "num_local_steps"
         lines.append(
-            f"{phase.label} with {settings.method.name}: a round takes about {times:.2g} times as long as one "
-            f"of FedAvg in phase 1; {flag(f'{phase.field}.{counted}')} is {getattr(settings, counted)}, and fewer are faster"
+            f"{phase.label} with {settings.method.name}: a round takes about {times:.2g} times as long as one of FedAvg "
+            f"in phase 1; {flag(f'{phase.field}.{counted}')} {getattr(settings, counted)} can be lowered"
         )
     return lines
 

@@ -70,7 +70,7 @@ def test_a_run_without_rounds_has_a_time_to_go_once_it_has_scored() -> None:
 def test_a_dear_method_says_so_before_it_begins() -> None:
     (line,) = describe_dear_methods(CONFIG, CLIENTS)
     assert line.startswith("fine-tuning with maml: a round takes about 10 times as long as one of FedAvg in phase 1")
-    assert "--fine_tune_local_epochs is 3" in line
+    assert "--fine_tune_local_epochs 3 can be lowered" in line
     assert not describe_dear_methods(make_config(), CLIENTS)
 
 
