@@ -37,7 +37,7 @@ from perfedavg.machine.kernels import KernelLog
 from perfedavg.own_module import sources
 from perfedavg.settings import ExperimentConfig
 from perfedavg.terminal.console import say
-from perfedavg.terminal.entry_point import at_early_end
+from perfedavg.terminal.entry_point import at_early_end, is_ending
 from perfedavg.training.client_batching import default_num_slots, say_idle_slots
 from perfedavg.training.compute import ComputeDevice, describe_kernels
 
@@ -397,8 +397,8 @@ class WorkerPool(PoolManager):
         lost = self._lost_between if self._item is None else self._item.lost
         lost[worker.rank] = reason
         num_clients = 0 if self._item is None else self._item.lose(worker)
-        if self._network.is_over:
-            return  # it was sent away, and there is nobody else
+        if self._network.is_over or is_ending():
+            return  # it was sent away, or stopped together with this process
         what_next = "are given to others" if self._workers else "wait for another worker"
         clients = f"; {num_clients} client(s) {what_next}" if num_clients else ""
         say(f"server: lost worker {worker.rank} ({reason}){clients}; {len(self._workers)} left")

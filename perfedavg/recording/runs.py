@@ -269,7 +269,10 @@ def read_unfinished_run(folder: Path) -> RecordedRun:
             f"--resume {error}; name another folder, such as runs/<date-time>-<dataset>, or start a new run"
         ) from error
     if run.has_ended:
-        raise ValueError(f"--resume {folder}: that run has ended, its result is in {RESULT_FILE}; start a new run")
+        raise ValueError(
+            f"--resume {folder}: that run has ended, its result is in {RESULT_FILE}; to train its model further, start a "
+            f"new run with --initial_model {folder}"
+        )
     return run
 
 

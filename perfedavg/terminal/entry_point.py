@@ -37,6 +37,7 @@ EarlyEnd = Callable[["signal.Signals | BaseException"], None]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _early_end: list[EarlyEnd] = []
+_ending = threading.Event()
 
 
 class Stopped(BaseException):
@@ -95,6 +96,11 @@ def at_early_end(callback: EarlyEnd) -> Callable[[], None]:
     return withdraw
 
 
+def is_ending() -> bool:
+    """Whether a signal is ending the process, while the thread in which `main` runs still goes on."""
+    return _ending.is_set()
+
+
 def report(error: BaseException | None) -> int:
     """Say how it ended, and return the exit status."""
     if error is None:
@@ -143,6 +149,7 @@ def _wait_for(main: Callable[[], None]) -> int:
             os.read(wake_read, 1)
         _on_signals(_end_at_once)
     except Stopped as stopped:
+        _ending.set()
         say(f"stopped by {stopped.signal.name}")
         _end_early(stopped.signal)
         return 128 + stopped.signal

@@ -109,10 +109,9 @@ def describe_dear_methods(config: ExperimentConfig, clients: ClientDirectory) ->
             continue
         times = cost / sample.round_cost(replace(config.fedavg, method=FedAvg()))
         counted = "num_local_epochs" if settings.num_local_steps is None else "num_local_steps"
-        lines.append(
-            f"{phase.label} with {settings.method.name}: a round takes about {times:.2g} times as long as one of FedAvg "
-            f"in phase 1; {flag(f'{phase.field}.{counted}')} {getattr(settings, counted)} can be lowered"
-        )
+        how_many = f"{flag(f'{phase.field}.{counted}')} {getattr(settings, counted)}"
+        how_long = f"about {times:.2g} times as long as one of FedAvg in phase 1"
+        lines.append(f"{phase.label} with {settings.method.name}: a round takes {how_long}; {how_many} can be lowered")
     return lines
 
 

@@ -96,7 +96,7 @@ def test_what_cannot_be_resumed(launched: Launched, tmp_path: Path, undisturbed:
     (tmp_path / "damaged" / "config.json").write_bytes((undisturbed / "config.json").read_bytes()[:300])
     (tmp_path / "empty").mkdir()
     for flags, parts in [
-        (["--resume", undisturbed], ["that run has ended", "start a new run"]),
+        (["--resume", undisturbed], ["that run has ended", f"a new run with --initial_model {undisturbed}"]),
         (["--resume", tmp_path / "empty"], [f"--resume {tmp_path / 'empty'}", "not the folder of a run"]),
         (["--resume", tmp_path / "nowhere"], [f"--resume {tmp_path / 'nowhere'}", "not the folder of a run"]),
         (["--resume", tmp_path / "damaged"], ["config.json is damaged", "start a new run"]),

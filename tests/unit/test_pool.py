@@ -458,8 +458,11 @@ def test_who_could_not_join_does_not_prolong_the_wait(start: Start) -> None:
     assert pool.clock.now == pytest.approx(300.0)
 
 
-def test_what_becomes_of_a_lost_workers_clients_is_said_as_it_is(start: Start) -> None:
-    """Nobody has been given them where nobody is left; and those that were sent away at the end are not lost."""
+def test_what_becomes_of_a_lost_workers_clients_is_said_as_it_is(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has been given them where nobody is left; and those that were sent away at the end are not lost.
+
+    Nor are those that Ctrl-C ends together with the server.
+    """
     alone = Member()
     pool = start(alone, wait_seconds=5.0)
     alone.leave(0.5)
@@ -472,6 +475,14 @@ def test_what_becomes_of_a_lost_workers_clients_is_said_as_it_is(start: Start) -
     pool = start(stopped, wait_seconds=5.0)
     pool.is_over = True
     stopped.leave(0.5, "it was stopped by SIGINT")
+    with pytest.raises(ConnectionError, match="no worker is left"):
+        pool.train()
+    assert not list(pool.lines("lost worker"))
+    monkeypatch.setattr("multi_process.server.is_ending", lambda: True)
+    first, second = Member(), Member()
+    pool = start(first, second, wait_seconds=5.0)
+    first.leave(0.5)
+    second.leave(0.6)
     with pytest.raises(ConnectionError, match="no worker is left"):
         pool.train()
     assert not list(pool.lines("lost worker"))
