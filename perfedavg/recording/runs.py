@@ -270,8 +270,8 @@ def read_unfinished_run(folder: Path) -> RecordedRun:
         ) from error
     if run.has_ended:
         raise ValueError(
-            f"--resume {folder}: that run has ended, its result is in {RESULT_FILE}; to train its model further, start a "
-            f"new run with --initial_model {folder}"
+            f"--resume {folder}: that run has ended, its result is in {RESULT_FILE}; to train its model further, start "
+            f"a new run with --initial_model {folder}"
         )
     return run
 
