@@ -16,7 +16,7 @@ from launch.flags import ROOT, restart_command, to_argv
 from launch.settings import QuickStart, Server, Worker
 from perfedavg.machine.forking import load
 from perfedavg.machine.kernels import pin_kernels_or_restart
-from perfedavg.machine.processes import SERVER, LocalProcesses, SignalWatch, hold_free_port
+from perfedavg.machine.processes import ENDS_WITH_INPUT, SERVER, LocalProcesses, SignalWatch, hold_free_port
 from perfedavg.recording.folders import make_default_folder, remove_empty
 from perfedavg.terminal.console import command_line
 from perfedavg.terminal.entry_point import EXIT_BAD_INPUT, end_process, prepare_process, report
@@ -24,7 +24,7 @@ from perfedavg.terminal.entry_point import EXIT_BAD_INPUT, end_process, prepare_
 
 def load_everything() -> None:
     """Import what servers and workers do. No GPU is touched, because a fork could not use it then."""
-    for module in ("datasets", "models", "multi_process.server", "multi_process.worker", "perfedavg.run"):
+    for module in ("datasets", "models", "multi_process.server", "multi_process.worker", "perfedavg.recorded_run"):
         importlib.import_module(module)
 
 
@@ -41,7 +41,7 @@ def main() -> int:
         args = replace(args, run_dir=made)
     restart = os.environ[utils.RESTART_VARIABLE] = restart_command(args)
     os.environ.setdefault("PERFEDAVG_TOKEN", secrets.token_hex(32))  # so that no other user of this machine can join
-    signals = SignalWatch()
+    signals = SignalWatch(0 if os.environ.pop(ENDS_WITH_INPUT, None) else None)
     load(load_everything)
     with contextlib.ExitStack() as stack:
         if args.port is None:

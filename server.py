@@ -19,7 +19,7 @@ def main() -> None:
 
     from multi_process.server import WorkerPool
     from multi_process.transport.network import NetworkSettings, ServerNetwork
-    from perfedavg.run import run_and_record
+    from perfedavg.recorded_run import run_and_record
     from perfedavg.training.client_batching import choose_group_size
     from perfedavg.training.compute import resolve_device, return_freed_memory, use_reproducible_kernels
     from perfedavg.training.flat_model import flatten

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets.registry import DatasetRequest, find, load_federated_dataset, meaningless
 from launch.flags import ROOT, parse, restart_command
@@ -23,10 +23,22 @@ if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn
 
     from perfedavg.contracts import FederatedDataset
+    from perfedavg.engine.executor import LocalExecutor
     from perfedavg.recording.run_folder import RunFolder
 
 RESTART_VARIABLE = "PERFEDAVG_RESTART"
 """By which quick_start.py tells the server that it starts with which command it starts both again."""
+
+
+class LocalRun(NamedTuple):
+    """The arguments of `perfedavg.recorded_run.run_and_record`, of a run in this process."""
+
+    config: ExperimentConfig
+    executor: LocalExecutor
+    clients: FederatedDataset
+    model: nn.Module
+    folder: RunFolder
+    run_settings: dict[str, Any]
 
 
 def get_args(role: str, argv: Sequence[str] | None = None) -> Any:
@@ -137,15 +149,46 @@ def load_initial_model(args: Any, config: ExperimentConfig, model: nn.Module, ha
     return replace(config, initial_model=digest)
 
 
+def prepare_local(args: Any, folder: RunFolder, command: Sequence[str]) -> LocalRun:
+    """What the experiment needs that this process does alone: data, model, and an executor on the device of the flags.
+
+    command: as config.json is to show it.  Raises ValueError where any of it cannot be had.
+    """
+    from perfedavg.engine.executor import LocalExecutor
+    from perfedavg.machine.cores import usable_cores
+    from perfedavg.training.client_batching import choose_group_size, default_num_slots, say_idle_slots
+    from perfedavg.training.compute import describe_device, resolve_device
+
+    device = resolve_device(args.device)
+    dataset = get_datasets(args.experiment, args.data_root)
+    model = get_model(args.experiment, dataset)
+    config = load_initial_model(args, args.experiment, model, folder.has_checkpoint)
+    config = choose_group_size(config, model, dataset, [describe_device(device, args.threads)])
+    num_slots = args.threads or default_num_slots(config, device.type, usable_cores())
+    say_idle_slots(config, num_slots)
+    executor = LocalExecutor(config, model, dataset, device, num_slots)
+    for warning in executor.warnings:
+        say(warning)
+    run_settings = {"command": list(command), "world_size": 1, "device": str(device), "threads": num_slots}
+    return LocalRun(config, executor, dataset, model, folder, run_settings)
+
+
 def open_run_folder(args: Any) -> RunFolder:
     """The folder that the flags name, a new one or with --resume that of the run that goes on.
 
     Nothing is left of it where the process ends before the run has begun.
     Raises ValueError where it holds a run (with --resume: none that could go on), cannot be written, or is in use.
     """
+    run_folder = new_run_folder(args)
+    at_early_end(lambda reason: run_folder.discard_unless_begun())
+    return run_folder
+
+
+def new_run_folder(args: Any) -> RunFolder:
+    """As `open_run_folder`, for a caller who calls `discard_unless_begun` by itself."""
     from perfedavg.recording.run_folder import RunFolder
 
-    run_folder = RunFolder(
+    return RunFolder(
         args.resume or args.run_dir or make_default_folder(ROOT / "runs", args.experiment.dataset),
         args.initial_model,
         args.checkpoint_every,
@@ -153,5 +196,3 @@ def open_run_folder(args: Any) -> RunFolder:
         restart_command=os.environ.get(RESTART_VARIABLE) or restart_command(args),
         is_made_for_it=args.resume is None and args.run_dir is None,
     )
-    at_early_end(lambda reason: run_folder.discard_unless_begun())
-    return run_folder

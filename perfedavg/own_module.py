@@ -12,14 +12,14 @@ import os
 import sys
 import sysconfig
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
-_PACKAGES = "benchmarks datasets experiments launch models multi_process perfedavg reporting tests"
+_PACKAGES = "benchmarks datasets experiments launch models multi_process perfedavg python_api reporting tests"
 _MODULES = "client_worker compat personalize quick_start report reproduce server sine single_process utils"
 PROJECT_MODULES = frozenset(f"{_PACKAGES} {_MODULES}".split())
 """Names by which this project's modules are imported; they come before a user's and before installed ones."""
@@ -44,6 +44,8 @@ def import_own(
     """
     module_name, _, own_name = name.partition(":")
     what, meant = f"{flag} {name} cannot be imported", f"it means package.module:{kind}"
+    if name in _given:
+        return _checked(_given[name], fits, f"{what} (what was given as {own_name} is none that {asked}); {meant}")
     if not (module_name and own_name) or module_name.startswith("."):
         raise OwnModuleError(f"{what}; {meant}")
     folder = _current_folder()
@@ -51,7 +53,8 @@ def import_own(
         sys.path.append(folder)
     _refuse_hidden(what, module_name.partition(".")[0], Path(folder))
     try:
-        module = importlib.import_module(module_name)
+        with _importing():
+            module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
         is_absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         if not is_absent or _users_frame(error):
@@ -59,10 +62,45 @@ def import_own(
         place = f"it is neither in {folder}, where this process was started, nor installed"
         raise OwnModuleError(f"{what} ({error}): {place}; {meant}") from error
     _note_sources(module_name.partition(".")[0])
-    found = getattr(module, own_name, None)
+    place = _place_of(module.__spec__)
+    return _checked(getattr(module, own_name, None), fits, f"{what} ({place} has no {own_name} that {asked}); {meant}")
+
+
+def _checked(found: Any, fits: Callable[[Any], bool], fault: str) -> Any:
     if not fits(found):
-        raise OwnModuleError(f"{what} ({_place_of(module.__spec__)} has no {own_name} that {asked}); {meant}")
+        raise OwnModuleError(fault)
     return found
+
+
+_given: dict[str, Any] = {}
+_num_importing = 0
+
+
+def give(name: str, value: Any) -> None:
+    """Let `package.module:name` stand for an object of this process, which no other process can import by it."""
+    _given[name] = value
+    module_name = name.partition(":")[0]
+    main = sys.modules.get("__main__")
+    module = sys.modules.get(
+        module_name, main if Path(getattr(main, "__file__", "") or "").stem == module_name else None
+    )
+    if module is not None:
+        _note_source(module_name, getattr(module, "__file__", None))
+
+
+def is_importing() -> bool:
+    """Whether a user's module is being imported for what it brings, as by a worker."""
+    return _num_importing > 0
+
+
+@contextlib.contextmanager
+def _importing() -> Iterator[None]:
+    global _num_importing
+    _num_importing += 1
+    try:
+        yield
+    finally:
+        _num_importing -= 1
 
 
 _sources: dict[str, str] = {}
@@ -74,6 +112,11 @@ def sources() -> dict[str, str]:
     Of each module that `import_own` imported, and of those that lie in its folder and were imported with it.
     """
     return dict(_sources)
+
+
+def is_installed(path: str) -> bool:
+    """Whether it is Python's or an installed package's, and so no user's."""
+    return path.startswith(_LIBRARIES)
 
 
 def changed_sources(others: Mapping[str, str]) -> list[str]:
@@ -89,12 +132,17 @@ def _note_sources(top: str) -> None:
         folder = folder.parent
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
-        if name in _sources or not isinstance(file, str) or not file.endswith(".py") or _is_ours(file):
+        if not isinstance(file, str):
             continue
         is_beside = folder is not None and not file.startswith(_LIBRARIES) and Path(file).is_relative_to(folder)
         if is_beside or f"{name}.".startswith(f"{top}."):
-            with contextlib.suppress(OSError):
-                _sources[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            _note_source(name, file)
+
+
+def _note_source(name: str, file: str | None) -> None:
+    if name not in _sources and file is not None and file.endswith(".py") and not _is_ours(file):
+        with contextlib.suppress(OSError):
+            _sources[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 def explained(what: str, error: BaseException) -> ValueError:

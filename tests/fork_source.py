@@ -293,7 +293,7 @@ def import_everything() -> None:
     import models  # noqa: F401
     import multi_process.server
     import multi_process.worker  # noqa: F401
-    import perfedavg.run  # noqa: F401
+    import perfedavg.recorded_run  # noqa: F401
     import reporting.run_plots  # noqa: F401
     import utils  # noqa: F401
 

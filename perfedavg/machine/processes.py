@@ -25,6 +25,8 @@ TERMINATE_SECONDS = 40.0
 """How long a process has to end by itself after SIGTERM: the server writes a checkpoint."""
 MAX_RESTARTS = 3
 """Of a worker that died. One that ended with a clear line of its own is not started again."""
+ENDS_WITH_INPUT = "PERFEDAVG_ENDS_WITH_INPUT"
+"""Variable by which a program says that it holds the other end of standard input for as long as the run is wanted."""
 SERVER = "server"
 """The name of the process without which a run has failed."""
 
@@ -135,11 +137,14 @@ class LocalProcesses:
 class SignalWatch:
     """Remembers the signal that asks this process to end, so that no process is left between its start and its list.
 
-    received: that signal, or None while there was none.
+    received: that signal, or None while there was none; SIGTERM too when the other end of `stream` is closed, as by the
+        death of the process that holds it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream: int | None = None) -> None:
+        """stream: descriptor of a pipe from which nothing is read but its end."""
         self.received: signal.Signals | None = None
+        self._streams = [] if stream is None else [stream]
         self._wake_read, wake_write = os.pipe()
         for descriptor in (self._wake_read, wake_write):
             os.set_blocking(descriptor, False)
@@ -150,7 +155,10 @@ class SignalWatch:
 
     def wait(self) -> None:
         """Until a signal has come since this was called last: one that asks to end, or the end of a child process."""
-        select.select([self._wake_read], [], [])
+        readable, _, _ = select.select([self._wake_read, *self._streams], [], [])
+        if self._streams and self._streams[0] in readable:
+            self._streams.clear()
+            self.received = signal.SIGTERM
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake_read, 4096):
                 pass

@@ -191,8 +191,7 @@ class RunFolder:
         records: list[RoundRecord] = []
         with contextlib.suppress(ValueError):  # of the first line that is damaged
             for (line, values), place in zip(read_metrics(self.path), expected, strict=False):
-                values.pop(_NAMES, None)
-                record = RoundRecord.from_dict(values)
+                record = record_of(values)
                 if (record.phase, record.round_number) != place:
                     break
                 lines.append(line)
@@ -308,6 +307,11 @@ class RunFolder:
             yield
         except OSError as error:
             raise OSError(f"{self.path} cannot be written ({error.strerror}); make room there") from error
+
+
+def record_of(values: dict[str, Any]) -> RoundRecord:
+    """What a line of metrics.jsonl says. Raises ValueError where it is none."""
+    return RoundRecord.from_dict({name: value for name, value in values.items() if name != _NAMES})
 
 
 def _recorded_rounds(config: ExperimentConfig, state: ExperimentState) -> list[tuple[Phase, int]]:

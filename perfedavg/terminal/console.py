@@ -18,9 +18,25 @@ LOGGER.propagate = False
 LOGGER.addHandler(logging.NullHandler())  # without a handler, logging prints errors of its own accord
 
 
+_num_quiet = 0
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Let what is said meanwhile, in any thread, go into the run's log alone."""
+    global _num_quiet
+    _num_quiet += 1
+    try:
+        yield
+    finally:
+        _num_quiet -= 1
+
+
 def say(line: str) -> None:
     """A line for the person at the terminal, also into the run's log. A terminal that is gone does not matter."""
     LOGGER.info("%s", line)
+    if _num_quiet:
+        return
     clear = "\r\x1b[K" if is_live(sys.stderr) else ""  # of a progress bar, which is drawn again
     write_at_once(sys.stderr, f"{clear}{line}\n")
 

@@ -66,12 +66,16 @@ def run_entry_point(main: Callable[[], None]) -> None:
 
 def prepare_process() -> None:
     """Before anything else: let no setting in the environment and no missing terminal end the process."""
-    # torch imports the pynvml package, a requirement of fedlab, and then warns that it is deprecated.
-    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
+    ignore_known_warnings()
     for name in [name for name in os.environ if name.startswith("TQDM_") and name != "TQDM_DISABLE"]:
         del os.environ[name]  # a value that tqdm cannot read is an error in whatever imports it
     open_standard_streams()
     raise_limit()
+
+
+def ignore_known_warnings() -> None:
+    """torch imports the pynvml package, a requirement of fedlab, and then warns that it is deprecated."""
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
 
 
 def end_process(status: int) -> NoReturn:

@@ -13,8 +13,8 @@ from helpers import ROOT, TINY, Launched, digits_dataset, finish, make_config, r
 from torch import nn
 
 from perfedavg.engine.executor import LocalExecutor
+from perfedavg.recorded_run import run_and_record
 from perfedavg.recording.run_folder import RunFolder
-from perfedavg.run import run_and_record
 from reporting import plots
 from reporting.run_plots import draw_run_plots
 

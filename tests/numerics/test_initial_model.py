@@ -20,8 +20,8 @@ from perfedavg.engine.experiment import ExperimentState, parameters_sha256, run_
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
 from perfedavg.methods.reptile import Reptile
+from perfedavg.recorded_run import run_and_record
 from perfedavg.recording.run_folder import RunFolder
-from perfedavg.run import run_and_record
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig, Population
 from perfedavg.training.flat_model import flatten
 

@@ -21,11 +21,11 @@ from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
+from perfedavg.recorded_run import run_and_record
 from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
 from perfedavg.recording.client_states import StateFiles
 from perfedavg.recording.files import checked_file
 from perfedavg.recording.run_folder import RunFolder
-from perfedavg.run import run_and_record
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.flat_model import flatten
 from perfedavg.training.optimizers import ServerOptimizer

@@ -20,9 +20,9 @@ from datasets.describe import describe, plot
 from perfedavg.contracts import client_label, client_name
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.tasks import CohortTask, CohortUpdate
+from perfedavg.recorded_run import run_and_record
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.recording.runs import FinishedRun
-from perfedavg.run import run_and_record
 from perfedavg.settings import OptimizerConfig, PhaseConfig
 
 NAMES = ["anna", 'ben, "the" <b>', "cleo\nx", "d$o$e", "émile", "fay"]

@@ -27,12 +27,12 @@ from perfedavg.engine.client_states import BATCH_BYTES, ClientState, StatesInMem
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.methods import FedAvg
+from perfedavg.recorded_run import run_and_record
 from perfedavg.recording import client_states
 from perfedavg.recording.client_states import References, StateFiles
 from perfedavg.recording.files import read_checked
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.recording.runs import RecordedRun
-from perfedavg.run import run_and_record
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.flat_model import flatten
 

@@ -43,7 +43,7 @@ def test_a_process_loads_only_what_it_needs() -> None:
     Reproducible kernels and the server's optimizers would load torch's compiler in a run: a second and 70 MB more.
     """
     run = """
-import sys, multi_process.server, multi_process.worker, datasets, perfedavg.run
+import sys, multi_process.server, multi_process.worker, datasets, perfedavg.recorded_run
 heavy = "torchvision sklearn pandas scipy pyarrow pooch requests torch._dynamo matplotlib"
 print(set(heavy.split()) & set(sys.modules))
 import utils

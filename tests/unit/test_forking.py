@@ -133,7 +133,8 @@ for name in ("is_available", "device_count", "init", "_lazy_init", "current_devi
 import quick_start
 from perfedavg.machine.forking import load
 load(quick_start.load_everything)
-print(threading.active_count(), "multi_process.worker" in sys.modules, "perfedavg.run" in sys.modules, flush=True)
+loaded = ["multi_process.worker" in sys.modules, "perfedavg.recorded_run" in sys.modules]
+print(threading.active_count(), *loaded, flush=True)
 if os.fork() == 0:
     print(len(os.listdir("/proc/self/task")), torch.ones(2).sum().item(), flush=True)
     os._exit(0)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
+from perfedavg.recorded_run import run_and_record
 from perfedavg.recording.files import GrowingFile, replace_file
 from perfedavg.recording.run_folder import RunFolder
-from perfedavg.run import run_and_record
 from perfedavg.settings import ExperimentConfig
 
 

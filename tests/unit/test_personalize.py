@@ -26,8 +26,8 @@ from models import build_model
 from perfedavg import personal_model
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import parameters_sha256
+from perfedavg.recorded_run import run_and_record
 from perfedavg.recording.run_folder import RunFolder
-from perfedavg.run import run_and_record
 from perfedavg.settings import OptimizerConfig, PhaseConfig
 from perfedavg.training.flat_model import flatten
 

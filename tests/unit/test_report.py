@@ -27,9 +27,9 @@ from perfedavg.methods.fedprox import FedProx
 from perfedavg.methods.fomaml import FOMAML
 from perfedavg.methods.maml import MAML
 from perfedavg.methods.reptile import Reptile
+from perfedavg.recorded_run import run_and_record
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.recording.runs import FinishedRun, find_runs
-from perfedavg.run import run_and_record
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
 from reporting.contents import Plot, Report, build_report, read_runs
 from reporting.figures import ACCURACY, rounds_to_target

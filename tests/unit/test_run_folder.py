@@ -16,10 +16,10 @@ from torch import nn
 
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import parameters_sha256
+from perfedavg.recorded_run import run_and_record
 from perfedavg.recording.events import FILE_NAME
 from perfedavg.recording.folders import make_default_folder
 from perfedavg.recording.run_folder import RunFolder
-from perfedavg.run import run_and_record
 from perfedavg.training.flat_model import flatten
 from reporting.run_plots import draw_run_plots
 

@@ -11,9 +11,9 @@ from helpers import ROOT, digits_dataset, make_config
 from torch import nn
 
 from perfedavg.engine.executor import LocalExecutor
+from perfedavg.recorded_run import run_and_record
 from perfedavg.recording.run_folder import RunFolder
 from perfedavg.recording.runs import FinishedRun, RecordedRun, find_runs, read_metrics, read_unfinished_run
-from perfedavg.run import run_and_record
 from perfedavg.settings import Phase
 
 CONFIG = make_config(eval_every=1)

@@ -1,0 +1,72 @@
+"""Experiments from Python with workers: processes that end when they are no longer wanted, and the same results."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers import ROOT
+
+import perfedavg
+
+TINY = {"model": "mlp", "client_num_in_total": 10, "client_num_per_round": 2, "rounds": 30, "local_epochs": 1}
+TINY |= {"fine_tune_method": "none", "personalization_epochs": 1, "eval_every": 10, "checkpoint_every": 5}
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {root!r})
+from dataclasses import dataclass
+import perfedavg
+from perfedavg.fields import setting
+from perfedavg.methods import FedAvg
+
+@dataclass(frozen=True)
+class Mine(FedAvg):
+    strength: float = setting(0.5, "how strongly it pulls", at_least=0)
+
+    def penalty(self, start):
+        return lambda parameters: self.strength * (parameters - start)
+
+if __name__ == "__main__":
+    for record in perfedavg.rounds(workers=2, method=Mine(0.01), run_dir="here", **{tiny!r}):
+        print(record.round_number, flush=True)
+"""
+
+
+def test_workers_give_the_same_and_go_on_with_what_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script's own method is imported by its workers; its death by SIGKILL stops the run, with a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_script.py").write_text(SCRIPT.format(root=str(ROOT), tiny=TINY))
+    with subprocess.Popen([sys.executable, "own_script.py"], stdout=subprocess.PIPE, text=True) as script:
+        assert script.stdout is not None
+        children: list[psutil.Process] = []
+        for line in script.stdout:
+            if int(line) == 7:
+                children = psutil.Process(script.pid).children(recursive=True)
+                script.send_signal(signal.SIGKILL)
+    assert len(children) == 4
+    assert not psutil.wait_procs(children, timeout=60)[1]
+    before = {one.pid for one in psutil.Process().children(recursive=True)}
+    with perfedavg.rounds(resume="here", workers=1) as rounds:
+        first = next(rounds)
+        assert first.round_number > 6
+        children = [one for one in psutil.Process().children(recursive=True) if one.pid not in before]
+        assert len(children) == 3
+        rounds.close()
+        assert not psutil.wait_procs(children, timeout=60)[1]
+    records = list(rounds := perfedavg.rounds(resume="here", workers=2))
+    assert [record.round_number for record in records] == list(range(first.round_number + 1, 31))
+    expected = perfedavg.run(run_dir="there", method="fedprox", mu=0.01, threads=1, **TINY)
+    assert rounds.result.model_sha256 == expected.model_sha256
+    assert (tmp_path / "here" / "clients.csv").read_bytes() == (tmp_path / "there" / "clients.csv").read_bytes()
+
+
+def test_why_it_failed_is_the_line_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^--data_root .* holds no client/class/image\.png$"):
+        perfedavg.run(workers=1, dataset="folder", data_root=str(tmp_path), run_dir="here", client_num_per_round=1)
+    assert not Path("here").exists()
