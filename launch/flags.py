@@ -26,7 +26,7 @@ from perfedavg.fields import (
     renamed,
     values_of,
 )
-from perfedavg.methods import METHODS
+from perfedavg.methods import METHODS, Method
 from perfedavg.plain_values import parse_toml
 from perfedavg.recording.runs import CONFIG_FILE, RecordedRun, read_unfinished_run
 from perfedavg.settings import ExperimentConfig
@@ -167,11 +167,19 @@ def _complete(flags: Mapping[str, Flag], values: dict[str, Any]) -> None:
     """Add what follows from the data set."""
     dataset = values.setdefault("dataset", flags["dataset"].default)
     data_set = find(dataset)
+    if values.get("rounds") != 0 and not _goes_on(values.get("method", "")):
+        values.setdefault("fine_tune_method", NONE)
     for name, flag in flags.items():
         if not flag.by_choice:
             values.setdefault(name, _default(flag, data_set))
     if "model" in flags:
         values["model"] = _architecture(dataset, values["model"])
+
+
+def _goes_on(method: str) -> bool:
+    """Whether fine-tuning has a meaning after a method; of one that is none, the check of the flags will tell."""
+    kind = METHODS.get(method, Method)
+    return not issubclass(kind, Method) or kind.goes_on
 
 
 def _default(flag: Flag, data_set: DataSet) -> Any:

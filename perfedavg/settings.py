@@ -13,7 +13,7 @@ from enum import Enum, IntEnum
 from fractions import Fraction
 from typing import Any
 
-from perfedavg.fields import NO_FLAG, check, choice, label, part, setting, to_plain
+from perfedavg.fields import NO_FLAG, NONE, check, choice, label, part, setting, to_plain
 from perfedavg.machine.kernels import PORTABLE_KERNELS
 from perfedavg.methods import METHODS
 from perfedavg.methods.base import Method
@@ -298,6 +298,12 @@ class ExperimentConfig(ClientsConfig):
             self.check_cohort_size(1 if self.joint else self.num_clients - num_unseen)
         if self.fine_tune is not None and self.fine_tune.num_rounds == 0:
             raise ValueError(f"{label(self, 'fine_tune.num_rounds')} 0 must be 1 or more; leave the phase out instead")
+        if self.fine_tune is not None and self.fedavg.num_rounds > 0 and not self.fedavg.method.goes_on:
+            raise ValueError(
+                f"{label(self, 'fine_tune.method')} {self.fine_tune.method.name} cannot go on from "
+                f"{label(self, 'fedavg.method')} {self.fedavg.method.name}, whose result is not the global model but "
+                f"what it makes of each client's; use {NONE}"
+            )
         for name, phase in (("fedavg", self.fedavg), ("fine_tune", self.fine_tune)):
             if phase is not None:
                 self._check_phase(name, phase)

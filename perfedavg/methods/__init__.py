@@ -8,14 +8,19 @@ from perfedavg.methods.fedavg import FedAvg
 from perfedavg.methods.fedprox import FedProx
 from perfedavg.methods.fomaml import FOMAML
 from perfedavg.methods.maml import MAML
+from perfedavg.methods.personal_layers.fedbabu import FedBABU
+from perfedavg.methods.personal_layers.fedbn import FedBN
 from perfedavg.methods.personal_layers.fedper import FedPer
+from perfedavg.methods.personal_layers.fedrep import FedRep
+from perfedavg.methods.personal_layers.lg_fedavg import LGFedAvg
 from perfedavg.methods.reptile import Reptile
 
-__all__ = ["FOMAML", "MAML", "METHODS", "FedAvg", "FedPer", "FedProx", "Method", "Reptile"]
+__all__ = ["FOMAML", "MAML", "METHODS", "FedAvg", "FedBABU", "FedBN", "FedPer", "FedProx", "FedRep", "LGFedAvg"]
+__all__ += ["Method", "Reptile"]
 
-
+_OWN = (FedAvg, FedProx, Reptile, FOMAML, MAML, FedPer, FedRep, FedBABU, LGFedAvg, FedBN)
 METHODS = OpenKinds(
-    {method.name: method for method in (FedAvg, FedProx, Reptile, FOMAML, MAML, FedPer)},
+    {method.name: method for method in _OWN},
     Method,
     "method",
     needed="update",

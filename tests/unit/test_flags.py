@@ -20,6 +20,7 @@ from launch.flags import FIRST, build_parser, to_argv
 from launch.settings import ENTRY_POINTS, Server, Worker
 from launch.table import PAGE, to_markdown
 from perfedavg.fields import flags_by_name
+from perfedavg.methods import METHODS
 from perfedavg.settings import ExperimentConfig, num_unseen_clients
 
 EXPERIMENT_FLAGS = [
@@ -42,11 +43,12 @@ EXPERIMENT_FLAGS = [
     (["--method", "fedprox"], lambda c: c.fedavg.method),
     (["--mu", "0.7", "--method", "fedprox"], lambda c: c.fedavg.method),
     (["--support_fraction", "0.7", "--method", "fomaml"], lambda c: c.fedavg.method),
-    (["--personal_layers", "0.*", "--method", "fedper", "--fine_tune_method", "none"], lambda c: c.fedavg.method),
-    (
-        ["--fine_tune_personal_layers", "0.*", "--fine_tune_method", "fedper"],
-        lambda c: c.fine_tune.method,
-    ),
+    (["--personal_layers", "0.*", "--method", "fedper"], lambda c: c.fedavg.method),
+    (["--head_epochs", "7", "--method", "fedrep"], lambda c: c.fedavg.method),
+    (["--personalization_trains", "head", "--method", "fedbabu"], lambda c: c.fedavg.method),
+    (["--fine_tune_personal_layers", "0.*", "--fine_tune_method", "fedper"], lambda c: c.fine_tune.method),
+    (["--fine_tune_head_epochs", "7", "--fine_tune_method", "fedrep"], lambda c: c.fine_tune.method),
+    (["--fine_tune_personalization_trains", "body", "--fine_tune_method", "fedbabu"], lambda c: c.fine_tune.method),
     (["--fine_tune_mu", "0.7", "--fine_tune_method", "fedprox"], lambda c: c.fine_tune.method),
     (["--fine_tune_method", "maml"], lambda c: c.fine_tune.method),
     (["--fine_tune_support_fraction", "0.7", "--fine_tune_method", "maml"], lambda c: c.fine_tune.method),
@@ -205,6 +207,20 @@ def test_another_runs_missing_phase_can_be_added(tmp_path: Path) -> None:
         utils.get_args("single", ["--resume", str(run), "--fine_tune_method", "reptile"])
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_fine_tuning_is_left_out_where_it_has_no_meaning(method: str) -> None:
+    """By default; who asks for it is told why. Without a round of phase 1 it has one after all."""
+    command = ["--dataset", "digits", "--method", method]
+    goes_on = METHODS[method].goes_on
+    assert (utils.get_args("single", command).experiment.fine_tune is not None) == goes_on
+    asked = [*command, "--fine_tune_method", "reptile"]
+    if not goes_on:
+        with pytest.raises(ValueError, match=f"--fine_tune_method reptile cannot go on from --method {method}, .*none"):
+            utils.get_args("single", asked)
+    for more in (["--rounds", "0"], [] if goes_on else ["--rounds", "0"]):
+        assert utils.get_args("single", [*asked, *more]).experiment.fine_tune.method.name == "reptile"
+
+
 def test_a_clients_adam_has_no_first_moment() -> None:
     settings = config("--fine_tune_client_optimizer", "adam")
     assert settings.fine_tune is not None
@@ -215,6 +231,7 @@ def test_quick_start_passes_every_flag_on() -> None:
     """What a user gives to quick_start.sh must arrive at the server or the workers unchanged."""
     argv = [word for flags, _ in EXPERIMENT_FLAGS for word in flags]
     argv += ["--fine_tune_client_optimizer", "sgd"]  # the only one that goes with maml
+    argv += ["--method", "fomaml"]  # which fine-tuning can go on from
     argv += ["--run_dir", "/tmp/x", "--data_root", "/tmp/y", "--device", "cpu", "--threads", "3", "--backend", "gloo"]
     args = utils.get_args("quick_start", argv)
     server = utils.get_args("server", to_argv(args, Server))

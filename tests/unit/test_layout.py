@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from helpers import digits_dataset, make_config
 from torch import Tensor, nn
 
+import utils
 from models import MODELS
 from perfedavg.methods import METHODS
+from perfedavg.settings import OptimizerConfig, PhaseConfig
 from perfedavg.training.flat_model import flatten
 from perfedavg.training.layout import Layout, entries_of
+
+SGD = OptimizerConfig("sgd", 0.1)
 
 
 class Named(nn.Module):
@@ -99,10 +106,16 @@ def test_columns_are_taken_and_put_back() -> None:
     assert layout.columns(()).take(rows).shape == (2, 0)
 
 
-@pytest.mark.parametrize("patterns", ["x*", "*"])
-def test_personal_layers_must_be_some_of_the_model(patterns: str) -> None:
-    method = METHODS["fedper"](personal_layers=patterns)
-    problem = method.problem_with_model(Layout.of(Named()))
-    assert problem is not None
-    assert "head.0.weight, head.0.bias" in problem
-    assert METHODS["fedper"]().problem_with_model(Layout.of(Named())) is None
+@pytest.mark.parametrize(
+    ("patterns", "said"),
+    [
+        ("x*", "none of its parameters is called 'x*'; they are 0.weight, 0.bias, 2.weight, "),
+        ("*", "no layer would be shared; name some of 0.weight, 0.bias, 2.weight, "),
+    ],
+)
+def test_personal_layers_must_be_some_of_the_model(patterns: str, said: str) -> None:
+    """It is said when the model is built, before anything is trained."""
+    phase = PhaseConfig(1, 1, SGD, SGD, method=METHODS["fedper"](personal_layers=patterns))
+    config = make_config(architecture="mnist_cnn", fedavg=phase, fine_tune=None)
+    with pytest.raises(ValueError, match=re.escape(f"--method fedper does not go with the model: {said}")):
+        utils.get_model(config, digits_dataset(20))
