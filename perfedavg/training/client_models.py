@@ -57,6 +57,11 @@ class Client:
         return replace(self, seeds=np.random.SeedSequence(entropy, spawn_key=key))
 
 
+def kept_rows(clients: Sequence[Client], name: str, otherwise: Tensor) -> Tensor:
+    """What each client kept by that name, or else another value, on its device. A copy, (clients, *its shape)."""
+    return torch.stack([client.state.get(name, otherwise).to(otherwise.device) for client in clients])
+
+
 class Query(NamedTuple):
     """Examples on which a client's gradient is taken, and the seed of the dropout masks there."""
 
@@ -104,6 +109,11 @@ class ClientModels(ABC):
     def parameters(self) -> Tensor:
         """(clients, num_parameters): a row for each client of the last call, parameters and buffers. Not a copy."""
 
+    @property
+    def num_weights(self) -> int:
+        """How many of a row's entries, the first ones, are parameters, which gradients move, and not buffers."""
+        return self.parameters.shape[1] - self.num_buffer_entries
+
     @abstractmethod
     def load(self, parameters: Tensor, num_clients: int = 1) -> None:
         """Let so many clients start from a flat vector, (num_parameters,), or from a row each, of any device.
@@ -118,6 +128,19 @@ class ClientModels(ABC):
     @abstractmethod
     def seed_dropout(self, client: int, seed: int) -> None:
         """Seed the source of a client's dropout masks."""
+
+    @property
+    @abstractmethod
+    def dropout_generators(self) -> Sequence[torch.Generator]:
+        """The sources of the dropout masks, a client each."""
+
+    @contextlib.contextmanager
+    def repeating_dropout(self) -> Iterator[None]:
+        """What is run meanwhile has the dropout masks that the next batch has afterwards."""
+        states = [(generator, generator.get_state()) for generator in self.dropout_generators]
+        yield
+        for generator, state in states:
+            generator.set_state(state)
 
     @abstractmethod
     def descend_on(self, batch: Batch, learning_rate: float) -> Tensor:

@@ -112,6 +112,10 @@ class FlatModel(ClientModels):
         for layer in self._dense_layers:
             layer.refresh()
 
+    @property
+    def dropout_generators(self) -> list[torch.Generator]:
+        return [self.dropout_generator]
+
     def seed_dropout(self, client: int, seed: int) -> None:
         self.dropout_generator.manual_seed(seed)
 

@@ -99,6 +99,10 @@ class StackedModel(ClientModels):
     def refresh(self) -> None:
         """Nothing is derived from the parameters."""
 
+    @property
+    def dropout_generators(self) -> Sequence[torch.Generator]:
+        return self._batches.generators
+
     def seed_dropout(self, client: int, seed: int) -> None:
         self._batches.generators[client].manual_seed(seed)
 

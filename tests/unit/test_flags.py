@@ -23,6 +23,8 @@ from perfedavg.fields import flags_by_name
 from perfedavg.methods import METHODS
 from perfedavg.settings import ExperimentConfig, num_unseen_clients
 
+PLAIN = ["--client_optimizer", "sgd", "--fine_tune_client_optimizer", "sgd"]
+"""Steps that all methods go with."""
 EXPERIMENT_FLAGS = [
     (["--dataset", "mnist"], lambda c: c.dataset),
     (["--model", "mlp"], lambda c: c.architecture),
@@ -91,6 +93,25 @@ EXPERIMENT_FLAGS = [
 def config(*argv: str) -> ExperimentConfig:
     experiment: ExperimentConfig = utils.get_args("single", argv).experiment
     return experiment
+
+
+for flag, value, method in (
+    ("ditto_lambda", "0.7", "ditto"),
+    ("ditto_epochs", "7", "ditto"),
+    ("pfedme_lambda", "0.7", "pfedme"),
+    ("pfedme_eta", "0.7", "pfedme"),
+    ("pfedme_steps", "7", "pfedme"),
+    ("pfedme_beta", "0.7", "pfedme"),
+    ("apfl_alpha", "0.7", "apfl"),
+    ("apfl_adaptive", "true", "apfl"),
+    ("per_fedavg_beta", "0.7", "per_fedavg"),
+    ("per_fedavg_variant", "hf", "per_fedavg"),
+    ("per_fedavg_delta", "0.7", "per_fedavg"),
+):
+    EXPERIMENT_FLAGS += [
+        ([f"--{flag}", value, "--method", method, "--fine_tune_method", "none", *PLAIN], lambda c: c.fedavg.method),
+        ([f"--fine_tune_{flag}", value, "--fine_tune_method", method, *PLAIN], lambda c: c.fine_tune.method),
+    ]
 
 
 @pytest.mark.parametrize(("argv", "field"), EXPERIMENT_FLAGS, ids=lambda value: value[0] if type(value) is list else "")
