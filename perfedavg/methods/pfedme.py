@@ -33,7 +33,6 @@ class PFedMe(Method):
     """Clients step along the gradients of their envelopes, which K steps of their optimizer approximate."""
 
     name: ClassVar[str] = "pfedme"
-    goes_on: ClassVar[bool] = False
     pfedme_lambda: float = setting(15.0, "weight of pfedme's pull of theta to w", above=0)
     pfedme_eta: float = setting(0.005, "learning rate of pfedme's w; that of theta is the clients'", above=0)
     pfedme_steps: int = setting(5, "steps of pfedme's theta on each batch", at_least=1)
