@@ -13,20 +13,24 @@ from torch import Tensor
 
 from datasets.clients.split import count_train, cut_examples
 from datasets.own.image_folder import read_class_folders
+from datasets.sources.image_files import GREY_28, ImageForm
 from perfedavg.contracts import ClientData
 from perfedavg.seeding import Purpose, data_stream
 
 
-def load_person(folder: Path, class_names: Sequence[str], test_fraction: Fraction, seed: int) -> ClientData:
+def load_person(
+    folder: Path, class_names: Sequence[str], test_fraction: Fraction, seed: int, form: ImageForm = GREY_28
+) -> ClientData:
     """The images of a folder that holds class/image.png, as a client whose parts are cut as a federated client's are.
 
     class_names: of the model; label i stands for the i-th. See `label_of` for what its folder may be called.
     test_fraction: share of the images, above 0 and below 1, that the model is scored on and does not adapt to. Both
         parts have an image at least; which images are in which follows from the seed.
-    Raises ValueError, with the file or folder, for what is no 28x28 image, for a folder that is no class of the
+    form: of the images that the model takes.
+    Raises ValueError, with the file or folder, for what is no such image, for a folder that is no class of the
     model, and for fewer than two images.
     """
-    by_name = read_class_folders(folder)
+    by_name = read_class_folders(folder, form)
     sizes = [len(images) for images in by_name.values()]
     labels = np.repeat([_known_label(folder / name, class_names) for name in by_name], sizes).astype(np.int64)
     if len(labels) < 2:
@@ -54,7 +58,7 @@ def label_of(folder_name: str, class_names: Sequence[str]) -> int | None:
 
 
 def has_bright_ground(inputs: Tensor) -> bool:
-    """Whether most of the outermost pixels of the images, (num_images, 1, 28, 28) in 0..1, are bright."""
+    """Whether most of the outermost pixels of the images, (num_images, channels, height, width) in 0..1, are bright."""
     edges = (inputs[..., 0, :], inputs[..., -1, :], inputs[..., :, 0], inputs[..., :, -1])
     return bool(torch.cat(edges, dim=-1).median() > 0.5)
 

@@ -38,7 +38,9 @@ def load_image_folder(folder: Path, files: OwnFiles = UNTOLD) -> StoredClients:
 
     def read() -> NewClients:
         about = f"{folder.name}: images are read as {form}; --image_size and --image_color choose another form"
-        return NewClients(_read_clients(images, classes, form), classes, about="" if form == GREY_28 else about)
+        return NewClients(
+            _read_clients(images, classes, form), classes, about="" if str(form) == str(GREY_28) else about
+        )
 
     return stored_clients(folder / ".cache", f"folder-{form.name}", images, read)
 

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from perfedavg.own_files import OwnFiles
+
 FORMATS = ("PNG", "JPEG", "BMP", "GIF")
 MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16")
 """Pillow's, of what these formats hold. I;16 is grey with 16 bits."""
@@ -41,6 +43,17 @@ class ImageForm:
     colour: str = "grey"
     is_scaled: bool = False
     is_chosen: bool = False
+
+    @classmethod
+    def of_model(cls, input_shape: tuple[int, ...], files: OwnFiles) -> ImageForm:
+        """Of images for a model that takes (channels, height, width); scaled where the run's own images were.
+
+        Raises ValueError where it takes no images in grey or colour.
+        """
+        if len(input_shape) != 3 or input_shape[0] not in (1, 3):
+            raise ValueError(f"inputs of the shape {input_shape} are no images in grey or colour")
+        channels, height, width = input_shape
+        return cls((width, height), "rgb" if channels == 3 else "grey", is_scaled=files.image_size is not None)
 
     def __str__(self) -> str:
         return f"{shown_size(self.size)} in {'colour' if self.colour == 'rgb' else 'grey'}"

@@ -19,7 +19,7 @@ from helpers import make_config
 
 import sine
 from datasets import DatasetRequest, load_federated_dataset
-from datasets.describe import describe
+from datasets.describe import describe, plot
 from datasets.sources.sine import NUM_GIVEN, NUM_POINTS, POINTS, SineTasks
 from models import build_model
 from perfedavg.contracts import ClientData
@@ -147,10 +147,13 @@ def test_what_cannot_be_dealt_out_is_refused(changes: dict[str, Any], message: s
         load_federated_dataset(request(**changes), Path("nowhere"))
 
 
-def test_it_has_no_classes_to_describe() -> None:
-    """Or `python -m datasets.describe --dataset sine` would end in a traceback."""
-    with pytest.raises(ValueError, match="--dataset sine has no classes to describe"):
-        describe("sine", load_federated_dataset(request(), Path("nowhere")))
+def test_it_is_described_without_classes() -> None:
+    """Its labels are numbers: a wave's values, whose mean over a task differs from task to task."""
+    description = describe("sine", load_federated_dataset(request(), Path("nowhere")))
+    assert "are unseen; labels are numbers" in description.text()
+    assert "a client's mean label, min, median, max: " in description.text()
+    (axes,) = plot(description).axes
+    assert axes.get_ylabel() == "label"
 
 
 Errors = list[tuple[float | None, float | None]]
