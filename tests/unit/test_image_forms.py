@@ -163,7 +163,7 @@ def test_a_persons_images_are_brought_to_the_form_of_the_model(tmp_path: Path) -
     person = load_person(folder / "anna", ["cat", "dog"], Fraction(1, 5), 0, form)
     assert torch.equal(person.train_inputs[0], first(load(folder, files)))
     unscaled = ImageForm.of_model((3, 16, 16), UNTOLD)
-    with pytest.raises(ValueError, match="is 64x32, not 16x16; scale it$"):
+    with pytest.raises(ValueError, match=r"is 64x32, not 16x16; scale it$"):
         load_person(folder / "anna", ["cat", "dog"], Fraction(1, 5), 0, unscaled)
     with pytest.raises(ValueError, match=r"inputs of the shape \(80,\) are no images"):
         ImageForm.of_model((80,), UNTOLD)
