@@ -28,7 +28,7 @@ setup_venv() {
         echo "error: $base has no venv module; install it (Debian and Ubuntu: apt install python3-venv)" >&2
         return 2
     fi
-    echo "setting up $root/.venv (first use, or requirements changed)" >&2
+    echo "setting up $root/.venv (first use, or requirements changed): takes minutes, and 1.6 GB or more" >&2
     if ! [ -x "$python" ] && ! "$base" -m venv "$root/.venv" >&2; then
         echo "error: $base -m venv failed; the reason is above" >&2
         return 2

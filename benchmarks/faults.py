@@ -1,12 +1,12 @@
 """The fault matrix: which process, which signal, at which point of which phase, and what it costs.
 
-python benchmarks/faults.py [--rows TEXT | --write README.md]
+python benchmarks/faults.py [--rows TEXT | --write docs/guarantees.md]
 
 Each row is a run of real processes, a server and two workers, forked as quick_start.py forks them, with one fault
 planted at an exact point (`planted_fault.py`). Every row must end with the model, the metrics and the scores of the
 undisturbed run, and leave no process behind. Prints for each row how long it took until the fault was noticed, and how
 much longer than the undisturbed run (median of three) the whole took, start-up of new processes included. The last line
-is JSON. `--write README.md` puts the table, the undisturbed run's seconds and the commit into that page.
+is JSON. `--write PAGE` puts the table, the undisturbed run's seconds and the commit into that page.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def _table(num_text_columns: int) -> Callable[[Callable[Arguments, Lines]], Call
 
 @_table(num_text_columns=3)
 def results_table(rows: Sequence[Row], measures: Sequence[Measure]) -> Lines:
-    """The README's table: loss, accuracy and share of hurt clients after each phase, means over seeds."""
+    """The main table: loss, accuracy and share of hurt clients after each phase, means over seeds."""
     for row in rows:
         for phase, results in row.results.items():
             line = {"row": row.label, "seeds": str(len(row.runs)), "after": row.after(phase)}

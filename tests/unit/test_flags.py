@@ -478,6 +478,3 @@ def test_the_table_of_flags_is_that_of_the_fields() -> None:
     assert PAGE.read_text() == to_markdown()
     for kind in ENTRY_POINTS.values():
         assert all(f"| `--{name}` |" in to_markdown() for name in flags_by_name(kind))
-    readme = (ROOT / "README.md").read_text()
-    named = {name for kind in ENTRY_POINTS.values() for name in flags_by_name(kind)}
-    assert set(re.findall(r"^\| `--(\w+)` \|", readme, re.MULTILINE)) <= named
