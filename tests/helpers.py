@@ -333,10 +333,10 @@ class CountingFedAvg(FedAvg):
     update = count_rounds(FedAvg.update)  # type: ignore[arg-type]
 
 
-def digits_dataset(num_clients: int, seed: int = 0) -> SplitDataset:
-    """The real digits in label-sorted shards, a fifth of the clients unseen."""
+def digits_dataset(num_clients: int, seed: int = 0, partition: Partition | None = None) -> SplitDataset:
+    """The real digits, by default in label-sorted shards, a fifth of the clients unseen."""
     clients = PartitionedClients(
-        load_digits_images(), Partition("shards", 2), num_clients * 4 // 5, num_clients // 5, seed
+        load_digits_images(), partition or Partition("shards", 2), num_clients * 4 // 5, num_clients // 5, seed
     )
     return SplitDataset("digits", clients, num_clients * 4 // 5, num_clients // 5, seed)
 
