@@ -40,7 +40,11 @@ class Experiment(Checked):
     heading = "experiment"
     experiment: ExperimentConfig = part(ExperimentConfig, defaults={"dataset": "emnist"}, of=_DATA_SETS)
     initial_model: Path | None = setting(
-        None, "finished run whose model is started from", parse=paths.path, metavar="RUN", absent="random weights"
+        None,
+        "start from the model of this finished run; with --rounds 0 only phase 2 is run",
+        parse=paths.path,
+        metavar="RUN",
+        absent="random weights",
     )
 
     def __post_init__(self) -> None:
@@ -56,7 +60,11 @@ class RunFolderSettings:
         None, "new folder of this run", parse=paths.path, metavar="FOLDER", absent="runs/<date-time>-<dataset>"
     )
     resume: Path | None = setting(
-        None, "continue the experiment of this run", parse=paths.path, metavar="RUN", absent="start a new run"
+        None,
+        "go on with the run in this folder, whose flags need not be repeated",
+        parse=paths.path,
+        metavar="RUN",
+        absent="start a new run",
     )
     checkpoint_every: int = setting(10, "rounds between two checkpoints", at_least=1)
 

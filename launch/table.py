@@ -40,7 +40,7 @@ def _older_names() -> Iterator[str]:
 
 def _meaning(flag: Flag) -> str:
     setting = flag.setting
-    if flag.choices is not None:
+    if flag.choices is not None and "{choices}" not in setting.help:
         return f"{flag.help}: {', '.join(f'`{choice}`' for choice in flag.choices)}"
     has_bounds = flag.kind is float or (setting.at_most or 0) in range(1, _SHOWN_BOUND)
     return f"{flag.help} ({setting.allowed(flag.kind)})" if has_bounds else flag.help

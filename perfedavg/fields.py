@@ -111,7 +111,7 @@ def stand_in(base: type, name: str, values: Mapping[str, Any]) -> Any:
 class Setting:
     """What a field says about its setting.
 
-    help: what it does, with its unit; `{of}` stands for `Part.of`.
+    help: what it does, with its unit; `{of}` stands for `Part.of`, `{choices}` for the names to choose from.
     flag: what it calls its flag, without dashes; None for the field's own name, NO_FLAG for a setting without one.
     aliases: older names of its flag, which go on to work and are not shown.
     at_least, at_most: inclusive bounds. A whole number has both; MOST is the upper one unless another is given.
@@ -467,7 +467,7 @@ def _flags(
             name = None if own_name == NO_FLAG else name_of(own_name)
             aliases = [alias for alias in map(name_of, described.aliases) if alias is not None]
             help, kind_of_value = (
-                described.help.replace("{of}", of),
+                described.help.replace("{of}", of).replace("{choices}", ", ".join(choices or ())),
                 str if described.kinds else _kind_of_value(hints[field.name]),
             )
             yield Flag(name, place, kind_of_value, default, heading, help, described, choices, aliases=aliases)

@@ -142,7 +142,12 @@ class PhaseConfig:
         at_least=1,
     )
     server_schedule: str = setting("constant", "the server's rate over the rounds; linear ends at 0", choices=SCHEDULES)
-    method: Method = choice(METHODS, "fedavg", "what a client does and sends, or package.module:Class for your own")
+    method: Method = choice(
+        METHODS,
+        "fedavg",
+        "what clients do in a round (docs/methods.md): {choices}, or package.module:Class for your own",
+        metavar="NAME",
+    )
 
     def __post_init__(self) -> None:
         if self.server_optimizer.learning_rate is None:
@@ -219,10 +224,14 @@ class ExperimentConfig(ClientsConfig):
     batch_size: int = setting(20, "examples a local step; the last batch of an epoch may be smaller", at_least=1)
     joint: bool = setting(False, "pool the training clients' data in one client, the centralized baseline")
     validation: bool = setting(
-        False, "score held-out training clients in place of the unseen ones, to choose settings by", reported="always"
+        False,
+        "to choose settings: score some held-out training clients, so that the unseen ones stay untouched",
+        reported="always",
     )
     eval_every: int = setting(50, "communication rounds between two points of the accuracy curve", at_least=1)
-    eval_clients: int = setting(100, "unseen clients behind a point of the curve; results take all", at_least=1)
+    eval_clients: int = setting(
+        100, "unseen clients that are scored for a point of the curve; results take all", at_least=1
+    )
     precision: str = setting("float32", "of the clients' training; scoring is always float32", choices=PRECISIONS)
     client_batching: int | None = setting(
         None,
