@@ -19,12 +19,14 @@ def main() -> None:
 
     from multi_process.server import WorkerPool
     from multi_process.transport.network import NetworkSettings, ServerNetwork
+    from perfedavg.metrics import find_metrics
     from perfedavg.recorded_run import run_and_record
     from perfedavg.training.client_batching import choose_group_size
     from perfedavg.training.compute import resolve_device, return_freed_memory, use_reproducible_kernels
     from perfedavg.training.flat_model import flatten
     from reporting.run_plots import draw_run_plots
 
+    find_metrics(config.own_metrics)  # what is wrong with a user's own is said before anybody waits
     use_reproducible_kernels()
     return_freed_memory()
     device = resolve_device("auto" if args.backend == "nccl" else "cpu")

@@ -60,6 +60,7 @@ class FederatedDataset(ClientDirectory, Protocol):
     client_name(client_id): what a client is called, a text or None (see `client_name`).
     build_model(): its own model.  loss_function(outputs, labels): its own loss, the mean over a batch.
     check_model(model): raises ValueError for a model that does not fit it.
+    has_test_part(client_id): whether a training client has a test part, where some may have none.
     explain(error, client_ids): what to raise for an error in training or scoring these clients.
     """
 

@@ -22,6 +22,7 @@ class Purpose(IntEnum):
     PERSONALIZATION = 4
     EVAL_CLIENTS = 5
     AGGREGATION = 6
+    TRAINED_CLIENTS = 7
     # Of data sets.
     PARTITION = 101
     LOCAL_CUT = 102

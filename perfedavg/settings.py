@@ -17,6 +17,7 @@ from perfedavg.fields import NO_FLAG, NONE, check, choice, label, part, setting,
 from perfedavg.machine.kernels import PORTABLE_KERNELS
 from perfedavg.methods import METHODS
 from perfedavg.methods.base import Method
+from perfedavg.metrics import BASIC_METRICS, METRICS, name_in_results, problem_with
 from perfedavg.own_files import OwnFiles, dataset_name
 from perfedavg.plain_values import from_plain, shown
 
@@ -32,8 +33,6 @@ GRADIENT_STEP = 0.1
 """The same where clients send gradients."""
 ADAPTIVE_STEP = 0.001
 """The server's learning rate with adam, yogi and adagrad."""
-BASIC_METRICS = ("loss", "accuracy")
-"""What every client is scored by."""
 HIGHEST_RATE = 1e30
 """Of learning rates: above it, optimizers compute step sizes that float32 does not hold."""
 UNREAD = "unread"
@@ -85,6 +84,14 @@ def refuse_share(text: str) -> str | None:
     except (ValueError, ZeroDivisionError):
         pass
     return "must be above 0 and below 1, such as 0.2 or 9/34"
+
+
+def _listed(names: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in names.split(",") if name.strip())
+
+
+def _refuse_metrics(names: str) -> str | None:
+    return problem_with(_listed(names))
 
 
 def _refuse_decay_rates(rates: tuple[float, float]) -> str | None:
@@ -232,6 +239,23 @@ class ExperimentConfig(ClientsConfig):
     eval_clients: int = setting(
         100, "unseen clients that are scored for a point of the curve; results take all", at_least=1
     )
+    num_trained_scored: int | None = setting(
+        None,
+        "clients that took part in training, at most, that are scored after each phase too, each with what it kept; 0 "
+        "for none",
+        flag="trained_clients_scored",
+        at_least=0,
+        absent="as many as unseen ones; with joint none",
+        reported="never",
+    )
+    metrics: str | None = setting(
+        None,
+        f"what else to score clients by: {', '.join(METRICS)}, or package.module:name for your own",
+        metavar="NAME[,NAME]",
+        refuse=_refuse_metrics,
+        absent="loss and accuracy alone",
+        reported="never",
+    )
     precision: str = setting("float32", "of the clients' training; scoring is always float32", choices=PRECISIONS)
     client_batching: int | None = setting(
         None,
@@ -294,7 +318,12 @@ class ExperimentConfig(ClientsConfig):
     @property
     def metric_names(self) -> tuple[str, ...]:
         """What clients are scored by, in the order of results."""
-        return BASIC_METRICS
+        return (*BASIC_METRICS, *map(name_in_results, self.own_metrics))
+
+    @property
+    def own_metrics(self) -> tuple[str, ...]:
+        """Those that clients are scored by besides loss and accuracy, as they were given."""
+        return _listed(self.metrics or "")
 
     def __post_init__(self) -> None:
         """Refuse, with the flag, its value and the fix, whatever cannot be run."""
@@ -305,6 +334,11 @@ class ExperimentConfig(ClientsConfig):
             self._check_num_clients(self.num_clients)
             num_unseen = num_unseen_clients(self.num_clients, self.unseen_fraction)
             self.check_cohort_size(1 if self.joint else self.num_clients - num_unseen)
+        if self.joint and self.num_trained_scored:
+            raise ValueError(
+                f"{label(self, 'num_trained_scored')} {self.num_trained_scored} does not go with "
+                f"{label(self, 'joint')}, which has one training client without a test part; leave one of them out"
+            )
         if self.fine_tune is not None and self.fine_tune.num_rounds == 0:
             raise ValueError(f"{label(self, 'fine_tune.num_rounds')} 0 must be 1 or more; leave the phase out instead")
         if self.fine_tune is not None and self.fedavg.num_rounds > 0 and not self.fedavg.method.goes_on:

@@ -30,7 +30,7 @@ from perfedavg.machine.processes import hold_free_port
 from perfedavg.methods import FedAvg, Method
 from perfedavg.methods.reptile import Reptile
 from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig
-from perfedavg.training.client_models import Client, ClientModels
+from perfedavg.training.client_models import AfterEpochs, Client, ClientModels
 from perfedavg.training.local_training import LocalTraining
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -326,11 +326,33 @@ def count_rounds(update: Update) -> Update:
     return counting
 
 
+Personalize = Callable[[Method, ClientModels, Tensor, Sequence[Client], LocalTraining, AfterEpochs], None]
+
+
+def from_counted_rounds(personalize: Personalize) -> Personalize:
+    """A method's `personalize` whose clients start from the global model times 1 and the rounds that they counted."""
+
+    def counted(
+        method: Method,
+        models: ClientModels,
+        start: Tensor,
+        clients: Sequence[Client],
+        training: LocalTraining,
+        after_epochs: AfterEpochs,
+    ) -> None:
+        rounds = [client.state.get("rounds", torch.zeros(1, dtype=torch.int64)) for client in clients]
+        own = start * (1 + torch.stack(rounds)).to(start)
+        personalize(method, models, own, clients, training, after_epochs)
+
+    return counted
+
+
 @dataclass(frozen=True)
 class CountingFedAvg(FedAvg):
     name: ClassVar[str] = "counting_fedavg"
     keeps_state: ClassVar[bool] = True
     update = count_rounds(FedAvg.update)  # type: ignore[arg-type]
+    personalize = from_counted_rounds(FedAvg.personalize)
 
 
 def digits_dataset(num_clients: int, seed: int = 0, partition: Partition | None = None) -> SplitDataset:

@@ -83,6 +83,9 @@ class JointView(View):
         name_of = getattr(self._dataset, "client_name", None)
         return None if name_of is None or client_id in self.train_client_ids else name_of(client_id)
 
+    def has_test_part(self, client_id: int) -> bool:
+        return False  # the one training client
+
     def client_data(self, client_id: int) -> ClientData:
         """Of the one training client, which has no test part, the examples are kept from the first call on."""
         if client_id not in self.train_client_ids:

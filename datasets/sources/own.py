@@ -216,6 +216,10 @@ class OwnDataset:
             self._checked.add(client_id)
         return data
 
+    def has_test_part(self, client_id: int) -> bool:
+        """Training clients need none."""
+        return len(self.client_data(client_id).test_labels) > 0
+
     def check_model(self, model: object) -> None:
         """Raises ValueError where a model, the user's or this project's, cannot be trained on the first client."""
         whose = "build_model()" if hasattr(self, "build_model") else "--model"

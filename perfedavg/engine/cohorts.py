@@ -1,11 +1,15 @@
-"""Who takes part: the training clients of each round, and the unseen clients behind the accuracy curve."""
+"""Who takes part: the training clients of each round, the unseen clients behind the accuracy curve, and those of the
+training clients that are scored.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 
+from perfedavg.contracts import ClientDirectory
 from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig, Phase
 
@@ -32,6 +36,24 @@ def draw_eval_clients(config: ExperimentConfig, unseen_client_ids: Sequence[int]
     """The unseen clients behind the accuracy curve: the same ones in every round. Follows from the seed."""
     sequence = seed_sequence(config.seed, Purpose.EVAL_CLIENTS)
     return _draw(sequence, unseen_client_ids, min(config.eval_clients, len(unseen_client_ids)))
+
+
+def draw_trained_clients(config: ExperimentConfig, clients: ClientDirectory) -> tuple[int, ...]:
+    """Clients that took part in training, to be scored: the same ones after each phase. Follows from the seed.
+
+    They are drawn from those that were in a round of the run's first phase and have a test part. An update that was
+    refused makes no difference.
+    """
+    count = config.num_trained_scored
+    if count is None:
+        count = len(clients.unseen_client_ids)
+    first, settings = next(iter(config.phases.items()))
+    rounds = range(1, settings.num_rounds + 1) if count else ()
+    cohorts = (draw_cohort(config, clients.train_client_ids, first, number) for number in rounds)
+    took_part = np.array(sorted(set().union(*cohorts)))
+    order = np.random.default_rng(seed_sequence(config.seed, Purpose.TRAINED_CLIENTS)).permutation(took_part)
+    has_test_part = getattr(clients, "has_test_part", lambda client_id: True)
+    return tuple(sorted(islice(filter(has_test_part, order.tolist()), count)))
 
 
 def _draw(sequence: np.random.SeedSequence, client_ids: Sequence[int], count: int) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from perfedavg.engine.slots import Result, SlotPool, TrainingSlot
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
 from perfedavg.machine.cores import usable_cores
 from perfedavg.machine.kernels import KernelLog
+from perfedavg.metrics import find_metrics
 from perfedavg.settings import ExperimentConfig, flag
 from perfedavg.training.compute import check_portable, describe_kernels
 from perfedavg.training.flat_model import FlatModel
@@ -72,7 +73,8 @@ class LocalExecutor:
             build_group()  # now, because it may refuse the model
         slots = [TrainingSlot(build_single, build_group) for _ in range(num_slots)]
         self._pool = SlotPool(slots, getattr(dataset, "explain", None))
-        self._place = Workplace(config, self._pool, ClientReader(dataset, num_readers), count_buffer_entries(model))
+        reader, metrics = ClientReader(dataset, num_readers), find_metrics(config.own_metrics)
+        self._place = Workplace(config, self._pool, reader, metrics, count_buffer_entries(model))
 
     @property
     def num_slots(self) -> int:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from perfedavg.contracts import ClientDirectory, ClientStateStore, Executor, Observer
 from perfedavg.engine.client_states import StatesInMemory
-from perfedavg.engine.cohorts import draw_cohort, draw_eval_clients
+from perfedavg.engine.cohorts import draw_cohort, draw_eval_clients, draw_trained_clients
 from perfedavg.engine.scores import ClientScore, RunScores, check_summary, mean, summarize
 from perfedavg.engine.tasks import CohortTask, ScoringTask
 from perfedavg.plain_values import from_plain, shown
@@ -226,7 +227,8 @@ def run_experiment(
     state: ExperimentState,
     observers: Sequence[Observer] = (),
 ) -> ExperimentOutcome:
-    """Train through every phase from where `state` stands, and score clients after each: all unseen ones.
+    """Train through every phase from where `state` stands, and score clients after each: all unseen ones, and
+    some that took part.
 
     The outcome follows from configuration, clients and initial parameters alone, to the bit, and not from which
     executor did the work, nor from how often the run was stopped and went on from its state.
@@ -346,12 +348,21 @@ class _Run:
 
     def _score_populations(self) -> None:
         """The results after the present phase that are not there yet, epoch by epoch where that is asked for."""
-        phase, known = self.state.phase, self.state.scores.get(self.state.phase, {})
-        for population, client_ids in {Population.UNSEEN: tuple(self.clients.unseen_client_ids)}.items():
-            if population not in known:
+        phase = self.state.phase
+        known = self.state.scores.get(phase, {})
+        for population, client_ids in self._populations.items():
+            if client_ids and population not in known:
                 for observer in self.observers:
                     observer.scoring_started(phase, population, len(client_ids))
                 self.state.add_scores(population, self._score(client_ids, self.config.num_curve_epochs))
+
+    @cached_property
+    def _populations(self) -> dict[Population, tuple[int, ...]]:
+        """Who is scored after each phase."""
+        return {
+            Population.UNSEEN: tuple(self.clients.unseen_client_ids),
+            Population.TRAINED: draw_trained_clients(self.config, self.clients),
+        }
 
     def _score(self, client_ids: tuple[int, ...], num_curve_epochs: int = 0) -> list[ClientScore]:
         state = self.state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from perfedavg.engine.cohorts import draw_cohort, draw_next_cohort
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.slots import SlotPool, TrainingSlot
 from perfedavg.engine.tasks import ClientReport, CohortTask, CohortUpdate, ScoringTask, cut_into_groups
+from perfedavg.metrics import Metric
 from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig
 from perfedavg.training.client_models import Client
@@ -33,6 +34,7 @@ class Workplace:
     config: ExperimentConfig
     pool: SlotPool
     reader: ClientReader
+    metrics: Mapping[str, Metric]
     num_buffer_entries: int = 0
 
 
@@ -179,7 +181,7 @@ class ClientScoring:
         def measure(epochs: dict[int, int]) -> None:
             due = {client: epoch for client, epoch in epochs.items() if epoch in self._measured_epochs}
             if due:
-                scores = models.score(tests[: max(due) + 1])
+                scores = models.score(tests[: max(due) + 1], self._place.metrics)
                 for client, epoch in due.items():
                     measured[client][epoch] = scores[client]
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from perfedavg.metrics import BASIC_METRICS
 from perfedavg.plain_values import from_plain
-from perfedavg.settings import BASIC_METRICS, Phase, Population
+from perfedavg.settings import Phase, Population
 
 _PERCENTILES = (10, 50, 90)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ class EventFile:
     The step of an event is its round, counted through the phases. Numbers that are not finite are left out.
     """
 
-    def __init__(self, folder: Path, phases: Mapping[Phase, PhaseConfig]) -> None:
+    def __init__(self, folder: Path, phases: Mapping[Phase, PhaseConfig], metrics: Sequence[str]) -> None:
         self._folder = folder
         self._file = GrowingFile(folder / FILE_NAME)
         self._has_header = False
+        self._metrics = metrics
         self._num_rounds = {phase: settings.num_rounds for phase, settings in phases.items()}
 
     def append(self, record: RoundRecord) -> None:
@@ -50,13 +51,14 @@ class EventFile:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         before = sum(num_rounds for phase, num_rounds in self._num_rounds.items() if phase < record.phase)
-        scalars = {tag: value for tag, value in _scalars(record).items() if value is not None and math.isfinite(value)}
+        scalars = _scalars(record, self._metrics)
+        scalars = {tag: value for tag, value in scalars.items() if value is not None and math.isfinite(value)}
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
         return _framed(step=before + record.round_number, summary=summary)
 
 
-def _scalars(record: RoundRecord) -> dict[str, float | None]:
-    scalars = {
+def _scalars(record: RoundRecord, metrics: Sequence[str]) -> dict[str, float | None]:
+    scalars: dict[str, float | None] = {
         "training/loss": record.train_loss,
         "training/update_norm": record.update_norm,
         "round/seconds": record.seconds,
@@ -65,8 +67,8 @@ def _scalars(record: RoundRecord) -> dict[str, float | None]:
     }
     if record.evaluation is not None:
         for kind in ("initial", "personalized"):
-            for measure in ("loss", "accuracy"):
-                scalars[f"unseen_{measure}/{kind}"] = record.evaluation[kind][measure]
+            for metric in metrics:
+                scalars[f"unseen_{metric}/{kind}"] = record.evaluation[kind][metric]
         scalars["unseen_accuracy/fraction_hurt"] = record.evaluation["fraction_hurt"]
     return scalars
 

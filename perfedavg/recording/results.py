@@ -12,6 +12,7 @@ from typing import Any
 from perfedavg.contracts import ClientDirectory, client_name
 from perfedavg.engine.experiment import ExperimentOutcome
 from perfedavg.engine.scores import RunScores, summarize
+from perfedavg.metrics import BASIC_METRICS, find_metrics
 from perfedavg.recording.runs import KINDS, result_key
 from perfedavg.settings import ExperimentConfig, Population
 
@@ -25,6 +26,8 @@ def summarize_run(config: ExperimentConfig, outcome: ExperimentOutcome, facts: M
         "seed": config.seed,
         "rounds": config.fedavg.num_rounds,
         **facts,
+        "higher_is_better": BASIC_METRICS
+        | {name: metric.higher_is_better for name, metric in find_metrics(config.own_metrics).items()},
         "model_sha256": outcome.model_sha256,
         "seconds": outcome.seconds,
         "phases": {
@@ -60,12 +63,12 @@ def clients_csv(scores: RunScores, clients: ClientDirectory) -> bytes:
         for kind in KINDS
         for metric in getattr(score, kind)
     ]
-    writer.writerow(["population", "client_id", *(["client_name"] if has_names else []), *_COUNTS, *columns])
+    writer.writerow(["client_id", "population", *(["client_name"] if has_names else []), *_COUNTS, *columns])
     for (population, row), name in zip(rows, names, strict=True):
         counts = [getattr(row[0], count) for count in _COUNTS]
         values = [value for score in row for kind in KINDS for value in getattr(score, kind).values()]
         named = [name] if has_names else []
-        writer.writerow([population.value, row[0].client_id, *named, *counts, *values])
+        writer.writerow([row[0].client_id, population.value, *named, *counts, *values])
     return text.getvalue().encode()
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
+from perfedavg.metrics import BASIC_METRICS
 from perfedavg.own_module import OwnModuleError
 from perfedavg.plain_values import from_plain, parse_json
-from perfedavg.settings import BASIC_METRICS, ExperimentConfig, Phase, Population
+from perfedavg.settings import ExperimentConfig, Phase, Population
 
 if TYPE_CHECKING:
     import numpy as np

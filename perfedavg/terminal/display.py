@@ -7,14 +7,14 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from perfedavg.contracts import ClientDirectory
 from perfedavg.engine.experiment import ExperimentState, RoundRecord
 from perfedavg.engine.scores import RunScores, summarize
 from perfedavg.own_files import shown_dataset
-from perfedavg.recording.runs import result_key
+from perfedavg.recording.runs import KINDS, result_key
 from perfedavg.settings import ExperimentConfig, Phase, Population
 from perfedavg.terminal.console import LOGGER, duration, is_live, reason_of
 from perfedavg.terminal.time_to_go import TimeToGo
@@ -177,23 +177,41 @@ class ProgressDisplay:
 
 def result_table(result: dict[str, Any], note: str = "") -> str:
     """The table that ends a run, from the content of result.json. note: about the data."""
+    widths = {metric: max(9, len(metric) + (3 if metric == "accuracy" else 2)) for metric in result["higher_is_better"]}
+    width = sum(widths.values())
+    names = "".join(f"{metric:>{width}}" for metric, width in widths.items())
     lines = [
         f"{result['unseen_clients']} unseen clients of {shown_dataset(result['dataset'])}, uniform means",
         *([note] if note else []),
         "",
-        f"{'':19}{'initial':^20}{'personalized':^20}{'clients':>9}",
-        f"{'':19}{'loss':>9}{'accuracy':>11}{'loss':>9}{'accuracy':>11}{'hurt':>9}",
+        f"{'':19}{'initial':^{width}}{'personalized':^{width}}{'clients':>9}",
+        f"{'':19}{names}{names}{'hurt':>9}",
+        *_result_rows(result, Population.UNSEEN, widths),
     ]
-    for phase in Phase:
-        if result_key(phase) in result:
-            row, label = result[result_key(phase)], f"after {phase.label}"
-            numbers = "".join(
-                f"{row[kind]['loss']:>9.4f}{_percent(row[kind]['accuracy']):>11}"
-                for kind in ("initial", "personalized")
-            )
-            lines.append(f"{label:19}{numbers}{100 * row['fraction_hurt']:>7.1f} %")
+    for key in list(_result_keys(result, Population.TRAINED).values())[:1]:
+        lines += ["", f"{result[key]['clients']} of {result['train_clients']} training clients"]
+        lines += _result_rows(result, Population.TRAINED, widths)
     lines += ["", f"model sha256 {result['model_sha256']}, seed {result['seed']}, {result['seconds']:.1f} s"]
     return "\n".join(lines)
+
+
+def _result_rows(result: dict[str, Any], population: Population, widths: Mapping[str, int]) -> list[str]:
+    """A line a phase. widths: of the columns, by metric."""
+    lines = []
+    for phase, key in _result_keys(result, population).items():
+        row, label = result[key], f"after {phase.label}"
+        numbers = "".join(
+            f"{_percent(row[kind][metric]) if metric == 'accuracy' else format(row[kind][metric], '.4f'):>{width}}"
+            for kind in KINDS
+            for metric, width in widths.items()
+        )
+        lines.append(f"{label:19}{numbers}{100 * row['fraction_hurt']:>7.1f} %")
+    return lines
+
+
+def _result_keys(result: dict[str, Any], population: Population) -> dict[Phase, str]:
+    keys = {phase: result_key(phase, population) for phase in Phase}
+    return {phase: key for phase, key in keys.items() if key in result}
 
 
 def _percent(accuracy: float) -> str:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from perfedavg.metrics import Metric
 from perfedavg.seeding import torch_seeds
 from perfedavg.training.layout import Columns, Layout
 from perfedavg.training.local_training import LocalTraining, Loss, Steps
@@ -154,8 +156,11 @@ class ClientModels(ABC):
         """
 
     @abstractmethod
-    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sums of the losses and numbers of right answers, each (clients,). Dropout rests."""
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of the losses and numbers of right answers, each (clients,), and the outputs, (clients, rows, ...).
+
+        Dropout rests.
+        """
 
     @abstractmethod
     def _train_only(self, names: Collection[str] | None) -> None:
@@ -256,25 +261,37 @@ class ClientModels(ABC):
 
         return self.sum_over_pieces(queries, differentiate)
 
-    def score(self, tests: Sequence[tuple[Tensor, Tensor]]) -> list[dict[str, float]]:
-        """Each client's mean `loss` and `accuracy`, 0..1, at `parameters` on its test part.
+    def score(
+        self, tests: Sequence[tuple[Tensor, Tensor]], metrics: Mapping[str, Metric] = MappingProxyType({})
+    ) -> list[dict[str, float]]:
+        """Each client's mean `loss` and `accuracy`, 0..1, at `parameters` on its test part, and the values of metrics.
 
         tests: inputs, (num_examples, ...), and labels, (num_examples,), in any order of size. Labels that are not whole
         numbers are targets of a regression, of which the accuracy is NaN.
+        metrics: by the names of their values.
         """
         losses = torch.zeros(len(tests), dtype=torch.float64, device=self.device)
         correct = torch.zeros(len(tests), dtype=torch.int64, device=self.device)
+        outputs: list[list[Tensor]] = [[] for _ in tests]
         for _, batch in self.pieces(tests, max(1, SCORING_BATCH_SIZE // len(tests))):
-            sums, numbers = self.evaluate(batch)
+            sums, numbers, rows = self.evaluate(batch)
             losses[: len(sums)] += sums
             correct[: len(sums)] += numbers
-        return [
+            if metrics:
+                for client, count in enumerate(batch.counts.tolist()):
+                    outputs[client].append(rows[client, :count].cpu())
+        scores = [
             {
                 "loss": loss / len(labels),
                 "accuracy": math.nan if labels.is_floating_point() else right / len(labels),
             }
             for loss, right, (_, labels) in zip(losses.tolist(), correct.tolist(), tests, strict=True)
         ]
+        if metrics:
+            for score, parts, (_, labels) in zip(scores, outputs, tests, strict=True):
+                whole = torch.cat(parts), labels.cpu()
+                score |= {name: float(metric.value_of(*whole)) for name, metric in metrics.items()}
+        return scores
 
     def draw_steps(self, clients: Sequence[Client], training: LocalTraining) -> Steps:
         """The clients' batches. Seeds their dropout too."""

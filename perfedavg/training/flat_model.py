@@ -130,15 +130,15 @@ class FlatModel(ClientModels):
         share = batch.sizes[0] / batch.totals[0]
         return (gradient, losses) if share == 1 else (gradient.mul_(share), losses * share)
 
-    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         self.module.eval()
         labels = batch.labels[0]
         with torch.no_grad():
             outputs = self(batch.inputs[0])
             losses = self.loss_function(outputs, labels) * len(labels)
             if labels.is_floating_point():
-                return losses[None], torch.zeros_like(batch.counts)
-            return losses[None], (outputs.argmax(dim=1) == labels).sum()[None]
+                return losses[None], torch.zeros_like(batch.counts), outputs[None]
+            return losses[None], (outputs.argmax(dim=1) == labels).sum()[None], outputs[None]
 
     def _train_only(self, names: Collection[str] | None) -> None:
         for name, view in self._trainable.items():

@@ -119,7 +119,7 @@ class StackedModel(ClientModels):
     def _train_only(self, names: Collection[str] | None) -> None:
         self._trained = [name for name in self._trainable if names is None or name in names]
 
-    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         is_real = _is_real(batch)
         self._module.eval()
         with torch.no_grad():
@@ -127,8 +127,8 @@ class StackedModel(ClientModels):
             losses = _losses(outputs.flatten(0, 1), batch.labels.flatten(0, 1), self.loss_function).view(is_real.shape)
             sums = torch.where(is_real, losses, 0.0).sum(dim=1, dtype=torch.float64)
             if batch.labels.is_floating_point():
-                return sums, torch.zeros_like(batch.counts)
-            return sums, ((outputs.argmax(dim=2) == batch.labels) & is_real).sum(dim=1)
+                return sums, torch.zeros_like(batch.counts), outputs
+            return sums, ((outputs.argmax(dim=2) == batch.labels) & is_real).sum(dim=1), outputs
 
     def gradients_through_training(
         self, start: Tensor, clients: Sequence[Client], queries: Sequence[Query], training: LocalTraining

@@ -1,4 +1,4 @@
-"""What clients keep travels with them: the model is the same whoever trains them, and whoever dies."""
+"""What clients keep travels with them: model and scores are the same whoever trains and scores, and whoever dies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SCRIPT = "tests/counting_run.py"
 
 
 @pytest.fixture(scope="module")
-def single_process(tmp_path_factory: pytest.TempPathFactory) -> str:
+def single_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("single")
     with Launched() as launched:
         status, _, errors = finish(launched.start(SCRIPT, "single_process.py", *FLAGS, "--run_dir", run / "counting"))
@@ -22,12 +22,20 @@ def single_process(tmp_path_factory: pytest.TempPathFactory) -> str:
         assert finish(plain)[0] == 0
     digests = {name: str(read_result(run / name)["model_sha256"]) for name in ("counting", "plain")}
     assert digests["counting"] != digests["plain"], "what clients keep acts"
-    return digests["counting"]
+    return run / "counting"
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    """The model, and the scores, of which those of clients that trained depend on what they kept."""
+    assert read_result(run)["model_sha256"] == read_result(expected)["model_sha256"]
+    scores = (run / "clients.csv").read_text()
+    assert scores == (expected / "clients.csv").read_text()
+    assert scores.count(",trained,") == 4
 
 
 @pytest.mark.parametrize("point", [None, "worker training", "worker sending"])
 def test_workers_that_live_and_die_end_with_the_same_model(
-    point: str | None, single_process: str, launched: Launched, tmp_path: Path
+    point: str | None, single_process: Path, launched: Launched, tmp_path: Path
 ) -> None:
     """A worker that dies in the third round has clients that trained elsewhere before; their result is lost with it."""
     port, world = str(free_port()), ["--world_size", "3"]
@@ -41,11 +49,11 @@ def test_workers_that_live_and_die_end_with_the_same_model(
     status, _, errors = finish(server)
     assert status == 0, errors
     assert point is None or "lost worker 1" in errors, errors
-    assert read_result(tmp_path / "run")["model_sha256"] == single_process
+    assert_same(tmp_path / "run", single_process)
 
 
 def test_a_run_that_is_resumed_ends_with_the_same_model(
-    single_process: str, launched: Launched, tmp_path: Path
+    single_process: Path, launched: Launched, tmp_path: Path
 ) -> None:
     fault = ["server stepping", "fedavg", "3", "SIGKILL", str(tmp_path / "note")]
     run, port, world = tmp_path / "run", str(free_port()), ["--world_size", "2"]
@@ -56,4 +64,4 @@ def test_a_run_that_is_resumed_ends_with_the_same_model(
     server = launched.start(SCRIPT, "server.py", "--port", port, *world, "--resume", run)
     status, _, errors = finish(server)
     assert status == 0, errors
-    assert read_result(run)["model_sha256"] == single_process
+    assert_same(run, single_process)

@@ -191,12 +191,12 @@ def test_scoring_uses_the_statistics_and_leaves_them_alone() -> None:
     models = FlatModel(normed())
     models.load(start)
     inputs, labels = _examples(30)
-    ((loss, accuracy),) = models.score([(inputs, labels)])
+    (score,) = models.score([(inputs, labels)])
     reference = copy.deepcopy(normed()).eval()
     unflatten_into(reference, start.clone())
     outputs = reference(inputs)
-    assert loss == pytest.approx(F.cross_entropy(outputs, labels).item(), rel=1e-5)
-    assert accuracy == (outputs.argmax(1) == labels).double().mean().item()
+    assert score["loss"] == pytest.approx(F.cross_entropy(outputs, labels).item(), rel=1e-5)
+    assert score["accuracy"] == (outputs.argmax(1) == labels).double().mean().item()
     assert torch.equal(models.vector, start)
 
 

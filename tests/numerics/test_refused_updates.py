@@ -153,6 +153,8 @@ def test_losses_that_are_no_numbers_are_said(tmp_path: Path, capsys: pytest.Capt
         "FedAvg round 2: the clients' mean loss is inf; if this goes on, start again with a lower --local_lr",
         "after FedAvg: the loss of 1 of 1 unseen clients is infinite or not a number (clients 4), and so is the mean; "
         "they adapt at --local_lr, which a lower one may mend",
+        "after FedAvg: the loss of 1 of 1 trained clients is infinite or not a number (clients 0), and so is the mean; "
+        "they adapt at --local_lr, which a lower one may mend",
     ]
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["train_loss"] is None for line in lines] == [False, True, False]

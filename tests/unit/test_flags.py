@@ -82,6 +82,8 @@ EXPERIMENT_FLAGS = [
     (["--standardize", "false"], lambda c: c.own_files.standardize),
     (["--image_size", "64x48"], lambda c: c.own_files.image_size),
     (["--image_color", "rgb"], lambda c: c.own_files.image_color),
+    (["--trained_clients_scored", "0"], lambda c: c.num_trained_scored),
+    (["--metrics", "macro_f1"], lambda c: c.metrics),
     (["--seed", "7"], lambda c: c.seed),
     (["--initial_model", "runs/x"], lambda c: c.initial_model),
     (["--precision", "bf16"], lambda c: c.precision),

@@ -36,6 +36,7 @@ ROOMS = (
     "terminal",
     "aggregation",
     "methods",
+    "metrics",
     "settings",
     "contracts",
     "training",
@@ -47,8 +48,8 @@ ROOMS = (
     "recorded_run",
 )
 """The rooms and modules of perfedavg: each imports only those before it, but for the names of types."""
-COMPUTE_LATER = "methods"
-"""The room whose modules are settings when they are imported, and import what they compute with when they compute."""
+COMPUTE_LATER = ("methods", "metrics")
+"""Rooms whose modules are settings when they are imported, and import what they compute with when they compute."""
 MOST_MODULES = 12
 ENTRY_POINTS_INSIDE = {ROOT / "datasets" / "describe.py", ROOT / "perfedavg" / "__init__.py"}
 """They import what lies above their package: the first when it is run, the second for those who import it."""
@@ -135,7 +136,7 @@ def nodes_at_run_time(node: ast.AST, with_functions: bool) -> Iterator[ast.AST]:
 
 def upward_imports(module: str, source: str) -> set[str]:
     """What a module of perfedavg imports of rooms above its own."""
-    nodes = nodes_at_run_time(ast.parse(source), with_functions=module.partition(".")[0] != COMPUTE_LATER)
+    nodes = nodes_at_run_time(ast.parse(source), with_functions=module.partition(".")[0] not in COMPUTE_LATER)
     names = {name for name in imported(nodes) if name.startswith("perfedavg.")}
     return {name for name in names if place(name.removeprefix("perfedavg.")) > place(module)}
 

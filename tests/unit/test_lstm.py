@@ -92,10 +92,10 @@ def test_training_learns_and_repeats_bit_for_bit(model: FlatModel, tokens: Tenso
     start, results = model.vector.clone(), []
     for _ in range(2):
         model.load(start)
-        ((loss_before, _),) = model.score([(tokens, labels)])
+        (before,) = model.score([(tokens, labels)])
         for epoch in range(3):
             model.train(model.vector, [Client(tokens, labels, np.random.SeedSequence(epoch))], TRAINING)
-        ((loss_after, _),) = model.score([(tokens, labels)])
-        assert loss_after < loss_before
+        (after,) = model.score([(tokens, labels)])
+        assert after["loss"] < before["loss"]
         results.append(model.vector.clone())
     assert torch.equal(results[0], results[1])

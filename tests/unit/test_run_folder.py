@@ -95,7 +95,11 @@ def test_a_line_a_round_and_a_row_a_client(run: tuple[Path, nn.Module]) -> None:
     ]
     assert all(line["evaluation"]["clients"] == 2 and len(line["client_ids"]) == 4 for line in lines)
     rows = list(csv.DictReader((run[0] / "clients.csv").read_text().splitlines()))
+    trained = [row for row in rows if row["population"] == "trained"]
+    rows = [row for row in rows if row["population"] == "unseen"]
     assert [int(row["client_id"]) for row in rows] == [16, 17, 18, 19]
+    assert len(trained) == 4
+    assert {int(row["client_id"]) for row in trained} <= {client for line in lines[:2] for client in line["client_ids"]}
     result = json.loads((run[0] / "result.json").read_text())
     accuracies = [float(row["after_fine_tune_personalized_accuracy"]) for row in rows]
     assert sum(accuracies) / 4 == pytest.approx(result["after_fine_tune"]["personalized"]["accuracy"])
