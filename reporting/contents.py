@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 from datasets.registry import DATA_SETS, USERS_OWN
+from perfedavg.own_files import shown_dataset
 from perfedavg.recording.runs import FinishedRun, find_runs
 from perfedavg.terminal.console import reason_of, say
 from reporting import plots, tables
@@ -124,16 +125,30 @@ def build_report(runs: Sequence[FinishedRun], target: float) -> Report:
         by_dataset.setdefault(run.dataset, []).append(run)
     rows = {dataset: group_rows(by_dataset[dataset]) for dataset in sorted(by_dataset)}
     all_rows = [row for some in rows.values() for row in some]
+    names = distinct_names(list(rows))
     return Report(
-        title=f"Personalized FedAvg on {', '.join(rows)}",
+        title=f"Personalized FedAvg on {', '.join(names.values())}",
         summary=f"{counted(len(runs), 'run')} in {counted(len(all_rows), 'row')}; runs that differ only in the seed are"
         " one row. A figure is the uniform mean over unseen clients, then over seeds; with several seeds it has their "
         "sample deviation, behind ± or in brackets. Initial is the global model on a client's test part, personalized "
         "the same model after adapting it on that client's own training part. Clients hurt are those that fare worse "
         "after that.",
-        sections=[Section(dataset, list(_blocks(dataset, some, target))) for dataset, some in rows.items()],
+        sections=[
+            Section(names[dataset], list(_blocks(dataset, names[dataset], some, target)))
+            for dataset, some in rows.items()
+        ],
         csv=tables.to_csv(all_rows, target),
     )
+
+
+def distinct_names(datasets: Sequence[str]) -> dict[str, str]:
+    """What a report calls each data set: files of one name in two folders are told apart by a number."""
+    names: dict[str, str] = {}
+    for dataset in datasets:
+        name = shown_dataset(dataset)
+        same = sum(shown_dataset(other) == name for other in names)
+        names[dataset] = f"{name} ({same + 1})" if same else name
+    return names
 
 
 def with_plots_drawn(report: Report) -> Report:
@@ -155,11 +170,11 @@ def _drawn(block: Block) -> Block:
     return block
 
 
-def _blocks(dataset: str, rows: Sequence[Row], target: float) -> Iterator[Block]:
+def _blocks(dataset: str, name: str, rows: Sequence[Row], target: float) -> Iterator[Block]:
     measures = [Measure("loss", DATA_SETS.get(dataset, USERS_OWN).loss_name)]
     if any(row.has_accuracy for row in rows):
         measures.append(ACCURACY)
-    measure, name = measures[-1], dataset.replace(":", ".")
+    measure, name = measures[-1], name.replace(":", ".")
     yield from _notes(dataset, rows, measure)
     yield from (Heading("Results"), tables.results_table(rows, measures))
     if any(row.nickname for row in rows):

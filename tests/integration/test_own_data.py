@@ -129,7 +129,8 @@ def test_a_partition_has_no_meaning_where_clients_are_natural(folder: Path) -> N
 def test_the_example_of_the_documentation_runs(launched: Launched, tmp_path: Path) -> None:
     """The code in docs/your-own-data.md, as it stands there."""
     page = (ROOT / "docs" / "your-own-data.md").read_text()
-    (tmp_path / "my_tones.py").write_text(page.partition("```python\n")[2].partition("```")[0])
+    program = next(part.partition("```")[0] for part in page.split("```python\n") if "class Tones" in part)
+    (tmp_path / "my_tones.py").write_text(program)
     flags = ["--rounds", "2", "--fine_tune_method", "none", "--run_dir", str(tmp_path / "run")]
     process = launched.start("single_process.py", "--dataset", "my_tones:Tones", *flags, cwd=tmp_path)
     status, _, errors = finish(process)

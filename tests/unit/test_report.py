@@ -906,3 +906,16 @@ def test_reads_what_a_run_writes(tmp_path: Path) -> None:
         assert scores is not None
         assert scores.mean() == pytest.approx(result.personalized["accuracy"])
     assert "E 2, 4 clients a round" in to_markdown(build_report(runs, 0.8), with_plots=True)
+
+
+def test_runs_on_own_files_go_by_the_files_names(tmp_path: Path) -> None:
+    """Plots are files of that name, and two files of one name are not mixed up."""
+    pairs = ((0.5, 0.5), (0.4, 0.6))
+    for folder in ("a", "b"):
+        config = experiment(dataset=f"/home/{folder}/own.csv", num_clients=None, partition=None)
+        write_run(tmp_path / folder, config, {"fedavg": pairs, "fine_tune": pairs})
+    report = report_of(tmp_path)
+    assert [section.title for section in report.sections] == ["own.csv", "own.csv (2)"]
+    names = [block.name for section in report.sections for block in section.blocks if isinstance(block, Plot)]
+    assert len(names) == len(set(names)) > 0
+    assert not any("/" in name for name in names)
