@@ -16,7 +16,7 @@ from launch.settings import Checked, Data
 from perfedavg.fields import setting
 from perfedavg.machine.kernels import pin_kernels
 from perfedavg.recording.runs import RecordedRun
-from perfedavg.settings import refuse_share
+from perfedavg.settings import AUTO_MODEL, refuse_share
 from perfedavg.terminal.console import say, show
 from perfedavg.terminal.entry_point import run_entry_point
 
@@ -29,9 +29,6 @@ if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
 
 IMAGE_SHAPE = (1, 28, 28)
 """Of an image as a model takes it."""
-
-OTHER_INPUTS = {"lstm": "text", "sine_mlp": "numbers"}
-"""What those of this project's models take that take no images, by architecture."""
 
 
 def _share(text: str) -> Fraction:
@@ -160,14 +157,13 @@ def load_model(run: RunModel, data_root: Path) -> tuple[nn.Module, Loss]:
     """
     import torch.nn.functional as F
 
-    from models import build_model
     from perfedavg.training.local_training import loss_of
 
     facts = run.facts
-    if "build_model" not in facts.own_parts and facts.architecture in OTHER_INPUTS:
-        raise _takes_no_images(run, OTHER_INPUTS[facts.architecture])
+    if facts.input_shape not in (None, IMAGE_SHAPE):
+        raise _takes_no_images(run, f"of shape {facts.input_shape}")
     if not facts.own_parts:
-        model = build_model(facts.architecture, len(run.class_names))
+        model = utils.build_architecture(facts.architecture, facts.input_shape or IMAGE_SHAPE, len(run.class_names))
         run.load_into(model)
         return model, F.cross_entropy
     say(f"{facts.dataset} brings its own {' and '.join(facts.own_parts)}: its module is imported, its data are opened")
@@ -177,7 +173,9 @@ def load_model(run: RunModel, data_root: Path) -> tuple[nn.Module, Loss]:
         raise _takes_no_images(run, f"of shape {tuple(example.test_inputs.shape[1:])}")
     if example.test_labels.is_floating_point():
         raise ValueError(f"{run.path} is a run on {facts.dataset}, whose labels are numbers and not classes")
-    model = utils.get_model(run.config, dataset)
+    # In runs of earlier versions, a data set's model was taken whatever the setting said.
+    architecture = AUTO_MODEL if "build_model" in facts.own_parts else facts.architecture
+    model = utils.get_model(dataclasses.replace(run.config, architecture=architecture), dataset)
     run.load_into(model)
     return model, loss_of(dataset)
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from datasets.registry import DatasetRequest, find, load_federated_dataset, meaningless
 from launch.flags import ROOT, parse, restart_command
 from launch.settings import ENTRY_POINTS
+from perfedavg.contracts import input_shape
+from perfedavg.fields import label
 from perfedavg.own_files import shown_dataset
 from perfedavg.recording.folders import make_default_folder
 from perfedavg.recording.runs import read_unfinished_run
-from perfedavg.settings import UNREAD, ClientsConfig, ExperimentConfig, num_unseen_clients
+from perfedavg.settings import UNREAD, ClientsConfig, ExperimentConfig, brings_model, num_unseen_clients
 from perfedavg.terminal.console import say
 from perfedavg.terminal.entry_point import at_early_end
 
@@ -87,26 +89,47 @@ def load_clients(config: ClientsConfig, data_root: Path) -> FederatedDataset:
 def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
     """The experiment's model for a data set, with the initial weights that follow from the seed.
 
-    A user's own data set may bring its model, as a method `build_model()`. Raises ValueError where that is none that
-    could be trained, or that could not be saved when it has been, or where a method does not go with it.
+    A user's own data set may bring its model, as a method `build_model()`, which is taken unless --model names another.
+    Raises ValueError where the model does not fit the data or a method, where a user's own could not be trained, or
+    could not be saved when it has been.
     """
     import torch
 
-    from models import build_model
+    from perfedavg.own_model import check_model
     from perfedavg.recording.model_file import check_can_be_saved
     from perfedavg.seeding import Purpose, seed_sequence, torch_seeds
     from perfedavg.training.layout import check_methods
 
+    whose = f"{label(config, 'architecture')} {config.architecture}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seeds(seed_sequence(config.seed, Purpose.INITIAL_MODEL), 1)[0])
-        build_own = getattr(dataset, "build_model", None)
-        model: nn.Module = build_own() if build_own else build_model(config.architecture, dataset.num_classes)
-    check_model = getattr(dataset, "check_model", None)  # see datasets.sources.own
-    if check_model:
-        check_model(model)
+        if brings_model(config, dataset):
+            whose = f"--dataset {getattr(dataset, 'name', config.dataset)}: build_model()"
+            model: nn.Module = dataset.build_model()  # type: ignore[attr-defined]
+        else:
+            model = build_architecture(config.architecture, input_shape(dataset), dataset.num_classes)
+    if ":" in whose or ":" in config.dataset:
+        check_model(whose, model, dataset, config.batch_size)
         check_can_be_saved(model)
     check_methods(config, model)
     return model
+
+
+def build_architecture(name: str, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """A freshly initialized model, from torch's global generator: one of this project's, or `package.module:factory`.
+
+    shape: of the inputs of one example.  Raises ValueError where there is none, or it does not take such inputs.
+    """
+    from models import build_model
+    from perfedavg.own_model import build_own_model
+
+    flag = label(ExperimentConfig, "architecture")
+    if ":" in name:
+        return build_own_model(flag, name, shape, num_classes)
+    try:
+        return build_model(name, shape, num_classes)
+    except ValueError as error:
+        raise ValueError(f"{flag} {name} does not fit the data: {error}; name another one") from error
 
 
 def check_num_workers(args: Any, num_workers: int) -> None:

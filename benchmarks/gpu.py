@@ -36,6 +36,7 @@ from perfedavg.training.compute import describe_device, resolve_device, use_repr
 from perfedavg.training.flat_model import flatten  # noqa: E402
 
 EXAMPLES_A_CLIENT, NUM_CLASSES = 100, 10
+IMAGES = (1, 28, 28)
 COHORTS = {"cuda": (5, 20, 100, 500), "cpu": (5, 20)}
 
 
@@ -44,10 +45,10 @@ def softmax_regression() -> nn.Module:
 
 
 MODELS: dict[str, dict[str, Callable[[], nn.Module]]] = {
-    "cuda": {name: partial(build_model, name, NUM_CLASSES) for name in ("emnist_cnn", "mnist_cnn", "mlp")},
+    "cuda": {name: partial(build_model, name, IMAGES, NUM_CLASSES) for name in ("emnist_cnn", "mnist_cnn", "mlp")},
     "cpu": {
-        "mnist_cnn": partial(build_model, "mnist_cnn", NUM_CLASSES),
-        "mlp": partial(build_model, "mlp", NUM_CLASSES),
+        "mnist_cnn": partial(build_model, "mnist_cnn", IMAGES, NUM_CLASSES),
+        "mlp": partial(build_model, "mlp", IMAGES, NUM_CLASSES),
         "softmax regression, 7,850 parameters": softmax_regression,
     },
 }

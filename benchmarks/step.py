@@ -117,7 +117,7 @@ def compare_kernels(repeats: int) -> None:
 def measure(name: str, num_classes: int, repeats: int, precisions: Sequence[str]) -> dict[str, dict[str, float]]:
     """By the way of stepping: ms a step, share of the product rate of its type, times that of the plain step."""
     torch.manual_seed(0)
-    model = build_model(name, num_classes)
+    model = build_model(name, (1, 28, 28), num_classes)
     images, labels = torch.rand(BATCH, 1, 28, 28), torch.randint(0, num_classes, (BATCH,))
     arithmetic = count_arithmetic(model, images, labels)
     steps: dict[str, Step] = {"plain": plain_step(model)}

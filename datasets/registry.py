@@ -50,7 +50,8 @@ class DataSet:
     """What is to be known of a data set before it is read.
 
     load: reads it for a request, from a folder.
-    models: from each value of --model that fits to a model's name (see `models`); the first is the default.
+    models: from each value of --model that may fit to a model's name (see `models`); the first is the default. With
+        `auto`, the data set brings a model, or one is taken that fits its inputs.
     defaults: of settings, where they are not those of `ExperimentConfig`, by their fields.
     meaningless: from the name of a setting to the reason why only its default goes with this data set.
     own_files: the settings of OwnFiles that it reads; of the others, only the defaults go with it.
@@ -253,8 +254,9 @@ def _split(request: DatasetRequest, clients: RawClients) -> FederatedDataset:
     return SplitDataset(name, clients, num_train, num_unseen, request.seed, request.local_split, note)
 
 
-_FOR_62_CLASSES = {"cnn": "emnist_cnn", "mlp": "mlp"}
-_FOR_10_CLASSES = {"cnn": "mnist_cnn", "mlp": "mlp"}
+_OF_IMAGES = {name: name for name in ("mlp", "mnist_cnn", "emnist_cnn", "resnet8", "resnet8_gn", "vit_tiny")}
+_FOR_62_CLASSES = {"cnn": "emnist_cnn", **_OF_IMAGES}
+_FOR_10_CLASSES = {"cnn": "mnist_cnn", **_OF_IMAGES}
 _OWN_CLIENTS = {"partition": "its clients are its own"}
 _IMAGE_SETTINGS = frozenset({"image_size", "image_color"})
 _ROW_SETTINGS = frozenset(own.name for own in fields(OwnFiles)) - _IMAGE_SETTINGS
@@ -307,7 +309,7 @@ DATA_SETS = {
     "folder": DataSet(_load_folder, _FOR_62_CLASSES, _NATURAL, _OWN_CLIENTS, _IMAGE_SETTINGS),
     "sine": DataSet(
         _load_sine,
-        {"mlp": "sine_mlp"},
+        {"mlp": "sine_mlp", "sine_mlp": "sine_mlp"},
         {"num_clients": 30_600, "unseen_fraction": "1/51", "partition": None},
         {
             **_OWN_CLIENTS,
@@ -319,7 +321,7 @@ DATA_SETS = {
 }
 USERS_OWN = DataSet(
     _load_own,
-    {**_FOR_62_CLASSES, "lstm": "lstm"},
+    {"auto": "auto", **_FOR_62_CLASSES, "lstm": "lstm", "sine_mlp": "sine_mlp"},
     _NATURAL,
     {**_OWN_CLIENTS, "local_split": "it cuts its clients' data itself"},
 )

@@ -189,14 +189,19 @@ def _default(flag: Flag, data_set: DataSet) -> Any:
 
 def _architecture(dataset: str, model: str) -> str:
     models = find(dataset).models
-    model = _SHORT_NAMES.get(model, model)
+    if ":" in model:
+        return model
     if model not in models:
-        raise ValueError(f"--model {model} does not fit {dataset}; use {' or '.join(models)}")
+        raise ValueError(
+            f"--model {model} does not fit {dataset}; use {', '.join(models)}, or package.module:factory for your own"
+        )
     return models[model]
 
 
-_SHORT_NAMES = {model: short for data_set in DATA_SETS.values() for short, model in data_set.models.items()}
-"""What --model calls each model; for the recorded settings of another run."""
+def _short_name(dataset: str, architecture: str) -> str:
+    """What --model calls a recorded model, which for another data set means that one's."""
+    models = find(dataset).models
+    return next((short for short, model in models.items() if model == architecture), architecture)
 
 
 def _read_file(text: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
@@ -206,6 +211,7 @@ def _read_file(text: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
         if path.name == CONFIG_FILE:
             run = RecordedRun.read(path.parent)
             values = values_of(run.experiment())
+            values["model"] = _short_name(values["dataset"], values["model"])
             if run.initial_model is not None:
                 values["initial_model"] = run.initial_model
             return {name: value for name, value in values.items() if name in flags}

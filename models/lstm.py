@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from models.shapes import Shape, length_of
+
 
 class CharLSTM(nn.Module):
     """Embedding of 8, two LSTM layers of 256, dense num_classes on the last time step.
@@ -14,7 +16,8 @@ class CharLSTM(nn.Module):
 
     head = "output.*"
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, input_shape: Shape, num_classes: int) -> None:
+        length_of(input_shape, "tokens")
         super().__init__()
         self.embedding = nn.Embedding(num_classes, 8)
         self.lstm = nn.LSTM(8, 256, num_layers=2, batch_first=True)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import nn
+
+from models.shapes import Shape
 
 
 class MLP(nn.Sequential):
-    """784-200-200-num_classes with ReLU between. (batch, 1, 28, 28) to (batch, num_classes) logits."""
+    """inputs-200-200-num_classes with ReLU between. (batch, ...) floats to (batch, num_classes) logits."""
 
     head = "5.*"
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, input_shape: Shape, num_classes: int) -> None:
         super().__init__(
             nn.Flatten(),
-            nn.Linear(28 * 28, 200),
+            nn.Linear(math.prod(input_shape), 200),
             nn.ReLU(),
             nn.Linear(200, 200),
             nn.ReLU(),

@@ -58,10 +58,9 @@ class FederatedDataset(ClientDirectory, Protocol):
     name: of the data set.  note: what has to be said with every result.
     class_names: what label i stands for.  num_left_out: clients too small to take part.
     client_name(client_id): what a client is called, a text or None (see `client_name`).
+    input_shape: of the inputs of one example, so that no client is read to know it (see `input_shape`).
     build_model(): its own model.  loss_function(outputs, labels): its own loss, the mean over a batch.
-    check_model(model): raises ValueError for a model that does not fit it.
     has_test_part(client_id): whether a training client has a test part, where some may have none.
-    explain(error, client_ids): what to raise for an error in training or scoring these clients.
     """
 
     @property
@@ -157,6 +156,12 @@ class Observer(Protocol):
 
     def phase_ended(self, phase: Phase, scores: RunScores) -> None:
         """scores: after this phase and those before it."""
+
+
+def input_shape(dataset: FederatedDataset) -> tuple[int, ...]:
+    """The shape of the inputs of one example: as the data set says it, or else as an unseen client's are."""
+    said = getattr(dataset, "input_shape", None)
+    return tuple(dataset.client_data(dataset.unseen_client_ids[0]).train_inputs.shape[1:] if said is None else said)
 
 
 MAX_NAME_CHARS = 100

@@ -35,6 +35,8 @@ ADAPTIVE_STEP = 0.001
 """The server's learning rate with adam, yogi and adagrad."""
 HIGHEST_RATE = 1e30
 """Of learning rates: above it, optimizers compute step sizes that float32 does not hold."""
+AUTO_MODEL = "auto"
+"""The model that a data set brings, or else one that takes its inputs."""
 UNREAD = "unread"
 """An initial model of which only the path is known yet."""
 _FITTING_RATES = f"{STEP:g}; {GRADIENT_STEP:g} for gradients; with adam, yogi and adagrad {ADAPTIVE_STEP:g}"
@@ -214,7 +216,7 @@ class ClientsConfig:
 class ExperimentConfig(ClientsConfig):
     """A whole experiment. Equal configurations on equal data give equal models, once they are settled.
 
-    architecture: a model that `models.build_model` knows.
+    architecture: a model that `models.build_model` knows, or `package.module:factory`.
     initial_model: digest of the parameters that the first phase starts from (`experiment.parameters_sha256`), UNREAD
         until they have been read, or None for random weights from the seed. Where they come from does not matter.
     fine_tune: None leaves phase 2 out.
@@ -224,7 +226,12 @@ class ExperimentConfig(ClientsConfig):
 
     heading = "experiment"
     architecture: str = setting(
-        "emnist_cnn", "convolutional, MLP, or (for text) LSTM", flag="model", aliases=("struct",)
+        "emnist_cnn",
+        "cnn (of the data set's paper), mlp, resnet8 (BatchNorm), resnet8_gn (GroupNorm), vit_tiny, lstm for text, or "
+        "package.module:factory for your own",
+        flag="model",
+        aliases=("struct",),
+        metavar="NAME",
     )
     initial_model: str | None = None
     cohort_size: int = setting(5, "training clients drawn for each round", flag="client_num_per_round", at_least=1)
@@ -448,6 +455,11 @@ class Compute:
         at_most=1024,
         absent="the machine's cores, shared out among the workers on it",
     )
+
+
+def brings_model(config: ExperimentConfig, dataset: object) -> bool:
+    """Whether the experiment's model is the data set's own: it has one, and no other is named."""
+    return config.architecture == AUTO_MODEL and hasattr(dataset, "build_model")
 
 
 def flag(field: str) -> str:

@@ -50,7 +50,7 @@ class Workload:
 
     def new_model(self) -> nn.Module:
         """With the initial parameters."""
-        model = build_model(self.model, self.num_classes)
+        model = build_model(self.model, (1, 28, 28), self.num_classes)
         vector_to_parameters(self.parameters.clone(), model.parameters())
         return model
 

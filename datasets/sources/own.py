@@ -6,7 +6,6 @@ the value. Data sets of this project do not come through here.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from perfedavg.contracts import REQUIRED, ClientData
 from perfedavg.own_module import explained, import_own
@@ -110,45 +108,6 @@ def _shown(examples: Tensor) -> str:
     return f"{examples.dtype} of shape {tuple(examples.shape[1:])} each"
 
 
-def _faults_of_model(model: nn.Module) -> Iterator[str]:
-    """What a model breaks, whoever built it, and the fix."""
-    parameters = dict(model.named_parameters())
-    if not any(parameter.requires_grad for parameter in parameters.values()):
-        yield "has no parameter that is trained"
-    types = {parameter.dtype for parameter in parameters.values()}
-    if len(types) > 1 or not types <= {torch.float32, torch.float64}:
-        yield f"has parameters of {', '.join(sorted(map(str, types)))}; make all of them float32 (model.float())"
-    for name, parameter in parameters.items():
-        if nn.parameter.is_lazy(parameter):
-            yield f"does not know the shape of {name} yet; give its sizes"
-        if parameter.device.type != "cpu":
-            yield f"has {name} on {parameter.device}; build it on the CPU, --device moves it"
-        if not bool(torch.isfinite(parameter).all()):
-            yield f"starts with NaN or infinity in {name}; initialize it"
-
-
-def _faults_of_outputs(outputs: object, labels: Tensor, num_classes: int) -> Iterator[str]:
-    if not isinstance(outputs, Tensor):
-        yield f"the model returns a {type(outputs).__name__}; let it return one tensor"
-        return
-    shape, expected = tuple(outputs.shape), (len(labels), num_classes)
-    if labels.is_floating_point() and shape[:1] != expected[:1]:
-        yield f"the model's outputs {shape} are not one an example, of {len(labels)} examples"
-    if not labels.is_floating_point() and shape != expected:
-        yield f"the model's outputs {shape} are not (examples, num_classes), which is {expected}"
-
-
-def _faults_of_loss(loss: object) -> Iterator[str]:
-    if not isinstance(loss, Tensor) or loss.ndim:
-        shown = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        yield f"loss_function returns {shown}; return the mean over the batch, a tensor without axes"
-        return
-    if not bool(torch.isfinite(loss)):
-        yield f"the loss of the untrained model is {loss.item()}; it must be finite"
-    if not loss.requires_grad:
-        yield "the loss does not depend on the model's parameters; compute it from outputs, undetached"
-
-
 class OwnDataset:
     """A user's own data set behind the rules: what `perfedavg.contracts.FederatedDataset` asks for.
 
@@ -219,36 +178,6 @@ class OwnDataset:
     def has_test_part(self, client_id: int) -> bool:
         """Training clients need none."""
         return len(self.client_data(client_id).test_labels) > 0
-
-    def check_model(self, model: object) -> None:
-        """Raises ValueError where a model, the user's or this project's, cannot be trained on the first client."""
-        whose = "build_model()" if hasattr(self, "build_model") else "--model"
-        if not isinstance(model, nn.Module):
-            raise self._broken(f"{whose} is a {type(model).__name__}; return a torch.nn.Module")
-        for fault in _faults_of_model(model):
-            raise self._broken(f"the model of {whose} {fault}")
-        first = self.client_data(self.train_client_ids[0])
-        inputs, labels = first.train_inputs[:TRIED_EXAMPLES], first.train_labels[:TRIED_EXAMPLES]
-        what = f"the model of {whose} on inputs {tuple(inputs.shape)} of {inputs.dtype}"
-        with torch.random.fork_rng(devices=[]):
-            tried = self._call(what, lambda: copy.deepcopy(model).eval())
-            outputs = self._call(what, lambda: tried(inputs))
-            for fault in _faults_of_outputs(outputs, labels, self.num_classes):
-                raise self._broken(fault)
-            loss_function = getattr(self, "loss_function", F.cross_entropy)
-            loss = self._call("the loss", lambda: loss_function(outputs, labels))
-            for fault in _faults_of_loss(loss):
-                raise self._broken(fault)
-            trained = [parameter for parameter in tried.parameters() if parameter.requires_grad]
-            self._call("the loss's gradient", lambda: torch.autograd.grad(loss, trained, allow_unused=True))
-
-    def explain(self, error: Exception, client_ids: Sequence[int]) -> Exception:
-        """What to raise for an error in training or scoring clients with the user's model and loss: one line."""
-        if isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError)):
-            return error  # has its line, or is not the code's fault
-        clients = ", ".join(map(str, client_ids[:10])) + (", ..." if len(client_ids) > 10 else "")
-        what = f"--dataset {self.name}: training or scoring client{'s' if len(client_ids) > 1 else ''} {clients}"
-        return explained(what, error)
 
     def _check_repeatable(self, client_id: int, before: ClientData) -> None:
         again = self.client_data(client_id)

@@ -7,15 +7,17 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from perfedavg.contracts import input_shape
 from perfedavg.plain_values import from_plain, parse_json
 from perfedavg.recording.files import read_tensors
-from perfedavg.settings import ExperimentConfig
+from perfedavg.settings import ExperimentConfig, brings_model
 from perfedavg.training.layout import entries_of
 
 OWN_PARTS = ("build_model", "loss_function")
@@ -27,9 +29,10 @@ class ModelFacts:
     """What is said of a model in its file.
 
     dataset, architecture: as in ExperimentConfig.
+    input_shape: of one example, or None in files of earlier versions.
     num_classes: number of outputs, or None where the data set does not say.
     class_names: label i stands for the i-th, or None where the data set does not say.
-    own_parts: those of OWN_PARTS that the data set brought; with `build_model`, `architecture` means nothing.
+    own_parts: those of OWN_PARTS that came from the data set; with `build_model`, `architecture` means nothing.
     """
 
     dataset: str
@@ -37,17 +40,20 @@ class ModelFacts:
     num_classes: int | None
     class_names: tuple[str, ...] | None
     own_parts: tuple[str, ...]
+    input_shape: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, config: ExperimentConfig, dataset: object) -> ModelFacts:
+    def of(cls, config: ExperimentConfig, dataset: Any) -> ModelFacts:
         """Of a model that was trained on the data set, which need not have any of what is looked for."""
         names = getattr(dataset, "class_names", None)
+        has_own = {"build_model": brings_model(config, dataset), "loss_function": hasattr(dataset, "loss_function")}
         return cls(
             config.dataset,
             config.architecture,
             getattr(dataset, "num_classes", None),
             None if names is None else tuple(names),
-            tuple(part for part in OWN_PARTS if hasattr(dataset, part)),
+            tuple(part for part in OWN_PARTS if has_own[part]),
+            input_shape(dataset) if hasattr(dataset, "client_data") else None,
         )
 
     def to_metadata(self) -> dict[str, str]:
@@ -60,7 +66,10 @@ class ModelFacts:
     def from_metadata(cls, metadata: Mapping[str, str]) -> ModelFacts:
         """The inverse of `to_metadata`. Raises ValueError where it is none."""
         texts = {name: metadata[name] for name in ("dataset", "architecture") if name in metadata}
-        others = {name: parse_json(metadata.get(name, "null")) for name in ("num_classes", "class_names", "own_parts")}
+        others = {
+            name: parse_json(metadata.get(name, "null"))
+            for name in ("num_classes", "class_names", "own_parts", "input_shape")
+        }
         facts = from_plain(cls, {**texts, **others})
         if facts.num_classes is not None and facts.num_classes < 1:
             raise ValueError(f"num_classes is {facts.num_classes}, must be 1 or more")

@@ -216,6 +216,8 @@ def refuse_unseedable(layer: nn.Module) -> None:
         return
     if isinstance(layer, _DropoutNd) or (isinstance(layer, nn.RNNBase) and layer.dropout > 0):
         raise ValueError(f"{type(layer).__name__} draws from torch's global generator; use nn.Dropout in its place")
+    if isinstance(layer, nn.MultiheadAttention) and layer.dropout > 0:
+        raise ValueError(f"{type(layer).__name__} draws from torch's global generator; give it dropout=0")
 
 
 def flatten(model: nn.Module) -> Tensor:

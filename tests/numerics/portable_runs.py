@@ -68,7 +68,7 @@ def lstm_digest() -> str:
     from perfedavg.training.local_training import LocalTraining
 
     torch.manual_seed(0)
-    model = FlatModel(build_model("lstm", 128))
+    model = FlatModel(build_model("lstm", (80,), 128))
     characters = torch.tensor([ord(character) for character in TEXT])
     inputs, labels = characters.unfold(0, 80, 1)[:-1], characters[80:]
     training = LocalTraining(OptimizerConfig("sgd", 0.5), 1, 10)

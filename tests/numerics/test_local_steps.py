@@ -64,10 +64,10 @@ def without_dropout(model: nn.Module) -> nn.Module:
 
 
 CASES = {
-    "emnist_cnn": (lambda: without_dropout(EmnistCNN(62)), lambda: torch.rand(20, 1, 28, 28).double()),
-    "mnist_cnn": (lambda: MnistCNN(10), lambda: torch.rand(7, 1, 28, 28).double()),
+    "emnist_cnn": (lambda: without_dropout(EmnistCNN((1, 28, 28), 62)), lambda: torch.rand(20, 1, 28, 28).double()),
+    "mnist_cnn": (lambda: MnistCNN((1, 28, 28), 10), lambda: torch.rand(7, 1, 28, 28).double()),
     "colour images": (lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), lambda: torch.rand(5, 3, 8, 8).double()),
-    "lstm": (lambda: CharLSTM(11), lambda: torch.randint(0, 11, (6, 9))),
+    "lstm": (lambda: CharLSTM((80,), 11), lambda: torch.randint(0, 11, (6, 9))),
     "dense on sequences": (lambda: nn.Linear(5, 4), lambda: torch.rand(3, 2, 5).double()),
     "dense on one example": (lambda: nn.Linear(5, 4), lambda: torch.rand(5).double()),
     "frozen, normalized, hooked": (Frozen, lambda: torch.rand(8, 6).double()),
@@ -153,7 +153,7 @@ def test_bf16_steps_go_where_float32_ones_do(case: tuple[nn.Module, Tensor]) -> 
 
 def test_a_bf16_model_is_scored_in_float32() -> None:
     torch.manual_seed(0)
-    plain, inputs = MnistCNN(10), torch.rand(7, 1, 28, 28)
+    plain, inputs = MnistCNN((1, 28, 28), 10), torch.rand(7, 1, 28, 28)
     model = FlatModel(plain, precision="bf16")
     model.module.eval()
     torch.testing.assert_close(model(inputs), plain(inputs), rtol=1e-5, atol=1e-6)

@@ -62,7 +62,7 @@ def with_frozen_layer() -> nn.Module:
 
 
 def emnist_cnn_without_dropout() -> nn.Module:
-    model = build_model("emnist_cnn", 10)
+    model = build_model("emnist_cnn", (1, 28, 28), 10)
     for layer in model.modules():
         if isinstance(layer, nn.Dropout):
             layer.p = 0.0
@@ -70,9 +70,9 @@ def emnist_cnn_without_dropout() -> nn.Module:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "mlp": lambda: build_model("mlp", 10),
-    "mnist_cnn": lambda: build_model("mnist_cnn", 10),
-    "emnist_cnn": lambda: build_model("emnist_cnn", 10),
+    "mlp": lambda: build_model("mlp", (1, 28, 28), 10),
+    "mnist_cnn": lambda: build_model("mnist_cnn", (1, 28, 28), 10),
+    "emnist_cnn": lambda: build_model("emnist_cnn", (1, 28, 28), 10),
     "emnist_cnn without dropout": emnist_cnn_without_dropout,
     "mlp with dropout": mlp_with_dropout,
     "tied weights": TiedWeights,
@@ -319,7 +319,7 @@ def test_dropout_whose_first_dimension_is_not_the_batch_is_refused() -> None:
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (CharLSTM(11), "LSTM cannot be trained many at once, nor differentiated twice; use --client_batching 1"),
+        (CharLSTM((80,), 11), "LSTM cannot be trained many at once, nor differentiated twice; use --client_batching 1"),
         (nn.GRUCell(3, 3), "GRUCell cannot be trained many at once"),
         (nn.BatchNorm1d(3, track_running_stats=False), "BatchNorm1d mixes the examples of a batch"),
         (nn.BatchNorm1d(3), "BatchNorm1d mixes the examples"),
@@ -354,7 +354,7 @@ def test_a_row_is_a_model_and_the_original_is_left_alone() -> None:
 
 def test_the_memory_estimate_counts_everything_that_a_client_holds() -> None:
     """Of the dense model: parameters, gradient, optimizer state, examples and activations, each at least once."""
-    model = build_model("mlp", 10)
+    model = build_model("mlp", (1, 28, 28), 10)
     num_parameters = len(flatten(model))
     inputs, labels = torch.rand(100, 1, 28, 28), torch.zeros(100, dtype=torch.int64)
 

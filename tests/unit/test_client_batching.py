@@ -42,14 +42,15 @@ def test_what_the_user_says_stands() -> None:
 
 
 def test_a_cpu_trains_only_tiny_models_together() -> None:
-    assert settled(build_model("mnist_cnn", 10), CPU) == 1
+    model = build_model("mnist_cnn", (1, 28, 28), 10)
+    assert settled(model, CPU) == 1
     assert settled(nn.Sequential(nn.Flatten(), nn.Linear(784, 10)), CPU) == TINY_MODEL_CLIENTS
-    assert settled(build_model("mnist_cnn", 10), gpu(10**12), CPU) == 1, "one worker on a CPU is one too many"
+    assert settled(model, gpu(10**12), CPU) == 1, "one worker on a CPU is one too many"
 
 
 def test_a_gpu_gets_its_share_as_far_as_it_fits_the_smallest() -> None:
     """Were a group the whole round, one GPU would train it and all others would idle, in every round."""
-    model = build_model("mnist_cnn", 10)
+    model = build_model("mnist_cnn", (1, 28, 28), 10)
     assert [settled(model, *[gpu(10**12)] * number) for number in (1, 2, 4, 5, 16, 20)] == [16, 8, 4, 4, 1, 1]
     for number in (1, 2, 4, 8, 16):
         groups = num_groups(AUTO.cohort_size, settled(model, *[gpu(10**12)] * number))
@@ -63,12 +64,12 @@ def test_a_gpu_gets_its_share_as_far_as_it_fits_the_smallest() -> None:
 
 def test_a_model_that_cannot_be_trained_together_is_trained_one_by_one() -> None:
     """Else a GPU would refuse Shakespeare, and say that a flag which the user has not given is wrong."""
-    assert settled(build_model("lstm", 80), gpu(10**12)) == 1
+    assert settled(build_model("lstm", (80,), 80), gpu(10**12)) == 1
 
 
 def test_groups_side_by_side_on_a_gpu_share_clients_and_memory() -> None:
     """With --threads, a process has several groups on its GPU at once."""
-    model = build_model("mnist_cnn", 10)
+    model = build_model("mnist_cnn", (1, 28, 28), 10)
     assert settled(model, ComputeDevice("cuda", 10**12, 4)) == 4
     few = settled(model, gpu(100 * 2**20))
     assert settled(model, ComputeDevice("cuda", 100 * 2**20, 2)) <= few / 2 + 1
@@ -76,7 +77,7 @@ def test_groups_side_by_side_on_a_gpu_share_clients_and_memory() -> None:
 
 def test_what_a_query_takes_counts() -> None:
     """FOMAML differentiates on its whole query part at once, which is many times a batch."""
-    model, memory = build_model("mnist_cnn", 10), gpu(200 * 2**20)
+    model, memory = build_model("mnist_cnn", (1, 28, 28), 10), gpu(200 * 2**20)
     sizes = [
         choose_group_size(
             make_config(cohort_size=16, client_batching=None, batch_size=1, fine_tune=fine_tune(method)),
@@ -138,7 +139,7 @@ def test_an_executor_asks_for_a_number_and_for_a_model_that_can_be_stacked() -> 
     with pytest.raises(ValueError, match="has not been settled"):
         LocalExecutor(AUTO, nn.Linear(1, 1), digits_dataset(20))
     with pytest.raises(ValueError, match=r"LSTM cannot be trained many at once, .*; use --client_batching 1"):
-        LocalExecutor(make_config(client_batching=2), build_model("lstm", 80), digits_dataset(20))
+        LocalExecutor(make_config(client_batching=2), build_model("lstm", (80,), 80), digits_dataset(20))
 
 
 def test_a_gpu_trains_one_group_at_a_time_and_a_cpu_one_client_a_core() -> None:

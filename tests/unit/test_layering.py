@@ -40,6 +40,7 @@ ROOMS = (
     "settings",
     "contracts",
     "training",
+    "own_model",
     "engine",
     "recording",
     "terminal.time_to_go",

@@ -20,7 +20,7 @@ TRAINING = LocalTraining(OptimizerConfig("sgd", 0.5), num_epochs=1, batch_size=3
 @pytest.fixture
 def model() -> FlatModel:
     torch.manual_seed(0)
-    return FlatModel(CharLSTM(80))
+    return FlatModel(CharLSTM((80,), 80))
 
 
 @pytest.fixture
@@ -30,13 +30,13 @@ def tokens() -> Tensor:
 
 def test_one_row_of_logits_an_example(model: FlatModel, tokens: Tensor) -> None:
     assert model.module(tokens).shape == (6, 80)
-    assert CharLSTM(10)(tokens[:2] % 10).shape == (2, 10)
+    assert CharLSTM((80,), 10)(tokens[:2] % 10).shape == (2, 10)
 
 
 def test_number_of_parameters() -> None:
     """Embedding, four gates in two layers (inputs, state, torch's two biases), dense."""
     first, second = 4 * 256 * (8 + 256 + 2), 4 * 256 * (256 + 256 + 2)
-    assert len(flatten(CharLSTM(80))) == 80 * 8 + first + second + (256 + 1) * 80 == 819_920
+    assert len(flatten(CharLSTM((80,), 80))) == 80 * 8 + first + second + (256 + 1) * 80 == 819_920
 
 
 def test_the_last_step_decides_and_has_seen_the_first(model: FlatModel, tokens: Tensor) -> None:
@@ -58,7 +58,7 @@ def test_examples_do_not_touch_each_other(model: FlatModel, tokens: Tensor) -> N
 def test_loading_the_flat_vector_changes_every_layer(model: FlatModel, tokens: Tensor) -> None:
     """An LSTM keeps its weights a second time, packed for its kernels; a stale copy would train the wrong model."""
     torch.manual_seed(1)
-    other = CharLSTM(80)
+    other = CharLSTM((80,), 80)
     before = model.module(tokens)
     model.load(flatten(other))
     assert torch.equal(model.module(tokens), other(tokens))
@@ -75,7 +75,7 @@ def test_loading_the_flat_vector_changes_every_layer(model: FlatModel, tokens: T
 def test_training_writes_the_flat_vector(model: FlatModel, tokens: Tensor) -> None:
     """A step on one batch against autograd's gradient, and each part of the vector moves."""
     labels = torch.arange(6) * 13
-    reference = CharLSTM(80)
+    reference = CharLSTM((80,), 80)
     FlatModel(reference)
     torch.nn.utils.vector_to_parameters(model.vector.clone(), reference.parameters())
     F.cross_entropy(reference(tokens), labels).backward()

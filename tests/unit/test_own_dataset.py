@@ -18,6 +18,7 @@ import utils
 from datasets import DatasetRequest, load_federated_dataset
 from datasets.clients.split import SplitDataset
 from datasets.describe import describe
+from models.mlp import MLP
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.tasks import ScoringTask
 from perfedavg.training.flat_model import flatten
@@ -63,7 +64,7 @@ def read_all(own: type[Points], monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = load(own, monkeypatch)
     for client_id in (*dataset.train_client_ids, *dataset.unseen_client_ids):
         dataset.client_data(client_id)
-    utils.get_model(make_config(dataset="my:Given"), dataset)
+    utils.get_model(make_config(dataset="my:Given", architecture="auto"), dataset)
 
 
 def with_facts(**facts: Any) -> type[Points]:
@@ -265,24 +266,33 @@ def test_a_model_or_a_loss_that_cannot_be_trained_is_seen_before_the_first_round
 ) -> None:
     dataset = load(own, monkeypatch)
     with pytest.raises(ValueError, match=rf"--dataset test_own_dataset:Given: .*{reason}") as refusal:
-        utils.get_model(make_config(dataset="my:Given"), dataset)
+        utils.get_model(make_config(dataset="my:Given", architecture="auto"), dataset)
     assert "\n" not in str(refusal.value)
 
 
 def test_this_projects_model_must_fit_the_users_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Points have one coordinate, the MLP of --model takes 784 pixels."""
-
+    """Points have one coordinate, a convolutional network takes images."""
     parts = {name: value for name, value in vars(Points).items() if name != "build_model"}
     dataset = load(type("WithoutModel", (), parts), monkeypatch)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"the model of --model on inputs \(2, 1\) of torch.float32: RuntimeError"):
-        utils.get_model(make_config(dataset="my:Given", architecture="mlp"), dataset)
+    for name, reason in (
+        ("resnet8", r"--model resnet8 does not fit the data: it takes images .*, the inputs are \(1,\); name another"),
+        ("lstm", r"--model lstm: the model on inputs \(2, 1\) of torch.float32: RuntimeError"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            utils.get_model(make_config(dataset="my:Given", architecture=name), dataset)
+
+
+def test_a_model_that_is_named_comes_before_the_data_sets_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = load(Points, monkeypatch)
+    assert isinstance(utils.get_model(make_config(dataset="my:Given", architecture="mlp"), dataset), MLP)
+    assert type(utils.get_model(make_config(dataset="my:Given", architecture="auto"), dataset)) is nn.Linear
 
 
 def test_trying_a_model_leaves_it_and_the_random_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a run on a user's own data set would end with another model than before the rules were there."""
     dataset = load(with_model(lambda: nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 3))), monkeypatch)
     before = torch.random.get_rng_state()
-    one, two = (utils.get_model(make_config(dataset="my:Given"), dataset) for _ in range(2))
+    one, two = (utils.get_model(make_config(dataset="my:Given", architecture="auto"), dataset) for _ in range(2))
     assert torch.equal(flatten(one), flatten(two))
     assert one.training
     assert torch.equal(torch.random.get_rng_state(), before)
@@ -300,7 +310,7 @@ def test_a_client_is_checked_where_it_is_scored(monkeypatch: pytest.MonkeyPatch)
     from perfedavg.settings import Phase
 
     dataset = load(with_client(6, train_labels=lambda x: x + 1), monkeypatch)
-    config = make_config(dataset="my:Given", client_batching=1)
+    config = make_config(dataset="my:Given", architecture="auto", client_batching=1)
     model = utils.get_model(config, dataset)
     executor = LocalExecutor(config, model, dataset)
     with pytest.raises(ValueError, match="client 6: train_labels hold 3"):
@@ -327,7 +337,7 @@ def test_a_model_that_fails_for_a_later_client_is_one_line_with_client_file_and_
     from perfedavg.settings import Phase
 
     dataset = load(with_model(Picky), monkeypatch)
-    config = make_config(dataset="my:Given", client_batching=1)
+    config = make_config(dataset="my:Given", architecture="auto", client_batching=1)
     model = utils.get_model(config, dataset)
     executor = LocalExecutor(config, model, dataset)
     expected = rf"scoring client {CLIENT}: .*test_own_dataset.py, line \d+: KeyError: 10"

@@ -42,7 +42,7 @@ def make_run(path: Path, data: Any = None, model: nn.Module | None = None, **cha
         fedavg=PhaseConfig(6, 3, sgd, OptimizerConfig("sgd", 1.0)), fine_tune=None, eval_every=100, **changes
     )
     data = data or digits_dataset(20)
-    model = model or build_model(config.architecture, data.num_classes)
+    model = model or build_model(config.architecture, (1, 28, 28), data.num_classes)
     folder = RunFolder(path)
     run_and_record(config, LocalExecutor(config, model, data), data, model, folder, {"world_size": 1})
     folder.close()
@@ -83,7 +83,7 @@ def test_the_result_is_that_of_the_model_that_is_saved(run: Path, images: Path) 
     held_out = load_person(images, DIGITS, FIFTH, seed=0)
     assert (result["adapted_to"], result["held_out"]) == (48, 12)
     for key, parameters in (("before", read_run_model(run)), ("after", state)):
-        model = build_model("mlp", 10)
+        model = build_model("mlp", (1, 28, 28), 10)
         model.load_state_dict(parameters)
         outputs = model(held_out.test_inputs)
         assert result[key]["loss"] == pytest.approx(F.cross_entropy(outputs, held_out.test_labels).item(), rel=1e-5)
@@ -143,7 +143,7 @@ def test_same_images_and_same_seed_give_the_same_model(run: Path, images: Path, 
 def test_an_exported_model_takes_any_number_of_images(architecture: str) -> None:
     """emnist_cnn has dropout, which must be off in what is exported."""
     inputs = torch.rand(9, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    model = build_model(architecture, 5)
+    model = build_model(architecture, (1, 28, 28), 5)
     names: dict[str, Any] = {"class_names.json": ""}
     program = torch.export.load(io.BytesIO(personal_model.export(model, inputs, "abcde")), extra_files=names)
     assert json.loads(names["class_names.json"]) == list("abcde")
@@ -343,7 +343,8 @@ def run_on_own(path: Path, kind: type[Sketches], name: str | None = None) -> Pat
     data = kind(path, None, 0)
     model = data.build_model() if isinstance(data, ModelledSketches) else None
     name = name or f"test_personalize:{kind.__name__}"
-    return make_run(path, data, model, dataset=name, num_clients=None, partition=None)
+    changes: dict[str, Any] = {} if model is None else {"architecture": "auto"}
+    return make_run(path, data, model, dataset=name, num_clients=None, partition=None, **changes)
 
 
 def test_names_of_a_users_own_classes(images: Path, tmp_path: Path) -> None:
@@ -388,13 +389,15 @@ def test_runs_that_are_not_on_classes_of_images(images: Path, tmp_path: Path) ->
     valued = run_on_own(tmp_path / "valued", ValuedSketches)
     with pytest.raises(ValueError, match="ValuedSketches, whose labels are numbers and not classes"):
         personalize.main([str(valued), str(images)])
-    for architecture, dataset, inputs in (("lstm", "shakespeare", "text"), ("sine_mlp", "sine", "numbers")):
+    for architecture, dataset, inputs in (("lstm", "shakespeare", 80), ("sine_mlp", "sine", 1)):
         run = make_run(tmp_path / dataset)
         settings = json.loads((run / "config.json").read_text())
         settings["experiment"].update(dataset=dataset)
         (run / "config.json").write_text(json.dumps(settings))
-        rewrite_metadata(run / "model.safetensors", architecture=architecture, dataset=dataset)
-        with pytest.raises(ValueError, match=f"is a run on {dataset}, whose inputs are {inputs}; name one on 28x28"):
+        rewrite_metadata(
+            run / "model.safetensors", architecture=architecture, dataset=dataset, input_shape=f"[{inputs}]"
+        )
+        with pytest.raises(ValueError, match=f"is a run on {dataset}, whose inputs are of shape \\({inputs},\\); name"):
             personalize.main([str(run), str(images)])
 
 

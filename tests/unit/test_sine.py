@@ -126,7 +126,7 @@ def test_a_million_tasks_cost_nothing_until_they_are_read() -> None:
 def test_it_is_found_by_its_name_with_a_model_and_the_loss_of_regression() -> None:
     dataset = load_federated_dataset(request(num_clients=102), Path("nowhere"))
     assert (len(dataset.train_client_ids), len(dataset.unseen_client_ids)) == (100, 2)
-    model = build_model("sine_mlp", dataset.num_classes)
+    model = build_model("sine_mlp", (1,), dataset.num_classes)
     assert [tuple(p.shape) for p in model.parameters()] == [(64, 1), (64,), (64, 64), (64,), (1, 64), (1,)]
     data = dataset.client_data(0)
     outputs = model(data.train_inputs)
