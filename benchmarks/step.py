@@ -156,7 +156,7 @@ def measure(name: str, num_classes: int, repeats: int, precisions: Sequence[str]
 def measure_methods(name: str, num_classes: int, repeats: int) -> dict[str, float]:
     """By method, a client's time in a round over that in FedAvg."""
     torch.manual_seed(0)
-    model = build_model(name, num_classes)
+    model = build_model(name, (1, 28, 28), num_classes)
     start, num_examples = flatten(model), BATCH * METHOD_STEPS
     images, labels = torch.rand(num_examples, 1, 28, 28), torch.randint(0, num_classes, (num_examples,))
     training = LocalTraining(OptimizerConfig("sgd", LEARNING_RATE), num_epochs=1, batch_size=BATCH)
