@@ -37,7 +37,7 @@ def run_and_record(
 
     def show_table(result: dict[str, Any]) -> None:
         with optional("no table of the results"):
-            show(f"\n{result_table(result, getattr(clients, 'note', ''))}")
+            show(f"\n{result_table(result, config, getattr(clients, 'note', ''))}")
 
     for line in describe_dear_methods(config, clients):
         say(line)

@@ -17,6 +17,7 @@ from perfedavg.fields import NO_FLAG, NONE, check, choice, label, part, setting,
 from perfedavg.machine.kernels import PORTABLE_KERNELS
 from perfedavg.methods import METHODS
 from perfedavg.methods.base import Method
+from perfedavg.methods.fedavg import FedAvg
 from perfedavg.metrics import BASIC_METRICS, METRICS, name_in_results, problem_with
 from perfedavg.own_files import OwnFiles, dataset_name
 from perfedavg.plain_values import from_plain, shown
@@ -331,6 +332,11 @@ class ExperimentConfig(ClientsConfig):
     def own_metrics(self) -> tuple[str, ...]:
         """Those that clients are scored by besides loss and accuracy, as they were given."""
         return _listed(self.metrics or "")
+
+    def phase_label(self, phase: Phase) -> str:
+        """What a person calls a phase of this experiment: phase 1 is called by its method."""
+        is_fedavg = phase is not Phase.FEDAVG or self.fedavg.method.name == FedAvg.name
+        return phase.label if is_fedavg else self.fedavg.method.name
 
     def __post_init__(self) -> None:
         """Refuse, with the flag, its value and the fix, whatever cannot be run."""

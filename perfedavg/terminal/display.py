@@ -52,6 +52,7 @@ class ProgressDisplay:
 
     def __init__(self, config: ExperimentConfig, clients: ClientDirectory, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
+        self._config = config
         self._phases = config.phases
         self._time = TimeToGo(config, clients)
         self._phase = next(iter(self._phases))
@@ -85,7 +86,7 @@ class ProgressDisplay:
             self._bar = tqdm(
                 total=num_rounds,
                 initial=num_recorded,
-                desc=phase.label,
+                desc=self._config.phase_label(phase),
                 file=self._stream,
                 bar_format="{desc} {n_fmt}/{total_fmt} |{bar:24}| {elapsed}{postfix}",
             )
@@ -158,7 +159,9 @@ class ProgressDisplay:
 
     def _print_line(self) -> None:
         self._last_line = time.monotonic()
-        place = f"{self._phase.label} round {self._num_rounds}/{self._phases[self._phase].num_rounds}"
+        place = (
+            f"{self._config.phase_label(self._phase)} round {self._num_rounds}/{self._phases[self._phase].num_rounds}"
+        )
         parts = [self._activity(), self._accuracies, f"{duration(self._last_line - self._started)} elapsed"]
         parts += [self._time_left()]
         print(f"{place}: {', '.join(part for part in parts if part)}", file=self._stream, flush=True)
@@ -175,7 +178,7 @@ class ProgressDisplay:
         return f"about {duration(left - min(time.monotonic() - self._since, expected or 0.0))} to go"
 
 
-def result_table(result: dict[str, Any], note: str = "") -> str:
+def result_table(result: dict[str, Any], config: ExperimentConfig, note: str = "") -> str:
     """The table that ends a run, from the content of result.json. note: about the data."""
     widths = {metric: max(9, len(metric) + (3 if metric == "accuracy" else 2)) for metric in result["higher_is_better"]}
     width = sum(widths.values())
@@ -186,20 +189,22 @@ def result_table(result: dict[str, Any], note: str = "") -> str:
         "",
         f"{'':19}{'initial':^{width}}{'personalized':^{width}}{'clients':>9}",
         f"{'':19}{names}{names}{'hurt':>9}",
-        *_result_rows(result, Population.UNSEEN, widths),
+        *_result_rows(result, config, Population.UNSEEN, widths),
     ]
     for key in list(_result_keys(result, Population.TRAINED).values())[:1]:
         lines += ["", f"{result[key]['clients']} of {result['train_clients']} training clients"]
-        lines += _result_rows(result, Population.TRAINED, widths)
+        lines += _result_rows(result, config, Population.TRAINED, widths)
     lines += ["", f"model sha256 {result['model_sha256']}, seed {result['seed']}, {result['seconds']:.1f} s"]
     return "\n".join(lines)
 
 
-def _result_rows(result: dict[str, Any], population: Population, widths: Mapping[str, int]) -> list[str]:
+def _result_rows(
+    result: dict[str, Any], config: ExperimentConfig, population: Population, widths: Mapping[str, int]
+) -> list[str]:
     """A line a phase. widths: of the columns, by metric."""
     lines = []
     for phase, key in _result_keys(result, population).items():
-        row, label = result[key], f"after {phase.label}"
+        row, label = result[key], f"after {config.phase_label(phase)}"
         numbers = "".join(
             f"{_percent(row[kind][metric]) if metric == 'accuracy' else format(row[kind][metric], '.4f'):>{width}}"
             for kind in KINDS

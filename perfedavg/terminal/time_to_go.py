@@ -29,6 +29,12 @@ class TimeToGo:
         self._phases = config.phases
         self._clients = _Sample(config, clients)
         self._num_scored = {Population.UNSEEN: len(clients.unseen_client_ids)}
+        if not config.joint:
+            most = config.num_trained_scored
+            wanted = len(clients.unseen_client_ids) if most is None else most
+            num_rounds = next(iter(self._phases.values())).num_rounds
+            took_part = min(len(clients.train_client_ids), config.cohort_size * num_rounds)
+            self._num_scored[Population.TRAINED] = min(wanted, took_part)
         self._num_on_curve = min(config.eval_clients, len(clients.unseen_client_ids))
         self._rounds = {phase: deque[float](maxlen=NUM_LAST_ROUNDS) for phase in self._phases}
         self._seconds_of_scored_step: float | None = None
@@ -111,7 +117,8 @@ def describe_dear_methods(config: ExperimentConfig, clients: ClientDirectory) ->
         counted = "num_local_epochs" if settings.num_local_steps is None else "num_local_steps"
         how_many = f"{flag(f'{phase.field}.{counted}')} {getattr(settings, counted)}"
         how_long = f"about {times:.2g} times as long as one of FedAvg in phase 1"
-        lines.append(f"{phase.label} with {settings.method.name}: a round takes {how_long}; {how_many} can be lowered")
+        name = config.phase_label(phase) if phase is Phase.FEDAVG else f"{phase.label} with {settings.method.name}"
+        lines.append(f"{name}: a round takes {how_long}; {how_many} can be lowered")
     return lines
 
 

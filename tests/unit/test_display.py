@@ -11,6 +11,7 @@ import pytest
 from helpers import QuadraticClients, basic, make_config
 
 from perfedavg.engine.experiment import RoundRecord
+from perfedavg.methods.ditto import Ditto
 from perfedavg.methods.maml import MAML
 from perfedavg.settings import Phase, Population
 from perfedavg.terminal import display
@@ -19,7 +20,9 @@ from perfedavg.terminal.time_to_go import TimeToGo, describe_dear_methods
 
 FEDAVG = dataclasses.replace(make_config().fedavg, num_rounds=10, num_local_epochs=2)
 MAML_PHASE = dataclasses.replace(make_config().fine_tune, num_rounds=4, num_local_epochs=3, method=MAML())
-CONFIG = make_config(fedavg=FEDAVG, fine_tune=MAML_PHASE, eval_every=5, num_personalization_epochs=5)
+CONFIG = make_config(
+    fedavg=FEDAVG, fine_tune=MAML_PHASE, eval_every=5, num_personalization_epochs=5, num_trained_scored=0
+)
 CLIENTS = QuadraticClients([[0.0]] * 9, [6] * 9, num_unseen=4)
 """An epoch is one step."""
 EVALUATION = {"initial": basic(1.0, 0.5), "personalized": basic(1.0, 0.5)}
@@ -43,6 +46,9 @@ def test_time_to_go_counts_local_steps_and_what_they_cost_in_each_phase() -> Non
     assert left.of_run(Phase.FEDAVG, 3) == 7 * 2.0 + 2.5 + 5.0 + 4 * 20.0 + 5.0
     assert left.of_run(Phase.FEDAVG, 6) == 4 * 2.0 + 5.0 + 4 * 20.0 + 5.0
     assert left.of_run(Phase.FEDAVG, 10, [Population.UNSEEN]) == 4 * 20.0 + 5.0
+    both = TimeToGo(dataclasses.replace(CONFIG, num_trained_scored=2), CLIENTS)
+    both.add_round(Phase.FEDAVG, 2.0)
+    assert both.of_run(Phase.FEDAVG, 10, [Population.UNSEEN]) == 2.5 + 4 * 20.0 + 5.0 + 2.5
 
 
 def test_time_to_go_follows_what_was_timed() -> None:
@@ -124,3 +130,11 @@ def test_the_bar_starts_where_the_run_goes_on() -> None:
     bars = re.findall(r"FedAvg (\d+)/(\d+)", stream.getvalue())
     assert (bars[0], bars[-1]) == (("6", "10"), ("10", "10"))
     assert "to go, scoring unseen clients" in stream.getvalue()
+
+
+def test_phase_1_is_called_by_its_method() -> None:
+    assert make_config().phase_label(Phase.FEDAVG) == "FedAvg"
+    ditto = make_config(fedavg=dataclasses.replace(FEDAVG, method=Ditto()), fine_tune=None)
+    assert ditto.phase_label(Phase.FEDAVG) == "ditto"
+    (line,) = describe_dear_methods(ditto, CLIENTS)
+    assert line.startswith("ditto: a round takes about 2 times as long as one of FedAvg")
