@@ -25,7 +25,7 @@ from second_models import (
 from torch import Tensor, nn
 
 from perfedavg.methods import Ditto, FedAvg
-from perfedavg.settings import OptimizerConfig
+from perfedavg.settings import OptimizerConfig, Phase, Population
 from perfedavg.training.client_models import Client
 from perfedavg.training.flat_model import flatten
 from perfedavg.training.local_training import LocalTraining
@@ -66,8 +66,10 @@ def test_the_global_model_is_fedavgs_to_the_bit(client_batching: int) -> None:
     fedavg = outcome_of(FedAvg(), client_batching)
     ditto = outcome_of(Ditto(ditto_lambda=LAMBDA), client_batching)
     assert torch.equal(ditto.parameters, fedavg.parameters)
-    assert ditto.scores != fedavg.scores, "unseen clients are pulled"
-    assert outcome_of(Ditto(ditto_lambda=0), client_batching).scores == fedavg.scores, "and without a pull are not"
+    unpulled = outcome_of(Ditto(ditto_lambda=0), client_batching)
+    scores, of_fedavg, of_unpulled = (outcome.scores[Phase.FEDAVG] for outcome in (ditto, fedavg, unpulled))
+    assert scores[Population.UNSEEN] != of_fedavg[Population.UNSEEN], "unseen clients are pulled"
+    assert of_unpulled[Population.UNSEEN] == of_fedavg[Population.UNSEEN], "and without a pull are not"
 
 
 @pytest.mark.parametrize("group", [1, len(SIZES)])
