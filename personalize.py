@@ -1,9 +1,10 @@
-"""Entry point: adapts a finished run's model to one person's labelled images, and shows what came of it."""
+"""Entry point: adapts a finished run's model to one client of the run, or to one person's labelled images."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +17,7 @@ from launch.settings import Checked, Data
 from perfedavg.fields import setting
 from perfedavg.machine.kernels import pin_kernels
 from perfedavg.recording.runs import RecordedRun
-from perfedavg.settings import AUTO_MODEL, refuse_share
+from perfedavg.settings import AUTO_MODEL, Population, refuse_share
 from perfedavg.terminal.console import say, show
 from perfedavg.terminal.entry_point import run_entry_point
 
@@ -40,9 +41,10 @@ def _share(text: str) -> Fraction:
 
 @dataclass(frozen=True, kw_only=True)
 class Personalize(Data, Checked):
-    """Adapt the model of a finished run to one person's labelled images, and score it before and after.
+    """Adapt the model of a finished run to one of the run's clients, or to one person's labelled images, and score it.
 
-    It is scored on images held out. Writes the personalized model, also as a program that needs none of this project.
+    Before and after, on examples held out. Writes the personalized model, also as a program that needs none of this
+    project.
     """
 
     run: Path = setting(
@@ -52,13 +54,17 @@ class Personalize(Data, Checked):
         metavar="RUN",
         positional=True,
     )
-    images: Path = setting(
-        MISSING,
+    images: Path | None = setting(
+        None,
         "folder with class/image.png below it: 28x28, bright ink on a dark ground; the classes are the run's",
         parse=paths.folder,
         metavar="IMAGES",
         positional=True,
     )
+    client: str | None = setting(
+        None, "name or number of a client of the run, which adapts as it did there", metavar="NAME", absent="IMAGES"
+    )
+    again: bool = setting(False, "with --client: score the model that an earlier call saved, without adapting")
     epochs: int | None = setting(
         None, "passes over the images", at_least=1, absent="the run's --personalization_epochs, 5"
     )
@@ -73,42 +79,111 @@ class Personalize(Data, Checked):
         "where to write; what an earlier call left there is replaced",
         parse=paths.folder,
         metavar="FOLDER",
-        absent="RUN/personalized/<name of the folder IMAGES>",
+        absent="RUN/personalized/<name of the folder IMAGES>, or client-<number>",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.images is None) == (self.client is None):
+            raise ValueError("name either a folder of images or, with --client, a client of the run")
+        of_images = {"epochs": None, "batch_size": None, "local_lr": None, "seed": 0, "test_fraction": Fraction(1, 5)}
+        given = [name for name, default in of_images.items() if getattr(self, name) != default]
+        if self.client is not None and given:
+            raise ValueError(
+                f"--{given[0]} {getattr(self, given[0])} is for images; a client of the run adapts as it did there"
+            )
+        if self.again and self.client is None:
+            raise ValueError("--again is for --client; adapt to the images anew")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(Personalize, argv)
     pin_kernels(portable_kernels_of(args.run))
 
+    from perfedavg.training.compute import use_reproducible_kernels
+
+    use_reproducible_kernels()
+    if args.images is not None:
+        adapt_to_images(args, args.images)
+    else:
+        assert args.client is not None, "either is given"
+        adapt_client_of_run(args, args.client)
+
+
+def adapt_client_of_run(args: Personalize, text: str) -> None:
+    """Show what the client of that name or number comes to, as in the run, and write its model."""
+    from perfedavg.client_of_run import adapt_client, check_data, find_client, score_again, write_client
+    from perfedavg.contracts import client_label
+
+    run = RecordedRun.read(args.run)
+    run.check_ended()
+    config = run.experiment()
+    dataset = utils.get_datasets(config, args.data_root)
+    check_data(run, dataset)
+    client_id = find_client(dataset, text)
+    output = output_folder(args, f"client-{client_id}")
+    model = utils.get_model(config, dataset)
+    if args.again:
+        then, now = score_again(output, model, dataset, client_id)
+        show(figures_table({"when it was saved": then, "now": now}))
+        return
+    adapted = adapt_client(run, model, dataset, client_id)
+    score = adapted.score
+    show(
+        f"client {client_label(dataset, client_id)} of {args.run}, "
+        f"{'never seen in training' if adapted.population is Population.UNSEEN else 'one of those that train'}: "
+        f"{score.num_train_examples} examples to adapt to, {score.num_test_examples} held out to be scored on"
+    )
+    epochs = f"after {adapted.num_epochs} epoch{'s' if adapted.num_epochs > 1 else ''}"
+    show(figures_table({"before": score.initial, epochs: score.personalized}))
+    if adapted.recorded is None:
+        show("the run did not score this client, so its clients.csv does not have it")
+    elif differing := adapted.differing:
+        show(f"the run's clients.csv has {differing}: it was scored on another kind of processor, or by other versions")
+    else:
+        show("the same figures, to the digit, as in the run's clients.csv")
+    write_client(output, adapted, model, dataset, run)
+    show(f"personalized model in {output}; the same command with --again scores it again")
+
+
+def figures_table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
+    """A row each, with a column a metric. What is no number is left out."""
+    metrics = [name for name, value in next(iter(rows.values())).items() if value is not None and math.isfinite(value)]
+    lines = ["", f"{'':22}{''.join(f'{name:>20}' for name in metrics)}"]
+    for label, values in rows.items():
+        lines.append(f"{label:22}{''.join(f'{values.get(name)!r:>20}' for name in metrics)}")
+    return "\n".join([*lines, ""])
+
+
+def adapt_to_images(args: Personalize, images: Path) -> None:
+    """Show what a person's images come to, and write their model."""
     from datasets.clients.person import load_person
     from perfedavg.engine.experiment import parameters_sha256
     from perfedavg.personal_model import RunModel, export, personalize, write_personalized
-    from perfedavg.training.compute import use_reproducible_kernels
     from perfedavg.training.flat_model import flatten
 
-    use_reproducible_kernels()
     run = RunModel.read(args.run)
     training = local_training(run, args)
-    output = output_folder(args)
+    output = output_folder(args, images.resolve().name)
     model, loss_function = load_model(run, args.data_root)
-    data = load_person(args.images, run.class_names, args.test_fraction, args.seed)
+    data = load_person(images, run.class_names, args.test_fraction, args.seed)
     warn_of_bright_ground(run, data)
     counts = count_images(data, run.class_names)
     num_adapted_to, num_held_out = counts["adapted_to"], counts["held_out"]
     show(
-        f"{args.images}: {num_adapted_to + num_held_out} images of {len(counts['classes'])} of the run's "
+        f"{images}: {num_adapted_to + num_held_out} images of {len(counts['classes'])} of the run's "
         f"{len(run.class_names)} classes; {num_adapted_to} to adapt to, {num_held_out} held out to be scored on"
     )
     run_sha256 = parameters_sha256(flatten(model))
-    before, after = personalize(model, data, training, run.config.precision, args.seed, loss_function)
+    method = list(run.config.phases.values())[-1].method
+    before, after = personalize(model, data, method, training, run.config.precision, args.seed, loss_function)
     show(score_table(before, after, training.num_epochs))
     program = export(model, data.test_inputs, run.class_names)
     result = {
         "run": str(args.run.absolute()),
         "run_model_sha256": run_sha256,
         "dataset": run.config.dataset,
-        **describe_settings(args, training, run.config.precision),
+        **describe_settings(args, images, training, run.config.precision),
         **counts,
         "before": before.to_dict(),
         "after": after.to_dict(),
@@ -142,9 +217,9 @@ def local_training(run: RunModel, args: Personalize) -> LocalTraining:
     )
 
 
-def output_folder(args: Personalize) -> Path:
+def output_folder(args: Personalize, name: str) -> Path:
     """Raises ValueError where it is a run's own folder, whose model and result would be replaced."""
-    folder: Path = args.output or args.run / "personalized" / args.images.resolve().name
+    folder: Path = args.output or args.run / "personalized" / name
     if (folder / "config.json").exists():
         raise ValueError(f"--output {folder} is the folder of a run, whose model would be replaced; name another one")
     return folder
@@ -204,9 +279,9 @@ def count_images(data: ClientData, class_names: tuple[str, ...]) -> dict[str, An
     }
 
 
-def describe_settings(args: Personalize, training: LocalTraining, precision: str) -> dict[str, Any]:
+def describe_settings(args: Personalize, images: Path, training: LocalTraining, precision: str) -> dict[str, Any]:
     return {
-        "images": str(args.images.absolute()),
+        "images": str(images.absolute()),
         "test_fraction": float(args.test_fraction),
         "seed": args.seed,
         "epochs": training.num_epochs,

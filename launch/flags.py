@@ -332,6 +332,8 @@ def build_parser(kind: type) -> _Parser:
         }
         if flag.setting.many:
             options["nargs"] = "+"
+        elif flag.setting.positional and flag.default is not MISSING:
+            options["nargs"] = "?"
         elif flag.implied is not None:
             options |= {"nargs": "?", "const": flag.implied}
         groups[title].add_argument(name if flag.setting.positional else f"--{name}", **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from perfedavg.contracts import ClientData
+from perfedavg.methods.base import Method
 from perfedavg.recording.files import replace_file
 from perfedavg.recording.model_file import ModelFacts, model_file
+from perfedavg.recording.results import to_json
 from perfedavg.recording.runs import MODEL_FILE, RESULT_FILE, RecordedRun
 from perfedavg.seeding import Purpose, seed_sequence
 from perfedavg.settings import ExperimentConfig
@@ -85,23 +88,35 @@ class Score:
 
 
 def personalize(
-    model: nn.Module, data: ClientData, training: LocalTraining, precision: str, seed: int, loss_function: Loss
+    model: nn.Module,
+    data: ClientData,
+    method: Method,
+    training: LocalTraining,
+    precision: str,
+    seed: int,
+    loss_function: Loss,
 ) -> tuple[Score, Score]:
     """Adapt the model in place to the training part, as an unseen client of a run does; score it before and after.
 
-    precision: see `FlatModel`.  seed: the batch order and the dropout masks follow from it.
+    method: of the run's last phase.  precision: see `FlatModel`.
+    seed: the batch order and the dropout masks follow from it.
     Raises ValueError where the steps were so large that the model is not finite any more.
     """
     flat = FlatModel(model, precision=precision, loss_function=loss_function)
-    before = _score(flat, data)
+    client = Client(data.train_inputs, data.train_labels, seed_sequence(seed, Purpose.PERSONALIZATION))
+    scores: dict[int, Score] = {}
+
+    def measure(epochs: dict[int, int]) -> None:
+        if epochs[0] in (0, training.num_epochs):
+            scores[epochs[0]] = _score(flat, data)
+            copy_into(model, flat.vector)  # no views of the flat vector: torch.export is for tensors of their own
+
+    method.personalize(flat, flat.vector.clone(), [client], training, measure)
+    before, after = scores[0], scores[training.num_epochs]
     if not math.isfinite(before.loss):
         raise ValueError("the run's model gives no finite loss on these images; the run itself must have diverged")
-    seeds = seed_sequence(seed, Purpose.PERSONALIZATION)
-    flat.train(flat.vector.clone(), [Client(data.train_inputs, data.train_labels, seeds)], training)
-    after = _score(flat, data)
     if not (math.isfinite(after.loss) and bool(flat.vector.isfinite().all())):
         raise ValueError(f"--local_lr {training.optimizer.learning_rate} is too high, the model diverged; lower it")
-    copy_into(model, flat.vector)  # no views of the flat vector: torch.export is for tensors of their own
     return before, after
 
 
@@ -115,7 +130,9 @@ def export(model: nn.Module, inputs: Tensor, class_names: Sequence[str]) -> byte
     batch = torch.export.Dim("batch", min=1)
     example = inputs[:1].repeat(2, *[1] * (inputs.ndim - 1))  # of one, torch would take the 1 for part of the program
     try:
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+        with warnings.catch_warnings():  # of what an LSTM assigns while it is exported; the outputs are compared below
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
     except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as error:
         raise ValueError(
             f"torch.export cannot export the run's model for any number of examples ({_first_line(error)})"
@@ -138,7 +155,7 @@ def write_personalized(
         (folder / RESULT_FILE).unlink(missing_ok=True)
         replace_file(folder / MODEL_FILE, model_file(model, metadata))
         replace_file(folder / "model.pt2", program)
-        replace_file(folder / RESULT_FILE, f"{json.dumps(result, indent=2, allow_nan=False)}\n".encode())
+        replace_file(folder / RESULT_FILE, to_json(result, indent=2))
     except OSError as error:
         raise OSError(
             f"--output {folder} cannot be written ({error.strerror}); make room there, or name another folder"

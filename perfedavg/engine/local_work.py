@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,6 +141,10 @@ class CohortTraining:
         return {group[0]: next_group for group, next_group in zip(present, following, strict=False)}
 
 
+TakePersonalized = Callable[[int, Tensor], None]
+"""Is given a client's id and the parameters of its model, (num_parameters,)."""
+
+
 class ClientScoring:
     """Scores clients before and after adapting. Arguments as `CohortTraining` takes them."""
 
@@ -158,11 +162,16 @@ class ClientScoring:
             range(num_epochs + 1) if task.num_curve_epochs else (0, config.num_personalization_epochs)
         )
 
-    def score(self, group: Sequence[int]) -> list[ClientScore]:
-        """The scores of clients. May be called from several threads."""
-        return self._place.pool.run(group, lambda slot: self._score(slot, group))
+    def score(self, group: Sequence[int], take_personalized: TakePersonalized | None = None) -> list[ClientScore]:
+        """The scores of clients. May be called from several threads.
 
-    def _score(self, slot: TrainingSlot, group: Sequence[int]) -> list[ClientScore]:
+        take_personalized: is given each client's personalized model when it is scored.
+        """
+        return self._place.pool.run(group, lambda slot: self._score(slot, group, take_personalized))
+
+    def _score(
+        self, slot: TrainingSlot, group: Sequence[int], take_personalized: TakePersonalized | None
+    ) -> list[ClientScore]:
         models = slot.models(len(group))
         parts = [self._place.reader.client_data(client_id) for client_id in group]
         device = self._start.device
@@ -184,6 +193,8 @@ class ClientScoring:
                 scores = models.score(tests[: max(due) + 1], self._place.metrics)
                 for client, epoch in due.items():
                     measured[client][epoch] = scores[client]
+                    if take_personalized is not None and epoch == self._place.config.num_personalization_epochs:
+                        take_personalized(group[client], models.parameters[client].clone())
 
         self._method.personalize(models, self._start, clients, self._training, measure)
         return [

@@ -46,6 +46,7 @@ ROOMS = (
     "terminal.time_to_go",
     "terminal.display",
     "personal_model",
+    "client_of_run",
     "recorded_run",
 )
 """The rooms and modules of perfedavg: each imports only those before it, but for the names of types."""
