@@ -124,7 +124,7 @@ def adapt_client_of_run(args: Personalize, text: str) -> None:
     output = output_folder(args, f"client-{client_id}")
     model = utils.get_model(config, dataset)
     if args.again:
-        then, now = score_again(output, model, dataset, client_id)
+        then, now = score_again(run, output, model, dataset, client_id)
         show(figures_table({"when it was saved": then, "now": now}))
         return
     adapted = adapt_client(run, model, dataset, client_id)

@@ -15,6 +15,7 @@ from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import parameters_sha256
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import ScoringTask, cut_into_groups
+from perfedavg.metrics import find_metrics
 from perfedavg.personal_model import export, write_personalized
 from perfedavg.plain_values import from_plain
 from perfedavg.recording.model_file import ModelFacts, read_model_file
@@ -161,5 +162,6 @@ def score_again(folder: Path, model: nn.Module, dataset: FederatedDataset, clien
     state, _ = read_model_file(folder / MODEL_FILE)
     model.load_state_dict(state)
     data = dataset.client_data(client_id)
-    (now,) = FlatModel(model, loss_function=loss_of(dataset)).score([(data.test_inputs, data.test_labels)])
+    metrics = find_metrics(run.experiment().own_metrics)
+    (now,) = FlatModel(model, loss_function=loss_of(dataset)).score([(data.test_inputs, data.test_labels)], metrics)
     return then, {metric: now.get(metric) for metric in then}
