@@ -151,7 +151,9 @@ Figures = dict[str, float | None]
 """By metric; None for what is no number."""
 
 
-def score_again(folder: Path, model: nn.Module, dataset: FederatedDataset, client_id: int) -> tuple[Figures, Figures]:
+def score_again(
+    run: RecordedRun, folder: Path, model: nn.Module, dataset: FederatedDataset, client_id: int
+) -> tuple[Figures, Figures]:
     """The figures of a personalized model when it was saved, and now, on the client's own test part.
 
     `model` becomes that model. Raises ValueError where the folder holds none.
