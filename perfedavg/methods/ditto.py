@@ -22,6 +22,7 @@ from perfedavg.methods.fedavg import FedAvg
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from perfedavg.settings import OptimizerConfig
     from perfedavg.training.client_models import AfterEpochs, Client, ClientModels
     from perfedavg.training.local_training import LocalTraining
 
@@ -37,6 +38,12 @@ class Ditto(FedAvg):
     ditto_epochs: int | None = setting(
         None, "local epochs a round of ditto's personal models", at_least=1, absent="as the global model's"
     )
+
+    def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
+        rate, pull = client_optimizer.learning_rate, self.ditto_lambda
+        if client_optimizer.name != "sgd" or rate * pull < 2:
+            return None
+        return f"at rate {rate:g} a lambda of {pull:g} throws models ever further; keep their product below 2"
 
     def update(
         self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining

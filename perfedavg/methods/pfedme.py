@@ -24,6 +24,7 @@ from perfedavg.methods.base import Method
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from perfedavg.settings import OptimizerConfig
     from perfedavg.training.client_models import AfterEpochs, Client, ClientModels, Penalty
     from perfedavg.training.local_training import LocalTraining
 
@@ -37,6 +38,12 @@ class PFedMe(Method):
     pfedme_eta: float = setting(0.005, "learning rate of pfedme's w; that of theta is the clients'", above=0)
     pfedme_steps: int = setting(5, "steps of pfedme's theta on each batch", at_least=1)
     pfedme_beta: float = setting(1.0, "weight of the clients' mean in pfedme's next global model", above=0)
+
+    def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
+        rate, pull = client_optimizer.learning_rate, self.pfedme_lambda
+        if client_optimizer.name != "sgd" or rate * pull < 2:
+            return None
+        return f"at rate {rate:g} a lambda of {pull:g} throws models ever further; keep their product below 2"
 
     def update(
         self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining

@@ -98,6 +98,14 @@ def test_clients_keep_one_model_or_nothing(name: str) -> None:
         assert sum(value.numel() for value in client.state.values()) <= len(start) + 1
 
 
+@pytest.mark.parametrize("method", [Ditto(ditto_lambda=25.0), PFedMe(pfedme_lambda=25.0)], ids=["ditto", "pfedme"])
+def test_a_pull_that_must_diverge_is_refused(method: Method) -> None:
+    """A step leads from w to 1 - rate * lambda times the distance, and the loss adds to that."""
+    assert "keep their product below 2" in str(method.problem_with(OptimizerConfig("sgd", 0.08)))
+    assert method.problem_with(OptimizerConfig("sgd", 0.07)) is None
+    assert method.problem_with(OptimizerConfig("adam", 0.08)) is None
+
+
 NUM_STATISTICS = 2 * 64
 
 
