@@ -306,7 +306,7 @@ DATA_SETS = {
         _OWN_CLIENTS,
         note="synthetic, rendered from fonts: no result on it is a result on FEMNIST",
     ),
-    "folder": DataSet(_load_folder, _FOR_62_CLASSES, _NATURAL, _OWN_CLIENTS, _IMAGE_SETTINGS),
+    "folder": DataSet(_load_folder, {"auto": "auto", **_FOR_62_CLASSES}, _NATURAL, _OWN_CLIENTS, _IMAGE_SETTINGS),
     "sine": DataSet(
         _load_sine,
         {"mlp": "sine_mlp", "sine_mlp": "sine_mlp"},
@@ -327,7 +327,13 @@ USERS_OWN = DataSet(
 )
 """For a data set given as package.module:factory."""
 _FEW_ROUNDS = {**_QUICK, **_NATURAL, "cohort_size": 5}
-USERS_TABLE = DataSet(_load_table, {"mlp": "mlp"}, _FEW_ROUNDS, _OWN_CLIENTS, _ROW_SETTINGS)
+USERS_TABLE = DataSet(_load_table, {"mlp": "mlp", "sine_mlp": "sine_mlp"}, _FEW_ROUNDS, _OWN_CLIENTS, _ROW_SETTINGS)
 """For a data set given as the path of a CSV or parquet file."""
-USERS_ARRAYS = DataSet(_load_arrays, _FOR_62_CLASSES, _FEW_ROUNDS, _OWN_CLIENTS, _ROW_SETTINGS)
+USERS_ARRAYS = DataSet(
+    _load_arrays,
+    {"auto": "auto", **_FOR_62_CLASSES, "sine_mlp": "sine_mlp"},
+    _FEW_ROUNDS,
+    _OWN_CLIENTS,
+    _ROW_SETTINGS,
+)
 """For a data set given as the path of an .npz file."""
