@@ -16,6 +16,7 @@ from launch.flags import parse
 from launch.settings import Checked, Data
 from perfedavg.fields import setting
 from perfedavg.machine.kernels import pin_kernels
+from perfedavg.own_files import is_path
 from perfedavg.recording.runs import RecordedRun
 from perfedavg.settings import AUTO_MODEL, Population, refuse_share
 from perfedavg.terminal.console import say, show
@@ -24,12 +25,13 @@ from perfedavg.terminal.entry_point import run_entry_point
 if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from torch import nn
 
+    from datasets.sources.image_files import ImageForm
     from perfedavg.contracts import ClientData
     from perfedavg.personal_model import RunModel, Score
     from perfedavg.training.local_training import LocalTraining, Loss
 
-IMAGE_SHAPE = (1, 28, 28)
-"""Of an image as a model takes it."""
+EARLIER_SHAPE = (1, 28, 28)
+"""Of the images of runs that did not say it: earlier versions had no others."""
 
 
 def _share(text: str) -> Fraction:
@@ -56,7 +58,7 @@ class Personalize(Data, Checked):
     )
     images: Path | None = setting(
         None,
-        "folder with class/image.png below it: 28x28, bright ink on a dark ground; the classes are the run's",
+        "folder with class/image.png below it, images as the run's were; the classes are the run's",
         parse=paths.folder,
         metavar="IMAGES",
         positional=True,
@@ -165,8 +167,9 @@ def adapt_to_images(args: Personalize, images: Path) -> None:
     run = RunModel.read(args.run)
     training = local_training(run, args)
     output = output_folder(args, images.resolve().name)
+    form = image_form(run)
     model, loss_function = load_model(run, args.data_root)
-    data = load_person(images, run.class_names, args.test_fraction, args.seed)
+    data = load_person(images, run.class_names, args.test_fraction, args.seed, form)
     warn_of_bright_ground(run, data)
     counts = count_images(data, run.class_names)
     num_adapted_to, num_held_out = counts["adapted_to"], counts["held_out"]
@@ -225,27 +228,33 @@ def output_folder(args: Personalize, name: str) -> Path:
     return folder
 
 
+def image_form(run: RunModel) -> ImageForm:
+    """Of the images that the run's model takes. Raises ValueError where it takes none."""
+    from datasets.sources.image_files import ImageForm
+
+    try:
+        return ImageForm.of_model(run.facts.input_shape or EARLIER_SHAPE, run.config.own_files)
+    except ValueError as error:
+        raise ValueError(f"{run.path} is a run on {run.config.dataset}, whose {error}; name one on images") from error
+
+
 def load_model(run: RunModel, data_root: Path) -> tuple[nn.Module, Loss]:
     """The run's model, and the loss that it was trained with.
 
-    Raises ValueError where it takes no images, or its data set brings a model or a loss and cannot be had.
+    Raises ValueError where its data set brings a model or a loss and cannot be had, or has no classes.
     """
     import torch.nn.functional as F
 
     from perfedavg.training.local_training import loss_of
 
     facts = run.facts
-    if facts.input_shape not in (None, IMAGE_SHAPE):
-        raise _takes_no_images(run, f"of shape {facts.input_shape}")
     if not facts.own_parts:
-        model = utils.build_architecture(facts.architecture, facts.input_shape or IMAGE_SHAPE, len(run.class_names))
+        model = utils.build_architecture(facts.architecture, facts.input_shape or EARLIER_SHAPE, len(run.class_names))
         run.load_into(model)
         return model, F.cross_entropy
     say(f"{facts.dataset} brings its own {' and '.join(facts.own_parts)}: its module is imported, its data are opened")
     dataset = utils.get_datasets(run.config, data_root)
     example = dataset.client_data(dataset.unseen_client_ids[0])
-    if tuple(example.test_inputs.shape[1:]) != IMAGE_SHAPE:
-        raise _takes_no_images(run, f"of shape {tuple(example.test_inputs.shape[1:])}")
     if example.test_labels.is_floating_point():
         raise ValueError(f"{run.path} is a run on {facts.dataset}, whose labels are numbers and not classes")
     # In runs of earlier versions, a data set's model was taken whatever the setting said.
@@ -259,10 +268,11 @@ def warn_of_bright_ground(run: RunModel, data: ClientData) -> None:
     """Only a user's own data may have it too."""
     from datasets.clients.person import has_bright_ground
 
-    built_in = run.config.dataset != "folder" and ":" not in run.config.dataset
-    if built_in and has_bright_ground(data.train_inputs):
+    dataset = run.config.dataset
+    is_users_own = dataset == "folder" or ":" in dataset or is_path(dataset)
+    if not is_users_own and has_bright_ground(data.train_inputs):
         say(
-            f"these images are dark on a bright ground, {run.config.dataset} is bright on a dark one: the model cannot "
+            f"these images are dark on a bright ground, {dataset} is bright on a dark one: the model cannot "
             "know them; invert them"
         )
 
@@ -302,12 +312,6 @@ def score_table(before: Score, after: Score, num_epochs: int) -> str:
     if after.num_right < before.num_right:
         lines += ["It names fewer images right than before: try fewer --epochs, a lower --local_lr or more images.", ""]
     return "\n".join(lines)
-
-
-def _takes_no_images(run: RunModel, inputs: str) -> ValueError:
-    return ValueError(
-        f"{run.path} is a run on {run.config.dataset}, whose inputs are {inputs}; name one on 28x28 images"
-    )
 
 
 if __name__ == "__main__":
