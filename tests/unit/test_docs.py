@@ -6,8 +6,10 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from helpers import ROOT
 
 from launch.settings import ENTRY_POINTS
@@ -84,6 +86,15 @@ def test_no_page_names_a_flag_by_an_older_name() -> None:
         text = re.sub(r"personalize\.py.*|`--epochs`, `--batch_size`", "", page.read_text())
         named = set(re.findall(r"--(\w+)", text)) & older
         assert not named, f"{page.name} names {named}"
+
+
+def test_the_readmes_own_model_is_one() -> None:
+    """It is built for the inputs and outputs of every data set of images."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    (source,) = [block for block in blocks if "--model my_net:small" in block]
+    names: dict[str, Any] = {}
+    exec(source, names)
+    assert names["small"]((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_flags_in_the_readmes_table_exist() -> None:
