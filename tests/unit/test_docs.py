@@ -54,9 +54,15 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
+def blocks(page: Path, *languages: str) -> list[str]:
+    """The content of a page's blocks of code in these languages."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [content for language, content in found if language in languages]
+
+
 def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
     """The entry points that a page's blocks of commands start, and the words behind each."""
-    for block in re.findall(r"^```(?:sh|dockerfile|bash)?\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for block in blocks(page, "sh", "bash", "dockerfile"):
         for line in block.replace("\\\n", " ").splitlines():
             found = re.search(rf"({'|'.join(map(re.escape, SCRIPTS))})( .*|$)", line)
             if found is not None and ("python" in line or "sh " in line):
@@ -90,8 +96,7 @@ def test_no_page_names_a_flag_by_an_older_name() -> None:
 
 def test_the_readmes_own_model_is_one() -> None:
     """It is built for the inputs and outputs of every data set of images."""
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    (source,) = [block for block in blocks if "--model my_net:small" in block]
+    (source,) = [block for block in blocks(ROOT / "README.md", "python") if "--model my_net:small" in block]
     names: dict[str, Any] = {}
     exec(source, names)
     assert names["small"]((1, 8, 8), 10)(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
