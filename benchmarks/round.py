@@ -337,9 +337,10 @@ def table(name: str, summary: dict[str, dict[str, Any]]) -> str:
     efficiency = summary.get("efficiency")
     if efficiency:
         lines.append(
-            f"\nA round of two workers took {figure(efficiency['round_to_half_of_bare_training'])} of half of its "
-            f"clients' bare training time ({figure(efficiency['bare_training_s'])} s in one process), and "
-            f"{figure(efficiency['round_to_half_of_own_training'])} of half of that within the two workers."
+            f"\nThese clients train for {figure(efficiency['bare_training_s'])} s in one process. The round of two "
+            f"workers took {figure(efficiency['round_to_half_of_bare_training'])} times half of that; of half of the "
+            f"time that they trained in the two workers themselves, it was "
+            f"{figure(efficiency['round_to_half_of_own_training'])} times."
         )
     return "\n".join(lines)
 
