@@ -98,7 +98,7 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
     from perfedavg.own_model import check_model
     from perfedavg.recording.model_file import check_can_be_saved
     from perfedavg.seeding import Purpose, seed_sequence, torch_seeds
-    from perfedavg.training.layout import check_methods
+    from perfedavg.training.layout import check_methods, count_buffer_entries
 
     whose = f"{label(config, 'architecture')} {config.architecture}"
     with torch.random.fork_rng(devices=[]):
@@ -112,6 +112,11 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
         check_model(whose, model, dataset, config.batch_size)
         check_can_be_saved(model)
     check_methods(config, model)
+    if config.buffers == "local" and not count_buffer_entries(model):
+        raise ValueError(
+            f"{label(config, 'buffers')} local has no meaning for {whose}: that model has no buffers, such as "
+            "BatchNorm's statistics; leave it out"
+        )
     return model
 
 

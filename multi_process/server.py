@@ -165,7 +165,7 @@ class WorkerPool(PoolManager):
         expected = ExpectedTraining(method, task.capacity, parameters.numel(), self._clients.num_train_examples)
 
         def accept_state(client_id: int, state: ClientState) -> None:
-            check_kept(method, client_id, state, parameters.numel())
+            check_kept(self.config, task.phase, client_id, state, parameters.numel())
             task.states.put(client_id, copy_of(state))
 
         def accept_result(worker: Worker, answer: Message) -> None:
@@ -178,7 +178,7 @@ class WorkerPool(PoolManager):
 
         start = StartTraining(int(task.phase), task.round_number, task.capacity, global_parameters)
         pace = self._paces[StartTraining, task.phase]
-        may_keep = accept_state if method.keeps_state else None
+        may_keep = accept_state if self.config.keeps_state(task.phase) else None
         item = self._perform(start, task.client_ids, accept_result, pace, task.states, may_keep)
         assert self._handler.if_stop, "every client was handed out and reported"
         update = self._handler.cohort_update

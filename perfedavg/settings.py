@@ -26,6 +26,8 @@ OPTIMIZERS = ("sgd", "momentum", "adam", "yogi", "adagrad")
 SCHEDULES = ("constant", "linear")
 LOCAL_SPLITS = ("shuffled", "tail")
 PRECISIONS = ("float32", "bf16")
+BUFFERS = ("global", "local")
+"""`local` is FedBN's way with statistics (Li et al. 2021, arXiv 2102.07623)."""
 BETAS = {"adam": (0.9, 0.999), "yogi": (0.9, 0.99)}
 """Adam's are its authors', Yogi's those that Reddi et al. 2020 give a server."""
 STEP = 1.0
@@ -264,6 +266,12 @@ class ExperimentConfig(ClientsConfig):
         absent="loss and accuracy alone",
         reported="never",
     )
+    buffers: str = setting(
+        "global",
+        "a model's buffers, such as BatchNorm's statistics: global averages them like parameters; with local (FedBN) a "
+        "client goes on from those that it kept, and who has none, as an unseen client, begins with their mean",
+        choices=BUFFERS,
+    )
     precision: str = setting("float32", "of the clients' training; scoring is always float32", choices=PRECISIONS)
     client_batching: int | None = setting(
         None,
@@ -312,6 +320,10 @@ class ExperimentConfig(ClientsConfig):
         at_least=0,
         reported="never",
     )
+
+    def keeps_state(self, phase: Phase) -> bool:
+        """Whether clients keep anything from one round of a phase to the next."""
+        return self.phases[phase].method.keeps_state or self.buffers == "local"
 
     @property
     def phases(self) -> dict[Phase, PhaseConfig]:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from perfedavg.methods.base import Method
 from perfedavg.settings import ExperimentConfig, Phase
 
 ClientState = dict[str, Tensor]
@@ -15,6 +14,8 @@ ClientState = dict[str, Tensor]
 ClientStates = dict[int, ClientState]
 """By client id; clients that keep nothing are left out."""
 
+BUFFERS = "model buffers"
+"""What the engine keeps for a client, beside what its method lets it keep, where buffers are local."""
 KEPT_TYPES = (torch.int64, torch.float32, torch.float64)
 MAX_KEPT_MODELS = 4
 """Models of float64 of which a client may keep as much, and a little more."""
@@ -33,7 +34,7 @@ def max_state_bytes(num_parameters: int) -> int:
 
 def max_batch_bytes(config: ExperimentConfig, num_parameters: int) -> int:
     """The most that states which travel together take; 0 where no method lets clients keep any."""
-    keeps = any(phase.method.keeps_state for phase in config.phases.values())
+    keeps = any(map(config.keeps_state, config.phases))
     return BATCH_BYTES + (config.client_batching or 1) * max_state_bytes(num_parameters) if keeps else 0
 
 
@@ -54,9 +55,30 @@ def copy_of(state: ClientState) -> ClientState:
     return {name: value.clone() for name, value in state.items()}
 
 
-def check_kept(method: Method, client_id: int, state: ClientState, num_parameters: int) -> None:
+def with_own_buffers(start: Tensor, state: ClientState) -> Tensor:
+    """The global model, (num_parameters,), with the buffers that a client kept, which are taken out of its state."""
+    kept = state.pop(BUFFERS, None)
+    if kept is None:
+        return start
+    start = start.clone()
+    start[-len(kept) :] = kept
+    return start
+
+
+def keep_buffers(start: Tensor, own_start: Tensor, update: Tensor, state: ClientState, num_entries: int) -> None:
+    """Let a client keep the buffers that it came to, and send how far they are from the global model's.
+
+    start: the global model, (num_parameters,).  own_start: what `with_own_buffers` made of it.
+    update: (num_parameters,) how far the client got from there; changed.  num_entries: of the buffers.
+    """
+    state[BUFFERS] = own_start[-num_entries:] + update[-num_entries:]
+    update[-num_entries:] = state[BUFFERS] - start[-num_entries:]
+
+
+def check_kept(config: ExperimentConfig, phase: Phase, client_id: int, state: ClientState, num_parameters: int) -> None:
     """Raises ValueError where a method keeps what it does not say, or what cannot be stored or is too much."""
-    if not method.keeps_state:
+    method = config.phases[phase].method
+    if not (method.keeps_state or (config.keeps_state(phase) and state.keys() == {BUFFERS})):
         raise ValueError(f"the method {method.name} does not say that its clients keep anything: keeps_state")
     for name, value in state.items():
         if value.dtype not in KEPT_TYPES:

@@ -12,7 +12,7 @@ from torch import Tensor
 from perfedavg.aggregation.base import RefusedUpdateError, check_buffers
 from perfedavg.aggregation.exact_mean import ExactMean
 from perfedavg.engine.client_reader import ClientReader
-from perfedavg.engine.client_states import ClientState, check_kept
+from perfedavg.engine.client_states import ClientState, check_kept, keep_buffers, with_own_buffers
 from perfedavg.engine.cohorts import draw_cohort, draw_next_cohort
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.slots import SlotPool, TrainingSlot
@@ -36,6 +36,14 @@ class Workplace:
     reader: ClientReader
     metrics: Mapping[str, Metric]
     num_buffer_entries: int = 0
+
+    def keeps_buffers(self, clients: Sequence[Client]) -> bool:
+        """Whether buffers are each client's own. In a group of several they are constants, the same for all."""
+        return self.config.buffers == "local" and len(clients) == 1
+
+    def start_of(self, clients: Sequence[Client], start: Tensor) -> Tensor:
+        """What clients start from, (num_parameters,): the global model, with the buffers that a client kept."""
+        return with_own_buffers(start, clients[0].state) if self.keeps_buffers(clients) else start
 
 
 class CohortTraining:
@@ -80,11 +88,14 @@ class CohortTraining:
         started = time.monotonic()
         models = slot.models(len(group), self._method.differentiates_training)
         clients = [self._client(client_id) for client_id in group]
-        updates, losses = self._method.update(models, self._start, clients, self._training)
+        start = self._place.start_of(clients, self._start)
+        updates, losses = self._method.update(models, start, clients, self._training)
         num_buffer_entries = self._place.num_buffer_entries
         if num_buffer_entries and self._method.sends_gradients:
-            moved = models.parameters - self._start
+            moved = models.parameters - start
             updates[:, -num_buffer_entries:] = moved[:, -num_buffer_entries:]
+        if self._place.keeps_buffers(clients):
+            keep_buffers(self._start, start, updates[0], clients[0].state, num_buffer_entries)
         if slot not in self._sums:
             self._sums[slot] = self._aggregation.begin(len(self._start), self._task.capacity, self._start.device)
         refusals = [
@@ -108,7 +119,7 @@ class CohortTraining:
     def _keep(self, client_id: int, state: ClientState) -> None:
         """Of copies, because a value may be a part of the slot's models."""
         kept = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
-        check_kept(self._method, client_id, kept, len(self._start))
+        check_kept(self._place.config, self._task.phase, client_id, kept, len(self._start))
         self._task.states.put(client_id, kept)
         self._keeping.add(client_id)
 
@@ -196,7 +207,8 @@ class ClientScoring:
                     if take_personalized is not None and epoch == self._place.config.num_personalization_epochs:
                         take_personalized(group[client], models.parameters[client].clone())
 
-        self._method.personalize(models, self._start, clients, self._training, measure)
+        start = self._place.start_of(clients, self._start)
+        self._method.personalize(models, start, clients, self._training, measure)
         return [
             ClientScore(
                 client_id,

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from helpers import digits_dataset, make_config, with_method
 from torch import Tensor, nn
 
+import utils
 from datasets.clients.split import SplitDataset
+from perfedavg.engine.client_states import BUFFERS
 from perfedavg.engine.cohorts import draw_cohort
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
-from perfedavg.engine.tasks import CohortTask
-from perfedavg.methods import FOMAML
+from perfedavg.engine.tasks import CohortTask, ScoringTask
+from perfedavg.methods import FOMAML, Ditto
 from perfedavg.recording.checkpoint import Checkpoints, RunIdentity
 from perfedavg.recording.client_states import StateFiles
 from perfedavg.seeding import Purpose, seed_sequence, torch_seeds
@@ -198,6 +200,80 @@ def test_scoring_uses_the_statistics_and_leaves_them_alone() -> None:
     assert score["loss"] == pytest.approx(F.cross_entropy(outputs, labels).item(), rel=1e-5)
     assert score["accuracy"] == (outputs.argmax(1) == labels).double().mean().item()
     assert torch.equal(models.vector, start)
+
+
+LOCAL = dataclasses.replace(
+    CONFIG, buffers="local", cohort_size=16, fedavg=dataclasses.replace(CONFIG.fedavg, num_rounds=2)
+)
+"""All training clients take part in both rounds."""
+
+
+def test_local_statistics_stay_with_each_client_and_their_mean_is_the_servers() -> None:
+    """In round 2, a client goes on from the mean of the parameters and its own statistics."""
+    models, training = FlatModel(normed()), LocalTraining(SGD, 2, CONFIG.batch_size)
+
+    def trained_from(client_id: int, round_number: int, start: Tensor) -> Tensor:
+        data = dataset().client_data(client_id)
+        place = {"phase": Phase.FEDAVG, "round_number": round_number, "client_id": client_id}
+        seeds = seed_sequence(LOCAL.seed, Purpose.LOCAL_TRAINING, **place)
+        models.train(start, [Client(data.train_inputs, data.train_labels, seeds)], training)
+        return models.vector.clone()
+
+    rows = [flatten(normed())] * 16
+    clients = sorted(dataset().train_client_ids)
+    weights = torch.tensor([dataset().num_train_examples(client_id) for client_id in clients], dtype=torch.float64)
+    for round_number in (1, 2):
+        mean = ((torch.stack(rows).double() * weights[:, None]).sum(0) / weights.sum()).float()
+        starts = [torch.cat([mean[:-NUM_BUFFER_ENTRIES], row[-NUM_BUFFER_ENTRIES:]]) for row in rows]
+        rows = [trained_from(client_id, round_number, start) for client_id, start in zip(clients, starts, strict=True)]
+    expected = ((torch.stack(rows).double() * weights[:, None]).sum(0) / weights.sum()).float()
+    state = fresh(LOCAL)
+    result = run(LOCAL, state=state)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-4)
+    for client_id, row in zip(clients, rows, strict=True):
+        kept = state.client_states.get(client_id)[BUFFERS]
+        torch.testing.assert_close(kept, row[-NUM_BUFFER_ENTRIES:], rtol=1e-3, atol=1e-4)
+
+
+def test_it_matters_whose_statistics_a_client_goes_on_from() -> None:
+    """Where all take part in each round it does not for their mean, because each is a mean of what came before."""
+    some = dataclasses.replace(LOCAL, cohort_size=8, fedavg=dataclasses.replace(LOCAL.fedavg, num_rounds=3))
+    local, shared = run(some), run(dataclasses.replace(some, buffers="global"))
+    assert torch.equal(local[:-NUM_BUFFER_ENTRIES], shared[:-NUM_BUFFER_ENTRIES]), "training does not read them"
+    assert not torch.allclose(local[-NUM_BUFFER_ENTRIES:], shared[-NUM_BUFFER_ENTRIES:], rtol=1e-3, atol=1e-4)
+
+
+def test_the_first_round_does_not_depend_on_whose_statistics_are() -> None:
+    """Nobody has kept any: all start from the server's, and their mean is the server's again."""
+    one = dataclasses.replace(LOCAL, fedavg=dataclasses.replace(CONFIG.fedavg, num_rounds=1))
+    torch.testing.assert_close(run(one), run(dataclasses.replace(one, buffers="global")), rtol=1e-6, atol=1e-6)
+
+
+def test_local_statistics_stand_beside_what_a_method_keeps() -> None:
+    """A method does not see them, nor they it."""
+    config = with_method(LOCAL, Phase.FEDAVG, Ditto())
+    state = fresh(config)
+    result = run(config, slots=2, state=state)
+    assert set(state.client_states.get(0)) == {BUFFERS, "model"}
+    assert torch.equal(result, run(LOCAL)), "the global path of Ditto is FedAvg's"
+
+
+def test_a_client_is_scored_with_its_own_statistics_and_an_unseen_one_with_the_mean() -> None:
+    state = fresh(LOCAL)
+    start = run(LOCAL, state=state)
+    executor = LocalExecutor(LOCAL, normed(), dataset())
+    (seen,) = executor.score(ScoringTask(Phase.FEDAVG, 2, (3,), states=state.client_states), start)
+    (unseen,) = executor.score(ScoringTask(Phase.FEDAVG, 2, (3,)), start)
+    own = torch.cat([start[:-NUM_BUFFER_ENTRIES], state.client_states.get(3)[BUFFERS]])
+    (given,) = executor.score(ScoringTask(Phase.FEDAVG, 2, (3,)), own)
+    assert seen == given
+    assert seen.initial != unseen.initial
+
+
+def test_local_statistics_need_a_model_that_has_some() -> None:
+    with pytest.raises(ValueError, match="--buffers local has no meaning for --model mlp: that model has no buffers"):
+        utils.get_model(make_config(buffers="local"), dataset())
+    utils.get_model(make_config(buffers="local", architecture="resnet8"), dataset())
 
 
 class Scaled(nn.Module):
