@@ -31,7 +31,7 @@ def make_run(path: Path, method: Method, data: Any = None, **changes: Any) -> tu
     phase = PhaseConfig(4, 1, SGD, OptimizerConfig("sgd", 1.0), method=method)
     config = make_config(fedavg=phase, fine_tune=None, eval_every=100, **changes)
     data = data or digits_dataset(20)
-    model = build_model("mlp", data.num_classes)
+    model = build_model("mlp", (1, 28, 28), data.num_classes)
     folder = RunFolder(path)
     run_and_record(config, LocalExecutor(config, model, data, num_slots=2), data, model, folder, {"world_size": 1})
     folder.close()
@@ -53,7 +53,7 @@ def test_every_scored_client_gets_its_figures_to_the_digit(
     rows = rows_of(path)
     assert {row["population"] for row in rows} >= {"unseen"}
     for row in rows:
-        model = build_model("mlp", 10)
+        model = build_model("mlp", (1, 28, 28), 10)
         adapted = adapt_client(RecordedRun.read(path), model, data, int(row["client_id"]))
         assert adapted.population.value == row["population"]
         for kind, values in (("initial", adapted.score.initial), ("personalized", adapted.score.personalized)):
