@@ -4,7 +4,7 @@ python benchmarks/planted_fault.py POINT PHASE ROUND SIGNAL NOTE server.py|clien
 
 POINT: see POINTS.  PHASE: fedavg or fine_tune, and ROUND a round of it, in which the point is to be reached (ignored
 by points before the first round).  SIGNAL: such as SIGKILL.  NOTE: file that gets the time just before the signal.
-Of the server's points, single_process.py reaches those of stepping and saving.
+Of the server's points, single_process.py reaches those of stepping, saving and keeping.
 The code that runs is the project's own; only the functions at the point are wrapped.
 """
 
@@ -188,10 +188,19 @@ def server_scoring(fault: Fault) -> None:
 
 def server_saving(fault: Fault) -> None:
     """A checkpoint is written, but not under its own name yet."""
+    _server_writing(fault, "checkpoint")
+
+
+def server_keeping(fault: Fault) -> None:
+    """What a client keeps is written, but not under its own name yet."""
+    _server_writing(fault, "client_states")
+
+
+def _server_writing(fault: Fault, folder: str) -> None:
     follow_server(fault)
 
     def strike(partial: Path, path: Path) -> None:
-        if path.suffix == ".safetensors":
+        if path.parent.name == folder:
             fault.strike_if_due()
 
     before(os, "replace", strike)
@@ -209,6 +218,7 @@ POINTS: dict[str, Callable[[Fault], None]] = {
     "server stepping": server_stepping,
     "server scoring": server_scoring,
     "server saving": server_saving,
+    "server keeping": server_keeping,
 }
 
 

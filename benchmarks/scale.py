@@ -1,6 +1,10 @@
-"""What a server costs: against clients in total, clients a round, workers and parameters, one of them varied at a time.
+"""What a server costs: against clients in total, clients a round, workers, parameters, methods and clients' states.
 
-python benchmarks/scale.py [--only clients cohort workers parameters] [--rounds N] [--repeats N]
+python benchmarks/scale.py [--only clients cohort workers parameters method keeping] [--rounds N] [--repeats N]
+
+One of them is varied at a time. The methods are one that keeps nothing (fedavg), one that keeps the last layer of each
+client (fedper) and one that keeps a whole model (ditto). `keeping` is the number of clients that have trained with
+ditto, 50 a round, when it ends: each has a file then, which the server's memory must not grow with.
 
 Real processes, `server.py` and `client_worker.py` as a user starts them, on this machine. Clients are synthetic writers
 with 25 examples or so that take one local step, and only one of them is unseen, so that the server's share is as large
@@ -10,8 +14,9 @@ as can be. The model is an MLP with one hidden layer, as wide as its number of p
 Prints a Markdown table for each axis. Listening: seconds from the server's start until it listens. Set-up CPU: its
 processor time until the first round, the workers' joining included. CPU and wall a round: from the end of the first
 round to the end of the last but one (scoring comes before the end of the last), checkpoints included. Memory: the
-server's largest resident memory until then. Sent, received: tensors and messages of a round, all workers together. In
-brackets: the ratio to the base, which is a row of each table and measured once. The last line is JSON.
+server's largest resident memory until then. Sent, received: tensors and messages of a round, all workers together.
+States: files of what clients keep, at the end. In brackets: the ratio to the base, which is a row of each table (of
+`keeping`, its first) and measured once. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -31,11 +36,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # also where a server imports it for its data set
 
 from figures import figure, times  # noqa: E402
 from torch import nn  # noqa: E402
@@ -55,27 +61,52 @@ HIDDEN_UNITS = "PERFEDAVG_BENCHMARK_HIDDEN_UNITS"
 
 @dataclass(frozen=True)
 class Point:
-    """The size of a run. clients: in total.  cohort: clients a round.  parameters: roughly, of the model."""
+    """The size of a run. clients: in total.  cohort: clients a round.  parameters: roughly, of the model.
+
+    rounds: that are counted; None for those that were asked for.
+    """
 
     clients: int = 10_000
     cohort: int = 10
     workers: int = 2
     parameters: int = 1_000_000
+    method: str = "fedavg"
+    rounds: int | None = None
 
 
 BASE = Point()
-AXES = {
+UNCOUNTED_ROUNDS = 2
+"""Of a run, its first and its last."""
+AXES: dict[str, tuple[int | str, ...]] = {
     "clients": (100, 1_000, 10_000, 100_000, 1_000_000),
     "cohort": (5, 10, 100, 1_000),
     "workers": (1, 2, 4, 8),
     "parameters": (100_000, 1_000_000, 3_300_000, 25_000_000),
+    "method": ("fedavg", "fedper", "ditto"),
+    "keeping": (250, 500, 1_000, 2_000),
 }
-"""The values of each field of a point, that of BASE among them."""
+"""The values of each field of a point, that of BASE among them; of `keeping`, see `point_of`."""
+
+
+def point_of(axis: str, value: int | str) -> Point:
+    if axis != "keeping":
+        varied: dict[str, Any] = {axis: value}
+        return dataclasses.replace(BASE, **varied)
+    cohort = 50
+    return Point(cohort=cohort, parameters=100_000, method="ditto", rounds=int(value) // cohort - UNCOUNTED_ROUNDS)
+
+
+def base_of(axis: str) -> Point:
+    return point_of(axis, AXES[axis][0]) if axis == "keeping" else BASE
+
+
 TITLES = {
     "clients": "clients in total",
     "cohort": "clients a round",
     "workers": "workers",
     "parameters": "parameters",
+    "method": "method",
+    "keeping": "clients that keep a model",
 }
 
 
@@ -90,6 +121,7 @@ class Cost:
     memory_mb: float
     sent_mb: float
     received_mb: float
+    states_mb: float
 
 
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -100,6 +132,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "memory_mb": ("memory", lambda value: f"{figure(value)} MB"),
     "sent_mb": ("sent a round", lambda value: f"{value:.2f} MB"),
     "received_mb": ("received a round", lambda value: f"{value:.2f} MB"),
+    "states_mb": ("states", lambda value: f"{figure(value)} MB" if value else "none"),
 }
 """Heading and text of each field of a cost."""
 
@@ -128,13 +161,13 @@ def main() -> None:
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves no process behind
     points = [BASE]
-    points += [dataclasses.replace(BASE, **{axis: value}) for axis in args.only for value in AXES[axis]]
+    points += [point_of(axis, value) for axis in args.only for value in AXES[axis]]
     points = list(dict.fromkeys(points))
     measured: dict[Point, list[Cost]] = {point: [] for point in points}
     for repeat in range(args.repeats):
         for point in points:
             print(f"{repeat + 1} of {args.repeats}: {point}", file=sys.stderr, flush=True)
-            measured[point].append(measure(point, args.rounds))
+            measured[point].append(measure(point, point.rounds or args.rounds))
     costs = {point: median_cost(measured[point]) for point in points}
     for axis in args.only:
         print_table(axis, costs)
@@ -161,7 +194,7 @@ def parse_args() -> argparse.Namespace:
 
 def measure(point: Point, rounds: int) -> Cost:
     """Run a server with its workers, and account for the server. rounds: that are counted."""
-    with tempfile.TemporaryDirectory() as folder, Run(Path(folder), point, rounds + 2) as run:
+    with tempfile.TemporaryDirectory() as folder, Run(Path(folder), point, rounds + UNCOUNTED_ROUNDS) as run:
         run.start_server()
         run.wait_for(lambda: "listening on" in run.said("server"))
         listening_s = time.monotonic() - run.started
@@ -174,15 +207,16 @@ def measure(point: Point, rounds: int) -> Cost:
         counted = run.num_rounds - first
         wall_s, cpu_s, memory_mb = time.monotonic() - first_s, run.cpu_seconds - first_cpu_s, run.peak_memory_mb
         run.wait_for(lambda: run.has_ended)
-        sent_mb, received_mb = run.traffic_mb
+        (sent_mb, received_mb), states_mb = run.traffic_mb, run.states_mb
     return Cost(
         listening_s,
         setup_cpu_s,
         cpu_s / counted,
         wall_s / counted,
         memory_mb,
-        sent_mb / (rounds + 2),
-        received_mb / (rounds + 2),
+        sent_mb / (rounds + UNCOUNTED_ROUNDS),
+        received_mb / (rounds + UNCOUNTED_ROUNDS),
+        states_mb,
     )
 
 
@@ -222,6 +256,7 @@ class Run:
             "personalization_epochs": 1,
             "eval_every": 1_000_000,
             "fine_tune_method": "none",
+            "method": self._point.method,
             "run_dir": self._run_dir,
         }
         self.started = time.monotonic()
@@ -284,6 +319,11 @@ class Run:
         return (int(match[1]) - model_size) / MEGABYTE, int(match[2]) / MEGABYTE
 
     @property
+    def states_mb(self) -> float:
+        """Of the files of what clients keep."""
+        return sum(file.stat().st_size for file in self._run_dir.glob("client_states/*")) / MEGABYTE
+
+    @property
     def _run_dir(self) -> Path:
         return self._folder / "run"
 
@@ -306,26 +346,37 @@ def median_cost(costs: list[Cost]) -> Cost:
 
 
 def ratios(cost: Cost, base: Cost) -> dict[str, float]:
-    return {name: getattr(cost, name) / getattr(base, name) for name in COLUMNS}
+    """By column; without one that is 0 in the base."""
+    return {name: getattr(cost, name) / getattr(base, name) for name in COLUMNS if getattr(base, name)}
 
 
 def print_table(axis: str, costs: dict[Point, Cost]) -> None:
-    fixed = ", ".join(f"{getattr(BASE, name):,} {TITLES[name]}" for name in TITLES if name != axis)
+    base = base_of(axis)
+    sizes = ("clients", "cohort", "workers", "parameters")
+    fixed = ", ".join(f"{getattr(base, name):,} {TITLES[name]}" for name in sizes if name != axis)
+    fixed += "" if axis == "method" else f", {base.method}"
     print(f"\n{fixed}:\n")
     print(f"| {TITLES[axis]} | {' | '.join(heading for heading, _ in COLUMNS.values())} |")
     print(f"|{'---:|' * (1 + len(COLUMNS))}")
     for value in AXES[axis]:
-        cost = costs[dataclasses.replace(BASE, **{axis: value})]
-        ratio = ratios(cost, costs[BASE])
-        cells = [f"{text(getattr(cost, name))} ({times(ratio[name])})" for name, (_, text) in COLUMNS.items()]
-        print(f"| {value:,} | {' | '.join(cells)} |", flush=True)
+        cost = costs[point_of(axis, value)]
+        ratio = ratios(cost, costs[base])
+        cells = [
+            f"{text(getattr(cost, name))}{f' ({times(ratio[name])})' if name in ratio else ''}"
+            for name, (_, text) in COLUMNS.items()
+        ]
+        print(f"| {value if isinstance(value, str) else f'{value:,}'} | {' | '.join(cells)} |", flush=True)
 
 
-def summary(axis: str, value: int, costs: dict[Point, Cost]) -> dict[str, object]:
+def summary(axis: str, value: int | str, costs: dict[Point, Cost]) -> dict[str, object]:
     """A row for the JSON object."""
-    cost = costs[dataclasses.replace(BASE, **{axis: value})]
+    cost = costs[point_of(axis, value)]
     numbers = {name: round(number, 4) for name, number in dataclasses.asdict(cost).items()}
-    return {axis: value, **numbers, "ratios": {name: round(r, 3) for name, r in ratios(cost, costs[BASE]).items()}}
+    return {
+        axis: value,
+        **numbers,
+        "ratios": {name: round(r, 3) for name, r in ratios(cost, costs[base_of(axis)]).items()},
+    }
 
 
 if __name__ == "__main__":

@@ -16,9 +16,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 from helpers import count_rounds, from_counted_rounds  # noqa: E402
 
+from multi_process import travelling_states  # noqa: E402
+from perfedavg.engine import client_states  # noqa: E402
 from perfedavg.methods import FedAvg, Reptile  # noqa: E402
 
 if __name__ == "__main__":
+    client_states.BATCH_BYTES = travelling_states.BATCH_BYTES = 1  # each state travels by itself, before the sum
     for method in (FedAvg, Reptile):
         method.keeps_state = True
         method.update = count_rounds(method.update)  # type: ignore[method-assign]

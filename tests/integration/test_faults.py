@@ -19,6 +19,7 @@ from helpers import (
 )
 
 from benchmarks.faults import EXPERIMENT, MATRIX, Result, Row, run_row, run_undisturbed
+from perfedavg.recording.files import read_tensors
 
 ALWAYS = (
     Row("worker training", "fedavg", 2, "SIGKILL", "again"),
@@ -62,6 +63,42 @@ def test_a_fault_changes_nothing_in_the_result(row: Row, undisturbed: Result, tm
 def test_the_rest_of_the_fault_matrix(row: Row, whole_undisturbed: Result, tmp_path: Path) -> None:
     """With the experiment of benchmarks/faults.py, which leaves every struck process the time to come back."""
     assert_same(run_row(row, tmp_path / "run", launch_fork), whole_undisturbed)
+
+
+KEEPING = [*LIGHT, "--method", "ditto"]
+"""The experiment with a method that keeps a model of each client's own."""
+KEEPING_ROWS = [
+    Row("worker training", "fedavg", 3, "SIGKILL", "again"),
+    Row("worker sending", "fedavg", 3, "SIGKILL", "others"),
+    Row("worker scoring", "fedavg", 4, "SIGKILL", "others"),
+    Row("server waiting", "fedavg", 3, "SIGKILL", "again"),
+    Row("server keeping", "fedavg", 3, "SIGKILL", "again"),
+    Row("server keeping", "fedavg", 4, "SIGTERM", "again"),
+    Row("server stepping", "fedavg", 4, "SIGKILL", "again"),
+    Row("server saving", "fedavg", 4, "SIGKILL", "again"),
+]
+
+
+@pytest.fixture(scope="module")
+def keeping_undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, dict[str, str]]:
+    folder = tmp_path_factory.mktemp("keeping") / "run"
+    return run_undisturbed(folder, launch_fork, KEEPING), states_of(folder)
+
+
+def states_of(folder: Path) -> dict[str, str]:
+    """The checksums of what each client keeps at the end, by the names of the files."""
+    files = (folder / "run" / "client_states").iterdir()
+    return {file.name: read_tensors(file)[1]["crc32"] for file in files}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", KEEPING_ROWS, ids=[row.name for row in KEEPING_ROWS])
+def test_a_fault_changes_nothing_in_what_clients_keep(
+    row: Row, keeping_undisturbed: tuple[Result, dict[str, str]], tmp_path: Path
+) -> None:
+    undisturbed, states = keeping_undisturbed
+    assert_same(run_row(row, tmp_path / "run", launch_fork, KEEPING), undisturbed)
+    assert states_of(tmp_path / "run") == states
 
 
 def test_a_worker_more_is_taken_in_and_then_the_first_ones_may_leave(launched: Launched, tmp_path: Path) -> None:
