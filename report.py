@@ -34,6 +34,13 @@ class Report(Checked):
         metavar="FOLDER",
         absent="RUN/report for a single run, else report here",
     )
+    against: Path | None = setting(
+        None,
+        "the run, or the folder of the runs of several seeds, that the others are compared with, client by client",
+        parse=paths.path,
+        metavar="RUN",
+        absent="FedAvg with fine-tuning",
+    )
     target: float = setting(0.8, "accuracy to which rounds are counted", above=0, at_most=1)
 
 
@@ -51,7 +58,7 @@ def main() -> None:
         say(f"left out: {reason}")
     if not runs:
         raise ValueError("no run is left to report")
-    report = build_report(runs, args.target)
+    report = build_report(runs, args.target, args.against)
     output = args.output or (runs[0].path / "report" if named == [runs[0].path] else Path("report"))
     show(to_markdown(report, with_plots=False))
     write_report(with_plots_drawn(report), output)

@@ -10,8 +10,10 @@ from pathlib import Path
 from datasets.registry import DATA_SETS, USERS_OWN
 from perfedavg.own_files import shown_dataset
 from perfedavg.recording.runs import FinishedRun, find_runs
+from perfedavg.settings import Population
 from perfedavg.terminal.console import reason_of, say
 from reporting import plots, tables
+from reporting.comparison import Reference, choose_reference, comparison_table, explain_comparison
 from reporting.figures import ACCURACY, Measure, counted
 from reporting.rows import Row, common_settings, flat_settings, group_rows, leave_out_repeats
 from reporting.tables import Table
@@ -27,9 +29,9 @@ _CHANGES = (
 _SHARED = {
     "fedavg num_rounds": "rounds of FedAvg",
     "fine_tune num_rounds": "rounds of fine-tuning",
-    "fine_tune method": "its method",
-    "fine_tune num_local_epochs": "its local epochs",
-    "fine_tune num_local_steps": "its local steps",
+    "fine_tune method": "method of fine-tuning",
+    "fine_tune num_local_epochs": "local epochs of fine-tuning",
+    "fine_tune num_local_steps": "local steps of fine-tuning",
     "num_personalization_epochs": "epochs of personalization",
     "num_clients": "clients, training and unseen",
     "partition": "partition",
@@ -118,13 +120,19 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
     return runs, reasons
 
 
-def build_report(runs: Sequence[FinishedRun], target: float) -> Report:
-    """target: the accuracy to which rounds are counted, above 0 and at most 1."""
+def build_report(runs: Sequence[FinishedRun], target: float, against: Path | None = None) -> Report:
+    """target: the accuracy to which rounds are counted, above 0 and at most 1.
+
+    against: the run, or the folder of the runs, that other rows are compared with; by default FedAvg with fine-tuning.
+    Raises ValueError where it is none of the runs.
+    """
     by_dataset: dict[str, list[FinishedRun]] = {}
     for run in runs:
         by_dataset.setdefault(run.dataset, []).append(run)
     rows = {dataset: group_rows(by_dataset[dataset]) for dataset in sorted(by_dataset)}
     all_rows = [row for some in rows.values() for row in some]
+    if against is not None and choose_reference(all_rows, against) is None:
+        raise ValueError(f"--against {against} is none of the runs of the report; name one of them, or their folder")
     names = distinct_names(list(rows))
     return Report(
         title=f"Personalized FedAvg on {', '.join(names.values())}",
@@ -134,7 +142,7 @@ def build_report(runs: Sequence[FinishedRun], target: float) -> Report:
         "the same model after adapting it on that client's own training part. Clients hurt are those that fare worse "
         "after that.",
         sections=[
-            Section(names[dataset], list(_blocks(dataset, names[dataset], some, target)))
+            Section(names[dataset], list(_blocks(dataset, names[dataset], some, target, against)))
             for dataset, some in rows.items()
         ],
         csv=tables.to_csv(all_rows, target),
@@ -170,16 +178,20 @@ def _drawn(block: Block) -> Block:
     return block
 
 
-def _blocks(dataset: str, name: str, rows: Sequence[Row], target: float) -> Iterator[Block]:
+def _blocks(dataset: str, name: str, rows: Sequence[Row], target: float, against: Path | None) -> Iterator[Block]:
     measures = [Measure("loss", DATA_SETS.get(dataset, USERS_OWN).loss_name)]
     if any(row.has_accuracy for row in rows):
         measures.append(ACCURACY)
+    others = [Measure(name, name, is_better) for row in rows for name, is_better in row.metrics.items()]
+    others = list(dict.fromkeys(others))
     measure, name = measures[-1], name.replace(":", ".")
     yield from _notes(dataset, rows, measure)
-    yield from (Heading("Results"), tables.results_table(rows, measures))
+    yield from (Heading("Results"), tables.results_table(rows, [*measures, *others]))
     if any(row.nickname for row in rows):
         yield from ("Rows that are called by their folders:", tables.nicknames_table(rows))
-    changes = tables.changes_table(rows, measures)
+    if len(rows) > 1 or any(len(row.populations) > 1 for row in rows):
+        yield from _comparison(rows, [measure, *others], choose_reference(rows, against))
+    changes = tables.changes_table(rows, [*measures, *others])
     if changes.rows:
         yield from (Heading("What fine-tuning changes"), _CHANGES, changes)
     if measure.is_accuracy:
@@ -233,14 +245,23 @@ def _curves(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]
         yield Plot(name, description, draw)
 
 
+def _comparison(rows: Sequence[Row], measures: Sequence[Measure], reference: Reference | None) -> Iterator[Block]:
+    yield from (Heading("Methods side by side"), explain_comparison(rows, reference))
+    for measure in measures:
+        yield from ([f"By {measure.name}:"] if len(measures) > 1 else [])
+        yield comparison_table(rows, reference, measure)
+
+
 def _clients(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]:
-    draw = plots.draw_clients(rows, measure)
-    if draw is not None:
-        yield Heading("Unseen clients")
-        yield f"Percentiles of the {measure.name} over the unseen clients of all seeds together."
-        yield tables.clients_table(rows, measure)
-        description = f"How the {measure.name} is distributed over unseen clients, before and after personalization"
-        yield Plot(name, f"{description}; all seeds.", draw)
+    for population in Population:
+        draw = plots.draw_clients(rows, measure, population)
+        if draw is not None:
+            who = population.value
+            yield Heading(f"{who.capitalize()} clients")
+            yield f"Percentiles of the {measure.name} over the {who} clients of all seeds together."
+            yield tables.clients_table(rows, measure, population)
+            description = f"How the {measure.name} is distributed over {who} clients, before and after personalization"
+            yield Plot(name if population is Population.UNSEEN else f"{name}-{who}", f"{description}; all seeds.", draw)
 
 
 def _personalization(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]:

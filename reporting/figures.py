@@ -39,12 +39,13 @@ def seed_mean(values: Sequence[float | None]) -> SeedMean | None:
 class Measure:
     """What a report tells of scores.
 
-    field: `accuracy` or `loss`, as in `Scores` and in the columns of clients.csv.
+    field: the metric, as in `Scores` and in the columns of clients.csv.
     name: what the report calls it.
     """
 
     field: str
     name: str
+    higher_is_better: bool = False
 
     @property
     def is_accuracy(self) -> bool:
@@ -61,13 +62,20 @@ class Measure:
     def text(self, value: SeedMean | None) -> str:
         return percent(value) if self.is_accuracy else plain(value)
 
-    def client_scores(self, runs: Iterable[FinishedRun], phase: Phase, kind: str) -> NDArray[np.float64]:
-        """The scores of the runs' unseen clients, one run after the other; NaN where a score is no number."""
-        columns = [run.client_scores(phase, kind, self.field) for run in runs]
+    def difference(self, value: SeedMean | None) -> str:
+        """A difference of two means, as text with its sign."""
+        text = self.text(value)
+        return text if text == NO_NUMBER or text.startswith("-") else f"+{text}"
+
+    def client_scores(
+        self, runs: Iterable[FinishedRun], phase: Phase, kind: str, population: Population = Population.UNSEEN
+    ) -> NDArray[np.float64]:
+        """The scores of the runs' clients, one run after the other; NaN where a score is no number."""
+        columns = [run.client_scores(phase, kind, self.field, population) for run in runs]
         return np.concatenate([np.empty(0), *(column for column in columns if column is not None)])
 
 
-ACCURACY = Measure("accuracy", "accuracy")
+ACCURACY = Measure("accuracy", "accuracy", higher_is_better=True)
 
 
 def plain(value: SeedMean | None, digits: int = 4, factor: float = 1.0, unit: str = "") -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from perfedavg.recording.runs import KINDS, PhaseResult
-from perfedavg.settings import Phase
+from perfedavg.settings import Phase, Population
 from reporting.drawing import png
 from reporting.figures import Measure, confidence_95, steps_per_epoch
 from reporting.rows import Row
@@ -61,6 +61,8 @@ _LEGEND_WIDTH = 64
 _TITLE_WIDTH = 76
 """Letters in a line: of a legend with two columns, of the title of one panel of two."""
 _NUM_BINS = 20
+_MOST_NAMED_CLIENTS = 40
+_NAME_CHARS = 24
 _SHOWN_SHARE_OF_LOSSES = 98
 """Percentile of the losses at which their histogram ends; those beyond are in its last bin."""
 
@@ -145,16 +147,22 @@ def draw_lines(
     return figure
 
 
-def draw_clients(rows: Sequence[Row], measure: Measure) -> Draw | None:
-    """Histograms over unseen clients, all seeds together, before and after personalization: a panel a row and phase.
+def draw_clients(rows: Sequence[Row], measure: Measure, population: Population) -> Draw | None:
+    """Histograms over clients, all seeds together, before and after personalization: a panel a row and phase.
 
-    None where no clients.csv could be read.
+    Of a single run with few clients, each client by its name. None where no clients.csv of such clients could be read.
     """
-    drawn = [row for row in rows if any(run.clients is not None for run in row.runs)]
+    drawn = [row for row in rows if any(population in (run.clients or ()) for run in row.runs)]
+    if len(drawn) == len(drawn[0].runs if drawn else ()) == 1:
+        names = (drawn[0].runs[0].client_names or {})[population]
+        if len(names) <= _MOST_NAMED_CLIENTS:
+            return partial(_draw_named_clients, drawn[0], names, measure, population)
     if not drawn:
         return None
     scores = {
-        f"{row.label}: after {row.after(phase)}": [measure.client_scores(row.runs, phase, kind) for kind in KINDS]
+        f"{row.label}: after {row.after(phase)}": [
+            measure.client_scores(row.runs, phase, kind, population) for kind in KINDS
+        ]
         for row in drawn
         for phase in row.results
     }
@@ -176,11 +184,38 @@ def draw_clients(rows: Sequence[Row], measure: Measure) -> Draw | None:
         for panel in panels.flat[len(scores) - num_columns : len(scores)]:
             panel.tick_params(labelbottom=True)
             panel.set_xlabel(f"{measure.name} of a client on its test part")
-        figure.supylabel("% of unseen clients", fontsize=9)
+        figure.supylabel(f"% of {population.value} clients", fontsize=9)
         _legend_below(figure, panels.flat)
         return figure
 
     return draw
+
+
+def _draw_named_clients(
+    row: Row, names: Sequence[str], measure: Measure, population: Population, theme: Theme
+) -> Figure:
+    """A line a client from its initial to its personalized score, the best on top: a panel a phase."""
+    figure, (panels,) = _figure(1, len(row.results), 0.2 * len(names) + 0.7, legend_lines=1)
+    *_, last = row.results
+    order = np.argsort(measure.client_scores(row.runs, last, "personalized", population), kind="stable")
+    order = order if measure.higher_is_better else order[::-1]
+    places = np.arange(len(names))
+    for panel, phase in zip(panels, row.results, strict=True):
+        initial, personalized = (measure.client_scores(row.runs, phase, kind, population)[order] for kind in KINDS)
+        panel.hlines(places, initial, personalized, color=theme.grid, linewidth=2)
+        for kind, values, color in zip(KINDS, (initial, personalized), theme.kinds, strict=True):
+            panel.plot(values, places, linestyle="", marker="o", markersize=5, color=color, label=kind)
+        panel.set(title=f"after {row.after(phase)}", xlabel=f"{measure.name} of a client on its test part")
+        panel.set_xlim(-0.02, 1.02) if measure.is_accuracy else panel.set_xlim(left=0)
+    panels[0].set_yticks(places, [_tick_label(names[place]) for place in order])
+    panels[0].set_ylabel(f"{population.value} clients")
+    _legend_below(figure, panels)
+    return figure
+
+
+def _tick_label(name: str) -> str:
+    """Short, and without the sign that would begin a formula."""
+    return (name if len(name) <= _NAME_CHARS else f"{name[: _NAME_CHARS - 3]}...").replace("$", r"\$")
 
 
 def mean_curve(row: Row, kind: str, measure: Measure) -> Curve:

@@ -11,8 +11,10 @@ from functools import cached_property
 from typing import Any
 
 from perfedavg.fields import flags_of
+from perfedavg.methods import FedAvg
+from perfedavg.metrics import BASIC_METRICS
 from perfedavg.recording.runs import KINDS, FinishedRun, PhaseResult
-from perfedavg.settings import ExperimentConfig, Phase
+from perfedavg.settings import ExperimentConfig, Phase, Population
 from reporting.figures import counted
 
 _IN_THE_NAME = ("cohort_size", "joint", "fedavg", "fedavg num_local_epochs", "fedavg num_local_steps")
@@ -59,8 +61,32 @@ class Row:
 
     @cached_property
     def results(self) -> dict[Phase, list[PhaseResult]]:
-        """The results of each seed after each phase, the phases in their order."""
-        return {phase: [run.phases[phase] for run in self.runs] for phase in self.runs[0].phases}
+        """How the unseen clients of each seed fare after each phase, the phases in their order."""
+        return self.results_of(Population.UNSEEN)
+
+    def results_of(self, population: Population) -> dict[Phase, list[PhaseResult]]:
+        """How a population fares, in those seeds that scored it; empty where none did."""
+        results = [run.results[population] for run in self.runs if population in run.results]
+        return {phase: [one[phase] for one in results] for phase in self.runs[0].phases} if results else {}
+
+    @property
+    def populations(self) -> list[Population]:
+        """Those that were scored."""
+        return [population for population in Population if self.results_of(population)]
+
+    @property
+    def metrics(self) -> dict[str, bool]:
+        """What its clients were scored by besides loss and accuracy, and whether higher is better."""
+        metrics: dict[str, bool] = {}
+        for run in self.runs:
+            metrics |= run.result.higher_is_better
+        return {name: higher_is_better for name, higher_is_better in metrics.items() if name not in BASIC_METRICS}
+
+    @property
+    def is_fedavg(self) -> bool:
+        """Whether phase 1 is FedAvg over clients, of their own settings' epochs or steps."""
+        fedavg = self.settings["fedavg"]
+        return fedavg["method"]["name"] == FedAvg.name and fedavg["num_rounds"] > 0 and not self.settings["joint"]
 
     @property
     def results_by_epoch(self) -> dict[Phase, list[PhaseResult]]:
@@ -120,7 +146,15 @@ def group_rows(runs: Sequence[FinishedRun]) -> list[Row]:
     ]
     folders = Counter(map(_common_folder, rows))
     rows = [replace(row, nickname=_nickname(row)) if folders[_common_folder(row)] == 1 else row for row in rows]
-    return sorted(rows, key=_sort_key)
+    return sorted(_made_distinct(rows), key=_sort_key)
+
+
+def _made_distinct(rows: Sequence[Row]) -> list[Row]:
+    """The rows, with their folders in the names of those whose labels are the same."""
+    labels = Counter(row.label for row in rows)
+    return [
+        replace(row, nickname=f"{row.label} ({row.runs[0].path})") if labels[row.label] > 1 else row for row in rows
+    ]
 
 
 def common_settings(all_flat: Sequence[Settings]) -> Settings:
@@ -201,7 +235,7 @@ def _nickname(row: Row) -> str:
     if not folder or (row.has_cohort_and_epochs and not row.differences):
         return ""
     shown = {name: value for name, value in row.settings.items() if _is_always_shown(name, value) and value != folder}
-    return ", ".join([folder, *(word for name, value in shown.items() for word in _words(name, value, []))])
+    return ", ".join([folder, *(word for name in shown for word in _words(name, row.settings, [row.settings]))])
 
 
 def _is_always_shown(name: str, value: Any) -> bool:
@@ -234,19 +268,24 @@ def _differences(all_flat: Sequence[Settings]) -> list[list[str]]:
             if name not in flat or name in said:
                 continue
             if name not in common or flat[name] != common[name] or _is_always_shown(name, flat[name]):
-                words += _words(name, flat[name], [other[name] for other in all_flat if name in other])
+                words += _words(name, flat, all_flat)
+                said |= {f"{name} method"}
         differences.append(words)
     return differences
 
 
-def _words(name: str, value: Any, values: Sequence[Any]) -> list[str]:
-    """A setting as the label shows it: nothing for what is only absent. values: those of all rows that have it."""
+def _words(name: str, flat: Settings, all_flat: Sequence[Settings]) -> list[str]:
+    """A setting of a row as its label shows it. all_flat: the settings of all rows."""
+    value, values = flat[name], [other[name] for other in all_flat if name in other]
     if name in {phase.field for phase in Phase}:
-        return [] if value else [f"no {Phase.of_field(name).label}"]
+        label, method = Phase.of_field(name).label, f"{name} method"
+        if not value:
+            return [f"no {label}"]
+        return [f"{label} by {_choice_words(flat[method], [other[method] for other in all_flat if method in other])}"]
     if isinstance(value, bool):
-        return [name] if value else []
+        return [name if value else f"no {name}"]
     if isinstance(value, dict):
-        return [f"{name} {_choice_words(value, values)}"]
+        return [f"{'method' if name == 'fedavg method' else name} {_choice_words(value, values)}"]
     return [f"{name} {'none' if value is None else value}"]
 
 

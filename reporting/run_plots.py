@@ -7,6 +7,7 @@ from pathlib import Path
 
 from perfedavg.recording.files import replace_file
 from perfedavg.recording.runs import KINDS, FinishedRun
+from perfedavg.settings import Population
 from perfedavg.terminal.console import optional
 from reporting.figures import ACCURACY, Measure
 from reporting.plots import LIGHT, Panel, draw_clients, draw_lines, mean_curve, render
@@ -14,7 +15,8 @@ from reporting.rows import group_rows
 
 
 def draw_run_plots(run_folder: Path) -> None:
-    """Write plots/accuracy.png, the learning curve, and plots/clients.png, the unseen clients before and after.
+    """Write plots/accuracy.png, the learning curve, and plots/clients.png and trained-clients.png, clients before and
+    after personalization.
 
     Of a regression, which has no accuracies, they are of losses, and the first is loss.png. Where drawing fails, for
     whatever reason, a line says so.
@@ -27,6 +29,10 @@ def draw_run_plots(run_folder: Path) -> None:
         boundaries = [row.settings["fedavg"]["num_rounds"]] if len(row.results) > 1 else []
         curve = partial(draw_lines, [Panel("", lines)], "round", measure, boundaries=boundaries)
         folder.mkdir(exist_ok=True)
-        for name, draw in ((measure.field, curve), ("clients", draw_clients([row], measure))):
+        clients = {
+            "clients": draw_clients([row], measure, Population.UNSEEN),
+            "trained-clients": draw_clients([row], measure, Population.TRAINED),
+        }
+        for name, draw in {measure.field: curve, **clients}.items():
             if draw is not None:
                 replace_file(folder / f"{name}.png", render(draw, LIGHT))

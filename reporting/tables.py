@@ -14,7 +14,7 @@ import numpy as np
 
 from perfedavg.plain_values import parse_toml
 from perfedavg.recording.runs import KINDS, FinishedRun, Scores
-from perfedavg.settings import Phase
+from perfedavg.settings import Phase, Population
 from reporting.figures import (
     ACCURACY,
     NO_NUMBER,
@@ -49,7 +49,7 @@ class Table:
     num_text_columns: int
 
 
-def _table(num_text_columns: int) -> Callable[[Callable[Arguments, Lines]], Callable[Arguments, Table]]:
+def makes_table(num_text_columns: int) -> Callable[[Callable[Arguments, Lines]], Callable[Arguments, Table]]:
     """Makes a table of the lines that a function yields."""
 
     def decorate(lines_of: Callable[Arguments, Lines]) -> Callable[Arguments, Table]:
@@ -64,18 +64,26 @@ def _table(num_text_columns: int) -> Callable[[Callable[Arguments, Lines]], Call
     return decorate
 
 
-@_table(num_text_columns=3)
+@makes_table(num_text_columns=3)
 def results_table(rows: Sequence[Row], measures: Sequence[Measure]) -> Lines:
-    """The main table: loss, accuracy and share of hurt clients after each phase, means over seeds."""
+    """The main table: scores and share of hurt clients after each phase, means over seeds.
+
+    A column says of whom, where clients that trained were scored too.
+    """
+    has_trained = any(Population.TRAINED in row.populations for row in rows)
     for row in rows:
-        for phase, results in row.results.items():
-            line = {"row": row.label, "seeds": str(len(row.runs)), "after": row.after(phase)}
-            line |= {f"{kind} {measure.name}": measure.mean(results, kind) for kind in KINDS for measure in measures}
-            line["clients hurt"] = percent(seed_mean([result.fraction_hurt for result in results]), digits=1)
-            yield line
+        for population in row.populations:
+            for phase, results in row.results_of(population).items():
+                line = {"row": row.label, "seeds": str(len(results)), "after": row.after(phase)}
+                line |= {"clients": population.value} if has_trained else {}
+                line |= {
+                    f"{kind} {measure.name}": measure.mean(results, kind) for kind in KINDS for measure in measures
+                }
+                line["clients hurt"] = percent(seed_mean([result.fraction_hurt for result in results]), digits=1)
+                yield line
 
 
-@_table(num_text_columns=2)
+@makes_table(num_text_columns=2)
 def changes_table(rows: Sequence[Row], measures: Sequence[Measure]) -> Lines:
     """What fine-tuning changes: the difference that it makes within a seed, mean and sample deviation over seeds.
 
@@ -89,12 +97,11 @@ def changes_table(rows: Sequence[Row], measures: Sequence[Measure]) -> Lines:
             for measure in measures:
                 before, after = (measure.values(results, kind) for results in row.results.values())
                 changes = [None if a is None or b is None else b - a for a, b in zip(before, after, strict=True)]
-                text = measure.text(seed_mean(changes))
-                line[f"{kind} {measure.name}"] = text if text.startswith("-") else f"+{text}"
+                line[f"{kind} {measure.name}"] = measure.difference(seed_mean(changes))
         yield line
 
 
-@_table(num_text_columns=2)
+@makes_table(num_text_columns=2)
 def nicknames_table(rows: Sequence[Row]) -> Lines:
     """What the rows are that are called by their folders."""
     for row in rows:
@@ -102,7 +109,7 @@ def nicknames_table(rows: Sequence[Row]) -> Lines:
             yield {"row": row.label, "what it is": row.description}
 
 
-@_table(num_text_columns=3)
+@makes_table(num_text_columns=3)
 def rounds_table(rows: Sequence[Row], target: float) -> Lines:
     """The paper's table: accuracies after each phase, and the rounds to a target accuracy."""
     phases = [phase for phase in Phase if any(phase in row.results for row in rows)]
@@ -116,26 +123,26 @@ def rounds_table(rows: Sequence[Row], target: float) -> Lines:
         yield line | {f"rounds to {target:g}, {kind}": _rounds(row, kind, target) for kind in KINDS}
 
 
-@_table(num_text_columns=2)
-def clients_table(rows: Sequence[Row], measure: Measure) -> Lines:
-    """Percentiles over the unseen clients of all seeds of a row, and the share of those whose score got worse.
+@makes_table(num_text_columns=2)
+def clients_table(rows: Sequence[Row], measure: Measure, population: Population) -> Lines:
+    """Percentiles over the clients of all seeds of a row, and the share of those whose score got worse.
 
     Rows of which clients.csv cannot be read are not in it.
     """
     for row in rows:
         for phase in row.results:
-            initial, personalized = (measure.client_scores(row.runs, phase, kind) for kind in KINDS)
+            initial, personalized = (measure.client_scores(row.runs, phase, kind, population) for kind in KINDS)
             if initial.size == 0:
                 continue
             line = {"row": row.label, "after": row.after(phase), "clients": str(initial.size)}
             for kind, scores in zip(KINDS, (initial, personalized), strict=True):
                 for percentile, value in zip(_PERCENTILES, np.percentile(scores, _PERCENTILES), strict=True):
                     line[f"{kind} {measure.name} p{percentile}"] = measure.text(SeedMean(float(value)))
-            worse = personalized < initial if measure.is_accuracy else personalized > initial
+            worse = personalized < initial if measure.higher_is_better else personalized > initial
             yield line | {"clients hurt": percent(SeedMean(float(np.mean(worse))), digits=1)}
 
 
-@_table(num_text_columns=3)
+@makes_table(num_text_columns=3)
 def epochs_table(rows: Sequence[Row]) -> Lines:
     """Accuracy after some numbers of personalization epochs, means over those seeds that measured them."""
     measured = [
@@ -152,7 +159,7 @@ def epochs_table(rows: Sequence[Row]) -> Lines:
         yield line
 
 
-@_table(num_text_columns=3)
+@makes_table(num_text_columns=3)
 def steps_table(rows: Sequence[Row], measure: Measure) -> Lines:
     """Loss after some numbers of personalization steps with its 95 % confidence interval over clients, a line a seed.
 
@@ -197,7 +204,7 @@ def published_tables(dataset: str, rows: Sequence[Row]) -> list[tuple[str, Table
     ]
 
 
-@_table(num_text_columns=1)
+@makes_table(num_text_columns=1)
 def _published_table(source: Mapping[str, Any], rows: Sequence[Row]) -> Lines:
     phase, loss = Phase.of_field(source["phase"]), Measure("loss", "loss")
     for row in rows:
@@ -221,7 +228,7 @@ def _published_table(source: Mapping[str, Any], rows: Sequence[Row]) -> Lines:
         yield line
 
 
-@_table(num_text_columns=6)
+@makes_table(num_text_columns=6)
 def runs_table(rows: Sequence[Row]) -> Lines:
     """Where the figures come from: each run's folder, digest, cost and code."""
     for row in rows:
@@ -235,7 +242,13 @@ def runs_table(rows: Sequence[Row]) -> Lines:
 
 def to_csv(rows: Sequence[Row], target: float) -> str:
     """A line for each row, seed and phase, in full precision; empty where there is no number."""
-    lines = [_csv_line(row, run, phase, target) for row in rows for run in row.runs for phase in row.results]
+    lines = [
+        _csv_line(row, run, population, phase, target)
+        for population in Population
+        for row in rows
+        for run in row.runs
+        for phase in run.results.get(population, ())
+    ]
     text = io.StringIO()
     # Runs of earlier versions have fewer figures.
     writer = csv.DictWriter(text, max(map(list, lines), key=len), lineterminator="\n")
@@ -244,8 +257,9 @@ def to_csv(rows: Sequence[Row], target: float) -> str:
     return text.getvalue()
 
 
-def _csv_line(row: Row, run: FinishedRun, phase: Phase, target: float) -> dict[str, Any]:
-    result, fedavg = run.phases[phase], run.settings["fedavg"]
+def _csv_line(row: Row, run: FinishedRun, population: Population, phase: Phase, target: float) -> dict[str, Any]:
+    result, fedavg = run.results[population][phase], run.settings["fedavg"]
+    curve = (run.curve or ()) if population is Population.UNSEEN else ()
     return {
         "dataset": run.dataset,
         "row": row.label,
@@ -255,11 +269,12 @@ def _csv_line(row: Row, run: FinishedRun, phase: Phase, target: float) -> dict[s
         "seed": run.seed,
         "phase": phase.field,
         "phase_rounds": run.settings[phase.field]["num_rounds"],
-        "unseen_clients": result.clients,
+        "population": population.value,
+        "clients": result.clients,
         **{f"{kind}_{name}": value for kind in KINDS for name, value in getattr(result, kind).items()},
         "fraction_hurt": result.fraction_hurt,
         "target_accuracy": target,
-        **{f"rounds_to_target_{kind}": rounds_to_target(run.curve or (), kind, target) for kind in KINDS},
+        **{f"rounds_to_target_{kind}": rounds_to_target(curve, kind, target) for kind in KINDS},
         "run_seconds": run.result.seconds,
         "model_sha256": run.result.model_sha256,
         "run": run.path,

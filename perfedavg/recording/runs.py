@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -143,6 +143,8 @@ class RunResult:
     """What result.json says of a whole run, and of its phases.
 
     seconds: wall time over all processes that took part in it.
+    data_fingerprint: see `contracts.ClientDirectory`; empty where it is not known.
+    higher_is_better: by metric; runs of earlier versions have loss and accuracy alone.
     """
 
     train_clients: int
@@ -153,6 +155,8 @@ class RunResult:
     after_fine_tune: PhaseResult | None = None
     trained_after_fedavg: PhaseResult | None = None
     trained_after_fine_tune: PhaseResult | None = None
+    data_fingerprint: str = ""
+    higher_is_better: dict[str, bool] = field(default_factory=BASIC_METRICS.copy)
 
 
 @dataclass(frozen=True)
@@ -175,7 +179,9 @@ class FinishedRun:
     environment: versions and commit.
     results: of each population that was scored, after each phase in their order. Unseen clients always are.
     curve: None where metrics.jsonl is missing or damaged.
-    clients: of each population, the columns of clients.csv, (num_clients,) each; None where it is missing or damaged.
+    clients: of each population, the columns of figures in clients.csv, (num_clients,) each; None where it is missing or
+        damaged.
+    client_names: of each population, what the data set calls the clients, or their numbers; as `clients`.
     problems: a line for each of the two that could not be read.
     """
 
@@ -186,6 +192,7 @@ class FinishedRun:
     results: Mapping[Population, Mapping[Phase, PhaseResult]]
     curve: tuple[CurvePoint, ...] | None
     clients: Mapping[Population, Mapping[str, NDArray[np.float64]]] | None
+    client_names: Mapping[Population, tuple[str, ...]] | None
     problems: tuple[str, ...]
 
     @classmethod
@@ -195,17 +202,17 @@ class FinishedRun:
         run.check_ended()
         experiment = run.experiment(ignore_unknown=True)
         result, results = _read_result(folder / RESULT_FILE, list(experiment.phases))
-        curve, clients, problems = None, None, []
+        curve, clients, names, problems = None, None, None, []
         try:
             curve = _read_curve(folder, experiment.fedavg.num_rounds)
         except ValueError as error:
             problems.append(str(error))
         try:
-            clients = _read_clients(folder / CLIENTS_FILE, results, experiment.metric_names)
+            clients, names = _read_clients(folder / CLIENTS_FILE, results, list(result.higher_is_better))
         except ValueError as error:
             problems.append(str(error))
         settings = json.loads(json.dumps(experiment.to_dict()))
-        return cls(folder, settings, result, run.environment, results, curve, clients, tuple(problems))
+        return cls(folder, settings, result, run.environment, results, curve, clients, names, tuple(problems))
 
     @property
     def phases(self) -> Mapping[Phase, PhaseResult]:
@@ -355,7 +362,7 @@ def _read_curve(folder: Path, num_fedavg_rounds: int) -> tuple[CurvePoint, ...]:
 
 def _read_clients(
     path: Path, results: Mapping[Population, Mapping[Phase, PhaseResult]], metrics: Sequence[str]
-) -> dict[Population, dict[str, NDArray[np.float64]]]:
+) -> tuple[dict[Population, dict[str, NDArray[np.float64]]], dict[Population, tuple[str, ...]]]:
     import numpy as np
 
     phases = results[Population.UNSEEN]
@@ -367,15 +374,16 @@ def _read_clients(
             if name not in (reader.fieldnames or ()):
                 raise ValueError(f"it lacks {name}")
         rows = list(reader)
-        columns = {}
+        columns, called = {}, {}
         for population, by_phase in results.items():
             # Runs of earlier versions scored unseen clients alone, and do not say so.
             own = [row for row in rows if row.get("population", Population.UNSEEN.value) == population.value]
             columns[population] = {name: np.array([_cell(row[name]) for row in own]) for name in names}
+            called[population] = tuple(row.get("client_name") or str(row["client_id"]) for row in own)
             for result in by_phase.values():
                 if len(own) != result.clients:
                     raise ValueError(f"it has {len(own)} rows, and {RESULT_FILE} counts {result.clients} clients")
-    return columns
+    return columns, called
 
 
 def _cell(text: str | None) -> float:

@@ -155,7 +155,7 @@ def table_under(markdown: str, heading: str) -> list[dict[str, str]]:
 def labels_of(*configs: ExperimentConfig) -> list[str]:
     """What the rows of runs with these configurations are called, in the order of the report."""
     runs = [
-        FinishedRun(Path("run"), json.loads(json.dumps(config.to_dict())), {}, {}, {}, None, None, ())
+        FinishedRun(Path("run"), json.loads(json.dumps(config.to_dict())), {}, {}, {}, None, None, None, ())
         for config in configs
     ]
     return [row.label for row in group_rows(runs)]
@@ -311,7 +311,7 @@ def test_a_method_is_told_with_the_settings_that_tell_it_from_others() -> None:
         experiment(5, fedavg=dataclasses.replace(fedavg, method=method), partition=f"shards:{number}")
         for number, method in enumerate(methods, 1)
     ]
-    assert [label.partition(", fedavg method ")[2] for label in labels_of(*configs)] == [
+    assert [label.partition(", method ")[2] for label in labels_of(*configs)] == [
         "",
         "",
         "fedprox mu 0.5",
@@ -414,8 +414,8 @@ def test_seeds_with_a_phase_1_of_their_own_are_one_row() -> None:
     configs = [experiment(seed=seed, initial_model=str(seed) * 64, **fields) for seed in (1, 2)]
     assert labels_of(*configs) == ["no FedAvg, 20 clients a round"]
     assert labels_of(*configs, experiment(seed=3, **fields)) == [
-        "no FedAvg, 20 clients a round",
         "no FedAvg, 20 clients a round, initial_model",
+        "no FedAvg, 20 clients a round, no initial_model",
     ]
 
 

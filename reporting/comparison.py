@@ -1,0 +1,197 @@
+"""Methods side by side: how clients fare under each, and how far that is from a reference, client by client."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from perfedavg.methods import Reptile
+from perfedavg.recording.runs import KINDS, FinishedRun
+from perfedavg.settings import ClientsConfig, Phase, Population
+from reporting.figures import NO_NUMBER, Measure, SeedMean, percent, seed_mean
+from reporting.rows import Row, common_settings, flat_settings
+from reporting.tables import Lines, makes_table
+
+NUM_RESAMPLES = 2000
+LOWEST_PERCENT, HIGHEST_PERCENT = 2.5, 97.5
+"""Between which lie 95 % of the resampled means."""
+_WORST_DECILE = 10
+_MOST_DRAWN_AT_ONCE = 2**20
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The row that others are compared with, and why it is this one."""
+
+    row: Row
+    reason: str
+
+
+def choose_reference(rows: Sequence[Row], against: Path | None = None) -> Reference | None:
+    """The row of the run that is named, or else FedAvg with fine-tuning; None where there is neither.
+
+    Of several such rows, one that fine-tunes with Reptile goes before others, then the one that has most settings in
+    common with the rows of the report, then the first.
+    """
+    if against is not None:
+        folder = against.resolve()
+        named = [row for row in rows if any(run.path.resolve().is_relative_to(folder) for run in row.runs)]
+        return Reference(named[0], "as --against says") if named else None
+    candidates = [row for row in rows if row.is_fedavg and Phase.FINE_TUNE in row.results]
+    if not candidates:
+        return None
+    all_flat = [flat_settings(row.settings) for row in rows]
+    common = common_settings(all_flat)
+
+    def unlikeness(row: Row) -> tuple[bool, int]:
+        flat = flat_settings(row.settings)
+        fine_tunes_otherwise = flat["fine_tune method"]["name"] != Reptile.name
+        return fine_tunes_otherwise, sum(flat[name] != common.get(name) for name in flat)
+
+    which = "" if len(candidates) == 1 else " that is most like the others"
+    return Reference(
+        min(candidates, key=unlikeness), f"FedAvg with fine-tuning{which}; --against RUN names another row"
+    )
+
+
+def paired_differences(row: Row, reference: Row, measure: Measure, population: Population) -> list[NDArray[np.float64]]:
+    """For each seed that both rows have, the row's scores after its last phase minus the reference's.
+
+    Each of the same clients, (num_clients, 2), initial and personalized: of runs on equal data, those that both scored.
+    """
+    references = {run.seed: run for run in reference.runs}
+    found = []
+    for run in row.runs:
+        other = references.get(run.seed)
+        if other is None or not _have_same_data(run, other):
+            continue
+        own, others = (_last_scores(one, measure, population) for one in (run, other))
+        if own is None or others is None:
+            continue
+        ids, other_ids = (np.asarray((one.clients or {})[population]["client_id"]) for one in (run, other))
+        _, places, other_places = np.intersect1d(ids, other_ids, return_indices=True)
+        if places.size:
+            found.append(own[places] - others[other_places])
+    return found
+
+
+def bootstrap_interval(differences: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The 95 % percentile interval of the mean over seeds of the mean over clients, (2, kinds): lower, upper bound.
+
+    differences: for each seed, of each client, (num_clients, kinds). They are paired: a client is compared with itself,
+    so that how clients differ from each other does not widen the interval.
+
+    A seed is a cluster: its clients share one model, one draw of clients and one course of training, and are not
+    independent of each other. So both levels are drawn with replacement, first seeds, then clients within each drawn
+    seed (Davison and Hinkley 1997, Bootstrap Methods and their Application, section 3.8). With one seed, clients alone
+    are drawn, and the interval says nothing of the chance in training; with a few, it is rather too narrow.
+    Always the same for the same differences.
+    """
+    generator = np.random.default_rng(0)
+    drawn_seeds = generator.integers(len(differences), size=(NUM_RESAMPLES, len(differences)))
+    means = np.empty((*drawn_seeds.shape, differences[0].shape[1]))
+    for seed, values in enumerate(differences):
+        places = np.argwhere(drawn_seeds == seed)
+        for part in np.array_split(places, -(-len(places) * len(values) // _MOST_DRAWN_AT_ONCE) or 1):
+            drawn_clients = generator.integers(len(values), size=(len(part), len(values)))
+            means[part[:, 0], part[:, 1]] = values[drawn_clients].mean(axis=1)
+    interval: NDArray[np.float64] = np.percentile(means.mean(axis=1), [LOWEST_PERCENT, HIGHEST_PERCENT], axis=0)
+    return interval
+
+
+@makes_table(num_text_columns=3)
+def comparison_table(rows: Sequence[Row], reference: Reference | None, measure: Measure) -> Lines:
+    """Each row after its last phase, its unseen clients and then those that trained."""
+    for population in Population:
+        for row in rows:
+            if population not in row.populations:
+                continue
+            *_, (phase, results) = row.results_of(population).items()
+            initial, personalized = (measure.values(results, kind) for kind in KINDS)
+            changes = [None if a is None or b is None else b - a for a, b in zip(initial, personalized, strict=True)]
+            line = {
+                "row": row.label,
+                "clients": population.value,
+                "after": row.after(phase),
+                "seeds": str(len(results)),
+            }
+            line |= {kind: measure.mean(results, kind) for kind in KINDS}
+            line["change"] = measure.difference(seed_mean(changes))
+            line["bottom decile"] = measure.text(seed_mean(_worst_deciles(row, measure, population)))
+            line["clients hurt"] = percent(seed_mean([result.fraction_hurt for result in results]), digits=1)
+            if reference is not None:
+                line |= _difference_cells(row, reference.row, measure, population)
+            yield line
+
+
+def explain_comparison(rows: Sequence[Row], reference: Reference | None) -> str:
+    """What the table's columns mean, in words."""
+    said = (
+        "Each row after its last phase. Change is what personalization adds; the bottom decile is the personalized "
+        "score that a tenth of the clients are at or worse than. "
+    )
+    if any(Population.TRAINED in row.populations for row in rows):
+        said += (
+            "Unseen clients never train; trained ones took part in at least one round, and are scored on their own "
+            "test parts, from what they kept where the method lets them keep anything. "
+        )
+    if reference is None:
+        return f"{said}There is no row of FedAvg with fine-tuning to compare with; --against RUN names another one."
+    has_single_seed = any(len(row.runs) == 1 for row in rows)
+    return (
+        f"{said}Differences are to {reference.row.label} ({reference.reason}), on the same clients of the same seeds; "
+        f"in brackets their 95 % interval, by a bootstrap over seeds and the clients of each"
+        + (" (with one seed, over clients alone)." if has_single_seed else ".")
+    )
+
+
+def _difference_cells(row: Row, reference: Row, measure: Measure, population: Population) -> dict[str, str]:
+    headers = [f"{kind}, difference" for kind in KINDS]
+    if row is reference:
+        return dict.fromkeys(headers, "reference")
+    differences = paired_differences(row, reference, measure, population)
+    if not differences:
+        return dict.fromkeys(headers, "other clients")
+    means = np.mean([values.mean(axis=0) for values in differences], axis=0)
+    return {
+        header: _with_interval(measure, *values)
+        for header, *values in zip(headers, means, *bootstrap_interval(differences), strict=True)
+    }
+
+
+def _with_interval(measure: Measure, *values: float) -> str:
+    """values: the mean, and the bounds of its interval."""
+    if not np.isfinite(values).all():
+        return NO_NUMBER
+    mean, lowest, highest = (measure.difference(SeedMean(value)) for value in values)
+    unit = " %" if measure.is_accuracy else ""
+    return f"{mean} [{lowest.removesuffix(unit)}, {highest.removesuffix(unit)}]"
+
+
+def _have_same_data(run: FinishedRun, other: FinishedRun) -> bool:
+    """Whether a client of one run is the one of that number in the other, with the same examples.
+
+    Pooling the training clients' data changes the digest of the data, but no unseen client.
+    """
+    if run.settings["joint"] == other.settings["joint"]:
+        return run.result.data_fingerprint == other.result.data_fingerprint
+    names = [*(one.name for one in fields(ClientsConfig)), "validation"]
+    return all(run.settings[name] == other.settings[name] for name in names)
+
+
+def _worst_deciles(row: Row, measure: Measure, population: Population) -> list[float | None]:
+    percent = _WORST_DECILE if measure.higher_is_better else 100 - _WORST_DECILE
+    scores = [_last_scores(run, measure, population) for run in row.runs if population in run.results]
+    return [None if some is None else float(np.percentile(some[:, 1], percent)) for some in scores]
+
+
+def _last_scores(run: FinishedRun, measure: Measure, population: Population) -> NDArray[np.float64] | None:
+    """After the last phase, (num_clients, 2): initial and personalized; None where they are not known."""
+    *_, last = run.phases
+    columns = [run.client_scores(last, kind, measure.field, population) for kind in KINDS]
+    known = [column for column in columns if column is not None]
+    return np.stack(known, axis=1) if len(known) == len(columns) else None

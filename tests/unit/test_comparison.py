@@ -1,0 +1,226 @@
+"""Methods side by side: who is compared with whom, on which clients, and how sure a difference is."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import make_config
+from numpy.typing import NDArray
+
+from perfedavg.methods import MAML, Ditto, FedAvg, Reptile
+from perfedavg.recording.runs import FinishedRun, PhaseResult, RunResult, result_key
+from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig, Population
+from reporting.comparison import (
+    bootstrap_interval,
+    choose_reference,
+    comparison_table,
+    explain_comparison,
+    paired_differences,
+)
+from reporting.contents import build_report
+from reporting.figures import ACCURACY, Measure
+from reporting.files import to_markdown
+from reporting.rows import group_rows
+
+SGD = OptimizerConfig("sgd", 0.1)
+Scores = Mapping[int, tuple[float, float]]
+"""Initial and personalized accuracy by client."""
+
+
+def experiment(method: Any = None, fine_tune: Any = None, **changes: Any) -> ExperimentConfig:
+    phase = PhaseConfig(10, 5, SGD, SGD, method=method or FedAvg())
+    second = None if fine_tune is None else dataclasses.replace(phase, method=fine_tune)
+    return make_config(**{"fedavg": phase, "fine_tune": second, **changes})
+
+
+def run(
+    config: ExperimentConfig,
+    unseen: Scores,
+    trained: Scores | None = None,
+    fingerprint: str = "data",
+    name: str = "run",
+) -> FinishedRun:
+    """A finished run in memory, with these scores after its last phase and worse ones before."""
+    scored = {Population.UNSEEN: unseen} | ({} if trained is None else {Population.TRAINED: trained})
+    clients: dict[Population, dict[str, NDArray[np.float64]]] = {}
+    results: dict[Population, dict[Phase, PhaseResult]] = {}
+    for population, scores in scored.items():
+        values = np.array(list(scores.values()))
+        clients[population] = {"client_id": np.array(list(scores), dtype=float)}
+        for phase in config.phases:
+            last = values if phase is max(config.phases) else values / 2
+            for place, kind in enumerate(("initial", "personalized")):
+                for metric in ("loss", "accuracy"):
+                    clients[population][f"{result_key(phase)}_{kind}_{metric}"] = last[:, place]
+            initial, personalized = ({"loss": mean, "accuracy": mean} for mean in last.mean(axis=0).tolist())
+            hurt = float(np.mean(last[:, 1] < last[:, 0]))
+            results.setdefault(population, {})[phase] = PhaseResult(len(scores), initial, personalized, hurt)
+    names = {population: tuple(map(str, scores)) for population, scores in scored.items()}
+    settings = json.loads(json.dumps(config.to_dict()))
+    result = RunResult(8, 2, 1.0, "0" * 64, data_fingerprint=fingerprint)
+    return FinishedRun(Path(name), settings, result, {}, results, (), clients, names, ())
+
+
+PLAIN = run(experiment(fine_tune=Reptile()), {8: (0.5, 0.6), 9: (0.7, 0.8)}, {1: (0.5, 0.5), 2: (0.9, 1.0)})
+DITTO = run(experiment(Ditto()), {8: (0.6, 0.6), 9: (0.7, 0.9)}, {2: (0.4, 0.8), 3: (0.0, 0.0)})
+
+
+def test_fedavg_with_reptile_is_the_reference() -> None:
+    """Before other fine-tuning, before none, and before other methods; of several, the one most like the others."""
+    fedavg = run(experiment(), {8: (0.5, 0.5)})
+    maml = run(experiment(fine_tune=MAML()), {8: (0.5, 0.5)})
+    rows = group_rows([DITTO, fedavg, maml, PLAIN])
+    reference = choose_reference(rows)
+    assert reference is not None
+    assert reference.row.runs == (PLAIN,)
+    odd = run(experiment(fine_tune=Reptile(), batch_size=3), {8: (0.5, 0.5)})
+    reference = choose_reference(group_rows([odd, DITTO, fedavg, PLAIN]))
+    assert reference is not None
+    assert reference.row.runs == (PLAIN,)
+    reference = choose_reference(group_rows([DITTO, fedavg, maml]))
+    assert reference is not None
+    assert reference.row.runs == (maml,)
+    assert choose_reference(group_rows([DITTO, fedavg])) is None
+
+
+def test_the_reference_can_be_named(tmp_path: Path) -> None:
+    """By a run, or by the folder of its seeds."""
+    named = run(experiment(Ditto()), {8: (0.5, 0.5)}, name=str(tmp_path / "ditto" / "seed0"))
+    rows = group_rows([PLAIN, named])
+    for path in (tmp_path / "ditto", tmp_path / "ditto" / "seed0"):
+        reference = choose_reference(rows, path)
+        assert reference is not None
+        assert reference.row.runs == (named,)
+    assert choose_reference(rows, tmp_path / "else") is None
+    with pytest.raises(ValueError, match="is none of the runs of the report; name one of them, or their folder"):
+        build_report([PLAIN, named], 0.8, tmp_path / "else")
+
+
+def differences(row: Sequence[FinishedRun], others: Sequence[FinishedRun], population: Population) -> list[Any]:
+    (one,), (two,) = group_rows(row), group_rows(others)
+    return [values.tolist() for values in paired_differences(one, two, ACCURACY, population)]
+
+
+def test_a_client_is_compared_with_itself() -> None:
+    """By its number, among those that both runs scored."""
+    (unseen,) = differences([DITTO], [PLAIN], Population.UNSEEN)
+    assert np.array(unseen) == pytest.approx(np.array([[0.1, 0.0], [0.0, 0.1]]))
+    (trained,) = differences([DITTO], [PLAIN], Population.TRAINED)
+    assert np.array(trained) == pytest.approx(np.array([[-0.5, -0.2]])), "client 2 alone was scored in both"
+    without = run(experiment(Ditto()), {8: (0.6, 0.6)})
+    assert differences([without], [PLAIN], Population.TRAINED) == []
+
+
+def test_seeds_are_paired_and_so_are_data() -> None:
+    """Another seed draws other clients under the same numbers; so do other data."""
+    scores = {8: (0.5, 0.5)}
+    own = [run(experiment(Ditto(), seed=seed), scores, fingerprint=f"of {seed}") for seed in (0, 1, 2)]
+    plain = [run(experiment(fine_tune=Reptile(), seed=seed), scores, fingerprint=f"of {seed}") for seed in (1, 2, 3)]
+    assert len(differences(own, plain, Population.UNSEEN)) == 2
+    other_data = run(experiment(Ditto()), scores, fingerprint="other")
+    assert differences([other_data], [PLAIN], Population.UNSEEN) == []
+    joint = run(experiment(joint=True, cohort_size=1), {8: (0.5, 0.5), 9: (0.5, 0.5)}, fingerprint="pooled")
+    assert len(differences([joint], [PLAIN], Population.UNSEEN)) == 1, "whose unseen clients are the same"
+    tail = run(experiment(joint=True, cohort_size=1, local_split="tail"), {8: (0.5, 0.5)}, fingerprint="pooled")
+    assert differences([tail], [PLAIN], Population.UNSEEN) == []
+
+
+def test_the_interval_of_one_seed_is_that_of_the_mean_over_clients() -> None:
+    """Normal theory: 1.96 standard errors on either side."""
+    values = np.random.default_rng(1).normal(0.3, 2.0, size=(400, 1))
+    (lowest,), (highest,) = bootstrap_interval([values])
+    half_width = 1.96 * values.std() / 20
+    assert (lowest, highest) == pytest.approx(
+        (values.mean() - half_width, values.mean() + half_width), abs=0.1 * half_width
+    )
+    assert bootstrap_interval([values]).tolist() == [[lowest], [highest]], "always the same"
+
+
+def test_the_interval_of_several_seeds_covers_how_they_differ() -> None:
+    """Clients of a seed share its model: a thousand of them say little where two seeds differ much."""
+    constant = [np.full((1000, 1), value) for value in (0.0, 1.0)]
+    (lowest,), (highest,) = bootstrap_interval(constant)
+    assert (lowest, highest) == (0.0, 1.0)
+    many = [np.full((10, 1), float(seed % 2)) for seed in range(100)]
+    (lowest,), (highest,) = bootstrap_interval(many)
+    half_width = 1.96 * 0.5 / 10
+    assert (lowest, highest) == pytest.approx((0.5 - half_width, 0.5 + half_width), abs=0.02)
+
+
+def test_kinds_are_drawn_together() -> None:
+    values = np.random.default_rng(0).normal(size=(50, 1))
+    both = bootstrap_interval([np.hstack([values, 2 * values])])
+    np.testing.assert_allclose(both[:, 1], 2 * both[:, 0])
+
+
+def test_the_table_of_both_populations() -> None:
+    rows = group_rows([PLAIN, DITTO])
+    reference = choose_reference(rows)
+    table = comparison_table(rows, reference, ACCURACY)
+    lines = [dict(zip(table.headers, line, strict=True)) for line in table.rows]
+    assert [line["clients"] for line in lines] == ["unseen", "unseen", "trained", "trained"]
+    assert [line["row"] for line in lines[:2]] == [
+        "E 5, 4 clients a round, method ditto, no fine-tuning",
+        "E 5, 4 clients a round, method fedavg, fine-tuning by reptile",
+    ]
+    unseen, _, _, reptile = lines
+    assert unseen["initial"] == "65.00 %"
+    assert unseen["personalized"] == "75.00 %"
+    assert unseen["change"] == "+10.00 %"
+    assert unseen["bottom decile"] == "63.00 %"
+    assert unseen["clients hurt"] == "0.0 %"
+    assert unseen["initial, difference"] == "+5.00 % [+0.00, +10.00]"
+    assert reptile["personalized, difference"] == "reference"
+    said = explain_comparison(rows, reference)
+    assert f"Differences are to {reptile['row']} (FedAvg with fine-tuning; --against RUN names another row)" in said
+    assert "(with one seed, over clients alone)" in said
+    assert "There is no row of FedAvg with fine-tuning" in explain_comparison(group_rows([DITTO]), None)
+
+
+def test_the_worst_of_a_loss_are_the_highest() -> None:
+    rows = group_rows([PLAIN])
+    table = comparison_table(rows, None, Measure("loss", "loss"))
+    lines = [dict(zip(table.headers, line, strict=True)) for line in table.rows]
+    assert lines[0]["bottom decile"] == f"{np.percentile([0.6, 0.8], 90):.4f}"
+
+
+def test_the_report_shows_both_populations() -> None:
+    markdown = to_markdown(build_report([PLAIN, DITTO], 0.8), with_plots=False)
+    assert "### Methods side by side" in markdown
+    assert "| after | clients | initial loss |" in markdown
+    assert "### Trained clients" in markdown
+    lines = list(csv.DictReader(build_report([PLAIN, DITTO], 0.8).csv.splitlines()))
+    assert [line["population"] for line in lines] == ["unseen"] * 3 + ["trained"] * 3
+
+
+def test_rows_that_differ_in_a_phase_say_so() -> None:
+    """Two rows without fine-tuning and one with it would otherwise have the same name."""
+    runs = [
+        run(config, {8: (0.5, 0.5)})
+        for config in (experiment(), experiment(batch_size=3), experiment(fine_tune=MAML(support_fraction=0.25)))
+    ]
+    assert sorted(row.label for row in group_rows(runs)) == [
+        "E 5, 4 clients a round",
+        "E 5, 4 clients a round, batch_size 3",
+        "E 5, 4 clients a round, fine-tuning by maml",
+    ]
+    assert sorted(row.label for row in group_rows(runs[::2])) == [
+        "E 5, 4 clients a round, fine-tuning by maml",
+        "E 5, 4 clients a round, no fine-tuning",
+    ]
+
+
+def test_rows_whose_names_leave_out_what_they_differ_in_are_called_by_their_folders() -> None:
+    """Whatever the settings are: distinct by construction."""
+    runs = [run(experiment(), {8: (0.5, 0.5)}, name=f"folder {place}") for place in range(2)]
+    other = {**runs[1].settings, "fine_tune": {**runs[1].settings["fedavg"], "num_rounds": 0}}
+    runs[1] = dataclasses.replace(runs[1], settings={**other, "colour": None})
+    labels = {row.label for row in group_rows(runs)}
+    assert len(labels) == 2
