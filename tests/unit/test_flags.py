@@ -87,6 +87,7 @@ EXPERIMENT_FLAGS = [
     (["--seed", "7"], lambda c: c.seed),
     (["--initial_model", "runs/x"], lambda c: c.initial_model),
     (["--precision", "bf16"], lambda c: c.precision),
+    (["--buffers", "local"], lambda c: c.buffers),
     (["--portable_kernels"], lambda c: c.portable_kernels),
     (["--client_batching", "7"], lambda c: c.client_batching),
 ]
