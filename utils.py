@@ -212,12 +212,15 @@ def open_run_folder(args: Any) -> RunFolder:
     return run_folder
 
 
-def new_run_folder(args: Any) -> RunFolder:
-    """As `open_run_folder`, for a caller who calls `discard_unless_begun` by itself."""
+def new_run_folder(args: Any, parent: Path = ROOT / "runs") -> RunFolder:
+    """As `open_run_folder`, for a caller who calls `discard_unless_begun` by itself.
+
+    parent: where a folder goes that is not named.
+    """
     from perfedavg.recording.run_folder import RunFolder
 
     return RunFolder(
-        args.resume or args.run_dir or make_default_folder(ROOT / "runs", args.experiment.dataset),
+        args.resume or args.run_dir or make_default_folder(parent, args.experiment.dataset),
         args.initial_model,
         args.checkpoint_every,
         resume=args.resume is not None,

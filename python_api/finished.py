@@ -12,10 +12,13 @@ import utils
 from launch import paths
 from perfedavg.recording.runs import CLIENTS_FILE, KINDS, RESULT_FILE, RecordedRun, read_metrics, read_object
 from perfedavg.settings import Phase
+from perfedavg.terminal.console import quiet
 
 if TYPE_CHECKING:
     import pandas as pd
     from torch import nn
+
+    from perfedavg.contracts import FederatedDataset
 
 _SCORE = re.compile(f"after_(?P<phase>{'|'.join(phase.field for phase in Phase)})_(?P<score>({'|'.join(KINDS)})_.+)")
 
@@ -108,13 +111,32 @@ class Run:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The final global model, in evaluation mode. Reads the data set, whose inputs and classes it is built for."""
-        from perfedavg.personal_model import RunModel
+        """The final global model, in evaluation mode. Reads the data set, for whose inputs and classes it is built."""
+        from perfedavg.client_of_run import load_final_model
 
-        run = RunModel.read(self.folder)
-        model = utils.get_model(run.config, utils.get_datasets(run.config, self._data_root))
-        run.load_into(model)
+        model, _ = self._model_and_data()
+        load_final_model(self._recorded, model)
         return model.eval()
+
+    def client_model(self, client: int | str) -> nn.Module:
+        """The model that a client adapts to its own data, in evaluation mode: the one that the run scored.
+
+        client: number or name.  Raises ValueError where there is none, or the data are not the run's.
+        """
+        from perfedavg.client_of_run import adapt_client, check_data, find_client
+        from perfedavg.training.compute import reproducible_kernels
+
+        with quiet(), reproducible_kernels():
+            model, dataset = self._model_and_data()
+            check_data(self._recorded, dataset)
+            adapt_client(self._recorded, model, dataset, find_client(dataset, str(client)))
+        return model.eval()
+
+    def _model_and_data(self) -> tuple[nn.Module, FederatedDataset]:
+        """The model with its initial weights."""
+        config = self._recorded.experiment()
+        dataset = utils.get_datasets(config, self._data_root)
+        return utils.get_model(config, dataset), dataset
 
 
 def _data_flags(data_root: str | Path | None) -> list[str]:

@@ -29,7 +29,8 @@ def run(
     on_round: is told of each round as it ends.
     settings: the flags of `single_process.py --help` by their names, such as `rounds=20`; `dataset`, `model`, `method`,
         `fine_tune_method` and `metrics` may be objects in place of names, with workers only what they can import.
-        `resume=FOLDER` goes on with a run that was stopped.
+        `resume=FOLDER` goes on with a run that was stopped. Without `run_dir`, a run's folder is made in `runs` of the
+        current folder.
     Raises ValueError or OSError, in one line, where the experiment cannot be run. Whatever ends it early, as Ctrl-C
     does, leaves a checkpoint and no process.
     """
@@ -114,7 +115,7 @@ class RunHere:
             raise ValueError(f"{error}; use workers=1, or begin before anything imports torch") from None
         self._progress = progress
         with self._quiet():
-            self._folder = utils.new_run_folder(args)
+            self._folder = utils.new_run_folder(args, Path.cwd() / "runs")
         self.folder = self._folder.path
         self._run = self._go_on(args, ["perfedavg.recorded_run", *words])
 

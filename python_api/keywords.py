@@ -62,7 +62,8 @@ def _name_of(setting: str, value: Any, with_workers: bool) -> str:
     is_instance = not hasattr(known, "__qualname__")
     kind = type(known) if is_instance else known
     module_name = _module_of(kind)
-    name = f"{module_name}:{kind.__qualname__.replace('<locals>.', '').replace('<lambda>', 'anonymous')}"
+    own_name = kind.__qualname__.replace("<locals>.", "").replace("<lambda>", "anonymous").replace(".", "_")
+    name = f"{module_name}:{own_name}"
     module = sys.modules.get("__main__" if kind.__module__ == "__main__" else module_name)
     is_importable = module_name != "__main__" and getattr(module, kind.__qualname__, None) is known
     if with_workers and not is_importable:

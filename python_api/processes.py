@@ -43,7 +43,7 @@ class LaunchedRun:
         utils.check_num_workers(args, workers)
         self._made: list[Path] = []
         if args.resume is None and args.run_dir is None:
-            self._made = [make_default_folder(ROOT / "runs", args.experiment.dataset)]
+            self._made = [make_default_folder(Path.cwd() / "runs", args.experiment.dataset)]
             words.append(f"--run_dir={self._made[0]}")
         self.folder: Path = args.resume or args.run_dir or self._made[0]
         self._progress = progress

@@ -91,7 +91,8 @@ def reproducible_kernels() -> Iterator[None]:
     before = [getattr(owner, name) for owner, name in flags]
     use_reproducible_kernels()
     try:
-        yield
+        with torch.enable_grad():
+            yield
     finally:
         torch.set_num_threads(num_threads)
         torch.set_deterministic_debug_mode(mode)

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT, digits_dataset
-from torch import Tensor
+from torch import Tensor, nn
 
 import perfedavg
+import utils
 from perfedavg import own_module
 from perfedavg.fields import setting
 from perfedavg.methods import METHODS, FedAvg
@@ -76,6 +77,12 @@ def test_what_came_of_it_are_objects() -> None:
     assert run.settings["dataset"] == "digits"
     with torch.no_grad():
         assert run.model(torch.zeros(4, 1, 28, 28)).shape == (4, 10)
+    client = run.clients[run.clients.phase == "fine_tune"].iloc[0]
+    data = utils.get_datasets(utils.get_args("single", ["--config", "here/config.json"]).experiment, Path("."))
+    examples = data.client_data(client.client_id)
+    with torch.no_grad():
+        right = run.client_model(client.client_id)(examples.test_inputs).argmax(1) == examples.test_labels
+    assert float(right.float().mean()) == pytest.approx(client.personalized_accuracy)
     assert run.folder == Path("here").absolute()
     assert eval(repr(run)).model_sha256 == run.model_sha256
 
@@ -220,3 +227,22 @@ def test_importing_takes_no_time() -> None:
     assert {"run", "rounds", "open"} <= set(dir(perfedavg))
     with pytest.raises(AttributeError, match="no attribute 'train'"):
         perfedavg.train  # noqa: B018
+
+
+def test_a_users_model_needs_no_name() -> None:
+    class Net(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Flatten(), nn.Linear(784, 10))
+
+    run = perfedavg.run(run_dir="a", **{**TINY, "model": lambda input_shape, num_classes: Net()})
+    assert sum(parameter.numel() for parameter in run.model.parameters()) == 7850
+
+
+def test_a_metric_may_be_a_function() -> None:
+    def half(outputs: Tensor, labels: Tensor) -> float:
+        return 0.5
+
+    run = perfedavg.run(run_dir="a", metrics=["macro_f1", half], **TINY)
+    assert set(run.clients.filter(like="half").to_numpy().ravel()) == {0.5}
+    assert {"initial_macro_f1", "personalized_macro_f1"} <= set(run.clients)
+    assert set(run.clients.population) == {"unseen", "trained"}
