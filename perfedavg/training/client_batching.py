@@ -5,7 +5,8 @@ A round's clients are cut into groups of that size, the largest first, and group
 - on GPUs, the round's clients are shared out evenly among all training slots, as far as memory allows. So the model
   depends, by rounding, on the number of GPUs and their memory at the run's start;
 - where a process trains on a CPU, a group is one client, but a few for tiny models, whatever the number of processes;
-- models that cannot be trained together, recurrent ones, are trained one client at a time.
+- models that cannot be trained together, such as recurrent ones and those with BatchNorm, are trained one client at a
+  time, which is said where they would have been.
 
 The number is recorded in config.json: a run that is resumed keeps it.
 """
@@ -16,11 +17,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import nn
 
 from perfedavg.contracts import FederatedDataset
 from perfedavg.settings import ExperimentConfig, Phase, flag
 from perfedavg.terminal.console import say
+from perfedavg.training.client_models import Batch
 from perfedavg.training.compute import ComputeDevice
 from perfedavg.training.flat_model import flatten
 from perfedavg.training.local_training import local_training_of, loss_of
@@ -33,6 +36,8 @@ TINY_MODEL_CLIENTS = 5
 """The most of them in a group. Larger groups take less time each, but leave workers and threads without any."""
 MEMORY_SHARE = 0.5
 """Of a GPU's memory for a group. The rest is for libraries' workspaces, the sum, and other processes."""
+TRIED_EXAMPLES = 2
+"""On which it is tried whether a model can be trained for several clients at once."""
 SIZED_CLIENTS = 1000
 """Clients among which the largest is looked for. A data set may have a million."""
 
@@ -45,7 +50,11 @@ def choose_group_size(
         return config
     is_gpu = all(device.kind == "cuda" for device in devices)
     num_parameters = flatten(model).numel()
-    if (not is_gpu and num_parameters > TINY_MODEL) or not _can_be_stacked(model):
+    if not is_gpu and num_parameters > TINY_MODEL:
+        return replace(config, client_batching=1)
+    obstacle = _obstacle_to_groups(model, dataset, "meta" if is_gpu else "cpu")
+    if obstacle is not None:
+        say(f"{flag('client_batching')} auto trains one client at a time: {obstacle}")
         return replace(config, client_batching=1)
     if not is_gpu:
         return replace(config, client_batching=min(TINY_MODEL_CLIENTS, num_groups(config.cohort_size, 2)))
@@ -84,13 +93,17 @@ def default_num_slots(config: ExperimentConfig, device_kind: str, num_cores: int
     return max(1, num_cores)
 
 
-def _can_be_stacked(model: nn.Module) -> bool:
-    """Whether clients can be trained together at all, which recurrent models cannot."""
+def _obstacle_to_groups(model: nn.Module, dataset: FederatedDataset, device: str) -> str | None:
+    """Why clients cannot be trained together, as a step on a few examples shows; None where they can."""
+    data = dataset.client_data(dataset.unseen_client_ids[0])
+    inputs, labels = (part[None, :TRIED_EXAMPLES].to(device) for part in (data.train_inputs, data.train_labels))
+    size = labels.shape[1]
     try:
-        StackedModel(model, 1, "meta")
-    except ValueError:
-        return False
-    return True
+        stacked = StackedModel(model, 1, device, loss_function=loss_of(dataset))
+        stacked.differentiate(Batch(inputs, labels, [size], torch.tensor([size], device=device), [size]))
+    except Exception as error:  # whatever a user's model raises where its operations have no rule for groups
+        return str(error).partition("\n")[0].partition(";")[0]
+    return None
 
 
 def _bytes_a_client(config: ExperimentConfig, model: nn.Module, dataset: FederatedDataset) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from helpers import digits_dataset, make_config
 from torch import nn
 
@@ -65,6 +66,45 @@ def test_a_gpu_gets_its_share_as_far_as_it_fits_the_smallest() -> None:
 def test_a_model_that_cannot_be_trained_together_is_trained_one_by_one() -> None:
     """Else a GPU would refuse Shakespeare, and say that a flag which the user has not given is wrong."""
     assert settled(build_model("lstm", (80,), 80), gpu(10**12)) == 1
+
+
+class Counting(nn.Module):
+    """Moves a buffer, for which there is no rule in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(784, 10)
+        self.register_buffer("mean", torch.zeros(784))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.mean.mul_(0.9).add_(0.1 * inputs.detach().flatten(1).mean(0))
+        outputs: torch.Tensor = self.linear(inputs.flatten(1) - self.mean)
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("model", "obstacle"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(784, 10), nn.BatchNorm1d(10)), "BatchNorm1d mixes the examples"),
+        (
+            nn.Sequential(nn.Flatten(), nn.BatchNorm1d(784, track_running_stats=False), nn.Linear(784, 10)),
+            "BatchNorm1d mixes the examples of a batch, so it cannot be trained many at once",
+        ),
+        (Counting(), "would mutate a captured Tensor"),
+    ],
+)
+def test_auto_says_why_it_trains_one_by_one(
+    model: nn.Module, obstacle: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused only where a number is asked for."""
+    for device in (CPU, gpu(10**12)):
+        assert settled(model, device) == 1
+        line = capsys.readouterr().err
+        assert line.startswith("--client_batching auto trains one client at a time: ")
+        assert obstacle in line
+        assert "use --client_batching" not in line
+    assert settled(build_model("mlp", (1, 28, 28), 10), CPU) == 1
+    assert capsys.readouterr().err == "", "too large for groups anyway"
 
 
 def test_groups_side_by_side_on_a_gpu_share_clients_and_memory() -> None:
