@@ -362,6 +362,22 @@ def test_names_of_a_users_own_classes(images: Path, tmp_path: Path) -> None:
         personalize.main([str(run), str(images)])
 
 
+def test_running_statistics_are_personalized_saved_and_exported(images: Path, tmp_path: Path) -> None:
+    """All that the model consists of, so that what needs none of this project gives the same outputs."""
+    run = make_run(tmp_path / "run", architecture="resnet8")
+    personalize.main([str(run), str(images)])
+    output = run / "personalized" / "my_digits"
+    result, state, _ = read(output)
+    _, before, _ = read(run)
+    assert int(state["norm.num_batches_tracked"]) == 0, "a counter is no part of the model"
+    assert not torch.equal(state["norm.running_mean"], before["norm.running_mean"])
+    model = build_model("resnet8", (1, 28, 28), 10).eval()
+    model.load_state_dict(state)
+    assert parameters_sha256(flatten(model)) == result["model_sha256"]
+    inputs = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(torch.export.load(output / "model.pt2").module()(inputs), model(inputs))
+
+
 def test_classes_without_names_are_numbers(images: Path, tmp_path: Path) -> None:
     run = run_on_own(tmp_path / "run", Sketches)
     personalize.main([str(run), str(images)])
