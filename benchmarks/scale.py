@@ -3,8 +3,9 @@
 python benchmarks/scale.py [--only clients cohort workers parameters method keeping] [--rounds N] [--repeats N]
 
 One of them is varied at a time. The methods are one that keeps nothing (fedavg), one that keeps the last layer of each
-client (fedper) and one that keeps a whole model (ditto). `keeping` is the number of clients that have trained with
-ditto, 50 a round, when it ends: each has a file then, which the server's memory must not grow with.
+client (fedper) and one that keeps a whole model (ditto), with 20 clients, so that all soon keep something. `keeping` is
+the number of clients that have trained with ditto, 50 a round, when it ends: each has a file then, which the server's
+memory must not grow with.
 
 Real processes, `server.py` and `client_worker.py` as a user starts them, on this machine. Clients are synthetic writers
 with 25 examples or so that take one local step, and only one of them is unseen, so that the server's share is as large
@@ -16,7 +17,7 @@ processor time until the first round, the workers' joining included. CPU and wal
 round to the end of the last but one (scoring comes before the end of the last), checkpoints included. Memory: the
 server's largest resident memory until then. Sent, received: tensors and messages of a round, all workers together.
 States: files of what clients keep, at the end. In brackets: the ratio to the base, which is a row of each table (of
-`keeping`, its first) and measured once. The last line is JSON.
+`method` and `keeping`, the first) and measured once. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -85,10 +86,12 @@ AXES: dict[str, tuple[int | str, ...]] = {
     "method": ("fedavg", "fedper", "ditto"),
     "keeping": (250, 500, 1_000, 2_000),
 }
-"""The values of each field of a point, that of BASE among them; of `keeping`, see `point_of`."""
+"""The values of each field of a point, that of BASE among them; of `method` and `keeping`, see `point_of`."""
 
 
 def point_of(axis: str, value: int | str) -> Point:
+    if axis == "method":
+        return Point(clients=20, method=str(value))  # so that clients which have trained train again
     if axis != "keeping":
         varied: dict[str, Any] = {axis: value}
         return dataclasses.replace(BASE, **varied)
@@ -97,7 +100,7 @@ def point_of(axis: str, value: int | str) -> Point:
 
 
 def base_of(axis: str) -> Point:
-    return point_of(axis, AXES[axis][0]) if axis == "keeping" else BASE
+    return point_of(axis, AXES[axis][0]) if axis in ("method", "keeping") else BASE
 
 
 TITLES = {
@@ -160,8 +163,7 @@ def hidden_units(parameters: int) -> int:
 def main() -> None:
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves no process behind
-    points = [BASE]
-    points += [point_of(axis, value) for axis in args.only for value in AXES[axis]]
+    points = [point_of(axis, value) for axis in args.only for value in AXES[axis]]
     points = list(dict.fromkeys(points))
     measured: dict[Point, list[Cost]] = {point: [] for point in points}
     for repeat in range(args.repeats):

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -25,8 +26,8 @@ MAX_UNWRITTEN_BYTES = 64 * 2**20
 """States that wait to be written, and one more. Whoever brings the next one waits too."""
 MAX_AHEAD_BYTES = 64 * 2**20
 """States that have been read and not been asked for yet, and one more."""
-NUM_CHECKERS = 4
-"""Files that are checked side by side when a run is resumed."""
+SIDE_BY_SIDE = 4
+"""Files that are written, or checked when a run is resumed, at the same time: a disk syncs several as fast as one."""
 
 _KIND = "client_state"
 _NAME = re.compile(r"(?P<client>\d+)-(?P<field>fedavg|fine_tune)-(?P<round>\d+)\.safetensors")
@@ -69,7 +70,7 @@ class References:
 class StateFiles:
     """A `contracts.ClientStateStore` in a folder that this process alone writes to, made when something is put.
 
-    What is put is written by a thread of its own while others train, and outlives a power cut from `versions` on. Where
+    What is put is written by threads of its own while others train, and outlives a power cut from `versions` on. Where
     the disk is full, what can wait waits in memory, and is written when there is room.
     """
 
@@ -87,6 +88,7 @@ class StateFiles:
         self._lost: ValueError | None = None
         self._changed = threading.Condition()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="states writer")  # also removes, in the order asked for
+        self._side_by_side = ThreadPoolExecutor(SIDE_BY_SIDE, thread_name_prefix="state")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="states reader")
 
     def get(self, client_id: int) -> ClientState:
@@ -163,7 +165,7 @@ class StateFiles:
 
     def check(self, references: References) -> None:
         """Raises ValueError where a file that a checkpoint refers to is missing or damaged."""
-        with ThreadPoolExecutor(NUM_CHECKERS) as threads:
+        with ThreadPoolExecutor(SIDE_BY_SIDE) as threads:
             for _ in threads.map(self._check, references.versions.values()):
                 pass
 
@@ -190,8 +192,8 @@ class StateFiles:
     def finish(self) -> None:
         """The run is over: only what clients keep at its end stays. Waits until the rest is gone."""
         self.keep(())
-        self._writer.shutdown()
-        self._reader.shutdown()
+        for threads in (self._writer, self._side_by_side, self._reader):
+            threads.shutdown()
 
     @property
     def _has_room(self) -> bool:
@@ -205,23 +207,28 @@ class StateFiles:
     def _write_all(self) -> None:
         while True:
             with self._changed:
-                version, state = next(iter(self._unwritten.items()), (None, {}))
-            if version is None or self._failure is not None:
-                return
-            failure: Exception | None = None
-            try:
-                if not self._folder.is_dir():
-                    self._folder.mkdir()
-                    sync_folder(self._folder.parent)
-                content = checked_file(_KIND, version.file_name, state)
-                replace_file(self._folder / version.file_name, content, syncs_folder=False)
-            except Exception as error:  # whatever it is, who waits must hear of it
-                failure = error
-            with self._changed:
-                self._failure = failure
-                if failure is None and self._unwritten.get(version) is state:
-                    del self._unwritten[version]
-                self._changed.notify_all()
+                batch = list(islice(self._unwritten.items(), SIDE_BY_SIDE))
+                if not batch or self._failure is not None:
+                    return
+            failures = self._side_by_side.map(self._write, *zip(*batch, strict=True))
+            for (version, state), failure in zip(batch, failures, strict=True):
+                with self._changed:
+                    self._failure = self._failure or failure
+                    if failure is None and self._unwritten.get(version) is state:
+                        del self._unwritten[version]
+                    self._changed.notify_all()
+
+    def _write(self, version: Version, state: ClientState) -> Exception | None:
+        """Returns what went wrong, which those who wait must hear of whatever it is."""
+        try:
+            if not self._folder.is_dir():
+                self._folder.mkdir(exist_ok=True)
+                sync_folder(self._folder.parent)
+            content = checked_file(_KIND, version.file_name, state)
+            replace_file(self._folder / version.file_name, content, syncs_folder=False)
+        except Exception as error:
+            return error
+        return None
 
     def _forget_put(self) -> None:
         for version in self._put.values():
