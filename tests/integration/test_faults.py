@@ -96,7 +96,9 @@ def states_of(folder: Path) -> dict[str, str]:
 def test_a_fault_changes_nothing_in_what_clients_keep(
     row: Row, keeping_undisturbed: tuple[Result, dict[str, str]], tmp_path: Path
 ) -> None:
+    """Nor in the scores of those that trained, which start from it."""
     undisturbed, states = keeping_undisturbed
+    assert any("trained" in line for line in undisturbed.scores)
     assert_same(run_row(row, tmp_path / "run", launch_fork, KEEPING), undisturbed)
     assert states_of(tmp_path / "run") == states
 
