@@ -386,6 +386,11 @@ class ExperimentConfig(ClientsConfig):
                 f"{label(self, f'{name}.method')} {phase.method.name} does not go with "
                 f"{label(self, f'{name}.client_optimizer.name')} {client}: {problem}"
             )
+        if phase.method.needs_float32 and self.precision != "float32":
+            raise ValueError(
+                f"{label(self, 'precision')} {self.precision} is too coarse for {label(self, f'{name}.method')} "
+                f"{phase.method.name} with its settings; use float32"
+            )
         for whose, optimizer in (("client_optimizer", client), ("server_optimizer", phase.server_optimizer.name)):
             if self.portable_kernels == "any_vendor" and optimizer not in ("sgd", "momentum"):
                 raise ValueError(

@@ -38,6 +38,11 @@ class Method:
     keeps_state: ClassVar[bool] = False
     goes_on: ClassVar[bool] = True
 
+    @property
+    def needs_float32(self) -> bool:
+        """Whether what it computes would be lost in the rounding of --precision bf16."""
+        return False
+
     def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
         """Why the method does not go with the clients' optimizer, and what to use; None where it does."""
         return None

@@ -44,6 +44,11 @@ class PerFedAvg(Method):
     )
     per_fedavg_delta: float = setting(1e-3, "how far apart these are, in gradients, to each side", above=0)
 
+    @property
+    def needs_float32(self) -> bool:
+        """A difference of gradients that are almost equal would be all rounding."""
+        return self.per_fedavg_variant == "hf"
+
     def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
         if client_optimizer.name == "sgd":
             return None

@@ -117,6 +117,13 @@ def test_it_is_what_plain_loops_compute(group: int, variant: str) -> None:
         assert client.state == {}
 
 
+def test_differences_of_gradients_take_float32() -> None:
+    phase = PhaseConfig(1, 1, SGD, SGD, method=PerFedAvg(per_fedavg_variant="hf"))
+    with pytest.raises(ValueError, match=r"^--precision bf16 is too coarse for --method per_fedavg .*; use float32$"):
+        make_config(fedavg=phase, fine_tune=None, precision="bf16")
+    make_config(fedavg=dataclasses.replace(phase, method=PerFedAvg()), fine_tune=None, precision="bf16")
+
+
 def test_it_takes_plain_steps_only() -> None:
     adam = PhaseConfig(1, 1, OptimizerConfig("adam", 0.01), SGD, method=PerFedAvg())
     with pytest.raises(ValueError, match=r"--method per_fedavg .* --client_optimizer adam: .* use sgd"):

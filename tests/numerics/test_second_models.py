@@ -84,6 +84,25 @@ def test_a_client_that_diverges_diverges_alone(name: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not method.needs_float32])
+@pytest.mark.parametrize("group", [1, 2])
+def test_bf16_points_where_float32_does(group: int, name: str) -> None:
+    model = network().float()
+    rows = {}
+    for precision in ("float32", "bf16"):
+        clients = image_clients((12, 9)[:group])
+        for client in clients:
+            client.inputs = client.inputs.float()
+        updates, _ = METHODS[name].update(
+            models_of(model, group, precision=precision), flatten(model), clients, TRAINING
+        )
+        kept = [client.state["model"] - flatten(model) for client in clients if client.state]
+        rows[precision] = torch.cat([*updates, *kept]).clone()
+    exact, rounded = rows["float32"], rows["bf16"]
+    assert not torch.equal(rounded, exact)
+    assert torch.linalg.vector_norm(rounded - exact) < 0.1 * torch.linalg.vector_norm(exact)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_clients_keep_one_model_or_nothing(name: str) -> None:
     """Of the model's own type; the share of an adaptive mixture is one number more."""
