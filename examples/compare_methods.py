@@ -16,7 +16,7 @@ ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
 
 def scores(method: str, seed: int) -> pd.DataFrame:
     """A row a client."""
-    run = perfedavg.run(dataset="digits", method=method, seed=seed, rounds=ROUNDS, fine_tune_method="none")
+    run = perfedavg.run(model="mlp", method=method, seed=seed, rounds=ROUNDS, fine_tune_method="none")
     print(f"{method}, seed {seed}: {run.result['seconds']:.1f} s, {run.folder}")
     return run.clients.assign(method=method, seed=seed)
 

@@ -10,7 +10,7 @@ import torch
 import perfedavg
 
 ROUNDS = int(sys.argv[1]) if len(sys.argv) > 1 else 20
-SETTINGS = {"dataset": "digits", "method": "fedrep", "rounds": ROUNDS}
+SETTINGS = {"dataset": "digits", "model": "mlp", "method": "fedrep", "rounds": ROUNDS}
 
 if __name__ == "__main__":
     rounds = perfedavg.rounds(**SETTINGS)

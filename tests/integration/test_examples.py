@@ -49,7 +49,7 @@ def test_the_notebook_runs_in_jupyter(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:
         cell.source = cell.source.replace("ROUNDS = 20", "ROUNDS = 3").replace('".."', repr(str(ROOT)))
-        cell.source = cell.source.replace("workers=2", "workers=2, personalization_epochs=1, client_num_in_total=20")
+        cell.source = cell.source.replace("workers=2", "workers=2, personalization_epochs=1")
     execute(notebook, tmp_path)
     assert len(list((tmp_path / "runs").glob("*-digits/result.json"))) == 2
     assert "image/png" in notebook.cells[-2].outputs[0]["data"]
