@@ -30,10 +30,12 @@ def read_table(path: Path, files: OwnFiles) -> Rows:
     is_parquet = path.suffix.lower() == ".parquet"
     try:
         table = _read_parquet(path) if is_parquet else _read_csv(path, files)
-    except (pa.ArrowException, OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error.reason}); save it as CSV in UTF-8") from error
+    except (pa.ArrowException, OSError, csv.Error) as error:
         kind = "parquet" if is_parquet else "CSV"
         reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is damaged or no {kind} file ({reason:.300})") from error
+        raise ValueError(f"{path} is damaged or no {kind} file ({reason:.300}); mend it, or write it anew") from error
     place = _row_of_parquet if is_parquet else _row_of_csv
     names: list[str] = table.column_names
     layout = layout_of(path, "column", names, files)

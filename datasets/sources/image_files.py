@@ -60,8 +60,8 @@ class ImageForm:
 
     @property
     def name(self) -> str:
-        """Of a cache; equal forms, equal name."""
-        return f"{shown_size(self.size)}-{self.colour}{'-scaled' if self.is_scaled else ''}"
+        """Of a cache; equal forms, equal name, and no name is the beginning of another."""
+        return f"{shown_size(self.size)}{'-scaled' if self.is_scaled else ''}-{self.colour}"
 
     def fault_of_size(self, size: tuple[int, int]) -> str | None:
         """What is wrong with an image of so many pixels, (width, height), and the fix."""

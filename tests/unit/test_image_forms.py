@@ -91,9 +91,9 @@ def test_width_and_height_may_differ(tmp_path: Path) -> None:
 
 def test_each_form_is_kept_beside_the_others(tmp_path: Path) -> None:
     folder = write(tmp_path / "own", (32, 32))
-    prints = {load(folder, OwnFiles(image_color=color)).fingerprint for color in ("grey", "rgb")}
-    assert len(prints) == 2
-    assert len(list((folder / ".cache").glob("folder-*"))) == 2
+    forms = [OwnFiles(image_color=color, image_size=size) for color in ("grey", "rgb") for size in ("32", None, "16")]
+    assert len({load(folder, form).fingerprint for form in forms}) == 4, "32x32 need not be scaled to be so"
+    assert len(list((folder / ".cache").glob("folder-*"))) == 6
 
 
 def test_a_turned_photo_counts_as_it_is_shown(tmp_path: Path) -> None:

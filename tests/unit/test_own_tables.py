@@ -276,8 +276,8 @@ def test_what_is_wrong_is_one_line_with_the_file_and_the_place(kind: str, tmp_pa
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("client,x,y\nä,1,a\n".encode("latin-1") * 3, "is damaged or no CSV file"),
-        ("client,x,y\na,1,a\n".encode("utf-16"), "is damaged or no CSV file|is no text in UTF-8"),
+        ("client,x,y\nä,1,a\n".encode("latin-1") * 3, "is no text in UTF-8 .* save it as CSV in UTF-8"),
+        ("client,x,y\na,1,a\n".encode("utf-16"), "is no text in UTF-8"),
         (b"client,x,y\0\n", "is no text in UTF-8"),
         (b"", "its first line is empty"),
         (b'client,x,y\n"c,1,a\n', "damaged|nothing but|has no rows|Expected"),
