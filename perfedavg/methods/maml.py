@@ -25,8 +25,8 @@ class MAML(FOMAML):
 
     name: ClassVar[str] = "maml"
     differentiates_training: ClassVar[bool] = True
-    TIMES_A_STEP: ClassVar[float] = 5.0
-    """What a step costs with its derivative, in plain ones."""
+    TIMES_A_STEP: ClassVar[float] = 4.0
+    """What a step costs with its derivative, in plain ones: 3 on full batches, 5 on small ones."""
 
     def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
         if client_optimizer.name == "sgd":

@@ -33,12 +33,16 @@ def record(round_number: int, seconds: float = 1.0, is_point: bool = True) -> Ro
     return RoundRecord(Phase.FEDAVG, round_number, (0,), 1, {}, 1.0, 1.0, seconds, 0.0, {}, evaluation)
 
 
+@pytest.fixture(autouse=True)
+def _price_of_maml(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MAML, "TIMES_A_STEP", 5.0)
+
+
 def test_time_to_go_counts_local_steps_and_what_they_cost_in_each_phase() -> None:
     """A round of FedAvg, 4 clients by 2 steps, takes 2 s: 0.25 s a step. One of MAML costs 4 by 5 (3 + 1) such steps.
 
     Points of the curve after rounds 5 of 10, 2 clients by 5 steps; 4 clients by 5 steps are scored after each phase.
     """
-    assert MAML.TIMES_A_STEP == 5
     left = TimeToGo(CONFIG, CLIENTS)
     assert left.of_run(Phase.FEDAVG, 0) is None
     left.add_round(Phase.FEDAVG, 2.0)
