@@ -60,7 +60,11 @@ def _name_of(setting: str, value: Any, with_workers: bool) -> str:
     if is_method and known in METHODS.values() and known.name in METHODS.built_in:
         return str(known.name)
     is_instance = not hasattr(known, "__qualname__")
-    kind = type(known) if is_instance else known
+    if is_instance and setting == "model":
+        raise ValueError(
+            f"model is a {type(value).__name__}; give a function (input_shape, num_classes) that makes one"
+        )
+    kind = getattr(known, "value_of", type(known)) if is_instance else known  # of a metric, its function
     module_name = _module_of(kind)
     own_name = kind.__qualname__.replace("<locals>.", "").replace("<lambda>", "anonymous").replace(".", "_")
     name = f"{module_name}:{own_name}"
@@ -73,7 +77,8 @@ def _name_of(setting: str, value: Any, with_workers: bool) -> str:
         )
     if is_method:
         METHODS.add(name, known)
-    own_module.give(name, (lambda data_root, num_clients, seed: value) if is_instance else known)
+    is_data = is_instance and setting == "dataset"
+    own_module.give(name, (lambda data_root, num_clients, seed: value) if is_data else known)
     return name
 
 
@@ -92,7 +97,7 @@ def _settings_of(kind: type, name: str, method: Method) -> Iterator[str]:
         _name_of(name, method, with_workers=False)
     values = {field.name: getattr(method, field.name) for field in fields(method)}
     for flag in flags_of(kind).values():
-        if flag.name and flag.by_choice and flag.path[:-1] == place and flag.path[-1] in values:
+        if flag.name and flag.by_choice and flag.path[:-1] == place and values.get(flag.path[-1]) is not None:
             yield f"--{flag.name}={_plain(values[flag.path[-1]])}"
 
 

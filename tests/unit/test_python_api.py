@@ -20,8 +20,9 @@ import perfedavg
 import utils
 from perfedavg import own_module
 from perfedavg.fields import setting
-from perfedavg.methods import METHODS, FedAvg
+from perfedavg.methods import METHODS, Ditto, FedAvg
 from perfedavg.methods.fedprox import FedProx
+from perfedavg.metrics import Metric
 
 TINY: dict[str, Any] = {"model": "mlp", "client_num_in_total": 10, "client_num_per_round": 2, "rounds": 3}
 TINY |= {"local_epochs": 1, "fine_tune_rounds": 1, "fine_tune_local_epochs": 1, "personalization_epochs": 1}
@@ -154,6 +155,7 @@ def test_nothing_is_left_of_a_run_that_never_began(folder: Path) -> None:
         ({"round": 3}, "--round is unknown; use --rounds"),
         ({"rounds": "many"}, "--rounds many must be a whole number from 0"),
         ({"rounds": -1}, "--rounds -1 must be a whole number from 0"),
+        ({"model": nn.Linear(1, 1)}, "model is a Linear; give a function"),
         ({"rounds": print}, "rounds is a builtin_function_or_method; give a text or a number"),
         ({"resume": "nowhere"}, "--resume .*nowhere is not the folder of a run"),
         ({"method": "nowhere:Mine"}, "--method nowhere:Mine cannot be imported"),
@@ -242,7 +244,12 @@ def test_a_metric_may_be_a_function() -> None:
     def half(outputs: Tensor, labels: Tensor) -> float:
         return 0.5
 
-    run = perfedavg.run(run_dir="a", metrics=["macro_f1", half], **TINY)
+    def fifth(outputs: Tensor, labels: Tensor) -> float:
+        return 0.2
+
+    run = perfedavg.run(run_dir="a", metrics=["macro_f1", half, Metric(fifth)], method=Ditto(ditto_lambda=0.5), **TINY)
+    assert run.settings["fedavg"]["method"]["ditto_lambda"] == 0.5
     assert set(run.clients.filter(like="half").to_numpy().ravel()) == {0.5}
+    assert set(run.clients.filter(like="fifth").to_numpy().ravel()) == {0.2}
     assert {"initial_macro_f1", "personalized_macro_f1"} <= set(run.clients)
     assert set(run.clients.population) == {"unseen", "trained"}
