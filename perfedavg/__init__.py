@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers
     from python_api import Rounds, Run, rounds, run
-    from python_api import open_run as open
+    from python_api import open_run as open  # noqa: F401
 
-__all__ = ["Rounds", "Run", "open", "rounds", "run"]
+__all__ = ["Rounds", "Run", "rounds", "run"]  # `import *` leaves Python's own `open`
 
 _OFFERED = {"Rounds": "Rounds", "Run": "Run", "open": "open_run", "rounds": "rounds", "run": "run"}
 """What `python_api` calls it, by the names here."""
