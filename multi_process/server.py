@@ -330,6 +330,7 @@ class WorkerPool(PoolManager):
         on_same_machine = sum(other.join.machine == join.machine for other in self._workers.values())
         num_cores = join.num_cores // on_same_machine
         worker.num_slots = join.threads or default_num_slots(self.config, join.device_kind, num_cores)
+        peer.num_in_hand = worker.num_slots + 1
         worker.send(Configure(worker.connected.ticket, self.config.to_dict(), worker.num_slots, sources()))
 
     def _take_message(self, worker: Worker, message: Message) -> None:

@@ -233,6 +233,7 @@ class WorkerManager(ClientManager):
         self._configured = configured
         network.peer.num_parameters = self._trainer.num_parameters
         network.peer.max_states_bytes = max_batch_bytes(self._trainer.config, self._trainer.num_parameters)
+        network.peer.num_in_hand = answer.num_slots + 1
         say(
             f"worker {network.rank}: joined {network.address[0]}:{network.address[1]}, "
             f"{clean_text(answer.experiment['dataset'])} on {self._device}, {answer.num_slots} client(s) side by side"

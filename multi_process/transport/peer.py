@@ -60,7 +60,8 @@ MAX_REPORT_BYTES = 1024
 MAX_UNRECEIVED = 10_000
 """Messages that wait to be received. An honest peer sends one for each thing that it was asked to do."""
 MAX_UNSENT_BYTES = 2**30
-"""Of tensors that wait to be sent, or four messages. A peer for which more are waiting takes none."""
+"""Of tensors that wait to be sent, or four messages, and the states of clients in hand. A peer for which more are
+waiting takes none."""
 
 WITH_PARAMETERS = frozenset(kind.__name__ for kind in (StartTraining, StartScoring, KeptStates, PartialSum))
 
@@ -107,6 +108,7 @@ class Peer:
     num_parameters: of the model, once it is known; no message with parameters is taken before.
     num_clients: of which such a message may report, at most.
     max_states_bytes: of what clients keep, in one message.
+    num_in_hand: groups of clients that the worker has at a time, whose states may all be on their way.
     Raises ConnectionError where there is no thread to be had for it.
     """
 
@@ -119,6 +121,7 @@ class Peer:
         self.num_parameters: int | None = None
         self.num_clients = 0
         self.max_states_bytes = 0
+        self.num_in_hand = 0
         self._control = control
         self._side = side
         self._beat_seconds = beat_seconds
@@ -204,7 +207,8 @@ class Peer:
         num_bytes = _tensor_bytes(vars(message))
         with self._changed:
             self._unsent_bytes += num_bytes
-        if num_bytes and self._unsent_bytes > max(MAX_UNSENT_BYTES, 4 * num_bytes):
+        most = max(MAX_UNSENT_BYTES, 4 * num_bytes) + self.num_in_hand * self.max_states_bytes
+        if num_bytes and self._unsent_bytes > most:
             self._lose("it takes nothing of what it is sent")
         self._raise_if_lost()
         self._outgoing.put(message)

@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from multi_process.fedlab_adapter import sizes_of
-from multi_process.messages import AssignGroups, Finish, Message, PartialSum, StartTraining, to_package
+from multi_process.messages import AssignGroups, Finish, KeptStates, Message, PartialSum, StartTraining, to_package
 from multi_process.transport import peer as peer_module
 from multi_process.transport import tensors as tensors_module
 from multi_process.transport.control import ControlConnection, ProtocolError
@@ -352,6 +352,19 @@ def test_control_messages_may_follow_however_large_a_model(connect: Connect, mon
     ends.server.send(StartTraining(1, 1, 1, torch.zeros(NUM_PARAMETERS)))
     ends.server.send(AssignGroups([[1]]))
     assert ends.server.lost_reason is None
+
+
+def test_what_the_clients_in_hand_keep_may_follow_at_once(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker with many slots is handed as many clients, each with a model of its own."""
+    monkeypatch.setattr(peer_module, "MAX_UNSENT_BYTES", 100)
+    ends = connect()  # not formed, so nothing leaves
+    state = {"model": torch.zeros(NUM_PARAMETERS)}
+    ends.server.max_states_bytes, ends.server.num_in_hand = state["model"].nbytes, 5
+    for client_id in range(9):  # four messages, and five clients
+        ends.server.send(KeptStates({client_id: state}))
+    assert ends.server.lost_reason is None
+    with pytest.raises(PeerLostError, match="it takes nothing of what it is sent"):
+        ends.server.send(KeptStates({9: state}))
 
 
 def test_as_many_reports_as_there_are_clients_find_room(connect: Connect) -> None:
