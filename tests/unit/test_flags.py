@@ -256,6 +256,7 @@ def test_quick_start_passes_every_flag_on() -> None:
     argv = [word for flags, _ in EXPERIMENT_FLAGS for word in flags]
     argv += ["--fine_tune_client_optimizer", "sgd"]  # the only one that goes with maml
     argv += ["--method", "fomaml"]  # which fine-tuning can go on from
+    argv += ["--fine_tune_method", "maml"]  # which bf16 is not too coarse for
     argv += ["--run_dir", "/tmp/x", "--data_root", "/tmp/y", "--device", "cpu", "--threads", "3", "--backend", "gloo"]
     args = utils.get_args("quick_start", argv)
     server = utils.get_args("server", to_argv(args, Server))
