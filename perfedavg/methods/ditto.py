@@ -7,7 +7,7 @@ The global model w is FedAvg's. Besides, a client of the round takes steps of it
 F is the client's loss, w the global model that the round began with. v begins at the w of the client's first round: the
 paper leaves its beginning open; in its authors' code, where all clients are known, all begin at the initial w.
 
-An unseen client has no v: its begins at w, and adapts by the same steps.
+An unseen client has no v yet: it begins at w, and adapts by the same steps.
 """
 
 from __future__ import annotations

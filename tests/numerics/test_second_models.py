@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from second_models import SIZES, TRAINING, Scored, image_clients, models_of, network
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 
 from perfedavg.methods import APFL, Ditto, FedAvg, Method, PerFedAvg, PFedMe
 from perfedavg.settings import OptimizerConfig
-from perfedavg.training.client_models import Client
+from perfedavg.training.client_models import Batch, Client
 from perfedavg.training.flat_model import flatten
 from perfedavg.training.local_training import LocalTraining
 
@@ -101,6 +103,23 @@ def test_bf16_points_where_float32_does(group: int, name: str) -> None:
     exact, rounded = rows["float32"], rows["bf16"]
     assert not torch.equal(rounded, exact)
     assert torch.linalg.vector_norm(rounded - exact) < 0.1 * torch.linalg.vector_norm(exact)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_round_costs_what_the_time_to_go_takes_it_for(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In passes through a model, forward and backward, of which a local step of FedAvg is one."""
+    method = replace(METHODS[name], **({"ditto_epochs": None} if name == "ditto" else {}))
+    models, num_passes = models_of(network(), 1), 0
+    training_loss = models._training_loss
+
+    def counting(batch: Batch) -> Tensor:
+        nonlocal num_passes
+        num_passes += 1
+        return training_loss(batch)
+
+    monkeypatch.setattr(models, "_training_loss", counting)
+    method.update(models, flatten(network()), image_clients((14,)), TRAINING)
+    assert num_passes == method.round_cost(TRAINING.count_steps, 14)
 
 
 @pytest.mark.parametrize("name", METHODS)
