@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import Any
 
 PROJECT = Path(__file__).resolve().parents[1]
-_PACKAGES = "benchmarks datasets experiments launch models multi_process perfedavg python_api reporting tests"
+_PACKAGES = "benchmarks datasets examples experiments launch models multi_process perfedavg python_api reporting tests"
 _MODULES = "client_worker compat personalize quick_start report reproduce server sine single_process utils"
 PROJECT_MODULES = frozenset(f"{_PACKAGES} {_MODULES}".split())
 """Names by which this project's modules are imported; they come before a user's and before installed ones."""

@@ -27,7 +27,7 @@ KINDS = {
 }
 READERS = {paths.path, paths.folder, paths.file}
 PATH_FLAGS = {"run_dir", "resume", "data_root", "token_file", "initial_model", "results", "runs", "output"}
-PATH_FLAGS |= {"models", "run", "images", "folder"}
+PATH_FLAGS |= {"models", "run", "images", "folder", "against"}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -91,7 +91,11 @@ def test_a_run_in_a_folder_whose_name_is_no_text(launched: Launched, tmp_path: P
     status, _, errors = finish(launched.start("single_process.py", *TINY, "--run_dir", folder, draws_plots=True))
     assert status == 0, errors
     assert read_result(folder)["after_fine_tune"]
-    assert {path.name for path in (folder / "plots").iterdir()} == {"accuracy.png", "clients.png"}
+    assert {path.name for path in (folder / "plots").iterdir()} == {
+        "accuracy.png",
+        "clients.png",
+        "trained-clients.png",
+    }
     status, _, errors = finish(launched.start("report.py", folder))
     assert status == 0, errors
     assert (folder / "report" / "report.html").stat().st_size > 1000

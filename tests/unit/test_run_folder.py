@@ -40,7 +40,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module]:
 def test_holds_every_promised_file(run: tuple[Path, nn.Module]) -> None:
     names = {str(path.relative_to(run[0])) for path in run[0].rglob("*") if path.is_file()}
     tables = {"config.json", "metrics.jsonl", "clients.csv", "result.json", "log.txt", ".lock"}
-    pictures = {"plots/accuracy.png", "plots/clients.png"}
+    pictures = {"plots/accuracy.png", "plots/clients.png", "plots/trained-clients.png"}
     assert names == tables | pictures | {"model.safetensors", f"tensorboard/{FILE_NAME}"}
 
 
