@@ -137,10 +137,10 @@ def build_report(runs: Sequence[FinishedRun], target: float, against: Path | Non
     return Report(
         title=f"Personalized FedAvg on {', '.join(names.values())}",
         summary=f"{counted(len(runs), 'run')} in {counted(len(all_rows), 'row')}; runs that differ only in the seed are"
-        " one row. A figure is the uniform mean over unseen clients, then over seeds; with several seeds it has their "
-        "sample deviation, behind ± or in brackets. Initial is the global model on a client's test part, personalized "
-        "the same model after adapting it on that client's own training part. Clients hurt are those that fare worse "
-        "after that.",
+        " one row. A figure is the uniform mean over clients, unseen ones where it says nothing else, then over seeds; "
+        "with several seeds it has their sample deviation, behind ± or in brackets. Initial is the global model on a "
+        "client's test part, personalized the same model after adapting it on that client's own training part. Clients "
+        "hurt are those that fare worse after that.",
         sections=[
             Section(names[dataset], list(_blocks(dataset, names[dataset], some, target, against)))
             for dataset, some in rows.items()

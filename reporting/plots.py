@@ -207,6 +207,7 @@ def _draw_named_clients(
             panel.plot(values, places, linestyle="", marker="o", markersize=5, color=color, label=kind)
         panel.set(title=f"after {row.after(phase)}", xlabel=f"{measure.name} of a client on its test part")
         panel.set_xlim(-0.02, 1.02) if measure.is_accuracy else panel.set_xlim(left=0)
+    panels[0].set_ylim(-0.6, len(names) - 0.4)
     panels[0].set_yticks(places, [_tick_label(names[place]) for place in order])
     panels[0].set_ylabel(f"{population.value} clients")
     _legend_below(figure, panels)

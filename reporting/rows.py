@@ -102,8 +102,11 @@ class Row:
 
     def after(self, phase: Phase) -> str:
         """What the results of a phase come after."""
-        is_trained = phase is not Phase.FEDAVG or self.settings["fedavg"]["num_rounds"] > 0
-        return phase.label if is_trained else "no training"
+        if phase is not Phase.FEDAVG:
+            return phase.label
+        method = self.settings["fedavg"]["method"]["name"]
+        is_trained = self.settings["fedavg"]["num_rounds"] > 0
+        return (phase.label if method == FedAvg.name else method) if is_trained else "no training"
 
     @property
     def has_cohort_and_epochs(self) -> bool:

@@ -27,6 +27,7 @@ from reporting.comparison import (
 from reporting.contents import build_report
 from reporting.figures import ACCURACY, Measure
 from reporting.files import to_markdown
+from reporting.plots import LIGHT, draw_clients
 from reporting.rows import group_rows
 
 SGD = OptimizerConfig("sgd", 0.1)
@@ -224,3 +225,19 @@ def test_rows_whose_names_leave_out_what_they_differ_in_are_called_by_their_fold
     runs[1] = dataclasses.replace(runs[1], settings={**other, "colour": None})
     labels = {row.label for row in group_rows(runs)}
     assert len(labels) == 2
+
+
+def test_few_clients_are_shown_by_their_names_and_the_best_on_top() -> None:
+    """Whose score it is; a sign that would begin a formula is not one."""
+    named = dataclasses.replace(PLAIN, client_names={Population.UNSEEN: ("an$na", "b" * 50)})
+    draw = draw_clients(group_rows([named]), ACCURACY, Population.UNSEEN)
+    assert draw is not None
+    panels = draw(LIGHT).axes
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == [r"an\$na", f"{'b' * 21}..."]
+    assert [list(line.get_xdata()) for line in panels[1].lines] == [[0.5, 0.7], [0.6, 0.8]]
+
+
+def test_results_of_a_method_come_after_it() -> None:
+    (ditto,), (fedavg,) = group_rows([DITTO]), group_rows([PLAIN])
+    assert [ditto.after(phase) for phase in ditto.results] == ["ditto"]
+    assert [fedavg.after(phase) for phase in fedavg.results] == ["FedAvg", "fine-tuning"]
