@@ -43,7 +43,7 @@ class PFedMe(Method):
         rate, pull = client_optimizer.learning_rate, self.pfedme_lambda
         if client_optimizer.name != "sgd" or rate * pull < 2:
             return None
-        return f"at rate {rate:g} a lambda of {pull:g} throws models ever further; keep their product below 2"
+        return f"at rate {rate:g} a lambda of {pull:g} throws models ever further; use one below {2 / rate:g}"
 
     def update(
         self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining
