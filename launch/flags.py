@@ -323,12 +323,12 @@ def build_parser(kind: type) -> _Parser:
             "command line win",
         )
     for name, flag in flags.items():
-        title = "what to look at first" if name in FIRST and kind in ENTRY_POINTS.values() else flag.title or "options"
+        title = "what to look at first" if name in FIRST and kind in ENTRY_POINTS.values() else _heading(flag)
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         options: dict[str, Any] = {
             "metavar": _metavar(flag),
-            "help": f"{flag.help} {default_words(flag)}".replace("%", "%%"),
+            "help": f"{help_words(flag)} {default_words(flag)}".replace("%", "%%"),
         }
         if flag.setting.many:
             options["nargs"] = "+"
@@ -342,6 +342,16 @@ def build_parser(kind: type) -> _Parser:
     if "fine_tune_method" in flags:
         parser.add_argument(f"--{_SWITCH}", nargs="?", const="true", help=argparse.SUPPRESS)
     return parser
+
+
+def _heading(flag: Flag) -> str:
+    """That of its settings; those of single methods stand together."""
+    return f"{flag.title}, settings of single methods" if flag.by_choice else flag.title or "options"
+
+
+def help_words(flag: Flag) -> str:
+    """What a flag is; of one that single methods have, with their names."""
+    return f"{', '.join(flag.by_choice)}: {flag.help}" if flag.by_choice else flag.help
 
 
 def _metavar(flag: Flag) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.flags import ROOT, default_words
+from launch.flags import ROOT, default_words, help_words
 from launch.settings import ENTRY_POINTS
 from perfedavg.fields import Flag, flags_by_name
 
@@ -40,10 +40,11 @@ def _older_names() -> Iterator[str]:
 
 def _meaning(flag: Flag) -> str:
     setting = flag.setting
+    help = help_words(flag)
     if flag.choices is not None and "{choices}" not in setting.help:
-        return f"{flag.help}: {', '.join(f'`{choice}`' for choice in flag.choices)}"
+        return f"{help}: {', '.join(f'`{choice}`' for choice in flag.choices)}"
     has_bounds = flag.kind is float or (setting.at_most or 0) in range(1, _SHOWN_BOUND)
-    return f"{flag.help} ({setting.allowed(flag.kind)})" if has_bounds else flag.help
+    return f"{help} ({setting.allowed(flag.kind)})" if has_bounds else help
 
 
 _INTRODUCTION = """# Flags

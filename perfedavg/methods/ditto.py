@@ -34,9 +34,9 @@ class Ditto(FedAvg):
     name: ClassVar[str] = "ditto"
     keeps_state: ClassVar[bool] = True
     goes_on: ClassVar[bool] = False
-    ditto_lambda: float = setting(1.0, "weight of ditto's pull of personal models to the global one", at_least=0)
+    ditto_lambda: float = setting(1.0, "weight of the pull of personal models to the global one", at_least=0)
     ditto_epochs: int | None = setting(
-        None, "local epochs a round of ditto's personal models", at_least=1, absent="as the global model's"
+        None, "local epochs a round of the personal models", at_least=1, absent="as the global model's"
     )
 
     def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:

@@ -34,10 +34,10 @@ class PFedMe(Method):
     """Clients step along the gradients of their envelopes, which K steps of their optimizer approximate."""
 
     name: ClassVar[str] = "pfedme"
-    pfedme_lambda: float = setting(15.0, "weight of pfedme's pull of theta to w", above=0)
-    pfedme_eta: float = setting(0.005, "learning rate of pfedme's w; that of theta is the clients'", above=0)
-    pfedme_steps: int = setting(5, "steps of pfedme's theta on each batch", at_least=1)
-    pfedme_beta: float = setting(1.0, "weight of the clients' mean in pfedme's next global model", above=0)
+    pfedme_lambda: float = setting(15.0, "weight of the pull of theta to w", above=0)
+    pfedme_eta: float = setting(0.005, "learning rate of w; that of theta is the clients'", above=0)
+    pfedme_steps: int = setting(5, "steps of theta on each batch", at_least=1)
+    pfedme_beta: float = setting(1.0, "weight of the clients' mean in the next global model", above=0)
 
     def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
         rate, pull = client_optimizer.learning_rate, self.pfedme_lambda
