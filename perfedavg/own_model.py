@@ -14,11 +14,15 @@ from torch import Tensor, nn
 
 from perfedavg.contracts import FederatedDataset
 from perfedavg.own_module import OwnModuleError, explained, import_own
+from perfedavg.settings import flag
 from perfedavg.training.flat_model import FlatModel, flatten
 from perfedavg.training.local_training import Loss, loss_of
 
 TRIED_EXAMPLES = 2
 """By which a model and a loss are tried before the first round."""
+
+_SINGLE_EXAMPLE = "Expected more than 1 value per channel"
+"""How torch's BatchNorm begins to refuse a batch of one example."""
 
 Result = TypeVar("Result")
 
@@ -54,7 +58,7 @@ def check_model(whose: str, model: object, dataset: FederatedDataset, batch_size
     with torch.random.fork_rng(devices=[]):
         _try_scoring(whose, model, inputs, labels, dataset.num_classes, loss_of(dataset))
         tried = _try_training(whose, model, inputs, labels, loss_of(dataset))
-        if not _takes_one_example(tried, inputs):
+        if not _takes_one_example(whose, tried, inputs):
             _refuse_single_examples(whose, dataset, batch_size)
 
 
@@ -62,6 +66,11 @@ def explain(whose: str) -> Callable[[Exception, Sequence[int]], Exception]:
     """From an error in training or scoring clients with a user's model or loss to what to raise: one line."""
 
     def explaining(error: Exception, client_ids: Sequence[int]) -> Exception:
+        if isinstance(error, ValueError) and _SINGLE_EXAMPLE in str(error):  # as where a method cuts examples once more
+            return ValueError(
+                f"{whose}: the model's BatchNorm cannot train on a batch of one example, as one of client "
+                f"{', '.join(map(str, client_ids))}; use GroupNorm or LayerNorm, or another {flag('batch_size')}"
+            )
         if isinstance(error, (ValueError, OSError, MemoryError, torch.OutOfMemoryError)):
             return error  # has its line, or is not the code's fault
         clients = ", ".join(map(str, client_ids[:10])) + (", ..." if len(client_ids) > 10 else "")
@@ -148,12 +157,14 @@ def _try_training(whose: str, model: nn.Module, inputs: Tensor, labels: Tensor, 
     return tried
 
 
-def _takes_one_example(tried: FlatModel, inputs: Tensor) -> bool:
+def _takes_one_example(whose: str, tried: FlatModel, inputs: Tensor) -> bool:
     """Whether a batch may be one example, of which BatchNorm has no variance."""
     try:
         tried(inputs[:1])
-    except ValueError:  # as torch's BatchNorm raises
-        return False
+    except Exception as error:
+        if _SINGLE_EXAMPLE in str(error):
+            return False
+        raise explained(f"{whose}: training on one example", error) from error
     return True
 
 
@@ -164,8 +175,8 @@ def _refuse_single_examples(whose: str, dataset: FederatedDataset, batch_size: i
         if num_examples % batch_size == 1 or batch_size == 1:
             raise ValueError(
                 f"{whose}: the model's BatchNorm cannot train on a batch of one example, and client {client_id} has "
-                f"one, of its {num_examples} examples with --batch_size {batch_size}; use GroupNorm or LayerNorm, or "
-                "another --batch_size"
+                f"one, of its {num_examples} examples with {flag('batch_size')} {batch_size}; use GroupNorm or "
+                "LayerNorm, or another batch size"
             )
 
 

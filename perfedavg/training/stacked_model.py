@@ -236,7 +236,7 @@ class StackedModel(ClientModels):
         if isinstance(layer, _BatchNorm):
             raise ValueError(
                 f"{type(layer).__name__} mixes the examples of a batch, so it cannot be trained many at once; "
-                f"use {flag('client_batching')} 1, or GroupNorm in its place"
+                f"use {flag('client_batching')} 1 and a method without second derivatives, or GroupNorm in its place"
             )
         if isinstance(layer, _InstanceNorm) and layer.track_running_stats:
             raise ValueError(

@@ -17,7 +17,8 @@ from models import MODELS
 from perfedavg.contracts import input_shape
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.tasks import CohortTask
-from perfedavg.settings import Phase
+from perfedavg.methods import FOMAML
+from perfedavg.settings import OptimizerConfig, Phase, PhaseConfig
 from perfedavg.training.flat_model import flatten
 
 NAME = f"{__name__}:build"
@@ -120,6 +121,16 @@ def test_batches_of_one_example_are_foreseen(monkeypatch: pytest.MonkeyPatch) ->
     sizes = {DIGITS.num_train_examples(client_id) for client_id in range(20)}
     fitting = next(size for size in range(2, 100) if all(count % size != 1 for count in sizes))
     given(lambda *of: normed(), monkeypatch, batch_size=fitting)
+
+
+def test_a_batch_of_one_example_that_a_method_makes_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FOMAML cuts a client's examples once more, which nobody foresees."""
+    method = PhaseConfig(2, 1, OptimizerConfig("sgd", 0.1), OptimizerConfig("sgd", 1.0), method=FOMAML(0.01))
+    model = given(lambda *of: normed(), monkeypatch, batch_size=8)
+    executor = LocalExecutor(make_config(architecture=NAME, batch_size=8, fedavg=method), model, DIGITS)
+    expected = r"--model test_own_model:build: the model's BatchNorm cannot .* one of client 3; use GroupNorm"
+    with pytest.raises(ValueError, match=expected):
+        executor.train(CohortTask(Phase.FEDAVG, 1, (3,), 1000), flatten(model))
 
 
 def test_an_error_in_training_is_one_line_with_the_users_file(monkeypatch: pytest.MonkeyPatch) -> None:
