@@ -16,8 +16,8 @@ from perfedavg.methods import METHODS
 FLAGS = [*TINY, "--rounds", "4", "--client_num_per_round", "8", "--client_optimizer", "sgd"]
 """Half of the training clients a round, so that most train more than once."""
 MORE: dict[str, list[str]] = {"fedrep": ["--head_epochs", "2"], "maml": ["--fine_tune_method", "none"]}
-IN_EVERY_RUN = ("fedrep",)
-"""One that keeps a part of the model. The others take minutes together."""
+IN_EVERY_RUN = ("fedrep", "ditto")
+"""Which keep a part of a model, and a whole one. The others take minutes together."""
 some = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in IN_EVERY_RUN else pytest.mark.slow) for name in METHODS]
 )
