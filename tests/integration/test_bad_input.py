@@ -122,7 +122,7 @@ def test_nothing_is_left_of_a_run_that_never_began(launched: Launched, tmp_path:
     ]:
         status, _, errors = finish(launched.start(script, *words, place, *more))
         assert status == 2, errors
-        assert f"--data_root {tmp_path / 'nowhere'}" in errors
+        assert f"{tmp_path / 'nowhere'} is no folder" in errors
         assert not (tmp_path / "new").exists()
     assert {path.name: path.read_text() for path in own.iterdir()} == {"notes.txt": "mine", "log.txt": "mine too\n"}
     assert list(empty.iterdir()) == []
