@@ -56,7 +56,7 @@ class Rounds(Iterator["RoundRecord"]):
     """The rounds of a run that goes on, of both its phases, each when it has ended.
 
     A loop that is left early, `close`, the end of a `with` block or of the object itself stop the run, with a
-    checkpoint: `resume=folder` goes on with it.
+    checkpoint: `resume=folder` goes on with it. A run with workers does not wait for the loop.
 
     folder: of the run, as `perfedavg.open` takes it.
     """
