@@ -39,7 +39,7 @@ IN_COLOUR = 3
 class Description:
     """Statistics over the clients that were read.
 
-    labels: of all examples of each sampled client; classes, or targets (num_examples, num_targets).
+    labels: of all examples of each sampled client; classes, or (num_examples, ...) classes of places, or targets.
     """
 
     name: str
@@ -53,8 +53,8 @@ class Description:
 
     @property
     def label_counts(self) -> NDArray[np.int64]:
-        """(num_sampled, num_classes) examples of each class that each sampled client has."""
-        return np.stack([np.bincount(own, minlength=self.dataset.num_classes) for own in self.labels])
+        """(num_sampled, num_classes) labels of each class that each sampled client has."""
+        return np.stack([np.bincount(own.reshape(-1), minlength=self.dataset.num_classes) for own in self.labels])
 
     def text(self) -> str:
         dataset = self.dataset

@@ -138,6 +138,13 @@ def _load_shakespeare(request: DatasetRequest, data_root: Path) -> FederatedData
     return _split(request, load_shakespeare(data_root))
 
 
+def _load_plays(request: DatasetRequest, data_root: Path) -> FederatedDataset:
+    from datasets.clients.raw import DrawnClients
+    from datasets.sources.plays import load_plays
+
+    return _split(request, DrawnClients(load_plays(data_root), request.seed))
+
+
 def _load_folder(request: DatasetRequest, data_root: Path) -> FederatedDataset:
     from datasets.own.image_folder import load_image_folder
 
@@ -298,6 +305,16 @@ DATA_SETS = {
             "fine_tune.client_optimizer.learning_rate": 0.8,
         },
         {**_OWN_CLIENTS, "local_split": "its examples overlap and stay in order"},
+    ),
+    "plays": DataSet(
+        _load_plays,
+        {"lstm": "lstm_each_step", "lstm_each_step": "lstm_each_step", "char_transformer": "char_transformer"},
+        {
+            **_NATURAL,
+            "fedavg.client_optimizer.learning_rate": 0.8,
+            "fine_tune.client_optimizer.learning_rate": 0.8,
+        },
+        {**_OWN_CLIENTS, "local_split": "its examples stay in the order of the play"},
     ),
     "synthetic_writers": DataSet(
         _load_synthetic_writers,

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import nn
 
 from models.auto import auto
+from models.char_transformer import CharTransformer
 from models.emnist_cnn import EmnistCNN
-from models.lstm import CharLSTM
+from models.lstm import CharLSTM, CharLSTMEachStep
 from models.mlp import MLP
 from models.mnist_cnn import MnistCNN
 from models.resnet8 import ResNet8, resnet8_gn
@@ -18,8 +19,10 @@ from models.vit_tiny import ViTTiny
 
 MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "auto": auto,
+    "char_transformer": CharTransformer,
     "emnist_cnn": EmnistCNN,
     "lstm": CharLSTM,
+    "lstm_each_step": CharLSTMEachStep,
     "mlp": MLP,
     "mnist_cnn": MnistCNN,
     "resnet8": ResNet8,
@@ -27,7 +30,8 @@ MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "sine_mlp": SineMLP,
     "vit_tiny": ViTTiny,
 }
-"""Each is built for the shape of an example's inputs and a number of classes, which are its outputs for one example."""
+"""Each is built for the shape of an example's inputs and a number of classes, which are its outputs for one
+example or, where every token of it has a class, for each token."""
 
 
 def build_model(name: str, input_shape: Shape, num_classes: int) -> nn.Module:

@@ -27,3 +27,15 @@ class CharLSTM(nn.Module):
         hidden, _ = self.lstm(self.embedding(tokens))
         logits: Tensor = self.output(hidden[:, -1])
         return logits
+
+
+class CharLSTMEachStep(CharLSTM):
+    """The same layers with the dense one at every time step (Reddi et al. 2021, arXiv 2003.00295).
+
+    (batch, length) to (batch, num_classes, length) logits: at every place, of the token that follows.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden, _ = self.lstm(self.embedding(tokens))
+        logits: Tensor = self.output(hidden)
+        return logits.transpose(1, 2)

@@ -45,10 +45,14 @@ class ViTTiny(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, then a perceptron on each token, each on normalized tokens and added to them."""
+    """Self-attention, then a perceptron on each token, each on normalized tokens and added to them.
 
-    def __init__(self) -> None:
+    is_causal: a token attends to itself and to earlier ones only.
+    """
+
+    def __init__(self, is_causal: bool = False) -> None:
         super().__init__()
+        self.is_causal = is_causal
         self.attention_norm = nn.LayerNorm(WIDTH)
         self.queries_keys_values = nn.Linear(WIDTH, 3 * WIDTH)
         self.attended = nn.Linear(WIDTH, WIDTH)
@@ -67,6 +71,10 @@ class TransformerBlock(nn.Module):
         parts = self.queries_keys_values(tokens).view(batch, length, 3, HEADS, WIDTH // HEADS)
         queries, keys, values = parts.permute(2, 0, 3, 1, 4)
         # Not torch's own attention, which has neither second derivatives nor, for clients side by side, a rule.
-        weights = torch.softmax(queries @ keys.transpose(2, 3) * (WIDTH // HEADS) ** -0.5, dim=3)
+        fits = queries @ keys.transpose(2, 3) * (WIDTH // HEADS) ** -0.5
+        if self.is_causal:
+            later = torch.ones(length, length, dtype=torch.bool, device=tokens.device).triu(1)
+            fits = fits.masked_fill(later, -torch.inf)
+        weights = torch.softmax(fits, dim=3)
         attended: Tensor = self.attended((weights @ values).transpose(1, 2).reshape(batch, length, WIDTH))
         return attended

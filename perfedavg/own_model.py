@@ -117,7 +117,7 @@ def _faults_of_outputs(outputs: object, labels: Tensor, num_classes: int) -> Ite
     if not isinstance(outputs, Tensor):
         yield f"the model returns a {type(outputs).__name__}; let it return one tensor"
         return
-    shape, expected = tuple(outputs.shape), (len(labels), num_classes)
+    shape, expected = tuple(outputs.shape), (len(labels), num_classes, *labels.shape[1:])
     if labels.is_floating_point() and shape[:1] != expected[:1]:
         yield f"the model's outputs {shape} are not one an example, of {len(labels)} examples"
     if not labels.is_floating_point() and shape != expected:

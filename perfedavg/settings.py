@@ -230,8 +230,8 @@ class ExperimentConfig(ClientsConfig):
     heading = "experiment"
     architecture: str = setting(
         "emnist_cnn",
-        "cnn (of the data set's paper), mlp, resnet8 (BatchNorm), resnet8_gn (GroupNorm), vit_tiny, lstm for text, or "
-        "package.module:factory for your own",
+        "cnn (of the data set's paper), mlp, resnet8 (BatchNorm), resnet8_gn (GroupNorm), vit_tiny, lstm (for "
+        "text, on plays also char_transformer), or package.module:factory for your own",
         flag="model",
         aliases=("struct",),
         metavar="NAME",

@@ -16,7 +16,8 @@ Examples = tuple[NDArray[Any], NDArray[Any]]
 
 Inputs are uint8: tokens (num_examples, length) or images with 0 for black, (num_examples, height, width) or
 (num_examples, channels, height, width); or float32, (num_examples, ...), which are taken as they are.
-Labels are classes (num_examples,) int64 or targets (num_examples, num_targets) float32.
+Labels are classes, (num_examples,) int64 or, of a class at each of several places, (num_examples, num_places); or
+targets (num_examples, num_targets) float32.
 """
 
 
@@ -27,6 +28,7 @@ class RawClients(ABC):
     has_targets: whether labels are targets of a regression.
     class_names: what label i stands for, or None where that is not known.
     names: what each client is called, or None where clients have numbers only.
+    is_ordered: whether examples stand in an order, as those of a text do, in which they are to be cut.
     overlap: examples of a client at most this many places apart share text, as neighbouring windows do; 0 for none.
     train_counts: how many of each client's examples, the first ones, are its training part, where the data set is
         published with that split; None where the examples are yet to be cut.
@@ -38,6 +40,7 @@ class RawClients(ABC):
     has_targets: bool = False
     class_names: Sequence[str] | None = None
     names: Sequence[str] | None = None
+    is_ordered: bool = False
     overlap: int = 0
     train_counts: Sequence[int] | None = None
     about: str = ""
@@ -85,7 +88,7 @@ class DrawnClients(RawClients):
         self._order = np.random.default_rng(data_stream(seed, Purpose.CLIENT_ORDER, 0)).permutation(clients.num_clients)
         self.num_clients, self.num_classes = clients.num_clients, clients.num_classes
         self.has_targets, self.class_names = clients.has_targets, clients.class_names
-        self.overlap, self.about = clients.overlap, clients.about
+        self.is_ordered, self.overlap, self.about = clients.is_ordered, clients.overlap, clients.about
         names, counts = clients.names, clients.train_counts
         self.names = None if names is None else [names[client] for client in self._order.tolist()]
         self.train_counts = None if counts is None else [counts[client] for client in self._order.tolist()]

@@ -26,9 +26,10 @@ class SplitDataset:
     """Clients 0 .. num_train - 1 train; the next num_unseen are unseen; any others are not used.
 
     Each client's examples are shuffled by (seed, client) before they are cut 80/20, so that both parts have the same
-    label mix. Examples that overlap keep their order, and those at the cut that share text with the training part are
-    dropped; otherwise a client would be scored on text that it trained on. Where the data set is published with a
-    split of its own, that is the cut. Clients too small to have an example in each part are left out.
+    label mix. Examples that stand in an order keep it. So do those that overlap, and those of them at the cut that
+    share text with the training part are dropped; otherwise a client would be scored on text that it trained on. Where
+    the data set is published with a split of its own, that is the cut. Clients too small to have an example in each
+    part are left out.
 
     local_split: `shuffled`, as above; or `tail`, which sorts a client's examples by label before they are cut, as the
         code behind the published figures does. The test part then has its last labels only, often a single one.
@@ -91,7 +92,7 @@ class SplitDataset:
         order: NDArray[np.int64] = np.arange(len(labels))
         if self._local_split == "tail":
             order = np.argsort(labels, kind="stable")
-        elif not overlap and published is None:
+        elif not (overlap or self._clients.is_ordered) and published is None:
             generator = np.random.default_rng(data_stream(self._seed, Purpose.LOCAL_CUT, client_id))
             order = generator.permutation(len(labels))
         if published is not None:

@@ -16,7 +16,7 @@ from datasets.clients.raw import ConsecutiveClients, Examples
 from datasets.sources.image_files import are_blank
 from datasets.storage import built_once, tell
 
-CACHE_FORMAT = 5
+CACHE_FORMAT = 6
 """Raised with every change of the files that `stored_clients` writes, so that older ones are built anew."""
 
 
@@ -26,7 +26,7 @@ class NamedClient:
 
     name: unlike any other client's.
     inputs: (num_examples, ...), as `RawClients.examples` gives them, alike for all clients; num_examples may be 0.
-    labels: (num_examples,) int64, below the number of classes; or (num_examples, num_targets) float32.
+    labels: as `RawClients.examples` gives them.
     num_train: size of its training part, which comes first, where the data set is published with that split.
     """
 
@@ -42,13 +42,14 @@ class NewClients:
 
     clients: in their order. Whatever it raises leaves no cache behind.
     class_names: label i stands for the i-th; None where labels are targets of a regression.
-    overlap: see RawClients.
+    overlap, is_ordered: see RawClients.
     about: what was made of the files, in a line for the user; empty for nothing.
     """
 
     clients: Iterable[NamedClient]
     class_names: Sequence[str] | None
     overlap: int = 0
+    is_ordered: bool = False
     about: str = ""
 
 
@@ -65,6 +66,7 @@ class StoredClients(ConsecutiveClients):
         self.names: list[str] = meta["names"]
         self._fingerprint: str = meta["fingerprint"]
         self.overlap = meta["overlap"]
+        self.is_ordered = meta["is_ordered"]
         self.train_counts = meta["train_counts"]
         self.about: str = meta["about"]
         self.blank_clients: list[str] = meta["blank_clients"]
@@ -161,6 +163,7 @@ def _write_clients(folder: Path, new: NewClients) -> None:
         "label_shape": label_shape,
         "class_names": None if new.class_names is None else list(new.class_names),
         "overlap": new.overlap,
+        "is_ordered": new.is_ordered,
         "train_counts": train_counts if published else None,
         "about": new.about,
         "blank_clients": blank_clients,

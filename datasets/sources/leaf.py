@@ -69,7 +69,7 @@ def load_femnist(data_root: Path) -> StoredClients:
     """
     folder = data_root / "femnist"
     sources = _leaf_files(folder, data_root)
-    parquet_files = _files(folder, PARQUET_FILES, data_root) or _files(folder / "data", PARQUET_FILES, data_root)
+    parquet_files = files_in(folder, PARQUET_FILES, data_root) or files_in(folder / "data", PARQUET_FILES, data_root)
     if sources and parquet_files:
         raise ValueError(
             f"{folder} has both {sources[0].whole.name} and {parquet_files[0].name}, which hold the same writers; keep "
@@ -116,11 +116,11 @@ def _leaf_files(folder: Path, data_root: Path) -> list[_LeafFile]:
     Raises ValueError where there are some of these files twice, or one of a pair.
     """
     for place in (folder, folder / "data"):
-        own = _files(place, LEAF_FILES, data_root)
-        split = _files(place / "train", LEAF_FILES, data_root) + _files(place / "test", LEAF_FILES, data_root)
+        own = files_in(place, LEAF_FILES, data_root)
+        split = files_in(place / "train", LEAF_FILES, data_root) + files_in(place / "test", LEAF_FILES, data_root)
         if own and split:
             raise ValueError(f"{place} has both {own[0].name} and {split[0]}, which hold the same users; keep one")
-        found = own or split or _files(place / "all_data", LEAF_FILES, data_root)
+        found = own or split or files_in(place / "all_data", LEAF_FILES, data_root)
         if found:
             return _paired(found)
     return []
@@ -164,7 +164,7 @@ def _missing(folder: Path, files: str) -> ValueError:
     )
 
 
-def _files(folder: Path, pattern: str, data_root: Path) -> list[Path]:
+def files_in(folder: Path, pattern: str, data_root: Path) -> list[Path]:
     """The files of a folder in the order of their names; a link out of data_root could make a user's file public."""
     files = sorted(folder.glob(pattern))
     for path in files:

@@ -18,14 +18,17 @@ if TYPE_CHECKING:
 
 
 def macro_f1(outputs: Tensor, labels: Tensor) -> float:
-    """In 0..1. outputs: (num_examples, num_classes); the prediction is the largest. NaN in a regression."""
+    """In 0..1. outputs: (num_examples, num_classes, ...); the prediction is the largest. NaN in a regression.
+
+    Where an example has a class at each of several places, every place counts.
+    """
     import torch
 
     if labels.is_floating_point():
         return math.nan
     predicted = outputs.argmax(dim=1)
     true_positives, predictions, occurrences = (
-        torch.bincount(classes, minlength=outputs.shape[1]).double()
+        torch.bincount(classes.flatten(), minlength=outputs.shape[1]).double()
         for classes in (labels[predicted == labels], predicted, labels)
     )
     both = predictions + occurrences  # 2 TP + FP + FN

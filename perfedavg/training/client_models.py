@@ -42,7 +42,7 @@ AfterEpochs = Callable[[dict[int, int]], None]
 class Client:
     """A client as its method sees it.
 
-    inputs: (num_examples, ...), labels: (num_examples,), its training part, on any device.
+    inputs: (num_examples, ...), labels: (num_examples,) or (num_examples, ...), its training part, on any device.
     seeds: its identity, from which everything random about it follows.
     state: what it kept in its last round, by name, on any device; empty for one that was never trained, and for
         methods without state.
@@ -75,8 +75,8 @@ class Query(NamedTuple):
 class Batch(NamedTuple):
     """A batch of each of the first clients.
 
-    inputs: (clients, rows, ...), labels: (clients, rows). Behind a client's own rows are copies of its first one,
-        because 0 * inf is NaN.
+    inputs: (clients, rows, ...), labels: (clients, rows) or (clients, rows, ...). Behind a client's own rows are
+        copies of its first one, because 0 * inf is NaN.
     sizes: by client, the number of its own rows, but 1 where it has none.
     counts: (clients,) the number of its own rows, on the models' device.
     totals: examples over which each client's mean loss is taken: all of `sizes`, or more where this is a piece.
@@ -266,8 +266,9 @@ class ClientModels(ABC):
     ) -> list[dict[str, float]]:
         """Each client's mean `loss` and `accuracy`, 0..1, at `parameters` on its test part, and the values of metrics.
 
-        tests: inputs, (num_examples, ...), and labels, (num_examples,), in any order of size. Labels that are not whole
-        numbers are targets of a regression, of which the accuracy is NaN.
+        tests: inputs, (num_examples, ...), and labels, in any order of size: classes, (num_examples,), or of each of an
+        example's places, (num_examples, places), whose outputs are (num_examples, classes, places) and which all count
+        alike. Labels that are not whole numbers are targets of a regression, of which the accuracy is NaN.
         metrics: by the names of their values.
         """
         losses = torch.zeros(len(tests), dtype=torch.float64, device=self.device)
@@ -283,7 +284,7 @@ class ClientModels(ABC):
         scores = [
             {
                 "loss": loss / len(labels),
-                "accuracy": math.nan if labels.is_floating_point() else right / len(labels),
+                "accuracy": math.nan if labels.is_floating_point() else right / labels.numel(),
             }
             for loss, right, (_, labels) in zip(losses.tolist(), correct.tolist(), tests, strict=True)
         ]

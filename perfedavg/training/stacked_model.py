@@ -128,7 +128,9 @@ class StackedModel(ClientModels):
             sums = torch.where(is_real, losses, 0.0).sum(dim=1, dtype=torch.float64)
             if batch.labels.is_floating_point():
                 return sums, torch.zeros_like(batch.counts), outputs
-            return sums, ((outputs.argmax(dim=2) == batch.labels) & is_real).sum(dim=1), outputs
+            # An example has a class, or one at each of several places.
+            right = (outputs.argmax(dim=2) == batch.labels).view(*is_real.shape, -1)
+            return sums, (right & is_real[:, :, None]).sum(dim=(1, 2)), outputs
 
     def gradients_through_training(
         self, start: Tensor, clients: Sequence[Client], queries: Sequence[Query], training: LocalTraining

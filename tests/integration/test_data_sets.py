@@ -69,6 +69,28 @@ def test_shakespeare_by_role_trains_the_lstm(launched: Launched, tmp_path: Path)
     assert "left out of shakespeare, too small to train and be scored: 1 client(s)" in errors
 
 
+def test_plays_by_role_run_with_workers(launched: Launched, tmp_path: Path) -> None:
+    """From the files to scores over characters, clients of a group side by side; describe counts roles and windows."""
+    lines = ["To be, or not to be, that is the question:", "Whether 'tis nobler in the mind to suffer", "The slings"]
+    speeches = [f"{role}.\n" + "\n".join(lines * 5) for role in ("HAMLET", "OPHELIA", "FIRST CLOWN", "GHOST", "KING")]
+    (tmp_path / "plays").mkdir()
+    (tmp_path / "plays" / "hamlet_gut.txt").write_text("ACT I.\n\n" + "\n\n".join(speeches))
+    flags = ["--dataset", "plays", "--data_root", tmp_path, "--model", "char_transformer", *SHORT[2:]]
+    flags += ["--client_optimizer", "adam", "--local_lr", "0.001", "--metrics", "macro_f1"]
+    status, _, errors = finish(launched.start("quick_start.py", *flags, "--run_dir", tmp_path / "run"))
+    assert status == 0, errors
+    result = read_result(tmp_path / "run")
+    assert (result["train_clients"], result["unseen_clients"]) == (4, 1)
+    assert "plays: 1 play(s) with 5 roles, of which 5 say 400 characters or more and are clients" in errors
+    header, first, *_ = (tmp_path / "run" / "clients.csv").read_text().splitlines()
+    assert "macro_f1" in header
+    assert "hamlet:" in first
+    status, output, errors = describe(launched, "--dataset", "plays", "--data_root", tmp_path)
+    assert status == 0, errors
+    assert "5 clients, 4 train and 1 are unseen; 80 classes" in output
+    assert "examples a client, min, median, max: 5, 5, 5" in output
+
+
 def describe(launched: Launched, *flags: str | Path) -> tuple[int, str, str]:
     return finish(launched.start("-m", "datasets.describe", *flags, cwd=ROOT))
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from helpers import MNIST_PREFIXES, import_torchvision, write_image_files
 
-from datasets.sources import download
+from datasets.sources import download, plays
 from datasets.sources.mnist_family import SOURCES, Publication, load_images
 
 EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
@@ -364,3 +364,31 @@ def test_addresses_and_checksums_are_those_that_torchvision_knows() -> None:
         assert list(publication.mirrors) == known.mirrors
     emnist = SOURCES["emnist"].publication
     assert (f"{emnist.mirrors[0]}gzip.zip", emnist.archives["gzip.zip"]) == (EMNIST.url, EMNIST.md5)
+
+
+def test_plays_are_downloaded_once_and_checked(
+    mirror: Mirror,
+    pauses: list[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Whole or not at all: what an interrupted download or a damaged file leaves is never taken for the plays."""
+    speech = "So shaken as we are, so wan with care, find we a time.\n" * 20
+    text = f"ACT I.\n\nKING.\n{speech}\nFOOL.\n{speech}".encode()
+    monkeypatch.setattr(plays, "MIRRORS", (mirror.url,))
+    monkeypatch.setattr(plays, "FILES", {name: md5(text) for name in ("hamlet_gut.txt", "lear_gut.txt")})
+    mirror.files = dict.fromkeys(plays.FILES, text)
+    mirror.fault = "altered"
+    with pytest.raises(ValueError, match=r"plays is not in .* and could not be downloaded"):
+        plays.load_plays(tmp_path)
+    assert not (tmp_path / "plays").exists()
+    mirror.fault = ""
+    clients = plays.load_plays(tmp_path)
+    assert clients.names == ["hamlet:KING", "hamlet:FOOL", "lear:KING", "lear:FOOL"]
+    assert sorted(path.name for path in (tmp_path / "plays").iterdir()) == sorted(plays.FILES)
+    assert not [path for path in tmp_path.iterdir() if "incoming" in path.name]
+    assert "downloading plays to" in capfd.readouterr().err
+    mirror.requests.clear()
+    plays.load_plays(tmp_path)
+    assert not mirror.requests

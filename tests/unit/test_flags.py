@@ -191,6 +191,8 @@ def test_a_model_that_does_not_fit_the_data_is_refused() -> None:
         with pytest.raises(ValueError, match=f"--model {model} does not fit {dataset}"):
             config("--dataset", dataset, "--model", model)
     assert config("--dataset", "shakespeare").architecture == "lstm"
+    assert config("--dataset", "plays").architecture == "lstm_each_step"
+    assert config("--dataset", "plays", "--model", "char_transformer").architecture == "char_transformer"
 
 
 @pytest.mark.parametrize(
