@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -194,6 +194,17 @@ class Finish(Message):
     """Server to worker: the experiment is over."""
 
     code = MessageCode.Exit
+
+
+def with_own_tensors(message: Message) -> Message:
+    """The message with copies of its tensors, which the next one that is received does not overwrite."""
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: copied(entry) for key, entry in value.items()}
+        return value.clone() if isinstance(value, Tensor) else value
+
+    return replace(message, **{name: copied(value) for name, value in vars(message).items()})
 
 
 _CONTROL_MESSAGES = {kind.__name__: kind for kind in ControlMessage.__subclasses__()}

@@ -30,7 +30,7 @@ from multi_process.transport.network import REMINDER_SECONDS, ConnectedWorker, S
 from multi_process.transport.peer import PeerLostError
 from multi_process.work_item import Worker, WorkItem
 from perfedavg.contracts import FederatedDataset, RoundStates
-from perfedavg.engine.client_states import ClientState, check_kept, copy_of, max_batch_bytes
+from perfedavg.engine.client_states import ClientState, check_kept, max_batch_bytes
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
 from perfedavg.machine.kernels import KernelLog
@@ -166,7 +166,7 @@ class WorkerPool(PoolManager):
 
         def accept_state(client_id: int, state: ClientState) -> None:
             check_kept(self.config, task.phase, client_id, state, parameters.numel())
-            task.states.put(client_id, copy_of(state))
+            task.states.put(client_id, state)
 
         def accept_result(worker: Worker, answer: Message) -> None:
             assert isinstance(answer, PartialSum), "a trained client's result comes in a sum"

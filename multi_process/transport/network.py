@@ -21,7 +21,7 @@ import torch
 
 from multi_process.boundary import clean_text
 from multi_process.fedlab_adapter import Network
-from multi_process.messages import Message
+from multi_process.messages import KeptStates, Message, with_own_tensors
 from multi_process.transport import handshake
 from multi_process.transport.addresses import check_interface, listen_on, resolve
 from multi_process.transport.control import ControlConnection, ProtocolError
@@ -40,6 +40,8 @@ MAX_PENDING_HANDSHAKES = 64
 """Connections that may be in their handshake at the same time; for a further one, the oldest has to go."""
 MAX_COUNTED_HOSTS = 1000
 """Hosts whose dropped connections are counted and logged one by one; those of all others are counted together."""
+MAX_WAITING_STATES = 16
+"""Events behind which a message with states of clients waits in its own thread, so that they do not fill the memory."""
 MAX_EVENTS = 10_000
 """That wait for the experiment's thread, before the workers that say more have to wait."""
 PEER_DESCRIPTORS = 8
@@ -225,7 +227,10 @@ class ServerNetwork(Network):
             worker.peer.connect(self.ethernet, self._nccl_device)
             while True:
                 event = worker.peer.receive()
-                while self.events.qsize() >= MAX_EVENTS and worker.peer.lost_reason is None:
+                if worker.peer.max_states_bytes:  # another message may follow before this one has been taken
+                    event = with_own_tensors(event)
+                most = MAX_WAITING_STATES if isinstance(event, KeptStates) else MAX_EVENTS
+                while self.events.qsize() >= most and worker.peer.lost_reason is None:
                     time.sleep(POLL_SECONDS)
                 self.events.put((worker, event))
         except Exception as error:  # whatever it is, the experiment's thread must hear of it

@@ -21,7 +21,7 @@ import torch
 from helpers import free_port
 from torch import device
 
-from multi_process.messages import Finish, Join, Message
+from multi_process.messages import Finish, Join, KeptStates, Message
 from multi_process.transport import addresses, network
 from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection
 from multi_process.transport.handshake import FinishedError, Hello, JoinRequest, receive_hello
@@ -140,6 +140,22 @@ def test_what_a_worker_says_comes_as_events_and_its_end_is_the_last(run: Run) ->
     connected, event = next_event(server)
     assert isinstance(event, PeerLostError)
     assert worker.send_volume_intotal > 0
+
+
+def test_what_clients_keep_is_not_overwritten_by_what_comes_next(run: Run) -> None:
+    """A worker sends it client by client, faster than the pool may take it; all come through one buffer."""
+    server = run.server()
+    worker = run.joined(1)
+    worker.peer.send(join_message(worker))
+    connected, _ = next_event(server)
+    connected.peer.num_parameters, connected.peer.num_clients, connected.peer.max_states_bytes = 1, 10, 10_000
+    for client_id in range(10):
+        worker.peer.send(KeptStates({client_id: {"rounds": torch.tensor([client_id])}}))
+    wait_until(lambda: server.events.qsize() == 10)
+    for client_id in range(10):
+        _, event = next_event(server)
+        assert isinstance(event, KeptStates)
+        assert event.states[client_id]["rounds"].tolist() == [client_id]
 
 
 def test_every_admission_has_a_generation_and_a_ticket_of_its_own(run: Run) -> None:
