@@ -22,6 +22,7 @@ from torch import nn
 import report
 from launch.flags import parse
 from perfedavg.engine.executor import LocalExecutor
+from perfedavg.methods.ditto import Ditto
 from perfedavg.methods.fedavg import FedAvg
 from perfedavg.methods.fedprox import FedProx
 from perfedavg.methods.fomaml import FOMAML
@@ -618,6 +619,90 @@ def test_published_figures_stand_only_beside_what_they_are_of(
         assert (line["rounds to 0.8, initial: paper"], line["rounds to 0.8, personalized: paper"]) == ("65.6", "31.25")
         assert "The table names E and no fine-tuning" in markdown
         assert ("Ours on emnist have no writers" in markdown) == (dataset == "emnist")
+
+
+def line_under(markdown: str, heading: str) -> dict[str, str]:
+    (line,) = table_under(markdown, heading)
+    return line
+
+
+def test_femnist_has_the_table_of_the_codes_authors(tmp_path: Path) -> None:
+    means: dict[str, tuple[Pair, Pair]] = {"fedavg": ((1.0, 0.8), (0.5, 0.9)), "fine_tune": ((0.25, 0.82), (0.1, 0.91))}
+    markdown = markdown_of(write_run(tmp_path / "run", experiment(dataset="femnist", partition=None), means))
+    line = line_under(
+        markdown, "Figures published for FEMNIST with the code that this experiment follows, after fine-tuning"
+    )
+    assert (line["initial, %: published"], line["initial, %: ours"]) == ("81.48 %", "82.00 %")
+    assert (line["personalized, %: published"], line["personalized, %: ours"]) == ("90.77 %", "91.00 %")
+    assert "split by user into four fifths that train" in markdown
+
+
+TWO_LABELS = "PFLlib's figures for Fashion-MNIST with two labels a client"
+DIRICHLET = "PFLlib's figures for Fashion-MNIST with Dirichlet(0.1)"
+
+
+@pytest.mark.parametrize(
+    ("partition", "heading", "initial", "personalized"),
+    [
+        ("shards:2", TWO_LABELS, "80.41 %", "99.44 %"),
+        ("labels:2", TWO_LABELS, "80.41 %", "99.44 %"),
+        ("dirichlet:0.1", DIRICHLET, "85.85 %", "97.47 %"),
+        ("iid", None, "", ""),
+    ],
+)
+def test_methods_have_their_published_figures_beside_them(
+    tmp_path: Path, partition: str, heading: str | None, initial: str, personalized: str
+) -> None:
+    """Figures of a global model stand before adaptation, those of personal models after it; each cut has its own."""
+    means: dict[str, tuple[Pair, Pair]] = {"fedavg": ((1.0, 0.7), (0.5, 0.9))}
+    for method in (FedAvg(), Ditto(), Reptile()):
+        phase = PhaseConfig(100, 1, SGD, MOMENTUM, method=method)
+        config = experiment(dataset="fashion_mnist", partition=partition, fedavg=phase, fine_tunes=False)
+        write_run(tmp_path / method.name / "seed0", config, means)
+    markdown = markdown_of(tmp_path)
+    assert [each for each in (TWO_LABELS, DIRICHLET) if each in markdown] == ([heading] if heading else [])
+    if heading is None:
+        assert "PFLlib" not in markdown
+        return
+    fedavg, ditto = sorted(table_under(markdown, heading), key=lambda line: line["initial, %: PFLlib"], reverse=True)
+    assert (fedavg["initial, %: PFLlib"], fedavg["initial, %: ours"]) == (initial, "70.00 %")
+    assert (fedavg["personalized, %: PFLlib"], fedavg["personalized, %: ours"]) == ("-", "90.00 %")
+    assert (ditto["initial, %: PFLlib"], ditto["personalized, %: PFLlib"]) == ("-", personalized)
+    assert "2,000 rounds" in markdown
+
+
+def test_published_clients_that_trained_stand_beside_ours_that_did(tmp_path: Path) -> None:
+    config = experiment(dataset="fashion_mnist", fine_tunes=False)
+    path = write_run(tmp_path / "run", config, {"fedavg": ((1.0, 0.7), (0.5, 0.9))})
+    result = json.loads((path / "result.json").read_text())
+    trained = {"clients": 2, "initial": spread(1.0, 0.75), "personalized": spread(0.5, 0.95), "fraction_hurt": 0.0}
+    result["trained_after_fedavg"] = trained
+    (path / "result.json").write_text(json.dumps(result))
+    header, *unseen = (path / "clients.csv").read_text().splitlines()
+    lines = [f"{header},population", *(f"{line},{whose}" for whose in ("unseen", "trained") for line in unseen)]
+    (path / "clients.csv").write_text("".join(f"{line}\n" for line in lines))
+    line = line_under(markdown_of(path), TWO_LABELS)
+    assert (line["initial, %: ours"], line["initial, %: ours, clients that trained"]) == ("70.00 %", "75.00 %")
+    assert line["personalized, %: ours, clients that trained"] == "95.00 %"
+
+
+def test_training_on_ones_own_examples_alone_is_found_by_its_having_no_rounds(tmp_path: Path) -> None:
+    """The rows of FedEM's table; from another run's model it would not be training alone."""
+    heading = "FedEM's figures for clients of their own"
+    means: dict[str, tuple[Pair, Pair]] = {"fedavg": ((1.0, 0.02), (0.5, 0.3))}
+    for name, dataset, initial_model in (("plays", "plays", None), ("other", "femnist", "0" * 64)):
+        phase = PhaseConfig(0, 1, SGD, MOMENTUM)
+        config = experiment(
+            dataset=dataset, partition=None, fedavg=phase, fine_tunes=False, initial_model=initial_model
+        )
+        write_run(tmp_path / name, config, means)
+    line = line_under(markdown_of(tmp_path / "plays"), heading)
+    assert (line["initial, %: FedEM's authors"], line["personalized, %: FedEM's authors"]) == ("-", "32.0 %")
+    assert line["personalized, %: ours"] == "30.00 %"
+    assert heading not in markdown_of(tmp_path / "other")
+    write_run(tmp_path / "trained", experiment(dataset="femnist", partition=None, fine_tunes=False), means)
+    trained = line_under(markdown_of(tmp_path / "trained"), heading)
+    assert (trained["initial, %: FedEM's authors"], trained["personalized, %: FedEM's authors"]) == ("78.6 %", "75.3 %")
 
 
 @pytest.mark.parametrize(
