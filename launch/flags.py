@@ -81,7 +81,8 @@ def parse(kind: type[Settings], argv: Sequence[str] | None = None) -> Settings:
     texts = _without_switch(vars(namespace))
     file = texts.pop("config", None)
     values = {} if file is None else _read_file(file, flags)
-    values |= {name: flags[name].parse(text) for name, text in renamed(texts, flags).items()}
+    given = {name: flags[name].parse(text) for name, text in renamed(texts, flags).items()}
+    values |= given
     for name, flag in flags.items():
         text = os.environ.get(flag.setting.environment)
         if text and name not in values:
@@ -90,6 +91,7 @@ def parse(kind: type[Settings], argv: Sequence[str] | None = None) -> Settings:
         return _resume(kind, values)
     if "client_num_in_total" in flags:
         _complete(flags, values)
+        _refuse_idle(flags, values, given)
     return build(kind, values)
 
 
@@ -174,6 +176,29 @@ def _complete(flags: Mapping[str, Flag], values: dict[str, Any]) -> None:
             values.setdefault(name, _default(flag, data_set))
     if "model" in flags:
         values["model"] = _architecture(dataset, values["model"])
+
+
+def _refuse_idle(flags: Mapping[str, Flag], values: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ValueError where a setting is given of a method that is not chosen.
+
+    given: what the command line says. Settings that a file has for a method that the command line replaces are dropped.
+    """
+    names = {flag.path: name for name, flag in flags.items()}
+
+    def is_idle(name: str) -> bool:
+        return values[names[flags[name].path[:-1]]] not in flags[name].by_choice
+
+    for name in [name for name in values if flags[name].by_choice and is_idle(name)]:
+        choice, owners = names[flags[name].path[:-1]], flags[name].by_choice
+        if name not in given and choice in given:
+            del values[name]
+            continue
+        own = [other for other, flag in flags.items() if flag.path[-1] == flags[name].path[-1] and flag.by_choice]
+        fitting = [f"--{other}" for other in own if not is_idle(other)] or [f"--{choice} {next(iter(owners))}"]
+        raise ValueError(
+            f"--{name} {values[name]} is a setting of {' and '.join(owners)}, and --{choice} is {values[choice]}; "
+            f"leave it out, or use {fitting[0]}"
+        )
 
 
 def _goes_on(method: str) -> bool:

@@ -37,7 +37,8 @@ def test_a_run_from_a_notebook_ends_with_its_result_and_its_plots(launched: Laun
     assert status == 0, errors
     assert "after fine-tuning" in output
     assert read_result(tmp_path / "run")["after_fine_tune"]
-    assert {path.name for path in (tmp_path / "run" / "plots").iterdir()} == {"accuracy.png", "clients.png"}
+    drawn = {path.name for path in (tmp_path / "run" / "plots").iterdir()}
+    assert drawn == {"accuracy.png", "clients.png", "trained-clients.png"}
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ImportError("no matplotlib"), RuntimeError("a fault of its own")])

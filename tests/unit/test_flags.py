@@ -372,6 +372,16 @@ def test_another_runs_config_gives_its_experiment(tmp_path: Path) -> None:
     assert config("--config", str(run / "config.json"), "--dataset", "emnist").architecture == "emnist_cnn"
 
 
+def test_a_files_settings_go_with_its_method(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("method = 'fedprox'\nmu = 0.3\n")
+    assert config("--config", str(file)).fedavg.method == METHODS["fedprox"](mu=0.3)
+    assert config("--config", str(file), "--method", "fomaml") == config("--method", "fomaml")
+    file.write_text("mu = 0.3\n")
+    with pytest.raises(ValueError, match=re.escape("--mu 0.3 is a setting of fedprox, and --method is fedavg")):
+        config("--config", str(file))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -421,6 +431,16 @@ def test_the_data_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
         (["--nonsense", "1"], "--nonsense is unknown; "),
         (["--epoch", "1"], "--epoch is unknown; use --rounds; "),
         (["--client_per_round=1"], "--client_per_round is unknown; use --client_num_per_round; "),
+        (
+            ["--mu", "0.1"],
+            "--mu 0.1 is a setting of fedprox, and --method is fedavg; leave it out, or use --method fedprox",
+        ),
+        (
+            ["--fine_tune_method", "maml", "--support_fraction", "0.3"],
+            "--support_fraction 0.3 is a setting of fomaml and maml, and --method is fedavg; leave it out, or use "
+            "--fine_tune_support_fraction",
+        ),
+        (["--method", "ditto", "--fine_tune_mu", "1"], "and --fine_tune_method is none; leave it out"),
         (["--rank", "1"], "--rank is a flag of client_worker.py, not of "),
         (["digits"], "'digits' is neither a flag nor the value of one; "),
     ],
