@@ -39,6 +39,9 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", int(index or 0))
 
 
+_CUBLAS_VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
+
+
 @dataclass(frozen=True)
 class ComputeDevice:
     """What a process trains clients on.
@@ -68,7 +71,7 @@ def use_reproducible_kernels() -> None:
     Parallelism comes from clients trained side by side (`LocalExecutor`), because the number of intra-op threads
     changes the order of additions inside a kernel. Call it before the first kernel runs.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault(_CUBLAS_VARIABLE, ":4096:8")
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler
     # Costs time, and serves only to find bugs. torch's types do not list it.
@@ -89,6 +92,7 @@ def reproducible_kernels() -> Iterator[None]:
         (torch.backends.cudnn, "allow_tf32"),
     ]
     before = [getattr(owner, name) for owner, name in flags]
+    chosen_by_user = _CUBLAS_VARIABLE in os.environ
     use_reproducible_kernels()
     try:
         with torch.enable_grad():
@@ -99,6 +103,8 @@ def reproducible_kernels() -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
         for (owner, name), value in zip(flags, before, strict=True):
             setattr(owner, name, value)
+        if not chosen_by_user:
+            del os.environ[_CUBLAS_VARIABLE]
 
 
 def describe_kernels(device: torch.device | None) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,7 +116,8 @@ def test_help_shows_its_flags_once_it_is_named(capsys: pytest.CaptureFixture[str
     assert "--ways" not in build_parser(SingleProcess).format_help()
     with pytest.raises(SystemExit):
         config("--method", "my_methods:Pull", "--help")
-    assert re.search(r"--fine_tune_ways N\s+ways to go \(default: 3\)", capsys.readouterr().out)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--fine_tune_ways N my_methods:Pull: ways to go (default: 3)" in shown
     mu = flags_by_name(SingleProcess)["mu"]
     assert default_words(mu) == "(default: 0.01 for fedprox; 0.5 for my_methods:Pull)"
     assert mu.help.endswith("(fedprox); how strongly it pulls (my_methods:Pull)")
