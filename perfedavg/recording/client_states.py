@@ -84,7 +84,8 @@ class StateFiles:
         self._unwritten: dict[Version, ClientState] = {}  # in the order of writing
         self._wanted: deque[Version] = deque()
         self._ahead: dict[Version, tuple[Future[ClientState], int]] = {}  # with the file's size
-        self._failure: Exception | None = None
+        self._failure: Exception | None = None  # of the last attempt to write
+        self._attempt = 0
         self._lost: ValueError | None = None
         self._changed = threading.Condition()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="states writer")  # also removes, in the order asked for
@@ -202,6 +203,7 @@ class StateFiles:
     def _start_writing(self) -> None:
         """Also what could not be written before."""
         self._failure = None
+        self._attempt += 1
         self._writer.submit(self._write_all)
 
     def _write_all(self) -> None:
@@ -210,10 +212,12 @@ class StateFiles:
                 batch = list(islice(self._unwritten.items(), SIDE_BY_SIDE))
                 if not batch or self._failure is not None:
                     return
+                attempt = self._attempt
             failures = self._side_by_side.map(self._write, *zip(*batch, strict=True))
             for (version, state), failure in zip(batch, failures, strict=True):
                 with self._changed:
-                    self._failure = self._failure or failure
+                    if attempt == self._attempt:  # what failed before is tried again
+                        self._failure = self._failure or failure
                     if failure is None and self._unwritten.get(version) is state:
                         del self._unwritten[version]
                     self._changed.notify_all()

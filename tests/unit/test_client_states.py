@@ -213,12 +213,15 @@ class Disk:
         self.is_full = False
         self.is_free = threading.Event()
         self.is_free.set()
+        self.is_asked = threading.Event()
         self._replace = client_states.replace_file
         monkeypatch.setattr(client_states, "replace_file", self._write)
 
     def _write(self, *args: Any, **kwargs: Any) -> None:
+        is_full = self.is_full
+        self.is_asked.set()
         assert self.is_free.wait(60)
-        if self.is_full:
+        if is_full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self._replace(*args, **kwargs)
 
@@ -255,6 +258,18 @@ def test_who_brings_more_than_may_wait_waits(disk: Disk, tmp_path: Path, monkeyp
     assert len(store._unwritten) == 1
     disk.is_free.set()
     bringing.join(60)
+    assert store.versions() == {1: 1, 2: 1}
+
+
+def test_a_failure_of_before_is_no_answer(disk: Disk, tmp_path: Path) -> None:
+    """There is room again when a checkpoint asks for the states, while a write of before is still to fail."""
+    disk.is_full = True
+    disk.is_free.clear()
+    store = StateFiles(tmp_path)
+    put_round(store, 1, 1, 2)
+    assert disk.is_asked.wait(60)
+    disk.is_full = False
+    threading.Timer(0.2, disk.is_free.set).start()
     assert store.versions() == {1: 1, 2: 1}
 
 
