@@ -5,8 +5,8 @@ Client k keeps the weights, biases and running statistics of its normalization l
     (w_shared', w_k) = local training from (w_shared, w_k) on client k
     w_shared <- sum over k of n_k / n * w_shared'
 
-For a client outside the federation the paper proposes the mean of the clients' normalization layers. So their mean is
-in the global model too, of which a client that has no w_k begins with it: an unseen one, and any in its first round.
+The mean of the clients' normalization layers is in the global model too, because a client that has no w_k needs some to
+begin with: an unseen one, and any in its first round.
 An unseen client personalizes by training all layers, as one that trained does with its own w_k.
 """
 
