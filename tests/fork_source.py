@@ -30,7 +30,10 @@ from typing import IO, Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 READ_LATE = ("PERFEDAVG_", "PYTEST_", "CUBLAS_", "TORCHINDUCTOR_", "COLUMNS", "LINES")
-"""Beginnings of variables that are read when they are used, and not when something is loaded. Libraries set some."""
+READ_LATE += ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+"""Beginnings of variables that are read when they are used, and not when something is loaded.
+
+Libraries set some; scikit-learn sets the last two itself, wherever it is imported."""
 ADDRESS_VARIABLE = "PYTEST_FORK_SOURCE"
 """Where the source listens; set for all processes that run tests."""
 MAX_REQUEST_BYTES = 2**17

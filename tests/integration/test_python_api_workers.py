@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +12,12 @@ from helpers import ROOT
 
 import perfedavg
 
-TINY = {"model": "mlp", "client_num_in_total": 10, "client_num_per_round": 2, "rounds": 80, "local_epochs": 1}
+TINY = {"model": "mlp", "client_num_in_total": 10, "client_num_per_round": 2, "rounds": 150, "local_epochs": 1}
 TINY |= {"fine_tune_method": "none", "personalization_epochs": 1, "eval_every": 40, "checkpoint_every": 5}
 
 SCRIPT = """
-import sys
+import os, signal, sys
+import psutil
 sys.path.insert(0, {root!r})
 from dataclasses import dataclass
 import perfedavg
@@ -33,7 +33,9 @@ class Mine(FedAvg):
 
 if __name__ == "__main__":
     for record in perfedavg.rounds(workers=2, method=Mine(0.01), run_dir="here", **{tiny!r}):
-        print(record.round_number, flush=True)
+        if record.round_number == 7:
+            print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
@@ -43,12 +45,9 @@ def test_workers_give_the_same_and_go_on_with_what_was_left(tmp_path: Path, monk
     (tmp_path / "own_script.py").write_text(SCRIPT.format(root=str(ROOT), tiny=TINY))
     with subprocess.Popen([sys.executable, "own_script.py"], stdout=subprocess.PIPE, text=True) as script:
         assert script.stdout is not None
-        children: list[psutil.Process] = []
-        for line in script.stdout:
-            if int(line) == 7:
-                children = psutil.Process(script.pid).children(recursive=True)
-                script.send_signal(signal.SIGKILL)
-    assert len(children) == 4
+        pids = [int(pid) for pid in script.stdout.readline().split()]
+    assert len(pids) == 4
+    children = [one for one in psutil.process_iter() if one.pid in pids]
     assert not psutil.wait_procs(children, timeout=60)[1]
     before = {one.pid for one in psutil.Process().children(recursive=True)}
     with perfedavg.rounds(resume="here", workers=1) as rounds:
@@ -60,7 +59,7 @@ def test_workers_give_the_same_and_go_on_with_what_was_left(tmp_path: Path, monk
         assert not psutil.wait_procs(children, timeout=60)[1]
     records = list(rounds := perfedavg.rounds(resume="here", workers=2))
     numbers = [record.round_number for record in records]
-    assert numbers == list(range(numbers[0], 81))
+    assert numbers == list(range(numbers[0], 151))
     assert numbers[0] > first.round_number, "the run did not wait for the loop"
     expected = perfedavg.run(run_dir="there", method="fedprox", mu=0.01, threads=1, **TINY)
     assert rounds.result.model_sha256 == expected.model_sha256
