@@ -45,6 +45,7 @@ def test_the_notebooks_outputs_are_of_its_code() -> None:
     assert NOTEBOOK.stat().st_size < 200_000
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_in_jupyter(tmp_path: Path) -> None:
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     for cell in notebook.cells:

@@ -362,6 +362,7 @@ def test_names_of_a_users_own_classes(images: Path, tmp_path: Path) -> None:
         personalize.main([str(run), str(images)])
 
 
+@pytest.mark.slow
 def test_running_statistics_are_personalized_saved_and_exported(images: Path, tmp_path: Path) -> None:
     """All that the model consists of, so that what needs none of this project gives the same outputs."""
     run = make_run(tmp_path / "run", architecture="resnet8")
