@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -11,6 +12,8 @@ import pytest
 from helpers import ROOT
 
 import perfedavg
+from perfedavg import own_module
+from perfedavg.methods import METHODS
 
 TINY = {"model": "mlp", "client_num_in_total": 10, "client_num_per_round": 2, "rounds": 100, "local_epochs": 1}
 TINY |= {"fine_tune_method": "none", "personalization_epochs": 1, "eval_every": 40, "checkpoint_every": 5}
@@ -37,6 +40,15 @@ if __name__ == "__main__":
             print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 """
+
+
+@pytest.fixture(autouse=True)
+def forget_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The script's method, which a run that goes on imports into this process."""
+    monkeypatch.setattr(own_module, "_sources", {})
+    yield
+    sys.modules.pop("own_script", None)
+    METHODS.forget_own()
 
 
 def test_workers_give_the_same_and_go_on_with_what_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
