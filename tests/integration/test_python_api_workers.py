@@ -46,6 +46,7 @@ if __name__ == "__main__":
 def forget_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The script's method, which a run that goes on imports into this process."""
     monkeypatch.setattr(own_module, "_sources", {})
+    monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     sys.modules.pop("own_script", None)
     METHODS.forget_own()
