@@ -80,13 +80,10 @@ class Ditto(FedAvg):
         training: LocalTraining,
         after_epochs: AfterEpochs | None = None,
     ) -> None:
-        from perfedavg.training.client_models import kept_rows
-
-        def pull(v: Tensor) -> Tensor:
-            return self.ditto_lambda * (v - w)
+        from perfedavg.training.client_models import kept_rows, pull_to
 
         v = kept_rows(clients, "model", w)
-        models.train(v, clients, training, pull if self.ditto_lambda else None, after_epochs)
+        models.train(v, clients, training, pull_to(w, self.ditto_lambda) if self.ditto_lambda else None, after_epochs)
 
     def round_cost(self, count_steps: Callable[[int], float], num_examples: int) -> float:
         """As if both models trained for as many epochs."""

@@ -23,4 +23,6 @@ class FedProx(FedAvg):
 
     def penalty(self, start: Tensor) -> Penalty | None:
         """The gradient of the proximal term: mu * (w - w_global)."""
-        return (lambda parameters: self.mu * (parameters - start)) if self.mu else None
+        from perfedavg.training.client_models import pull_to
+
+        return pull_to(start, self.mu) if self.mu else None

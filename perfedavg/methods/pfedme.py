@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from perfedavg.settings import OptimizerConfig
-    from perfedavg.training.client_models import AfterEpochs, Client, ClientModels, Penalty
+    from perfedavg.training.client_models import AfterEpochs, Client, ClientModels
     from perfedavg.training.local_training import LocalTraining
 
 
@@ -48,15 +48,17 @@ class PFedMe(Method):
     def update(
         self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining
     ) -> tuple[Tensor, list[float]]:
+        from perfedavg.training.client_models import pull_to
         from perfedavg.training.optimizers import Optimizer
 
         models.load(start, len(clients))
         w = models.parameters.clone()
+        pull = pull_to(w, self.pfedme_lambda)
         optimizer = Optimizer(training.optimizer, models.parameters)
         steps = models.steps(clients, training)
         for batch in steps:
             local = w[: len(batch.sizes)]
-            losses = [models.take_step(batch, optimizer, self.pull_to(local)) for _ in range(self.pfedme_steps)]
+            losses = [models.take_step(batch, optimizer, pull) for _ in range(self.pfedme_steps)]
             steps.note(losses[0])
             local.lerp_(models.parameters[: len(local)], self.pfedme_eta * self.pfedme_lambda)
         updates = models.parameters - start  # the change of theta's buffers, which are those of w too
@@ -72,11 +74,9 @@ class PFedMe(Method):
         training: LocalTraining,
         after_epochs: AfterEpochs,
     ) -> None:
-        models.train(start, clients, training, self.pull_to(start), after_epochs)
+        from perfedavg.training.client_models import pull_to
 
-    def pull_to(self, w: Tensor) -> Penalty:
-        """The gradient of lambda/2 * ||theta - w||^2."""
-        return lambda theta: self.pfedme_lambda * (theta - w)
+        models.train(start, clients, training, pull_to(start, self.pfedme_lambda), after_epochs)
 
     def round_cost(self, count_steps: Callable[[int], float], num_examples: int) -> float:
         return self.pfedme_steps * super().round_cost(count_steps, num_examples)

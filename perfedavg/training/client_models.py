@@ -38,6 +38,23 @@ AfterEpochs = Callable[[dict[int, int]], None]
 """Is told, by the client's place, the number of each epoch that has just ended; 0 before the first step."""
 
 
+def pull_to(anchor: Tensor, strength: float) -> Penalty:
+    """The gradient of strength/2 * ||w - anchor||^2 by w.
+
+    anchor: (num_parameters,), or a row a client. What a call returns is overwritten by the next, because memory that
+    is new in every step costs more than the arithmetic.
+    """
+    kept: list[Tensor] = []
+
+    def pull(parameters: Tensor) -> Tensor:
+        if not kept or len(kept[0]) < len(parameters):
+            kept[:] = [torch.empty_like(parameters)]
+        rows = anchor[: len(parameters)] if anchor.ndim > 1 else anchor
+        return torch.sub(parameters, rows, out=kept[0][: len(parameters)]).mul_(strength)
+
+    return pull
+
+
 @dataclass
 class Client:
     """A client as its method sees it.
