@@ -249,7 +249,7 @@ def from_package(code: MessageCode, content: list[Tensor] | None) -> Message:
             raise ValueError("it has other tensors than it says")
         kind = _PACKAGED[fields["kind"]]
         message = from_plain(kind, fields["values"])
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # also RecursionError
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:  # also RecursionError
         raise _not_ours(f"a package with code {code.name} is not a message", error) from error
     if message.code is not code:
         raise ValueError(f"a {kind.__name__} message came with code {code.name}")

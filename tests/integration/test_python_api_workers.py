@@ -15,8 +15,8 @@ import perfedavg
 from perfedavg import own_module
 from perfedavg.methods import METHODS
 
-TINY = {"model": "mlp", "client_num_in_total": 10, "client_num_per_round": 2, "rounds": 100, "local_epochs": 1}
-TINY |= {"fine_tune_method": "none", "personalization_epochs": 1, "eval_every": 40, "checkpoint_every": 5}
+TINY = {"model": "mlp", "client_num_in_total": 10, "client_num_per_round": 2, "rounds": 400, "local_epochs": 1}
+TINY |= {"fine_tune_method": "none", "personalization_epochs": 1, "eval_every": 200, "checkpoint_every": 5}
 
 SCRIPT = """
 import os, signal, sys
@@ -52,6 +52,7 @@ def forget_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     METHODS.forget_own()
 
 
+@pytest.mark.slow
 def test_workers_give_the_same_and_go_on_with_what_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A script's own method is imported by its workers; its death by SIGKILL stops the run, with a checkpoint."""
     monkeypatch.chdir(tmp_path)
@@ -72,7 +73,7 @@ def test_workers_give_the_same_and_go_on_with_what_was_left(tmp_path: Path, monk
         assert not psutil.wait_procs(children, timeout=60)[1]
     records = list(rounds := perfedavg.rounds(resume="here", workers=2))
     numbers = [record.round_number for record in records]
-    assert numbers == list(range(numbers[0], 101))
+    assert numbers == list(range(numbers[0], 401))
     assert numbers[0] > first.round_number, "the run did not wait for the loop"
     expected = perfedavg.run(run_dir="there", method="fedprox", mu=0.01, threads=1, **TINY)
     assert rounds.result.model_sha256 == expected.model_sha256

@@ -109,6 +109,12 @@ def test_any_package_is_a_message_or_is_refused(num_examples: int) -> None:
     fuzz(packages, body, num_examples)
 
 
+def test_a_tensor_without_a_size_is_no_body() -> None:
+    header = json.dumps({"kind": "Ready", "values": {"": {"$tensor": ["int64", []]}}})
+    with pytest.raises(ValueError, match="is not a message"):
+        from_package(MessageCode.SetUp, [torch.tensor(list(header.encode()), dtype=torch.int8), torch.tensor(0)])
+
+
 def test_a_header_of_thousands_of_brackets_is_refused() -> None:
     """Python's parser gives up on it with an error of its own."""
     header = torch.tensor(list(b"[" * 100_000), dtype=torch.int8)
