@@ -30,7 +30,7 @@ from perfedavg.training.flat_model import flatten
 SETTINGS: dict[str, dict[str, Any]] = {
     "fedrep": {"head_epochs": 2},
     "pfedme": {"pfedme_lambda": 2.0, "pfedme_steps": 2},
-    "per_fedavg": {"per_fedavg_beta": 0.01},
+    "per_fedavg": {"per_fedavg_beta": 0.003},
 }
 """Where the defaults take long, or are too fast for the rate here, which would make much of rounding."""
 NUM_ROUNDS, LAST_SAVED = 5, 2
