@@ -226,9 +226,7 @@ class ServerNetwork(Network):
         try:
             worker.peer.connect(self.ethernet, self._nccl_device)
             while True:
-                event = worker.peer.receive()
-                if worker.peer.max_states_bytes:  # another message may follow before this one has been taken
-                    event = with_own_tensors(event)
+                event = with_own_tensors(worker.peer.receive())  # another may follow before this one has been taken
                 most = MAX_WAITING_STATES if isinstance(event, KeptStates) else MAX_EVENTS
                 while self.events.qsize() >= most and worker.peer.lost_reason is None:
                     time.sleep(POLL_SECONDS)

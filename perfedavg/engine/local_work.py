@@ -92,8 +92,8 @@ class CohortTraining:
         updates, losses = self._method.update(models, start, clients, self._training)
         num_buffer_entries = self._place.num_buffer_entries
         if num_buffer_entries and self._method.sends_gradients:
-            moved = models.parameters - start
-            updates[:, -num_buffer_entries:] = moved[:, -num_buffer_entries:]
+            buffers = slice(-num_buffer_entries, None)
+            updates[:, buffers] = models.parameters[:, buffers] - start[buffers]
         if self._place.keeps_buffers(clients):
             keep_buffers(self._start, start, updates[0], clients[0].state, num_buffer_entries)
         if slot not in self._sums:

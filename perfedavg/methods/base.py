@@ -96,3 +96,14 @@ class Method:
     def bytes_per_client(self, bytes_of_step: Callable[[int], int], training: LocalTraining, num_examples: int) -> int:
         """The most memory that `update` takes for a client. bytes_of_step: of a step, by the size of its batch."""
         return bytes_of_step(training.batch_size)
+
+
+def problem_with_pull(client_optimizer: OptimizerConfig, strength: float) -> str | None:
+    """Why a term strength/2 * ||w - anchor||^2 in the loss does not go with an optimizer; None where it does.
+
+    A plain step of the term alone leaves 1 - rate * strength of the distance, which must be less than all of it.
+    """
+    rate = client_optimizer.learning_rate
+    if client_optimizer.name != "sgd" or rate * strength < 2:
+        return None
+    return f"at rate {rate:g} a pull of {strength:g} throws models ever further; use one below {2 / rate:g}"

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from perfedavg.fields import setting
+from perfedavg.methods.base import problem_with_pull
 from perfedavg.methods.fedavg import FedAvg
 
 if TYPE_CHECKING:
@@ -40,10 +41,7 @@ class Ditto(FedAvg):
     )
 
     def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
-        rate, pull = client_optimizer.learning_rate, self.ditto_lambda
-        if client_optimizer.name != "sgd" or rate * pull < 2:
-            return None
-        return f"at rate {rate:g} a lambda of {pull:g} throws models ever further; use one below {2 / rate:g}"
+        return problem_with_pull(client_optimizer, self.ditto_lambda)
 
     def update(
         self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining

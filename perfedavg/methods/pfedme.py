@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from perfedavg.fields import setting
-from perfedavg.methods.base import Method
+from perfedavg.methods.base import Method, problem_with_pull
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,10 +40,7 @@ class PFedMe(Method):
     pfedme_beta: float = setting(1.0, "weight of the clients' mean in the next global model", above=0)
 
     def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
-        rate, pull = client_optimizer.learning_rate, self.pfedme_lambda
-        if client_optimizer.name != "sgd" or rate * pull < 2:
-            return None
-        return f"at rate {rate:g} a lambda of {pull:g} throws models ever further; use one below {2 / rate:g}"
+        return problem_with_pull(client_optimizer, self.pfedme_lambda)
 
     def update(
         self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining

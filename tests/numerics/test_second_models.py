@@ -139,7 +139,7 @@ def test_clients_keep_one_model_or_nothing(name: str) -> None:
 @pytest.mark.parametrize("method", [Ditto(ditto_lambda=25.0), PFedMe(pfedme_lambda=25.0)], ids=["ditto", "pfedme"])
 def test_a_pull_that_must_diverge_is_refused(method: Method) -> None:
     """A step leads from w to 1 - rate * lambda times the distance, and the loss adds to that."""
-    assert "a lambda of 25 throws models ever further; use one below 20" in str(
+    assert "a pull of 25 throws models ever further; use one below 20" in str(
         method.problem_with(OptimizerConfig("sgd", 0.1))
     )
     assert method.problem_with(OptimizerConfig("sgd", 0.07)) is None
