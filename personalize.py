@@ -16,7 +16,7 @@ from launch.flags import parse
 from launch.settings import Checked, Data
 from perfedavg.fields import setting
 from perfedavg.machine.kernels import pin_kernels
-from perfedavg.own_files import is_path
+from perfedavg.own_files import is_own_code, is_path
 from perfedavg.recording.runs import RecordedRun
 from perfedavg.settings import AUTO_MODEL, Population, refuse_share
 from perfedavg.terminal.console import say, show
@@ -269,7 +269,7 @@ def warn_of_bright_ground(run: RunModel, data: ClientData) -> None:
     from datasets.clients.person import has_bright_ground
 
     dataset = run.config.dataset
-    is_users_own = dataset == "folder" or ":" in dataset or is_path(dataset)
+    is_users_own = dataset == "folder" or is_own_code(dataset) or is_path(dataset)
     if not is_users_own and has_bright_ground(data.train_inputs):
         say(
             f"these images are dark on a bright ground, {dataset} is bright on a dark one: the model cannot "

@@ -14,7 +14,7 @@ from launch.flags import ROOT, parse, restart_command
 from launch.settings import ENTRY_POINTS
 from perfedavg.contracts import input_shape
 from perfedavg.fields import label
-from perfedavg.own_files import shown_dataset
+from perfedavg.own_files import is_own_code, shown_dataset
 from perfedavg.recording.folders import make_default_folder
 from perfedavg.recording.runs import read_unfinished_run
 from perfedavg.settings import UNREAD, ClientsConfig, ExperimentConfig, brings_model, num_unseen_clients
@@ -108,7 +108,7 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
             model: nn.Module = dataset.build_model()  # type: ignore[attr-defined]
         else:
             model = build_architecture(config.architecture, input_shape(dataset), dataset.num_classes)
-    if ":" in whose or ":" in config.dataset:
+    if brings_model(config, dataset) or is_own_code(config.architecture) or is_own_code(config.dataset):
         check_model(whose, model, dataset, config.batch_size)
         check_can_be_saved(model)
     check_methods(config, model)

@@ -255,6 +255,11 @@ def _split(request: DatasetRequest, clients: RawClients) -> FederatedDataset:
             f"--local_split {request.local_split} has no meaning for {name}: its files hold a split of each client's "
             "examples; leave it out"
         )
+    if clients.has_targets and request.local_split != "shuffled":
+        raise ValueError(
+            f"--local_split {request.local_split} has no meaning for {name}: its labels are numbers, and no classes to "
+            "sort by; leave it out"
+        )
     num_unseen = request.num_unseen(num_clients)
     num_train = num_clients - num_unseen
     note = find(request.name).note

@@ -202,9 +202,10 @@ def _refuse_idle(flags: Mapping[str, Flag], values: dict[str, Any], given: Mappi
 
 
 def _goes_on(method: str) -> bool:
-    """Whether fine-tuning has a meaning after a method; of one that is none, the check of the flags will tell."""
+    """Whether fine-tuning has a meaning after a method; of a name that is unknown, the check of the flags will tell."""
     kind = METHODS.get(method, Method)
-    return not issubclass(kind, Method) or kind.goes_on
+    assert issubclass(kind, Method), "what is no method is not let in"
+    return kind.goes_on
 
 
 def _default(flag: Flag, data_set: DataSet) -> Any:

@@ -19,8 +19,6 @@ BACKENDS = ("gloo", "nccl")
 _DATA_SETS = ", ".join(DATA_SETS)
 LONGEST_WAIT = 2_000_000
 """Seconds. Sockets count milliseconds in 32 bits, which is 24 days."""
-
-
 NAMED_BY_DATASET = Path()
 """A plot's file whose name follows from the data set."""
 
@@ -161,7 +159,7 @@ class QuickStart(LocalLaunch, Faults, Compute, Data, RunFolderSettings, Experime
 
 
 @dataclass(frozen=True, kw_only=True)
-class Describe(Data, ClientsConfig):
+class Describe(Data, ClientsConfig, Checked):
     """Describe a data set as it is dealt out to clients."""
 
     program: ClassVar[str] = "python -m datasets.describe"
@@ -182,9 +180,6 @@ class Describe(Data, ClientsConfig):
         absent="no plot",
         title="output",
     )
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 ENTRY_POINTS: dict[str, type] = {

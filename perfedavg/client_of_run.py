@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from perfedavg.contracts import FederatedDataset, client_name
+from perfedavg.contracts import FederatedDataset, client_label, client_name
 from perfedavg.engine.client_states import StatesInMemory
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import parameters_sha256
@@ -18,10 +18,9 @@ from perfedavg.engine.tasks import ScoringTask, cut_into_groups
 from perfedavg.metrics import find_metrics
 from perfedavg.personal_model import export, write_personalized
 from perfedavg.plain_values import from_plain
-from perfedavg.recording.model_file import ModelFacts, read_model_file
+from perfedavg.recording.model_file import ModelFacts, load_state, read_model_file
 from perfedavg.recording.runs import MODEL_FILE, RESULT_FILE, FinishedRun, RecordedRun, read_object, result_key
 from perfedavg.settings import Population
-from perfedavg.terminal.console import reason_of
 from perfedavg.training.flat_model import FlatModel, copy_into, flatten
 from perfedavg.training.local_training import loss_of
 
@@ -63,7 +62,11 @@ def adapt_client(run: RecordedRun, model: nn.Module, dataset: FederatedDataset, 
     config = run.experiment()
     load_final_model(run, model)
     start = flatten(model)
-    unseen = client_id in set(dataset.unseen_client_ids)
+    if not len(dataset.client_data(client_id).test_labels):
+        raise ValueError(
+            f"client {client_label(dataset, client_id)} has no test part to be scored on; name another one"
+        )
+    unseen = client_id in dataset.unseen_client_ids
     population = Population.UNSEEN if unseen else Population.TRAINED
     phase, settings = list(config.phases.items())[-1]
     columns = (FinishedRun.read(run.folder).clients or {}).get(population, {})
@@ -92,10 +95,7 @@ def adapt_client(run: RecordedRun, model: nn.Module, dataset: FederatedDataset, 
 def load_final_model(run: RecordedRun, model: nn.Module) -> None:
     """Give a model the final parameters of a run. Raises ValueError where they are another model's."""
     state, _ = run.model()
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{run.folder / MODEL_FILE} holds another model ({reason_of(error)})") from error
+    load_state(model, state, run.folder / MODEL_FILE)
 
 
 def find_client(dataset: FederatedDataset, text: str) -> int:
@@ -104,7 +104,7 @@ def find_client(dataset: FederatedDataset, text: str) -> int:
     names = {name: each for each in client_ids if (name := client_name(dataset, each)) is not None}
     if text in names:
         return names[text]
-    if text.isdecimal() and int(text) in set(client_ids):
+    if text.isdecimal() and int(text) in client_ids:
         return int(text)
     near = [name for name in names if name.lower() in get_close_matches(text.lower(), map(str.lower, names), 3)]
     numbers = f"a number from {min(client_ids)} to {max(client_ids)}"
@@ -162,7 +162,7 @@ def score_again(
         raise ValueError(f"{folder} holds no personalized model; give the command without --again first")
     then = from_plain(Figures, read_object(folder / RESULT_FILE).get("after"), "after")
     state, _ = read_model_file(folder / MODEL_FILE)
-    model.load_state_dict(state)
+    load_state(model, state, folder / MODEL_FILE)
     data = dataset.client_data(client_id)
     metrics = find_metrics(run.experiment().own_metrics)
     (now,) = FlatModel(model, loss_function=loss_of(dataset)).score([(data.test_inputs, data.test_labels)], metrics)

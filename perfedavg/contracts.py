@@ -22,7 +22,8 @@ class ClientData:
     """One client's examples, cut into the part it trains or adapts on and the part it is scored on.
 
     Inputs (num_examples, ...): floating-point numbers, such as images (.., 1, 28, 28) in 0..1; or int64 tokens.
-    Labels: int64 classes (num_examples,), or floating-point targets (num_examples, ...) of a regression.
+    Labels: int64 classes, (num_examples,), or (num_examples, num_places), a class at each place; or floating-point
+        targets (num_examples, ...) of a regression.
     """
 
     train_inputs: Tensor
@@ -52,13 +53,12 @@ class ClientDirectory(Protocol):
 class FederatedDataset(ClientDirectory, Protocol):
     """Clients and their data. Safe to read from several threads.
 
-    num_classes: labels that are classes are below it; outputs of a model for one example.
+    num_classes: labels that are classes are below it; outputs of a model for one example, or for each of its places.
 
     It may also have:
     name: of the data set.  note: what has to be said with every result.
     class_names: what label i stands for.  num_left_out: clients too small to take part.
     client_name(client_id): what a client is called, a text or None (see `client_name`).
-    input_shape: of the inputs of one example, so that no client is read to know it (see `input_shape`).
     build_model(): its own model.  loss_function(outputs, labels): its own loss, the mean over a batch.
     has_test_part(client_id): whether a training client has a test part, where some may have none.
     """
@@ -159,9 +159,8 @@ class Observer(Protocol):
 
 
 def input_shape(dataset: FederatedDataset) -> tuple[int, ...]:
-    """The shape of the inputs of one example: as the data set says it, or else as an unseen client's are."""
-    said = getattr(dataset, "input_shape", None)
-    return tuple(dataset.client_data(dataset.unseen_client_ids[0]).train_inputs.shape[1:] if said is None else said)
+    """The shape of the inputs of one example, as an unseen client's are."""
+    return tuple(dataset.client_data(dataset.unseen_client_ids[0]).train_inputs.shape[1:])
 
 
 MAX_NAME_CHARS = 100

@@ -79,6 +79,8 @@ class OpenKinds(Kinds):
         return isinstance(found, type) and issubclass(found, self.base)
 
     def _problem_with(self, kind: type) -> str | None:
+        if not self._is_kind(kind):
+            return f"it is no subclass of {self.base.__module__}.{self.base.__qualname__}; make it one"
         for name in self.built_in:
             if self[name] is kind:
                 return f"this is {name}; name it so"

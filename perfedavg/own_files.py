@@ -75,6 +75,11 @@ def is_path(dataset: str) -> bool:
     return os.sep in dataset or dataset.lower().endswith((*TABLES, *ARRAYS))
 
 
+def is_own_code(name: str) -> bool:
+    """Whether the name of a data set or a model is `package.module:name`, a user's own code."""
+    return ":" in name and not is_path(name)
+
+
 def dataset_name(text: str) -> str:
     """The name of a data set; a path in full, so that it means the same from any folder."""
     return os.path.abspath(os.path.expanduser(text)) if is_path(text) else text

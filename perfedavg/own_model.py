@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from perfedavg.contracts import FederatedDataset
-from perfedavg.own_module import OwnModuleError, explained, import_own
+from perfedavg.own_module import OwnModuleError, call_own_code, explained, import_own
 from perfedavg.settings import flag
 from perfedavg.training.flat_model import FlatModel, flatten
 from perfedavg.training.local_training import Loss, loss_of
@@ -23,8 +22,6 @@ TRIED_EXAMPLES = 2
 
 _SINGLE_EXAMPLE = "Expected more than 1 value per channel"
 """How torch's BatchNorm begins to refuse a batch of one example."""
-
-Result = TypeVar("Result")
 
 
 def build_own_model(flag: str, name: str, input_shape: tuple[int, ...], num_classes: int) -> nn.Module:
@@ -102,15 +99,15 @@ def _try_scoring(
 ) -> None:
     """In evaluation the model must give one row of outputs an example, and the loss a number with a gradient."""
     what = f"{whose}: the model on inputs {tuple(inputs.shape)} of {inputs.dtype}"
-    tried = _call(what, lambda: copy.deepcopy(model).eval())
-    outputs = _call(what, lambda: tried(inputs))
+    tried = call_own_code(what, lambda: copy.deepcopy(model).eval())
+    outputs = call_own_code(what, lambda: tried(inputs))
     for fault in _faults_of_outputs(outputs, labels, num_classes):
         raise ValueError(f"{whose}: {fault}")
-    loss = _call(f"{whose}: the loss", lambda: loss_function(outputs, labels))
+    loss = call_own_code(f"{whose}: the loss", lambda: loss_function(outputs, labels))
     for fault in _faults_of_loss(loss):
         raise ValueError(f"{whose}: {fault}")
     trained = [parameter for parameter in tried.parameters() if parameter.requires_grad]
-    _call(f"{whose}: the loss's gradient", lambda: torch.autograd.grad(loss, trained, allow_unused=True))
+    call_own_code(f"{whose}: the loss's gradient", lambda: torch.autograd.grad(loss, trained, allow_unused=True))
 
 
 def _faults_of_outputs(outputs: object, labels: Tensor, num_classes: int) -> Iterator[str]:
@@ -143,7 +140,9 @@ def _try_training(whose: str, model: nn.Module, inputs: Tensor, labels: Tensor, 
         tried.load(start)
         before = torch.random.get_rng_state()
         rows = [0, -1]  # two, also of a client that has one example
-        _call(f"{whose}: training", lambda: tried.descend(loss_function(tried(inputs[rows]), labels[rows]), 0.0))
+        call_own_code(
+            f"{whose}: training", lambda: tried.descend(loss_function(tried(inputs[rows]), labels[rows]), 0.0)
+        )
         if not torch.equal(torch.random.get_rng_state(), before):
             raise ValueError(
                 "the model draws from torch's global generator while it trains, which no client's seed reaches; use "
@@ -178,13 +177,3 @@ def _refuse_single_examples(whose: str, dataset: FederatedDataset, batch_size: i
                 f"one, of its {num_examples} examples with {flag('batch_size')} {batch_size}; use GroupNorm or "
                 "LayerNorm, or another batch size"
             )
-
-
-def _call(what: str, function: Callable[[], Result]) -> Result:
-    """What a piece of the user's code returns. Raises ValueError, with its file and line, where it fails."""
-    try:
-        return function()
-    except (MemoryError, torch.OutOfMemoryError):
-        raise  # not the code's fault
-    except Exception as error:
-        raise explained(what, error) from error

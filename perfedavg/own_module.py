@@ -16,13 +16,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 PROJECT = Path(__file__).resolve().parents[1]
 _PACKAGES = "benchmarks datasets examples experiments launch models multi_process perfedavg python_api reporting tests"
 _MODULES = "client_worker compat personalize quick_start report reproduce server sine single_process utils"
 PROJECT_MODULES = frozenset(f"{_PACKAGES} {_MODULES}".split())
 """Names by which this project's modules are imported; they come before a user's and before installed ones."""
+
+Result = TypeVar("Result")
 
 _LIBRARIES = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 _PAGE = "docs/your-own-data.md says more"
@@ -127,14 +129,14 @@ def changed_sources(others: Mapping[str, str]) -> list[str]:
 def _note_sources(top: str) -> None:
     """top: name of the module or the package that was imported."""
     place = getattr(sys.modules[top], "__file__", None)
-    folder = None if place is None or place.startswith(_LIBRARIES) else Path(place).parent
+    folder = None if place is None or is_installed(place) else Path(place).parent
     if folder is not None and Path(place or "").stem == "__init__":
         folder = folder.parent
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if not isinstance(file, str):
             continue
-        is_beside = folder is not None and not file.startswith(_LIBRARIES) and Path(file).is_relative_to(folder)
+        is_beside = folder is not None and not is_installed(file) and Path(file).is_relative_to(folder)
         if is_beside or f"{name}.".startswith(f"{top}."):
             _note_source(name, file)
 
@@ -152,6 +154,18 @@ def explained(what: str, error: BaseException) -> ValueError:
     return OwnModuleError(
         f"{what}: {_users_place(error)}{type(error).__name__}{': ' * bool(shown)}{shown}{_way_out(error)}"
     )
+
+
+def call_own_code(what: str, function: Callable[[], Result]) -> Result:
+    """What a piece of a user's code returns. Raises ValueError, with its file and line, where it fails."""
+    import torch
+
+    try:
+        return function()
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # not the code's fault
+    except Exception as error:
+        raise explained(what, error) from error
 
 
 def _refuse_hidden(what: str, name: str, folder: Path) -> None:

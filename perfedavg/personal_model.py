@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from perfedavg.contracts import ClientData
 from perfedavg.methods.base import Method
 from perfedavg.recording.files import replace_file
-from perfedavg.recording.model_file import ModelFacts, model_file
+from perfedavg.recording.model_file import ModelFacts, load_state, model_file
 from perfedavg.recording.results import to_json
 from perfedavg.recording.runs import MODEL_FILE, RESULT_FILE, RecordedRun
 from perfedavg.seeding import Purpose, seed_sequence
@@ -58,12 +58,7 @@ class RunModel:
 
     def load_into(self, model: nn.Module) -> None:
         """Raises ValueError where the parameters are another model's."""
-        try:
-            model.load_state_dict(self.state)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{self.path / MODEL_FILE} holds another model ({_first_line(error)}); repeat the run"
-            ) from error
+        load_state(model, self.state, self.path / MODEL_FILE)
 
 
 @dataclass(frozen=True)
@@ -134,9 +129,8 @@ def export(model: nn.Module, inputs: Tensor, class_names: Sequence[str]) -> byte
             warnings.simplefilter("ignore")
             program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
     except (RuntimeError, ValueError, TypeError, torch._dynamo.exc.TorchDynamoException) as error:
-        raise ValueError(
-            f"torch.export cannot export the run's model for any number of examples ({_first_line(error)})"
-        ) from error
+        reason = str(error).strip().partition("\n")[0].rstrip(":")
+        raise ValueError(f"torch.export cannot export the run's model for any number of examples ({reason})") from error
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={CLASS_NAMES_FILE: json.dumps(list(class_names))})
     _check_exported(content.getvalue(), model, inputs)
@@ -160,10 +154,6 @@ def write_personalized(
         raise OSError(
             f"--output {folder} cannot be written ({error.strerror}); make room there, or name another folder"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(":")
 
 
 def _score(model: FlatModel, data: ClientData) -> Score:

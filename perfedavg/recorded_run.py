@@ -17,7 +17,6 @@ from perfedavg.settings import ExperimentConfig
 from perfedavg.terminal.console import optional, say, show
 from perfedavg.terminal.display import ProgressDisplay, result_table
 from perfedavg.terminal.entry_point import at_early_end
-from perfedavg.terminal.time_to_go import describe_dear_methods
 from perfedavg.training.flat_model import flatten
 from perfedavg.training.layout import count_buffer_entries
 
@@ -39,8 +38,6 @@ def run_and_record(
         with optional("no table of the results"):
             show(f"\n{result_table(result, config, getattr(clients, 'note', ''))}")
 
-    for line in describe_dear_methods(config, clients):
-        say(line)
     with ProgressDisplay(config, clients) as display:
         for _ in recorded_rounds(config, executor, clients, model, folder, run_settings, [display], show_table):
             pass

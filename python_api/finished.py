@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import utils
 from launch import paths
-from perfedavg.recording.runs import CLIENTS_FILE, KINDS, RESULT_FILE, RecordedRun, read_metrics, read_object
+from launch.flags import parse
+from launch.settings import Data
+from perfedavg.metrics import BASIC_METRICS
+from perfedavg.recording.runs import (
+    CLIENTS_FILE,
+    KINDS,
+    RESULT_FILE,
+    RecordedRun,
+    read_metrics,
+    read_object,
+    result_key,
+)
 from perfedavg.settings import Phase
 from perfedavg.terminal.console import quiet
 
@@ -19,10 +29,6 @@ if TYPE_CHECKING:
     from torch import nn
 
     from perfedavg.contracts import FederatedDataset
-
-_SCORE = re.compile(f"after_(?P<phase>{'|'.join(phase.field for phase in Phase)})_(?P<score>({'|'.join(KINDS)})_.+)")
-
-_SPREAD = re.compile(r"_(std|p\d+)$")
 
 
 def open_run(folder: str | Path, data_root: str | Path | None = None) -> Run:
@@ -42,7 +48,7 @@ class Run:
 
     def __init__(self, folder: str | Path, data_root: str | Path | None = None) -> None:
         self.folder = paths.path(str(folder))
-        self._data_root = utils.get_args("worker", _data_flags(data_root)).data_root
+        self._data_root = parse(Data, [] if data_root is None else [f"--data_root={data_root}"]).data_root
         self._recorded = RecordedRun.read(self.folder)
         self._recorded.check_ended()
 
@@ -52,7 +58,7 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The experiment, as config.json has it."""
-        return dict(self._recorded.experiment(ignore_unknown=True).to_dict())
+        return self._recorded.experiment(ignore_unknown=True).to_dict()
 
     @cached_property
     def result(self) -> dict[str, Any]:
@@ -77,17 +83,15 @@ class Run:
         import pandas as pd
 
         table = pd.read_csv(self.folder / CLIENTS_FILE)
-        scores: dict[str, dict[str, str]] = {}
-        for column in table.columns:
-            match = _SCORE.fullmatch(column)
-            if match:
-                scores.setdefault(match["phase"], {})[column] = match["score"]
-        common = [column for column in table.columns if not _SCORE.fullmatch(column)]
+        prefixes = {phase: f"{result_key(phase)}_" for phase in Phase}
+        common = [column for column in table.columns if not column.startswith(tuple(prefixes.values()))]
         parts = []
-        for phase, columns in scores.items():
-            part = table[[*common, *columns]].rename(columns=columns)
-            part.insert(0, "phase", phase)
-            parts.append(part)
+        for phase, prefix in prefixes.items():
+            columns = {name: name.removeprefix(prefix) for name in table.columns if name.startswith(prefix)}
+            if columns:
+                part = table[[*common, *columns]].rename(columns=columns)
+                part.insert(0, "phase", phase.field)
+                parts.append(part)
         return pd.concat(parts, ignore_index=True)
 
     @cached_property
@@ -98,14 +102,15 @@ class Run:
         """
         import pandas as pd
 
+        metrics = self.result.get("higher_is_better", BASIC_METRICS)
         rows = []
         for _, values in read_metrics(self.folder):
             row = {name: value for name, value in values.items() if not isinstance(value, (dict, list))}
             row.pop("evaluation", None)
             evaluation: Mapping[str, Any] = values.get("evaluation") or {}
             for kind in KINDS:
-                means = {name: value for name, value in evaluation.get(kind, {}).items() if not _SPREAD.search(name)}
-                row |= {f"{kind}_{metric}": value for metric, value in means.items()}
+                scores = evaluation.get(kind, {})
+                row |= {f"{kind}_{metric}": scores[metric] for metric in metrics if metric in scores}
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -137,7 +142,3 @@ class Run:
         config = self._recorded.experiment()
         dataset = utils.get_datasets(config, self._data_root)
         return utils.get_model(config, dataset), dataset
-
-
-def _data_flags(data_root: str | Path | None) -> list[str]:
-    return ["--rank=1", *([] if data_root is None else [f"--data_root={data_root}"])]

@@ -62,6 +62,7 @@ class Rounds(Iterator["RoundRecord"]):
     """
 
     folder: Path
+    _rounds: Iterator[RoundRecord]
 
     def __init__(self, workers: int, progress: bool, settings: dict[str, Any]) -> None:
         """Arguments as `run` takes them. Raises ValueError for settings that cannot be."""
@@ -83,9 +84,10 @@ class Rounds(Iterator["RoundRecord"]):
             raise
 
     def close(self) -> None:
-        """Stop the run where it goes on."""
+        """Stop the run where it goes on; no more rounds come."""
         if self._source is not None:
             self._source.close()
+            self._rounds = iter(())
 
     @property
     def result(self) -> Run:
@@ -117,7 +119,7 @@ class RunHere:
         with self._quiet():
             self._folder = utils.new_run_folder(args, Path.cwd() / "runs")
         self.folder = self._folder.path
-        self._run = self._go_on(args, ["perfedavg.recorded_run", *words])
+        self._run = self._go_on(args, ["perfedavg.run", *words])
 
     def rounds(self) -> Iterator[RoundRecord]:
         from perfedavg.training.compute import reproducible_kernels
@@ -141,8 +143,9 @@ class RunHere:
 
         local = utils.prepare_local(args, self._folder, command)
         with contextlib.ExitStack() as stack:
-            shows = self._progress
-            observers = [stack.enter_context(ProgressDisplay(local.config, local.clients))] if shows else []
+            observers = []
+            if self._progress:
+                observers.append(stack.enter_context(ProgressDisplay(local.config, local.clients)))
             yield from recorded_rounds(*local, observers)
 
     def _quiet(self) -> contextlib.AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from launch.settings import QuickStart, SingleProcess
 from perfedavg import own_module
-from perfedavg.fields import by_any_name, flags_by_name, flags_of
+from perfedavg.fields import flags_by_name, flags_of
 from perfedavg.methods import METHODS, Method
 
 OBJECTS = ("dataset", "model", "method", "fine_tune_method", "metrics")
@@ -31,9 +31,7 @@ def to_words(keywords: Mapping[str, Any], with_workers: bool) -> list[str]:
         if isinstance(value, Method):
             words += _settings_of(kind, name, value)
         texts = [_text(name, one, with_workers) for one in (value if isinstance(value, (list, tuple)) else [value])]
-        flag = by_any_name(flags_by_name(kind)).get(name)
-        is_many = flag is not None and flag.setting.many
-        words += [f"--{name}", *texts] if is_many else [f"--{name}={','.join(texts)}"]
+        words.append(f"--{name}={','.join(texts)}")
     return words
 
 

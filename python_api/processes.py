@@ -101,7 +101,6 @@ class LaunchedRun:
 
     def _read_output(self, first: int) -> str:
         """What the run has said from a byte on."""
-        self._output.flush()
         content = os.pread(self._output.fileno(), 2**30, first)
         self._num_shown = first + len(content)
         return content.decode(errors="replace")

@@ -190,7 +190,7 @@ def _blocks(dataset: str, name: str, rows: Sequence[Row], target: float, against
     if any(row.nickname for row in rows):
         yield from ("Rows that are called by their folders:", tables.nicknames_table(rows))
     if len(rows) > 1 or any(len(row.populations) > 1 for row in rows):
-        yield from _comparison(rows, [measure, *others], choose_reference(rows, against))
+        yield from _comparison(rows, [measure, *others], choose_reference(rows, against) or choose_reference(rows))
     changes = tables.changes_table(rows, [*measures, *others])
     if changes.rows:
         yield from (Heading("What fine-tuning changes"), _CHANGES, changes)

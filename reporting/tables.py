@@ -7,6 +7,7 @@ import functools
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -267,8 +268,11 @@ def to_csv(rows: Sequence[Row], target: float) -> str:
         for phase in run.results.get(population, ())
     ]
     text = io.StringIO()
-    # Runs of earlier versions have fewer figures.
-    writer = csv.DictWriter(text, max(map(list, lines), key=len), lineterminator="\n")
+    # Runs differ in the figures that they have: by version, and by --metrics.
+    columns = [list(line) for line in lines]
+    fullest = max(columns, key=len)
+    names = list(dict.fromkeys(chain(fullest, *columns)))
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
     return text.getvalue()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,14 +46,21 @@ class StandardizedView(View):
         )
 
 
+def _sum_of(parts: Sequence[Tensor], value_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Over all examples, in 64 bits."""
+    return torch.stack([value_of(part.to(torch.float64)).sum(dim=0) for part in parts]).sum(dim=0)
+
+
 class _Scale:
     def __init__(self, mean: Tensor, deviation: Tensor) -> None:
         self._mean, self._deviation = mean, deviation
 
     @classmethod
     def of(cls, parts: Sequence[Tensor]) -> _Scale:
-        values = torch.cat(list(parts)).to(torch.float64)
-        mean, deviation = values.mean(dim=0), values.std(dim=0, correction=0)
+        """Part by part, so that no more of them is there in 64 bits at a time."""
+        num_examples = sum(map(len, parts))
+        mean = _sum_of(parts, lambda part: part) / num_examples
+        deviation = (_sum_of(parts, lambda part: (part - mean).square()) / num_examples).sqrt()
         return cls(mean, torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
 
     def __call__(self, values: Tensor) -> Tensor:

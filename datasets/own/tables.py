@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_table(path: Path, files: OwnFiles) -> Rows:
         raise ValueError(f"{path} has no column left for a feature; add one with a number in each row")
 
     def column(name: str) -> Column:
-        return Column(name, _values(path, name, table.column(name), place))
+        return Column(name, _values(path, name, table.column(name)))
 
     inputs = np.empty((table.num_rows, len(features)), dtype=np.float32)
     for number, name in enumerate(features):
@@ -67,7 +68,7 @@ def _read_csv(path: Path, files: OwnFiles) -> Any:
     texts = {name: pa.string() for name in names if name.lower() in CLIENT_NAMES or name == files.client_column}
     return pa.csv.read_csv(
         path,
-        read_options=pa.csv.ReadOptions(use_threads=False),
+        read_options=pa.csv.ReadOptions(use_threads=False, block_size=LONGEST_LINE),
         parse_options=pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
         convert_options=pa.csv.ConvertOptions(column_types=texts, strings_can_be_null=False),
     )
@@ -100,7 +101,7 @@ def _read_parquet(path: Path) -> Any:
         return table
 
 
-def _values(path: Path, name: str, cells: Any, place: Any) -> NDArray[Any]:
+def _values(path: Path, name: str, cells: Any) -> NDArray[Any]:
     """A column's cells as numpy has them; a missing number is NaN, a missing text is empty."""
     import pyarrow as pa
 
@@ -117,7 +118,7 @@ def _values(path: Path, name: str, cells: Any, place: Any) -> NDArray[Any]:
         kind = cells.type
     if pa.types.is_integer(kind) or pa.types.is_boolean(kind):
         whole = cells.null_count == 0
-        return np.asarray(cells.to_numpy() if whole else cells.cast(pa.float64()).to_numpy())
+        return np.asarray(cells.to_numpy() if whole else cells.cast(pa.float64(), safe=False).to_numpy())
     if pa.types.is_floating(kind):
         return np.asarray(cells.to_numpy())
     raise ValueError(
@@ -126,7 +127,7 @@ def _values(path: Path, name: str, cells: Any, place: Any) -> NDArray[Any]:
     )
 
 
-def _feature(path: Path, column: Column, place: Any) -> NDArray[np.float32]:
+def _feature(path: Path, column: Column, place: Callable[[int], str]) -> NDArray[np.float32]:
     if column.values.dtype.kind != "U":
         return as_numbers(path, column, "column", place)
     row = next((row for row, text in enumerate(column.values.tolist()) if not _is_number(text)), 0)

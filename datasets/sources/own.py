@@ -17,12 +17,9 @@ import torch
 from torch import Tensor
 
 from perfedavg.contracts import REQUIRED, ClientData
-from perfedavg.own_module import explained, import_own
+from perfedavg.own_module import call_own_code, explained, import_own
 
 MAX_FINGERPRINT_CHARS = 500
-
-TRIED_EXAMPLES = 2
-"""By which a model and a loss are tried before the first round."""
 
 Result = TypeVar("Result")
 
@@ -230,13 +227,7 @@ class OwnDataset:
         return operator.index(value)
 
     def _call(self, what: str, function: Callable[[], Result]) -> Result:
-        """What a piece of the user's code returns. Raises ValueError, with its file and line, where it fails."""
-        try:
-            return function()
-        except (MemoryError, torch.OutOfMemoryError):
-            raise  # not the code's fault
-        except Exception as error:
-            raise explained(f"--dataset {self.name}: {what}", error) from error
+        return call_own_code(f"--dataset {self.name}: {what}", function)
 
     def _broken(self, fault: str) -> ValueError:
         return ValueError(f"--dataset {self.name}: {fault}")

@@ -21,6 +21,7 @@ from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_in
 from perfedavg.machine.cores import usable_cores
 from perfedavg.machine.kernels import KernelLog
 from perfedavg.metrics import find_metrics
+from perfedavg.own_files import is_own_code
 from perfedavg.own_model import explain
 from perfedavg.settings import ExperimentConfig, flag
 from perfedavg.training.compute import check_portable, describe_kernels
@@ -74,7 +75,7 @@ class LocalExecutor:
             build_group()  # now, because it may refuse the model
         slots = [TrainingSlot(build_single, build_group) for _ in range(num_slots)]
         settings = {field: getattr(config, field) for field in ("dataset", "architecture")}
-        whose = " with ".join(f"{flag(field)} {value}" for field, value in settings.items() if ":" in value)
+        whose = " with ".join(f"{flag(field)} {value}" for field, value in settings.items() if is_own_code(value))
         self._pool = SlotPool(slots, explain(whose) if whose else None)
         reader, metrics = ClientReader(dataset, num_readers), find_metrics(config.own_metrics)
         self._place = Workplace(config, self._pool, reader, metrics, count_buffer_entries(model))

@@ -105,6 +105,15 @@ def read_model_file(path: Path) -> tuple[dict[str, Tensor], ModelFacts]:
         ) from error
 
 
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Give a model what `read_model_file` found in a file. Raises ValueError where it is another model's."""
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(":")
+        raise ValueError(f"{path} holds another model ({reason}); repeat the run") from error
+
+
 def check_can_be_saved(model: nn.Module) -> None:
     """Write the model to memory and read it back. Raises ValueError where that does not give the same parameters.
 

@@ -16,8 +16,8 @@ from perfedavg.engine.scores import RunScores, summarize
 from perfedavg.own_files import shown_dataset
 from perfedavg.recording.runs import KINDS, result_key
 from perfedavg.settings import ExperimentConfig, Phase, Population
-from perfedavg.terminal.console import LOGGER, duration, is_live, reason_of
-from perfedavg.terminal.time_to_go import TimeToGo
+from perfedavg.terminal.console import LOGGER, duration, is_live, reason_of, say
+from perfedavg.terminal.time_to_go import TimeToGo, describe_dear_methods
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -47,7 +47,8 @@ class ProgressDisplay:
     """An observer that shows phase, round, time to go and the latest accuracies of unseen clients.
 
     On a terminal it is one line that is redrawn; elsewhere (a file, a pipe) a line for each point of the curve, and one
-    where there was none for a while. Nothing that it fails at ends the run. Used with `with`.
+    where there was none for a while. Before
+    them it says which methods are dear. Nothing that it fails at ends the run. Used with `with`.
     """
 
     def __init__(self, config: ExperimentConfig, clients: ClientDirectory, stream: TextIO | None = None) -> None:
@@ -55,6 +56,7 @@ class ProgressDisplay:
         self._config = config
         self._phases = config.phases
         self._time = TimeToGo(config, clients)
+        self._prices = describe_dear_methods(config, clients)
         self._phase = next(iter(self._phases))
         self._num_rounds = 0  # of the phase, that have ended
         self._scored: list[Population] = []
@@ -67,6 +69,8 @@ class ProgressDisplay:
         self._clock = threading.Thread(target=self._show_now_and_then, name="progress", daemon=True)
 
     def __enter__(self) -> ProgressDisplay:
+        for line in self._prices:
+            say(line)
         self._clock.start()
         return self
 

@@ -70,6 +70,7 @@ def test_workers_give_the_same_and_go_on_with_what_was_left(tmp_path: Path, monk
         children = [one for one in psutil.Process().children(recursive=True) if one.pid not in before]
         assert len(children) == 3
         rounds.close()
+        assert next(rounds, None) is None, "a loop over them ends here"
         assert not psutil.wait_procs(children, timeout=60)[1]
     records = list(rounds := perfedavg.rounds(resume="here", workers=2))
     numbers = [record.round_number for record in records]

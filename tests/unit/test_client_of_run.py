@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from helpers import CountingFedAvg, digits_dataset, make_config
 
 import personalize
+from datasets.clients.views import JointView
 from models import build_model
 from perfedavg.client_of_run import adapt_client, check_data, find_client
 from perfedavg.engine.executor import LocalExecutor
@@ -125,6 +126,15 @@ def test_other_data_are_one_line(tmp_path: Path) -> None:
     check_data(run, data)
     with pytest.raises(ValueError, match=r"made with other data \(fingerprint .*--data_root"):
         check_data(run, digits_dataset(20, seed=1))
+
+
+def test_a_client_without_a_test_part_is_one_line(tmp_path: Path) -> None:
+    data = JointView(digits_dataset(20))
+    path, _ = make_run(tmp_path / "run", FedAvg(), data, joint=True, cohort_size=1)
+    model = build_model("mlp", (1, 28, 28), 10)
+    (joint,) = data.train_client_ids
+    with pytest.raises(ValueError, match=f"client {joint} has no test part to be scored on; name another one"):
+        adapt_client(RecordedRun.read(path), model, data, joint)
 
 
 class Named:

@@ -201,6 +201,34 @@ def test_the_report_shows_both_populations() -> None:
     assert [line["population"] for line in lines] == ["unseen"] * 3 + ["trained"] * 3
 
 
+def scored_by(run: FinishedRun, metric: str) -> FinishedRun:
+    def scored(result: PhaseResult) -> PhaseResult:
+        initial, personalized = ({**scores, metric: 0.25} for scores in (result.initial, result.personalized))
+        return dataclasses.replace(result, initial=initial, personalized=personalized)
+
+    results = {
+        population: {phase: scored(result) for phase, result in by_phase.items()}
+        for population, by_phase in run.results.items()
+    }
+    return dataclasses.replace(run, results=results)
+
+
+def test_runs_may_be_scored_by_different_metrics() -> None:
+    report = build_report([scored_by(PLAIN, "macro_f1"), scored_by(DITTO, "precision")], 0.8)
+    lines = list(csv.DictReader(report.csv.splitlines()))
+    found = {(line["initial_macro_f1"], line["initial_precision"]) for line in lines}
+    assert found == {("0.25", ""), ("", "0.25")}
+
+
+def test_data_without_the_run_that_is_named_have_a_reference_of_their_own() -> None:
+    named = run(experiment(Ditto(), dataset="mnist"), {8: (0.5, 0.5)}, name="named")
+    beside = run(experiment(dataset="mnist"), {8: (0.5, 0.5)}, name="beside")
+    markdown = to_markdown(build_report([PLAIN, DITTO, named, beside], 0.8, Path("named")), with_plots=False)
+    assert "as --against says" in markdown
+    assert "FedAvg with fine-tuning; --against RUN names another row" in markdown
+    assert "There is no row" not in markdown
+
+
 def test_rows_that_differ_in_a_phase_say_so() -> None:
     """Two rows without fine-tuning and one with it would otherwise have the same name."""
     runs = [

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import utils
 from models import MODELS
-from perfedavg.contracts import input_shape
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.tasks import CohortTask
 from perfedavg.methods import FOMAML
@@ -43,14 +42,6 @@ def test_a_factory_gets_the_shape_of_the_inputs_and_the_number_of_classes(monkey
     assert asked == [((1, 28, 28), 10)] * 2
     assert torch.equal(flatten(one), flatten(two)), "its weights follow from the seed"
     assert not torch.equal(flatten(one), flatten(given(build, monkeypatch, seed=1)))
-
-
-def test_a_data_set_may_say_its_shape_so_that_no_client_is_read() -> None:
-    class Says:
-        input_shape = (3, 32, 32)
-
-    assert input_shape(Says()) == (3, 32, 32)  # type: ignore[arg-type]
-    assert input_shape(DIGITS) == (1, 28, 28)
 
 
 class Noisy(nn.Module):

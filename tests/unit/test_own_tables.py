@@ -209,6 +209,21 @@ def test_a_split_of_its_own_is_the_clients_split(tmp_path: Path) -> None:
     assert len(load(path, ignore_columns="split").client_data(0).train_labels) == 8
 
 
+def test_examples_are_not_sorted_by_labels_that_are_numbers(tmp_path: Path) -> None:
+    path = write(tmp_path / "own.csv", ["client,a,y", *[f"c{row % 3},{row},{row + 0.5}" for row in range(30)]])
+    request = DatasetRequest(str(path), None, lambda _: 1, None, 0, "tail", UNTOLD)
+    with pytest.raises(ValueError, match=r"--local_split tail has no meaning for own\.csv: its labels are numbers"):
+        load_federated_dataset(request, tmp_path)
+
+
+def test_a_line_may_be_longer_than_what_is_read_at_a_time(tmp_path: Path) -> None:
+    columns = 12_000
+    lines = ["client,y," + ",".join(f"f{column}" for column in range(columns))]
+    lines += [f"c{row % 2},{row % 3}," + ",".join(["0." + "1" * 98] * columns) for row in range(6)]
+    assert len(lines[1]) > 2**20
+    assert load(write(tmp_path / "own.csv", lines)).client_data(0).train_inputs.shape[1:] == (columns,)
+
+
 def test_clients_too_small_are_left_out_and_counted(tmp_path: Path) -> None:
     dataset = load(write(tmp_path / "own.csv", [*table(), "lonely,1,2,a"]))
     assert dataset.num_left_out == 1

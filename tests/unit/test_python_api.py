@@ -178,6 +178,16 @@ def test_objects_stand_for_names() -> None:
     assert json.loads((again.folder / "config.json").read_text())["environment"]["own_code"].keys() == {__name__}
 
 
+def test_what_is_no_method_is_one_line(folder: Path) -> None:
+    class Plain:
+        pass
+
+    for given in (Plain, Plain()):
+        with pytest.raises(ValueError, match=r"it is no subclass of perfedavg\.methods\.base\.Method; make it one"):
+            perfedavg.run(method=given, **TINY)
+    assert not list(folder.iterdir())
+
+
 def test_a_data_set_may_be_an_object() -> None:
     data = digits_dataset(10)
     tiny = {name: value for name, value in TINY.items() if name not in ("client_num_in_total", "client_num_per_round")}
