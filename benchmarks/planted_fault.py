@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -121,18 +123,26 @@ def worker_training(fault: Fault) -> None:
 
 
 def worker_sending(fault: Fault) -> None:
-    """In the middle of sending the round's sum: announced, header sent, content not."""
+    """In the middle of sending the round's sum: announced, header sent, the rest not.
+
+    A process that stops itself goes on for a moment, so what it sends meanwhile must be what it would send anyway.
+    """
     from multi_process.fedlab_adapter import MessageCode
-    from multi_process.transport.tensors import SERVER, TensorConnection
+    from multi_process.transport.tensors import TensorConnection
 
     follow_worker(fault)
+    is_sum = False
 
-    def strike(pair: Any, package: Any) -> None:
-        if package.header[3] == MessageCode.GradientUpdate.value and fault.is_due and not fault.note.exists():
-            pair._gloo.send([package.parts(SERVER)[0]], SERVER, 0).wait()
-            fault.strike()
+    def begin(pair: Any, package: Any) -> None:
+        nonlocal is_sum
+        is_sum = package.header[3] == MessageCode.GradientUpdate.value
 
-    before(TensorConnection, "send", strike)
+    def strike(pair: Any, group: Any, part: Any) -> None:
+        if is_sum and part.dtype is torch.int64:  # the slices, which follow the header
+            fault.strike_if_due()
+
+    before(TensorConnection, "send", begin)
+    before(TensorConnection, "_send", strike)
 
 
 def worker_scoring(fault: Fault) -> None:
