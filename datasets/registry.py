@@ -313,7 +313,12 @@ DATA_SETS = {
     ),
     "plays": DataSet(
         _load_plays,
-        {"lstm": "lstm_each_step", "lstm_each_step": "lstm_each_step", "char_transformer": "char_transformer"},
+        {
+            "lstm": "lstm_each_step",
+            "lstm_each_step": "lstm_each_step",
+            "char_conv": "char_conv",
+            "char_transformer": "char_transformer",
+        },
         {
             **_NATURAL,
             "fedavg.client_optimizer.learning_rate": 0.8,

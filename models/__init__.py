@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from models.auto import auto
+from models.char_conv import CharConv
 from models.char_transformer import CharTransformer
 from models.emnist_cnn import EmnistCNN
 from models.lstm import CharLSTM, CharLSTMEachStep
@@ -19,6 +20,7 @@ from models.vit_tiny import ViTTiny
 
 MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "auto": auto,
+    "char_conv": CharConv,
     "char_transformer": CharTransformer,
     "emnist_cnn": EmnistCNN,
     "lstm": CharLSTM,

@@ -231,7 +231,7 @@ class ExperimentConfig(ClientsConfig):
     architecture: str = setting(
         "emnist_cnn",
         "cnn (of the data set's paper), mlp, resnet8 (BatchNorm), resnet8_gn (GroupNorm), vit_tiny, lstm (for "
-        "text, on plays also char_transformer), or package.module:factory for your own",
+        "text, on plays also char_conv and char_transformer), or package.module:factory for your own",
         flag="model",
         aliases=("struct",),
         metavar="NAME",

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
+from models.char_conv import CharConv
 from models.char_transformer import CharTransformer
 from models.lstm import CharLSTM, CharLSTMEachStep
 from models.vit_tiny import TransformerBlock
@@ -28,7 +29,7 @@ from perfedavg.training.stacked_model import StackedModel
 LENGTH, CLASSES = 12, 7
 SIZES = (9, 5, 2)
 TRAINING = LocalTraining(OptimizerConfig("sgd", 0.3), num_epochs=2, batch_size=4)
-EACH_STEP: list[Callable[..., nn.Module]] = [CharLSTMEachStep, CharTransformer]
+EACH_STEP: list[Callable[..., nn.Module]] = [CharLSTMEachStep, CharConv, CharTransformer]
 
 
 def built(kind: Callable[..., nn.Module]) -> nn.Module:
@@ -91,9 +92,10 @@ def test_scores_are_means_over_characters(kind: Callable[..., nn.Module]) -> Non
     assert score["macro_f1"] == pytest.approx(expected_f1, rel=1e-12)
 
 
-def test_a_group_trains_and_is_scored_as_each_client_alone() -> None:
+@pytest.mark.parametrize("kind", [CharConv, CharTransformer])
+def test_a_group_trains_and_is_scored_as_each_client_alone(kind: Callable[..., nn.Module]) -> None:
     """With dropout's masks, padded batches and clients that end early."""
-    model = built(CharTransformer)
+    model = built(kind)
     start, group = flatten(model), StackedModel(model, len(SIZES))
     losses = group.train(start, clients(), TRAINING)
     scores = group.score([texts(9 + client, size) for client, size in enumerate(SIZES)])

@@ -64,7 +64,8 @@ def test_the_head_is_what_the_model_calls_so_or_its_last_layer() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_head_of_a_model_gives_its_outputs(name: str) -> None:
     """A weight and a bias for each of 7 outputs."""
-    shapes_of_others = {"lstm": (80,), "lstm_each_step": (80,), "char_transformer": (80,), "sine_mlp": (1,)}
+    shapes_of_others = {"lstm": (80,), "lstm_each_step": (80,), "sine_mlp": (1,)}
+    shapes_of_others |= dict.fromkeys(("char_conv", "char_transformer"), (80,))
     model = MODELS[name](shapes_of_others.get(name, (1, 28, 28)), 7)
     shapes = dict(model.named_parameters())
     assert [len(shapes[part]) for part in Layout.of(model).head] == [7, 7]

@@ -163,7 +163,7 @@ def test_this_projects_image_models_take_images_of_any_size_and_colour(name: str
         ("mnist_cnn", (1, 8, 8), r"it takes images from 15x15 pixels on, these have 8x8; name another one"),
         ("resnet8", (20,), r"it takes images \(channels, height, width\), the inputs are \(20,\); name another one"),
         ("lstm", (1, 28, 28), r"it takes tokens \(length,\), the inputs are \(1, 28, 28\); name another one"),
-        ("nothing", (1, 28, 28), "unknown model 'nothing'; use auto, char_transformer"),
+        ("nothing", (1, 28, 28), "unknown model 'nothing'; use auto, char_conv, char_transformer"),
     ],
 )
 def test_a_model_that_does_not_fit_is_one_line(name: str, shape: tuple[int, ...], reason: str) -> None:
