@@ -218,7 +218,8 @@ def start_process(command: Sequence[str], output: IO[bytes] | None = None) -> su
 def keep_results(job: Job) -> dict[str, Any]:
     """Copy what tables are made of from the run's folder; return the content of result.json.
 
-    Of metrics.jsonl the lines with a point of the accuracy curve. result.json comes last: it marks the row as done.
+    Of metrics.jsonl the lines with a point of the accuracy curve, and with the seconds that training took up to it.
+    result.json comes last: it marks the row as done.
     Raises OSError where there is no room, ValueError where a file is damaged.
     """
     config, result = read_object(job.run_dir / "config.json"), read_object(job.run_dir / "result.json")
@@ -227,7 +228,11 @@ def keep_results(job: Job) -> dict[str, Any]:
             entry["run"]["command"] = [_without_machine_path(word) for word in entry["run"]["command"]]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{job.run_dir / 'config.json'} is damaged ({error!r}); repeat the run") from error
-    points = [line for line, record in read_metrics(job.run_dir) if record.get("evaluation") is not None]
+    points, training_seconds = [], 0.0
+    for _, record in read_metrics(job.run_dir):
+        training_seconds += record["seconds"]
+        if record["evaluation"] is not None:
+            points.append(json.dumps({**record, "training_seconds": training_seconds}))
     kept = {
         "config.json": f"{json.dumps(config, indent=2)}\n".encode(),
         "metrics.jsonl": "".join(f"{line}\n" for line in points).encode(),

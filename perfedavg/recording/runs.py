@@ -164,11 +164,13 @@ class CurvePoint:
     """A point of the curve that a run draws while it trains, over the unseen clients of `--eval_clients`.
 
     round_number: counted from 1 over the whole run; those of phase 2 go on from those of phase 1.
+    training_seconds: what the rounds up to this one took, without evaluation; None where it was not kept.
     """
 
     round_number: int
     initial: Scores
     personalized: Scores
+    training_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -338,14 +340,19 @@ def _read_result(path: Path, phases: Sequence[Phase]) -> tuple[RunResult, dict[P
 
 @dataclass(frozen=True)
 class _Round:
+    """seconds: of the round alone.  training_seconds: up to the end of it, where lines before it were left out."""
+
     phase: str
     round_number: int
     evaluation: PhaseResult | None
+    seconds: float | None = None
+    training_seconds: float | None = None
 
 
 def _read_curve(folder: Path, num_fedavg_rounds: int) -> tuple[CurvePoint, ...]:
     offsets = {Phase.FEDAVG.field: 0, Phase.FINE_TUNE.field: num_fedavg_rounds}
     points = []
+    seconds: float | None = 0.0
     for number, (_, values) in enumerate(read_metrics(folder), start=1):
         with _naming(folder / METRICS_FILE):
             try:
@@ -354,9 +361,13 @@ def _read_curve(folder: Path, num_fedavg_rounds: int) -> tuple[CurvePoint, ...]:
                     raise ValueError(f"phase is {record.phase!r}, must be {' or '.join(offsets)}")
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
+        round_number = offsets[record.phase] + record.round_number
+        if seconds is None or record.seconds is None or number != round_number:
+            seconds = record.training_seconds  # lines of rounds before it were left out
+        else:
+            seconds += record.seconds
         if record.evaluation is not None:
-            round_number = offsets[record.phase] + record.round_number
-            points.append(CurvePoint(round_number, record.evaluation.initial, record.evaluation.personalized))
+            points.append(CurvePoint(round_number, record.evaluation.initial, record.evaluation.personalized, seconds))
     return tuple(points)
 
 

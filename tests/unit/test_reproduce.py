@@ -140,7 +140,8 @@ def leave_run(job: Job, folder: Path, argv: Sequence[str] | None = None, ends: b
     }
     (folder / "config.json").write_text(json.dumps(config))
     if ends:
-        rounds = [{"round_number": n, "evaluation": {"accuracy": n / 10} if n % 2 else None} for n in range(1, 5)]
+        scores = [{"accuracy": n / 10} if n % 2 else None for n in range(1, 5)]
+        rounds = [{"round_number": n, "seconds": 0.5 * n, "evaluation": one} for n, one in enumerate(scores, 1)]
         (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in rounds))
         (folder / "clients.csv").write_text("client_id\n7\n")
         (folder / "result.json").write_text(json.dumps({"seconds": 3.0, "rounds": 3, "after_fedavg": SUMMARY}))
@@ -258,7 +259,10 @@ def test_what_is_kept_makes_tables_and_does_not_tell_of_the_machine(tmp_path: Pa
     for name in ("clients.csv", "result.json"):
         assert (job.result_dir / name).read_bytes() == (job.run_dir / name).read_bytes()
     lines = [json.loads(line) for line in (job.result_dir / "metrics.jsonl").read_text().splitlines()]
-    assert lines == [{"round_number": n, "evaluation": {"accuracy": n / 10}} for n in (1, 3)]
+    assert lines == [
+        {"round_number": n, "seconds": 0.5 * n, "evaluation": {"accuracy": n / 10}, "training_seconds": seconds}
+        for n, seconds in ((1, 0.5), (3, 0.5 + 1.0 + 1.5))
+    ]
     kept, own = (json.loads((folder / "config.json").read_text()) for folder in (job.result_dir, job.run_dir))
     assert kept["run"]["command"] == [
         "single_process.py",

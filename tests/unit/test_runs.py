@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -79,6 +80,20 @@ def test_half_a_line_is_damage_behind_the_whole_ones(run: tuple[Path, nn.Module]
     assert [next(lines)[1]["round_number"] for _ in range(4)] == [1, 2, 1, 2]
     with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged \(line 5: it is cut short\)"):
         next(lines)
+
+
+def test_seconds_of_training_are_those_of_all_rounds_so_far(run: tuple[Path, nn.Module]) -> None:
+    """Also where only the rounds with a point were kept, which then say what the others took; else nobody knows."""
+    path = run[0] / "metrics.jsonl"
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    curve = FinishedRun.read(run[0]).curve
+    assert curve is not None
+    seconds = [point.training_seconds for point in curve]
+    assert seconds == pytest.approx(list(itertools.accumulate(record["seconds"] for record in records)))
+    path.write_text(json.dumps({**records[-1], "training_seconds": 7.5}) + "\n")
+    assert [point.training_seconds for point in FinishedRun.read(run[0]).curve or ()] == [7.5]
+    path.write_text(json.dumps(records[-1]) + "\n")
+    assert [point.training_seconds for point in FinishedRun.read(run[0]).curve or ()] == [None]
 
 
 def test_committed_results_stay_readable() -> None:
