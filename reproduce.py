@@ -1,4 +1,4 @@
-"""Entry point of reproduce.sh: the rows of the papers' tables on one data set, each row and seed a run of its own."""
+"""Entry point of reproduce.sh: the rows of a table, each row and seed a run of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from experiments.rows import dataset_names, select_rows
+from experiments.rows import select_rows, table_names
 from experiments.runner import list_jobs, plan_jobs, run_jobs, write_tables
 from launch import paths
 from launch.flags import ROOT, parse, restart_command
@@ -21,12 +21,12 @@ from perfedavg.terminal.entry_point import USER_ERRORS, end_process, prepare_pro
 
 @dataclass(frozen=True, kw_only=True)
 class Reproduce(Compute, Data, Checked):
-    """Run the rows of the papers' tables on one data set, each row and seed a run of its own."""
+    """Run the rows of a table, each row and seed a run of its own."""
 
     program: ClassVar[str] = "sh reproduce.sh"
     script: ClassVar[str] = "reproduce.py"
     heading = "options"
-    dataset: str = setting(MISSING, "whose rows", choices=dataset_names())
+    table: str = setting(MISSING, "whose rows", choices=table_names(), aliases=("dataset",))
     rows: tuple[str, ...] = setting(("all",), "rows, or main, extra, all", metavar="NAME", many=True)
     seeds: tuple[int, ...] = setting((0, 1, 2), "a run each", metavar="N", many=True)
     results: Path = setting(
@@ -53,14 +53,14 @@ def main() -> int:
         threads = max(1, usable_cores() // args.jobs) if args.threads is None and args.jobs > 1 else args.threads
         machine = ["--data_root", str(args.data_root), "--device", args.device]
         machine += [] if threads is None else ["--threads", str(threads)]
-        runs, results = args.runs / args.dataset, args.results / args.dataset
-        jobs = plan_jobs(select_rows(args.dataset, args.rows), args.seeds, runs, results)
+        runs, results = args.runs / args.table, args.results / args.table
+        jobs = plan_jobs(select_rows(args.table, args.rows), args.seeds, runs, results)
         if args.list:
             show(list_jobs(jobs, machine))
             return 0
         signals = SignalWatch()
         status = run_jobs(jobs, machine, signals, args.jobs, restart_command(args))
-        return status or write_tables(args.dataset, runs, results, signals)
+        return status or write_tables(args.table, runs, results, signals)
     except USER_ERRORS as error:
         return report(error)
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the rows of the papers' tables on one data set, seed by seed, and writes the tables. Flags: sh reproduce.sh --help
+# Runs the rows of a table, seed by seed, and writes the table and its plots. Flags: sh reproduce.sh --help
 set -eu
 # What is closed of input, output and errors leads nowhere, so that it is not given to the next file.
 [ -e /proc/$$/fd/0 ] || exec 0</dev/null

@@ -60,7 +60,7 @@ def main() -> None:
     if not rows:
         raise ValueError(
             f"{args.folder} holds no finished run of the sine task (<method>/seed<k>/result.json); make them with: "
-            f"{command_line([sys.executable, ROOT / 'reproduce.py', '--dataset', 'sine'])}"
+            f"{command_line([sys.executable, ROOT / 'reproduce.py', '--table', 'sine'])}"
         )
     show(sine_errors.to_markdown(rows))
     output = args.output or args.folder

@@ -79,7 +79,7 @@ class Job:
 def plan_jobs(rows: Mapping[str, Flags], seeds: Sequence[int], runs: Path, results: Path) -> list[Job]:
     """Every row with every seed, all rows with the first seed before any with the second.
 
-    runs, results: the data set's folders, absolute.
+    runs, results: the table's folders, absolute.
     Raises ValueError where a row is no experiment, or where a folder holds a run with other flags than the row's.
     """
     jobs = [
@@ -320,11 +320,11 @@ def _state(job: Job) -> str:
     return "unfinished" if job.has_begun else "to do"
 
 
-def write_tables(dataset: str, runs: Path, results: Path, signals: SignalWatch) -> int:
-    """Make the data set's tables and plots from its results. Returns the exit status, as `run_jobs` does."""
+def write_tables(table: str, runs: Path, results: Path, signals: SignalWatch) -> int:
+    """Make the table and its plots from its results. Returns the exit status, as `run_jobs` does."""
     folder = str(_from_root(results))
     scripts = [["report.py", folder, "--output", f"{folder}/report"]]
-    if dataset == "sine":
+    if table == "sine":
         scripts.append(["sine.py", folder, "--output", f"{folder}/report", "--models", str(_from_root(runs))])
     for script in scripts:
         process = start_process([sys.executable, *script])

@@ -122,7 +122,7 @@ def test_reproduction_goes_on_with_the_flags_it_had(
     launched: Launched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The command that it lists for a row is read by the entry point that it names."""
-    flags = ["--dataset", "mnist", "--rows", "E5-C20", "--seeds", "0", "1", "--runs", "my runs", "--threads", "1"]
+    flags = ["--table", "mnist", "--rows", "E5-C20", "--seeds", "0", "1", "--runs", "my runs", "--threads", "1"]
     status, output, errors = finish(launched.start("reproduce.py", *flags, "--list", cwd=tmp_path))
     assert status == 0, errors
     _, script, *words = words_of(output.splitlines()[1].strip())

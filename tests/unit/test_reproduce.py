@@ -16,12 +16,13 @@ from helpers import ROOT, TINY
 
 import utils
 from experiments import runner
-from experiments.rows import dataset_names, select_rows
+from experiments.rows import select_rows, table_names
 from experiments.runner import Job, Run, check_flags, keep_results, num_passes, plan_jobs, seconds_left
 from perfedavg.machine.processes import SignalWatch, exit_status
 from perfedavg.settings import ExperimentConfig
 
 IMAGES = ("mnist", "emnist", "synthetic_writers")
+COMPARED = ("fashion_shards", "fashion_dirichlet", "plays")
 MAIN = {f"E{e}-C{c}": (e, c) for c in (20, 5) for e in (20, 10, 5, 2)}
 EXTRA = ["tail", "local-only", "fedsgd", "joint", "fomaml", "maml"]
 TINY_ROW = {name.removeprefix("--"): value for name, value in zip(TINY[::2], TINY[1::2], strict=True)}
@@ -112,7 +113,7 @@ def test_rows_are_chosen_by_name_and_by_group_in_the_tables_order() -> None:
     assert list(select_rows("mnist", ["all"])) == [*MAIN, *EXTRA]
     assert list(select_rows("mnist", ["joint", "E2-C5", "E20-C20", "joint"])) == ["E20-C20", "E2-C5", "joint"]
     assert list(select_rows("sine", ["main"])) == list(select_rows("sine", ["all"])) == list(select_rows("sine"))
-    assert dataset_names() == [*IMAGES, "sine"]
+    assert table_names() == [*IMAGES, *COMPARED, "sine"]
 
 
 @pytest.mark.parametrize(("dataset", "name"), [("mnist", "E7-C5"), ("mnist", "reptile"), ("sine", "extra")])
@@ -348,7 +349,7 @@ def test_list_says_what_is_done_and_starts_nothing(tmp_path: Path) -> None:
     rows, folder = select_rows("mnist", ["joint"]), tmp_path / "mnist"
     job, *_ = plan_jobs(rows, [0], folder, folder)
     leave_run(job, job.result_dir)
-    flags = ["--dataset", "mnist", "--rows", "joint", "maml", "--seeds", "0", "1", "--results", ".", "--runs", "r"]
+    flags = ["--table", "mnist", "--rows", "joint", "maml", "--seeds", "0", "1", "--results", ".", "--runs", "r"]
     command = [sys.executable, "-X", "importtime", str(ROOT / "reproduce.py"), *flags, "--list"]
     answer = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
@@ -362,10 +363,10 @@ def test_list_says_what_is_done_and_starts_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--dataset", "digits"], "--dataset"),
-        (["--dataset", "mnist", "--rows", "E3-C5"], "--rows E3-C5"),
-        (["--dataset", "mnist", "--seeds", "-1"], "--seed -1"),
-        (["--dataset", "mnist", "--nonsense", "1"], "--nonsense"),
+        (["--table", "digits"], "--table"),
+        (["--table", "mnist", "--rows", "E3-C5"], "--rows E3-C5"),
+        (["--table", "mnist", "--seeds", "-1"], "--seed -1"),
+        (["--table", "mnist", "--nonsense", "1"], "--nonsense"),
     ],
 )
 def test_malformed_flags_end_with_a_line_and_status_2(flags: list[str], message: str) -> None:
