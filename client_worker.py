@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import utils
 from launch.flags import ROOT, to_argv
-from launch.settings import Worker
+from launch.settings import LAUNCHER_RANK, ServerOrWorker, Worker
 from perfedavg.machine.kernels import UnpinnedKernelsError, restart_pinned
 from perfedavg.terminal.console import say
 from perfedavg.terminal.entry_point import run_entry_point
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
 def main() -> None:
     args = utils.get_args("worker")
+    if args.rank == 0 and os.environ.get(LAUNCHER_RANK) == "0":
+        raise ValueError(
+            f"{LAUNCHER_RANK} 0 in the environment is the server's, and this is a worker; start server.py with it, or "
+            f"{ServerOrWorker.script} with every rank"
+        )
 
     from multi_process.transport.network import NetworkSettings, WorkerNetwork
     from multi_process.worker import WorkerManager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 
 import utils
 from launch.flags import ROOT, worker_command
+from launch.settings import LAUNCHER_ADDRESS, LAUNCHER_PORT, LAUNCHER_RANK, LAUNCHER_SIZE, Server, ServerOrWorker
 from perfedavg.machine.kernels import pin_kernels_or_restart
 from perfedavg.terminal.entry_point import run_entry_point
 
@@ -14,6 +17,7 @@ from perfedavg.terminal.entry_point import run_entry_point
 def main() -> None:
     args = utils.get_args("server")
     config = args.experiment
+    refuse_rank_of_worker(args, os.environ)
     pin_kernels_or_restart(config.portable_kernels, ROOT / "server.py", sys.argv[1:])
     utils.check_num_workers(args, args.world_size - 1)
 
@@ -51,6 +55,18 @@ def main() -> None:
     ) as pool:
         run_and_record(pool.config, pool, dataset, model, folder, run_settings)
     draw_run_plots(folder.path)  # now that no worker waits
+
+
+def refuse_rank_of_worker(args: Server, environment: Mapping[str, str]) -> None:
+    """Raise ValueError where a launcher's environment says who is in the run, and that this process is a worker."""
+    said = {LAUNCHER_ADDRESS: args.ip, LAUNCHER_PORT: args.port, LAUNCHER_SIZE: args.world_size}
+    said = {name: str(value) for name, value in said.items() if environment.get(name)}
+    rank = environment.get(LAUNCHER_RANK) or "0"
+    if said and rank != "0" and all(environment[name] == value for name, value in said.items()):
+        raise ValueError(
+            f"{LAUNCHER_RANK} {rank} in the environment is a worker's, and this is the server, rank 0; start "
+            f"client_worker.py with it, or {ServerOrWorker.script} with every rank"
+        )
 
 
 if __name__ == "__main__":

@@ -86,13 +86,20 @@ def parse(kind: type[Settings], argv: Sequence[str] | None = None) -> Settings:
     for name, flag in flags.items():
         text = os.environ.get(flag.setting.environment)
         if text and name not in values:
-            values[name] = flag.parse(text)
+            values[name] = _parse_variable(flag, text)
     if values.get("resume") is not None:
         return _resume(kind, values)
     if "client_num_in_total" in flags:
         _complete(flags, values)
         _refuse_idle(flags, values, given)
     return build(kind, values)
+
+
+def _parse_variable(flag: Flag, text: str) -> Any:
+    try:
+        return flag.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{error} (which {flag.setting.environment} says, in the environment)") from error
 
 
 def _without_switch(texts: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,9 @@ LONGEST_WAIT = 2_000_000
 """Seconds. Sockets count milliseconds in 32 bits, which is 24 days."""
 NAMED_BY_DATASET = Path()
 """A plot's file whose name follows from the data set."""
+LAUNCHER_RANK, LAUNCHER_SIZE = "RANK", "WORLD_SIZE"
+LAUNCHER_ADDRESS, LAUNCHER_PORT = "MASTER_ADDR", "MASTER_PORT"
+"""Variables by which torchrun, Kubernetes' operators and other launchers tell processes of each other."""
 
 
 def _seconds(default: int, help: str) -> Any:
@@ -83,8 +86,10 @@ class Data:
 @dataclass(frozen=True, kw_only=True)
 class Network:
     heading = "network"
-    ip: str = setting("127.0.0.1", "the server's address: host name or IPv4")
-    port: int = setting(3002, "the server's TCP port", at_least=1, at_most=65535, metavar="PORT")
+    ip: str = setting("127.0.0.1", "the server's address: host name or IPv4", environment=LAUNCHER_ADDRESS)
+    port: int = setting(
+        3002, "the server's TCP port", at_least=1, at_most=65535, metavar="PORT", environment=LAUNCHER_PORT
+    )
     ethernet: str | None = setting(None, "network interface for tensors", absent="the one between server and worker")
     backend: str = setting("gloo", "torch.distributed backend of this process", choices=BACKENDS)
     token_file: Path | None = setting(
@@ -95,7 +100,9 @@ class Network:
 @dataclass(frozen=True, kw_only=True)
 class ServerJoining:
     heading = "joining"
-    world_size: int = setting(3, "processes to start with: the server and its workers", at_least=1)
+    world_size: int = setting(
+        3, "processes to start with: the server and its workers", at_least=1, environment=LAUNCHER_SIZE
+    )
     join_timeout_seconds: int = _seconds(600, "how long to wait for them to join")
 
 
@@ -109,8 +116,10 @@ class Faults:
 @dataclass(frozen=True, kw_only=True)
 class WorkerJoining:
     heading = "joining"
-    rank: int = setting(MISSING, "this worker's own number, 1 or more", at_least=0)
-    world_size: int | None = setting(None, "checked against the server's", at_least=0, absent="not checked")
+    rank: int = setting(MISSING, "this worker's own number, 1 or more", at_least=0, environment=LAUNCHER_RANK)
+    world_size: int | None = setting(
+        None, "checked against the server's", at_least=0, absent="not checked", environment=LAUNCHER_SIZE
+    )
     join_timeout_seconds: int = _seconds(20, "how long to try to reach the server")
     server_wait_seconds: int = _seconds(300, "how long to wait for a server that was lost to come back")
 
@@ -140,6 +149,16 @@ class Worker(WorkerJoining, Network, Compute, Data, Checked):
     """Start a worker. It gets the experiment's configuration from the server."""
 
     script: ClassVar[str] = "client_worker.py"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerOrWorker(Faults, ServerJoining, Network, Compute, Data, RunFolderSettings, Experiment):
+    """Be the server where RANK is 0 in the environment, and otherwise the worker of that rank.
+
+    For torchrun and other launchers, which start the same script with the same flags for every rank.
+    """
+
+    script: ClassVar[str] = "server_or_worker.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +204,7 @@ class Describe(Data, ClientsConfig, Checked):
 ENTRY_POINTS: dict[str, type] = {
     "server": Server,
     "worker": Worker,
+    "server_or_worker": ServerOrWorker,
     "single": SingleProcess,
     "quick_start": QuickStart,
     "describe": Describe,

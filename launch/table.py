@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launch.flags import ROOT, default_words, help_words
-from launch.settings import ENTRY_POINTS
+from launch.settings import ENTRY_POINTS, ServerOrWorker
 from perfedavg.fields import Flag, flags_by_name
 
 PAGE = ROOT / "docs" / "flags.md"
@@ -17,6 +17,8 @@ def to_markdown() -> str:
     """A table a heading, a row a flag; entry points of which a flag has another meaning have a row each."""
     rows: dict[str, dict[tuple[str, ...], list[str]]] = {}
     for role, kind in ENTRY_POINTS.items():
+        if kind is ServerOrWorker:
+            continue  # its flags are the server's and a worker's
         for name, flag in flags_by_name(kind).items():
             row = (f"`--{name}`", default_words(flag).removeprefix("(default: ").strip("()"), _meaning(flag))
             rows.setdefault(flag.title, {}).setdefault(row, []).append(role)
@@ -51,9 +53,9 @@ _INTRODUCTION = """# Flags
 
 Made by launch/table.py from the fields of the settings; a test holds it to them. Entry points:
 `server` is server.py, `worker` client_worker.py, `single` single_process.py, `quick_start` quick_start.sh, `describe`
-python -m datasets.describe. `--config FILE` reads flags from a TOML file (`rounds = 100`), or the experiment of another
-run from its config.json; what the command line says wins. A file may hold flags of several entry points, each of which
-takes its own.
+python -m datasets.describe. server_or_worker.py has the flags of `server`, and a worker's `--device` and `--threads`.
+`--config FILE` reads flags from a TOML file (`rounds = 100`), or the experiment of another run from its config.json; what
+the command line says wins. A file may hold flags of several entry points, each of which takes its own.
 """
 
 if __name__ == "__main__":

@@ -378,7 +378,10 @@ def build(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     }
     for path, value in by_path.items():
         if value is MISSING:
-            raise ValueError(f"{flags[path].label} must be given")
+            variable = flags[path].setting.environment
+            raise ValueError(
+                f"{flags[path].label} must be given{f', or {variable} in the environment' * bool(variable)}"
+            )
     built: Settings = _build(kind, by_path, ())
     return built
 

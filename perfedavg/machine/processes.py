@@ -185,12 +185,12 @@ def exit_status(process: subprocess.Popen[bytes] | ForkedProcess) -> int:
     return process.returncode if process.returncode >= 0 else 128 - process.returncode
 
 
-def hold_free_port() -> tuple[socket.socket, int]:
-    """A free TCP port of the loopback interface, and a socket that keeps others from being given it while it is open.
+def hold_free_port(host: str = "127.0.0.1") -> tuple[socket.socket, int]:
+    """A free TCP port of this machine's address, and a socket that keeps others from being given it while it is open.
 
     A server may listen on the port meanwhile, because the socket does not listen.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("127.0.0.1", 0))
+    held.bind((host, 0))
     return held, int(held.getsockname()[1])

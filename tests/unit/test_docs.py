@@ -21,6 +21,7 @@ SCRIPTS = {
     "single_process.py": "single",
     "server.py": "server",
     "client_worker.py": "worker",
+    "server_or_worker.py": "server_or_worker",
     "datasets.describe": "describe",
 }
 """What commands start, by the name of its flags' class."""
@@ -65,7 +66,7 @@ def commands(page: Path) -> Iterator[tuple[str, list[str]]]:
     for block in blocks(page, "sh", "bash", "dockerfile"):
         for line in block.replace("\\\n", " ").splitlines():
             found = re.search(rf"({'|'.join(map(re.escape, SCRIPTS))})( .*|$)", line)
-            if found is not None and ("python" in line or "sh " in line):
+            if found is not None and re.search("python|sh |torchrun ", line):
                 yield SCRIPTS[found[1]], found[2].split("#")[0].split()
 
 

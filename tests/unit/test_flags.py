@@ -464,7 +464,9 @@ def test_a_malformed_flag_ends_with_a_line_and_status_2() -> None:
         assert answer.stderr.startswith("error: ")
 
 
-@pytest.mark.parametrize("entry_point", ["server.py", "client_worker.py", "single_process.py", "quick_start.py"])
+@pytest.mark.parametrize(
+    "entry_point", ["server.py", "client_worker.py", "server_or_worker.py", "single_process.py", "quick_start.py"]
+)
 def test_help_explains_every_flag_without_loading_torch(entry_point: str) -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / entry_point), "--help"]
     answer = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300"})

@@ -12,7 +12,17 @@ from helpers import ROOT
 
 OWN = {"perfedavg", "launch", "reporting", "experiments", "multi_process", "models", "datasets", "utils", "compat"}
 OWN |= {"python_api"}
-OWN |= {"server", "client_worker", "single_process", "quick_start", "reproduce", "report", "sine", "personalize"}
+OWN |= {
+    "server",
+    "client_worker",
+    "server_or_worker",
+    "single_process",
+    "quick_start",
+    "reproduce",
+    "report",
+    "sine",
+    "personalize",
+}
 MAY_IMPORT = {
     "compat": set(),
     "models": {"perfedavg.own_module"},

@@ -81,7 +81,7 @@ def test_the_data_folder_of_the_environment_is_read_as_the_flags(
     monkeypatch.setenv("PERFEDAVG_DATA", "~/data")
     assert utils.get_args("single", []).data_root == tmp_path / "data"
     (tmp_path / "data").write_text("")
-    with pytest.raises(ValueError, match=r"^--data_root ~/data is a file; name a folder$"):
+    with pytest.raises(ValueError, match=r"^--data_root ~/data is a file; name a folder \(which PERFEDAVG_DATA says"):
         utils.get_args("worker", ["--rank", "1"])
 
 
