@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
 import socket
 import struct
@@ -20,8 +19,8 @@ from pathlib import Path
 import pytest
 from helpers import ROOT, TINY, Launched, assert_one_clear_line, finish, read_result, wait_for_line
 
-HOSTS = ("alpha", "beta", "gamma")
-"""The server's host and the two workers'."""
+from benchmarks.lan import HOSTS, Lan
+
 PORT = "3002"
 FLAGS = [*TINY, "--rounds", "30", "--eval_every", "3"]
 """An experiment that lasts some seconds, so that a cable is pulled in the middle of it."""
@@ -30,49 +29,6 @@ TIMEOUT_SECONDS = 3
 """Without a sign of life, after which a worker counts as lost."""
 SLACK_SECONDS = 20
 """What a busy machine may add to a time that was promised; less than would come of the flags' defaults."""
-
-
-class Lan:
-    """Hosts on one bridge, which is in a namespace of its own. Everything is gone when the block is left."""
-
-    def __init__(self) -> None:
-        suffix = secrets.token_hex(3)
-        self._switch = f"pfa-{suffix}-switch"
-        self._namespaces = {host: f"pfa-{suffix}-{host}" for host in HOSTS}
-        self.address = {host: f"10.77.0.{number}" for number, host in enumerate(HOSTS, start=1)}
-
-    def __enter__(self) -> Lan:
-        with contextlib.ExitStack() as undo:
-            for namespace in (self._switch, *self._namespaces.values()):
-                ip("netns", "add", namespace)
-                undo.callback(ip, "netns", "del", namespace)
-            ip("-n", self._switch, "link", "add", "bridge", "type", "bridge")
-            ip("-n", self._switch, "link", "set", "bridge", "up")
-            for host, namespace in self._namespaces.items():
-                peer = ("type", "veth", "peer", "name", "eth0", "netns", namespace)
-                ip("-n", self._switch, "link", "add", host, *peer)
-                ip("-n", self._switch, "link", "set", host, "master", "bridge", "up")
-                ip("-n", namespace, "address", "add", f"{self.address[host]}/24", "dev", "eth0")
-                ip("-n", namespace, "link", "set", "lo", "up")
-                ip("-n", namespace, "link", "set", "eth0", "up")
-            self._undo = undo.pop_all()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._undo.close()
-
-    def namespace(self, host: str) -> str:
-        return self._namespaces[host]
-
-    def unplug(self, host: str) -> None:
-        ip("-n", self._switch, "link", "set", host, "down")
-
-    def plug_in(self, host: str) -> None:
-        ip("-n", self._switch, "link", "set", host, "up")
-
-
-def ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
