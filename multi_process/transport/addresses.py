@@ -7,6 +7,8 @@ import socket
 
 import psutil
 
+from perfedavg.machine.interfaces import own_addresses
+
 
 def check_interface(ethernet: str | None) -> None:
     """Raises ValueError where this machine has no such network interface."""
@@ -49,10 +51,3 @@ def resolve(address: tuple[str, int]) -> tuple[str, int]:
             f"as a number (this machine has {', '.join(own_addresses()) or 'none'}), or 127.0.0.1 for it alone"
         )
     return host, port
-
-
-def own_addresses() -> list[str]:
-    """This machine's IPv4 addresses that are not for itself alone."""
-    entries = (entry for entries in psutil.net_if_addrs().values() for entry in entries)
-    hosts = [entry.address for entry in entries if entry.family == socket.AF_INET]
-    return [host for host in hosts if not ipaddress.ip_address(host).is_loopback]

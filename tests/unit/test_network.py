@@ -35,6 +35,7 @@ from multi_process.transport.network import (
     WorkerNetwork,
 )
 from multi_process.transport.peer import PeerLostError, RunEndedError
+from perfedavg.machine.interfaces import own_addresses
 
 CPU = device("cpu")
 TOKEN = "a secret of 16 or more"
@@ -416,7 +417,7 @@ def test_addresses_mean_what_they_say(name: str, host: str) -> None:
 def test_a_name_that_means_the_loopback_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian gives a machine's own name 127.0.1.1: a server there waits for workers that cannot come."""
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
-    monkeypatch.setattr(addresses, "own_addresses", lambda: ["10.1.2.3", "192.168.0.7"])
+    monkeypatch.setattr(addresses, "own_addresses", lambda: {"10.1.2.3": "eth0", "192.168.0.7": "eth1"})
     text = r"--ip node7 means 127\.0\.1\.1 on this machine.*this machine has 10\.1\.2\.3, 192\.168\.0\.7\), or 127\."
     with pytest.raises(ValueError, match=text):
         addresses.resolve(("node7", 5))
@@ -430,7 +431,7 @@ def test_names_and_addresses_that_lead_nowhere_are_refused() -> None:
 
 
 def test_own_addresses_are_those_that_others_may_reach() -> None:
-    assert "127.0.0.1" not in addresses.own_addresses()
+    assert "127.0.0.1" not in own_addresses()
 
 
 def test_a_paused_worker_keeps_its_rank_for_as_long_as_the_timeout_asked_for(run: Run) -> None:
