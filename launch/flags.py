@@ -36,7 +36,7 @@ Settings = TypeVar("Settings")
 
 ROOT = Path(__file__).resolve().parent.parent
 FIRST: tuple[str, ...] = ("dataset", "method", "client_num_per_round", "rounds", "local_epochs", "fine_tune_method")
-FIRST += ("seed", "workers", "world_size", "rank", "data_root", "run_dir")
+FIRST += ("seed", "workers", "hosts", "world_size", "rank", "data_root", "run_dir")
 """Flags that a newcomer looks for."""
 _SWITCH = "fine_tune"
 """An older flag; see `_without_switch`."""

@@ -84,9 +84,8 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Network:
+class Connection:
     heading = "network"
-    ip: str = setting("127.0.0.1", "the server's address: host name or IPv4", environment=LAUNCHER_ADDRESS)
     port: int = setting(
         3002, "the server's TCP port", at_least=1, at_most=65535, metavar="PORT", environment=LAUNCHER_PORT
     )
@@ -98,12 +97,23 @@ class Network:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerJoining:
+class Network(Connection):
+    heading = "network"
+    ip: str = setting("127.0.0.1", "the server's address: host name or IPv4", environment=LAUNCHER_ADDRESS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JoinTimeout:
+    heading = "joining"
+    join_timeout_seconds: int = _seconds(600, "how long to wait for them to join")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerJoining(JoinTimeout):
     heading = "joining"
     world_size: int = setting(
         3, "processes to start with: the server and its workers", at_least=1, environment=LAUNCHER_SIZE
     )
-    join_timeout_seconds: int = _seconds(600, "how long to wait for them to join")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +142,20 @@ class LocalLaunch:
         None, "TCP port of the server", at_least=1, at_most=65535, metavar="PORT", absent="a free one"
     )
     backend: str = setting("gloo", "torch.distributed backend", choices=BACKENDS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hosts:
+    heading = "hosts"
+    hosts: Path = setting(
+        MISSING,
+        "file with the hosts of the workers, one a line, as ssh takes them: node1 slots=2 device=cuda:0",
+        parse=paths.file,
+        metavar="FILE",
+    )
+    ip: str | None = setting(
+        None, "this machine's address, as the hosts reach it", absent="the one from which the hosts see ssh come"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +202,13 @@ class QuickStart(LocalLaunch, Faults, Compute, Data, RunFolderSettings, Experime
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cluster(Faults, JoinTimeout, Connection, Compute, Hosts, Data, RunFolderSettings, Experiment):
+    """Start a server on this machine and workers on hosts that ssh reaches, and show the result."""
+
+    script: ClassVar[str] = "cluster.py"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Describe(Data, ClientsConfig, Checked):
     """Describe a data set as it is dealt out to clients."""
 
@@ -207,5 +238,6 @@ ENTRY_POINTS: dict[str, type] = {
     "server_or_worker": ServerOrWorker,
     "single": SingleProcess,
     "quick_start": QuickStart,
+    "cluster": Cluster,
     "describe": Describe,
 }

@@ -52,10 +52,11 @@ def _meaning(flag: Flag) -> str:
 _INTRODUCTION = """# Flags
 
 Made by launch/table.py from the fields of the settings; a test holds it to them. Entry points:
-`server` is server.py, `worker` client_worker.py, `single` single_process.py, `quick_start` quick_start.sh, `describe`
-python -m datasets.describe. server_or_worker.py has the flags of `server`, and a worker's `--device` and `--threads`.
-`--config FILE` reads flags from a TOML file (`rounds = 100`), or the experiment of another run from its config.json;
-what the command line says wins. A file may hold flags of several entry points, each of which takes its own.
+`server` is server.py, `worker` client_worker.py, `single` single_process.py, `quick_start` quick_start.sh, `cluster`
+cluster.py, `describe` python -m datasets.describe. server_or_worker.py has the flags of `server`, and a worker's
+`--device` and `--threads`. `--config FILE` reads flags from a TOML file (`rounds = 100`), or the experiment of another
+run from its config.json; what the command line says wins. A file may hold flags of several entry points, each of which
+takes its own.
 """
 
 if __name__ == "__main__":

@@ -85,6 +85,14 @@ class ForkedProcess:
         self.send_signal(signal.SIGKILL)
 
 
+def outlive_parent() -> None:
+    """Let no further signal come from the death of the process that forked this one.
+
+    The kernel sends one for each thread that such a process had, and a second signal would end this one at once.
+    """
+    _prctl(_PR_SET_PDEATHSIG, 0)
+
+
 def load(import_all: Callable[[], None]) -> None:
     """Import what the forks share. The collector would visit, and so copy, every object in every fork."""
     gc.disable()

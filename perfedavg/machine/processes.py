@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -33,23 +33,45 @@ SERVER = "server"
 
 @dataclass
 class LocalProcess:
-    """A process that was started, and how to start it again. output: what it prints, where that is not shown."""
+    """A process that was started, and how to start it again.
+
+    output: what it prints, where that is not shown.  num_taken: bytes of it that somebody has been told of.
+    """
 
     script: Path
     flags: list[str]
     process: ForkedProcess
     output: IO[bytes] | None
     num_restarts: int = 0
+    num_taken: int = 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _goes_on() -> int:
+    return 0
 
 
 class LocalProcesses:
-    """The server and the workers of one run. Leaving the block ends all that still run.
+    """The server and the workers of one run, or those of them that are here. Leaving the block ends all that still run.
 
     final_status: with which a worker ends that is not to be started again.
+    say: takes a line on the end of a process.
+    on_output: takes what processes print whose output is not shown, with their names, whenever `take_output` is called
+        and at their ends; None to show it if they fail.
     """
 
-    def __init__(self, final_status: int) -> None:
+    def __init__(
+        self,
+        final_status: int,
+        say: Callable[[str], None] = _say,
+        on_output: Callable[[str, bytes], None] | None = None,
+    ) -> None:
         self._final_status = final_status
+        self._say = say
+        self._on_output = on_output
         self._running: dict[str, LocalProcess] = {}
 
     def __enter__(self) -> LocalProcesses:
@@ -59,28 +81,37 @@ class LocalProcesses:
         self.stop()
 
     def start(self, name: str, script: Path, argv: list[str], shows_output: bool, num_restarts: int = 0) -> None:
-        """Start a process. What it prints is shown as it comes, or else kept to be shown if it fails."""
+        """Start a process. What it prints is shown as it comes, or else kept for `on_output`."""
         output = None if shows_output else tempfile.TemporaryFile()  # noqa: SIM115, closed in _forget
         process = ForkedProcess(name, script, argv, output)
         self._running[name] = LocalProcess(script, argv, process, output, num_restarts)
 
-    def wait(self, signals: SignalWatch) -> int:
+    def wait(self, signals: SignalWatch, look: Callable[[], int] = _goes_on, every_seconds: float | None = None) -> int:
         """Wait until every process has ended well, or the run has failed, or a signal came; return the exit status.
 
         A worker that dies is started again, a few times; without the server or without any worker the run has failed.
+        look: is called so often, and at every end of a process; returns 0, or the status that the run is to end with.
         """
         while self._running:
             if signals.received:
-                print(f"stopped by {signals.received.name}", file=sys.stderr)
+                self._say(f"stopped by {signals.received.name}")
                 return 128 + signals.received
+            status = look()
+            if status:
+                return status
             ended = [name for name, entry in self._running.items() if entry.process.poll() is not None]
             for name in ended:
                 status = self._take_end(name)
                 if status:
                     return status
             if not ended:
-                signals.wait()
+                signals.wait(every_seconds)
         return 0
+
+    def take_output(self) -> None:
+        """Hand over what the processes have printed since the last call."""
+        for name in self._running:
+            self._take_output_of(name)
 
     def stop(self) -> None:
         """SIGTERM to every process that still runs, SIGKILL to those that do not end within TERMINATE_SECONDS."""
@@ -102,7 +133,7 @@ class LocalProcesses:
         self._explain(name)
         self._forget(name)
         if name != SERVER and status != self._final_status and entry.num_restarts < MAX_RESTARTS:
-            print(f"{name} is started again ({entry.num_restarts + 1} of {MAX_RESTARTS} times)", file=sys.stderr)
+            self._say(f"{name} is started again ({entry.num_restarts + 1} of {MAX_RESTARTS} times)")
             self.start(name, entry.script, entry.flags, False, entry.num_restarts + 1)
             return 0
         if name != SERVER and set(self._running) - {SERVER}:
@@ -119,16 +150,26 @@ class LocalProcesses:
         return False
 
     def _explain(self, name: str) -> None:
-        """Say how a process ended, and show what it printed."""
+        """Say how a process ended, and show what it printed, unless `on_output` takes that."""
+        self._take_output_of(name)
         entry = self._running[name]
         status = entry.process.returncode
         how = f"with status {status}" if status > 0 else f"by signal {signal.Signals(-status).name}"
-        print(f"{name} ended {how}", file=sys.stderr)
-        if entry.output is not None:
+        self._say(f"{name} ended {how}")
+        if entry.output is not None and self._on_output is None:
             entry.output.seek(0)
             print(entry.output.read().decode(errors="replace").rstrip(), file=sys.stderr)
 
+    def _take_output_of(self, name: str) -> None:
+        entry = self._running[name]
+        if self._on_output is None or entry.output is None:
+            return
+        while content := os.pread(entry.output.fileno(), 2**16, entry.num_taken):
+            entry.num_taken += len(content)
+            self._on_output(name, content)
+
     def _forget(self, name: str) -> None:
+        self._take_output_of(name)
         output = self._running.pop(name).output
         if output is not None:
             output.close()
@@ -138,26 +179,46 @@ class SignalWatch:
     """Remembers the signal that asks this process to end, so that no process is left between its start and its list.
 
     received: that signal, or None while there was none; SIGTERM too when the other end of `stream` is closed, as by the
-        death of the process that holds it.
+        death of the process that holds it, or silent.
     """
 
-    def __init__(self, stream: int | None = None) -> None:
-        """stream: descriptor of a pipe from which nothing is read but its end."""
+    def __init__(self, stream: int | None = None, silence_seconds: float | None = None) -> None:
+        """stream: descriptor of a pipe; what comes there is a sign of life, and its end a signal.
+
+        silence_seconds: without a sign of life, after which nobody is there any more; None where none are sent.
+        """
         self.received: signal.Signals | None = None
         self._streams = [] if stream is None else [stream]
-        self._wake_read, wake_write = os.pipe()
-        for descriptor in (self._wake_read, wake_write):
+        self._silence_seconds = silence_seconds
+        self._heard = time.monotonic()
+        self._wake_read, self._wake_write = os.pipe()
+        for descriptor in (self._wake_read, self._wake_write):
             os.set_blocking(descriptor, False)
-        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._remember)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # of which only the byte in the pipe is wanted
 
-    def wait(self) -> None:
-        """Until a signal has come since this was called last: one that asks to end, or the end of a child process."""
-        readable, _, _ = select.select([self._wake_read, *self._streams], [], [])
+    def wake(self) -> None:
+        """End the present `wait`, or the next one; another thread may call it."""
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake_write, b"\0")
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until a signal has come since this was called last: one that asks to end, or the end of a child process.
+
+        Or for so many seconds.
+        """
+        readable, _, _ = select.select([self._wake_read, *self._streams], [], [], seconds)
         if self._streams and self._streams[0] in readable:
-            self._streams.clear()
+            self._heard = time.monotonic()
+            content = b""
+            with contextlib.suppress(ConnectionError):
+                content = os.read(self._streams[0], 4096)
+            if not content:
+                self._streams.clear()
+                self.received = signal.SIGTERM
+        elif self._silence_seconds is not None and time.monotonic() > self._heard + self._silence_seconds:
             self.received = signal.SIGTERM
         with contextlib.suppress(BlockingIOError):
             while os.read(self._wake_read, 4096):

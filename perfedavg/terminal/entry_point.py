@@ -16,6 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 from perfedavg.machine.descriptors import raise_limit
+from perfedavg.machine.forking import outlive_parent
 from perfedavg.terminal.console import LOGGER, open_standard_streams, reason_of, say, write_at_once
 
 EXIT_BAD_INPUT = 2
@@ -178,6 +179,7 @@ def _on_signals(answer: Callable[[int, FrameType | None], None]) -> None:
 
 
 def _raise_stopped(signal_number: int, frame: FrameType | None) -> None:
+    outlive_parent()
     _on_signals(_end_at_once)
     raise Stopped(signal_number)
 

@@ -76,6 +76,7 @@ def test_a_stopped_run_prints_the_command_that_ends_it(script: str, launched: La
     [
         ("single", ["--threads", "3", "--device", "cpu"]),
         ("quick_start", ["--workers", "3", "--worker_timeout_seconds", "7", "--threads", "2", "--port", "4000"]),
+        ("cluster", ["--hosts", "my hosts", "--ip", "10.0.0.1", "--device", "cpu", "--worker_timeout_seconds", "7"]),
         ("server", ["--ip", "10.0.0.1", "--port", "4000", "--world_size", "5", "--token_file", "secret file"]),
     ],
 )

@@ -21,6 +21,7 @@ SCRIPTS = {
     "single_process.py": "single",
     "server.py": "server",
     "client_worker.py": "worker",
+    "cluster.py": "cluster",
     "server_or_worker.py": "server_or_worker",
     "datasets.describe": "describe",
 }

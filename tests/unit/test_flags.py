@@ -70,7 +70,6 @@ EXPERIMENT_FLAGS = [
     (["--personalization_epochs", "7"], lambda c: c.num_personalization_epochs),
     (["--personalization_curve", "7"], lambda c: c.num_curve_epochs),
     (["--local_split", "tail"], lambda c: c.local_split),
-    (["--local_test_fraction", "1/4"], lambda c: c.local_test_fraction),
     (["--joint", "--client_num_per_round", "1"], lambda c: c.joint),
     (["--validation"], lambda c: c.validation),
     (["--eval_every", "7"], lambda c: c.eval_every),
@@ -286,12 +285,13 @@ def begun_run(path: Path, *argv: str, **settled: object) -> Path:
 
 
 @pytest.mark.parametrize("base", [["--dataset", "femnist"], ["--dataset", "digits", "--fine_tune_method", "none"]])
-@pytest.mark.parametrize("role", ["single", "server", "quick_start"])
+@pytest.mark.parametrize("role", ["single", "server", "quick_start", "cluster"])
 def test_resume_takes_the_experiment_from_the_run(base: list[str], role: str, tmp_path: Path) -> None:
     """Also for the processes that quick_start.py starts; how it is run is up to the present command line."""
     argv = [*base, "--rounds", "7", "--local_lr", "0.1", "--server_lr", "0.3333333333333333"]
     run = begun_run(tmp_path / "run", *argv)
-    args = utils.get_args(role, ["--resume", str(run), "--data_root", "/elsewhere", "--checkpoint_every", "3"])
+    words = ["--resume", str(run), "--data_root", "/elsewhere", "--checkpoint_every", "3"]
+    args = utils.get_args(role, [*words, *(["--hosts", "hosts.txt"] if role == "cluster" else [])])
     recorded = dataclasses.replace(config(*argv), client_batching=1)
     assert args.experiment == recorded
     server = utils.get_args("server", to_argv(args, Server))
@@ -466,7 +466,8 @@ def test_a_malformed_flag_ends_with_a_line_and_status_2() -> None:
 
 
 @pytest.mark.parametrize(
-    "entry_point", ["server.py", "client_worker.py", "server_or_worker.py", "single_process.py", "quick_start.py"]
+    "entry_point",
+    ["server.py", "client_worker.py", "server_or_worker.py", "single_process.py", "quick_start.py", "cluster.py"],
 )
 def test_help_explains_every_flag_without_loading_torch(entry_point: str) -> None:
     command = [sys.executable, "-X", "importtime", str(ROOT / entry_point), "--help"]
@@ -477,7 +478,7 @@ def test_help_explains_every_flag_without_loading_torch(entry_point: str) -> Non
     explained = answer.stdout.split("\n  --")[1:]
     assert len(explained) > 5
     for text in explained:
-        assert "default" in text or text.startswith(("rank", "config")), text
+        assert "default" in text or text.startswith(("rank", "config", "hosts")), text
     assert "\n  --".join(explained).index("data_root") < 5000, "what a newcomer looks for comes first"
 
 
@@ -495,15 +496,7 @@ def test_describe_shows_the_clients_of_a_run(dataset: str) -> None:
     """Its defaults must be those of a run, or it describes other clients than those that train."""
     described = utils.get_args("describe", ["--dataset", dataset])
     run = utils.get_args("single", ["--dataset", dataset])
-    for name in (
-        "dataset",
-        "num_clients",
-        "unseen_fraction",
-        "partition",
-        "local_split",
-        "local_test_fraction",
-        "seed",
-    ):
+    for name in ("dataset", "num_clients", "unseen_fraction", "partition", "local_split", "seed"):
         assert getattr(described, name) == getattr(run.experiment, name)
     assert described.data_root == run.data_root
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import ROOT
 
 OWN = {"perfedavg", "launch", "reporting", "experiments", "multi_process", "models", "datasets", "utils", "compat"}
-OWN |= {"python_api"}
+OWN |= {"python_api", "over_ssh", "cluster"}
 OWN |= {
     "server",
     "client_worker",
@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "launch": {"datasets.registry", "perfedavg"},
     "utils": {"launch", "perfedavg", "models", "datasets"},
     "python_api": {"launch", "perfedavg", "utils"},
+    "over_ssh": {"launch", "perfedavg", "utils"},
 }
 ROOMS = (
     "machine",

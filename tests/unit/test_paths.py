@@ -27,7 +27,7 @@ KINDS = {
 }
 READERS = {paths.path, paths.folder, paths.file}
 PATH_FLAGS = {"run_dir", "resume", "data_root", "token_file", "initial_model", "results", "runs", "output"}
-PATH_FLAGS |= {"models", "run", "images", "folder", "against"}
+PATH_FLAGS |= {"models", "run", "images", "folder", "against", "hosts"}
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -1,0 +1,135 @@
+"""The hosts of a run that goes on: each is told to start its workers, followed, and tried again when it is lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from over_ssh.hosts_file import Host
+from over_ssh.logs import WorkerLogs
+from over_ssh.preparing import PreparedHost, Wanted, connect, prepare
+from over_ssh.session import HostError, Session
+from perfedavg.terminal.console import say
+
+FIRST_RETRY_SECONDS = 1.0
+LAST_RETRY_SECONDS = 30.0
+"""Between two attempts to reach a lost host, at first and at last; doubled each time."""
+JOIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a host is to do.
+
+    workers: by their names on that host, their flags.  ranks: by the same names.
+    environment: variables that its processes get; where secrets stand.
+    silence_seconds: after which the host and this machine take each other for lost.
+    """
+
+    host: Host
+    workers: Mapping[str, Sequence[str]]
+    ranks: Mapping[str, int]
+    environment: Mapping[str, str]
+    silence_seconds: float
+
+
+class HostLink:
+    """A host of a run, watched by a thread of its own.
+
+    status: with which its workers have ended by themselves, when they have; 0 when the run was over.
+    """
+
+    def __init__(
+        self, task: Task, wanted: Wanted, prepared: PreparedHost, logs: WorkerLogs, on_end: Callable[[], None]
+    ) -> None:
+        """on_end: called when there is a status."""
+        self.task = task
+        self.status: int | None = None
+        self._wanted = wanted
+        self._logs = logs
+        self._on_end = on_end
+        self._stopping = threading.Event()
+        self._session: Session | None = prepared.session
+        self._prepared: PreparedHost | None = prepared
+        self._thread = threading.Thread(target=self._run, name=task.host.name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def beat(self) -> None:
+        session = self._session
+        if session is not None:
+            session.beat()
+
+    def begin_to_stop(self) -> None:
+        """Ask the workers to end, if they have not, and try the host no more."""
+        self._stopping.set()
+        session = self._session
+        if session is not None:
+            session.end_input()
+
+    def is_stopped_within(self, seconds: float) -> bool:
+        """Whether the host is heard to have ended everything."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        host, pause, said = self.task.host, FIRST_RETRY_SECONDS, ""
+        while not self._stopping.is_set():
+            try:
+                self._follow(self._take_prepared())
+            except HostError as error:
+                if self.status is None and not self._stopping.is_set() and str(error) != said:
+                    said = str(error)
+                    say(f"{error}; trying {host.name} again, while the others go on")
+            else:
+                pause, said = FIRST_RETRY_SECONDS, ""
+            finally:
+                session, self._session = self._session, None
+                if session is not None:
+                    session.close()
+            if self.status is not None:
+                self._on_end()
+                return
+            self._stopping.wait(pause)
+            pause = min(2 * pause, LAST_RETRY_SECONDS)
+
+    def _take_prepared(self) -> PreparedHost:
+        prepared, self._prepared = self._prepared, None
+        if prepared is None:
+            self._session = connect(self.task.host, self.task.silence_seconds)
+            prepared = prepare(self._session, self._wanted)
+            say(f"{self.task.host.name}: reached again; starting {_count(self.task)}")
+        return prepared
+
+    def _follow(self, prepared: PreparedHost) -> None:
+        """Start the workers there, and note what comes of them until they end. Raises HostError where it is lost."""
+        session, task = prepared.session, self.task
+        where = {"python": prepared.python, "code": prepared.code, "folder": prepared.folder}
+        session.ask("start", environment=task.environment, **where)
+        session.send({"workers": task.workers, "silence_seconds": task.silence_seconds})
+        for fields in session.lines():
+            if "output" in fields:
+                self._logs.add(self._log_name(fields["worker"]), fields["output"])
+            elif "said" in fields:
+                self._say(fields["said"])
+            elif "ended" in fields:
+                self.status = fields["ended"]
+        if self.status is None:
+            raise session.lost()
+
+    def _say(self, line: str) -> None:
+        """A line on the end of a worker, with the worker's last."""
+        if self._stopping.is_set():
+            return
+        name = next((name for name in self.task.workers if line.startswith(f"{name} ended")), None)
+        last = "" if name is None else self._logs.last_line(self._log_name(name))
+        say(f"{self.task.host.name}: {line}{': ' * bool(last)}{last}")
+
+    def _log_name(self, worker: str) -> str:
+        return f"{self.task.host.file_name}-{self.task.ranks[worker]}"
+
+
+def _count(task: Task) -> str:
+    return f"{len(task.workers)} worker{'s' if len(task.workers) > 1 else ''}"

@@ -1,0 +1,145 @@
+"""What a host must have before it can train: this version of the project, a Python that knows the packages."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+from launch.flags import ROOT
+from over_ssh.hosts_file import Host
+from over_ssh.session import HostError, Session
+from over_ssh.tree import Tree, own_tree, project_tree
+from perfedavg.fields import values_of
+from perfedavg.settings import ExperimentConfig
+from perfedavg.terminal.console import command_line
+
+PACKAGES = ("torch", "torchvision", "fedlab", "numpy")
+"""Those whose versions decide what comes out, or whether the processes understand each other."""
+_OWN_CODE = ("dataset", "model", "method", "fine_tune_method", "metrics")
+"""Flags whose values may name modules of the user's own."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What all hosts are to have.
+
+    project: the code of this machine.  own: the user's modules, where any are named.
+    versions: of PACKAGES, without what a build adds, such as +cpu.
+    folder: current folder of this machine, which is a worker's too where it is there.
+    """
+
+    project: Tree
+    own: Tree | None
+    versions: Mapping[str, str]
+    folder: Path = field(default_factory=Path.cwd)
+
+    @classmethod
+    def by(cls, config: ExperimentConfig) -> Wanted:
+        """What an experiment needs."""
+        values = values_of(config)
+        names = [name for flag in _OWN_CODE for name in str(values.get(flag, "")).split(",") if ":" in name]
+        own = own_tree(Path.cwd(), [name.partition(":")[0] for name in names])
+        return cls(project_tree(), own, {name: public(version(name)) for name in PACKAGES})
+
+    @cached_property
+    def archives(self) -> dict[str, bytes]:
+        """Made once, by their trees' digests, where a host has not the same already."""
+        return {}
+
+
+@dataclass(frozen=True)
+class PreparedHost:
+    """A host with all that it needs.
+
+    session: the connection to it.
+    python: its interpreter.  versions: of its Python and packages.
+    code: folder of the project there.  copied: whether that was copied by now.
+    folder: in which its workers start.
+    """
+
+    session: Session
+    python: str
+    versions: Mapping[str, str]
+    code: str
+    copied: bool
+    folder: str
+
+
+def connect(host: Host, silence_seconds: float) -> Session:
+    """Raises HostError where ssh does not reach it, or there is no Python."""
+    return Session(host, [] if (host.python or "").startswith("~") else pythons(host), silence_seconds)
+
+
+def pythons(host: Host) -> list[str]:
+    """Where a host's interpreter may be: its own `python=`, or those of this machine."""
+    if host.python is not None:
+        return [host.python]
+    return list(dict.fromkeys([sys.executable, str(ROOT / ".venv" / "bin" / "python")]))
+
+
+def prepare(session: Session, wanted: Wanted) -> PreparedHost:
+    """Find what is there, copy the code that is not. Raises HostError with what is missing and how to get it."""
+    code, copied = _place_tree(session, wanted.project, wanted.archives)
+    python, versions = _find_python(session, wanted.versions, code)
+    folder = str(wanted.folder)
+    if wanted.own is not None:
+        folder, _ = _place_tree(session, wanted.own, wanted.archives)
+    return PreparedHost(session, python, versions, code, copied, folder)
+
+
+def _place_tree(session: Session, tree: Tree, archives: dict[str, bytes]) -> tuple[str, bool]:
+    """The folder that has the same files there, and whether they were copied into it."""
+    files, digest = list(tree.files), tree.digest
+    place = session.ask("find_tree", root=str(tree.root), files=files, digest=digest)["at"]
+    if place is not None:
+        return place, False
+    content = archives.setdefault(digest, b"") or tree.archive()
+    archives[digest] = content
+    place = session.ask("unpack_tree", content, files=files, digest=digest, size=len(content))["at"]
+    if place is None:
+        raise HostError(session.host, f"the copy of {tree.root} there is not what was sent", "try again")
+    return place, True
+
+
+def _find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple[str, dict[str, str]]:
+    """An interpreter with the wanted versions of packages, and its own versions."""
+    host = session.host
+    candidates = pythons(host)
+    answer = session.ask("find_python", candidates=candidates, packages=list(wanted), with_cache=host.python is None)
+    faults = []
+    for entry in answer["found"]:
+        versions = entry["versions"]
+        wrong = [
+            f"{name} {versions.get(name) or 'missing'} (here {ours})"
+            for name, ours in wanted.items()
+            if public(versions.get(name) or "") != ours
+        ]
+        if not wrong:
+            return entry["path"], versions
+        faults.append(f"{entry['path']} has {', '.join(wrong)}")
+    asked = [*candidates, *([] if host.python else [os.path.join(answer["cache"], ".venv/bin/python")])]
+    reason = "; ".join(faults) or f"there is none of {', '.join(asked)}"
+    raise HostError(host, f"no Python with this project's packages: {reason}", f"run: {_install(host, answer, code)}")
+
+
+def _install(host: Host, answer: Mapping[str, str], code: str) -> str:
+    """The command that sets up an environment there."""
+    if host.python is not None:
+        command = command_line([host.python, "-m", "pip", "install", "-r", f"{code}/requirements.txt"])
+    elif code == str(ROOT):
+        command = f"sh {command_line([code + '/quick_start.sh'])} --help"
+    else:
+        venv = f"{answer['cache']}/.venv"
+        pip = command_line([f"{venv}/bin/python", "-m", "pip", "install", "-r", f"{code}/requirements.txt"])
+        command = f"{command_line(['python3', '-m', 'venv', venv])} && {pip}"
+    return command if host.is_this_machine else command_line(["ssh", host.name, command])
+
+
+def public(version: str) -> str:
+    """A version without what a build adds to it."""
+    return version.partition("+")[0]

@@ -1,0 +1,195 @@
+"""A connection to a host by the system's ssh: what is asked there and answered, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from over_ssh import on_host
+from over_ssh.hosts_file import Host
+from perfedavg.terminal.console import command_line
+
+CONNECT_SECONDS = 10
+WRITE_SECONDS = 2.0
+"""For a write in another thread to end, before the connection counts as stuck."""
+SIGNS_OF_LIFE = 3
+"""That ssh asks for, without an answer, before it gives the connection up."""
+_READ_PROGRAM = 'import os;exec(b"".join(iter(lambda:os.read(0,1)or os._exit(1),bytes(1))))'
+"""Runs what standard input brings up to a zero byte."""
+_FIND_PYTHON = 'for p do command -v "$p" >/dev/null && exec "$p" -c "$0"; done; echo "no python3 there" >&2; exit 127'
+"""Both without what a login shell other than sh takes for more than a character: quotes, backslashes, `!`."""
+
+
+class HostError(Exception):
+    """A host cannot do what it is to do, or is lost. mend: the way out, as a clause, or empty."""
+
+    def __init__(self, host: Host, reason: str, mend: str = "") -> None:
+        super().__init__(f"{host.name}: {reason}{'; ' if mend else ''}{mend}")
+        self.host = host
+        self.reason = reason
+        self.mend = mend
+
+
+class Session:
+    """A connection to a host, with over_ssh/on_host.py at its other end. Leaving the block ends what runs there."""
+
+    def __init__(self, host: Host, pythons: Sequence[str], silence_seconds: float) -> None:
+        """pythons: paths there, of which the first that is there runs on_host.py; without any, python3 does.
+
+        silence_seconds: after which each end takes the other for lost.
+        """
+        self.host = host
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed in close
+        self._writing = threading.Lock()
+        self._process = subprocess.Popen(
+            command_of(host, remote_command(pythons), silence_seconds),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,  # Ctrl-C is for this process, which then ends the others
+        )
+        try:
+            self._send(Path(on_host.__file__).read_bytes() + b"\0")
+            self.facts = self.ask("begin", silence_seconds=silence_seconds)
+        except HostError:
+            self.close()
+            raise
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def ask(self, do: str, attached: bytes = b"", /, **fields: Any) -> dict[str, Any]:
+        """What a function of on_host.py answers.  attached: what it reads behind its arguments.
+
+        Raises HostError where it fails, or the connection does.
+        """
+        self._send(json.dumps({"do": do, **fields}).encode() + b"\n" + attached)
+        return self.receive()
+
+    def send(self, fields: dict[str, Any]) -> None:
+        """A line that is not answered by one. Raises HostError."""
+        self._send(json.dumps(fields).encode() + b"\n")
+
+    def receive(self) -> dict[str, Any]:
+        """The next line. Raises HostError."""
+        for fields in self.lines():
+            if "error" in fields:
+                raise HostError(self.host, fields["error"])
+            return fields
+        raise self.lost()
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """What comes, to the end of the connection. Raises HostError for what is none of it."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                fields = json.loads(line)
+            except ValueError:
+                fields = None
+            if not isinstance(fields, dict):
+                text = line.decode(errors="replace").strip()[:100]
+                raise HostError(
+                    self.host, f"{text!r} came in place of an answer", "let the login shell there print nothing"
+                )
+            yield fields
+
+    def beat(self) -> None:
+        """A sign of life, unless another thread is writing at this moment, or nothing can be written."""
+        assert self._process.stdin is not None
+        if not self._writing.acquire(blocking=False):
+            return
+        try:
+            if not self._process.stdin.closed and select.select([], [self._process.stdin], [], 0)[1]:
+                os.write(self._process.stdin.fileno(), b"\n")
+        except OSError:
+            pass  # what reads sees the end
+        finally:
+            self._writing.release()
+
+    def end_input(self) -> None:
+        """Ask what runs there to end."""
+        assert self._process.stdin is not None
+        if not self._writing.acquire(timeout=WRITE_SECONDS):
+            self._process.kill()  # and so the write of another thread fails, too
+            return
+        try:
+            with contextlib.suppress(OSError):
+                self._process.stdin.close()
+        finally:
+            self._writing.release()
+
+    def close(self, seconds: float = CONNECT_SECONDS) -> bool:
+        """End what runs there, and wait for it so long. False where there was no answer."""
+        self.end_input()
+        has_ended = True
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            has_ended = False
+            self._process.kill()
+            self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._errors.close()
+        return has_ended
+
+    def _send(self, content: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            with self._writing:
+                self._process.stdin.write(content)
+                self._process.stdin.flush()
+        except (OSError, ValueError) as error:  # ValueError where another thread has closed it
+            raise self.lost() from error
+
+    def lost(self) -> HostError:
+        """Why the connection has ended, as ssh says in its last line."""
+        self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        status = self._process.returncode
+        reason = lines[-1].strip() if lines else f"the connection ended (status {status})"
+        mend = "" if self.host.is_this_machine else _mend(self.host, lines)
+        return HostError(self.host, reason, mend)
+
+
+def _mend(host: Host, lines: list[str]) -> str:
+    said = "\n".join(lines)
+    if "verification failed" in said:
+        return f"accept its key once by `ssh {host.name}`"
+    if "ermission denied" in said:
+        return f"let `ssh {host.name}` work without a question, by a key in ssh-agent or one without a passphrase"
+    if "resolve" in said or "not known" in said:
+        return "mend its name in the file of --hosts, or give it a HostName in ~/.ssh/config"
+    return f"see that `ssh {host.name}` works"
+
+
+def command_of(host: Host, command: str, silence_seconds: float) -> list[str]:
+    """The words that run a command on a host."""
+    if host.is_this_machine:
+        return ["sh", "-c", command]
+    interval = max(1, round(silence_seconds / SIGNS_OF_LIFE))
+    options = {
+        "BatchMode": "yes",
+        "ConnectTimeout": CONNECT_SECONDS,
+        "ServerAliveInterval": interval,
+        "ServerAliveCountMax": SIGNS_OF_LIFE,
+    }
+    words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    return ["ssh", "-T", *words, host.name, command]
+
+
+def remote_command(pythons: Sequence[str]) -> str:
+    """What the host's login shell is given: it finds a Python, which reads what it is to run."""
+    return command_line(["exec", "sh", "-c", _FIND_PYTHON, _READ_PROGRAM, *pythons, "python3"])

@@ -1,0 +1,78 @@
+"""Code as it is here, to be found or copied elsewhere: this project, and the user's own modules."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from launch.flags import ROOT
+from over_ssh.on_host import tree_digest
+from perfedavg.own_module import PROJECT_MODULES
+
+_OF_NO_WORKER = {"tests", "benchmarks", "examples", "results"}
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Files below a folder.
+
+    root: absolute.  files: their paths below it.
+    """
+
+    root: Path
+    files: tuple[str, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """Of names and contents. Raises FileNotFoundError where one is gone."""
+        digest = tree_digest(str(self.root), list(self.files))
+        if digest is None:
+            raise FileNotFoundError(f"a file of {self.root} cannot be read any more; try again")
+        return digest
+
+    def archive(self) -> bytes:
+        """A compressed tar archive."""
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w:gz") as archive:
+            for name in self.files:
+                archive.add(self.root / name, name, recursive=False)
+        return content.getvalue()
+
+
+def project_tree() -> Tree:
+    """What a worker and its environment are made of: the project's packages, scripts and requirements."""
+    return Tree(ROOT, tuple(sorted(_project_files())))
+
+
+def _project_files() -> Iterator[str]:
+    for path in ROOT.iterdir():
+        if path.suffix == ".sh" or path.name.startswith("requirements"):
+            yield path.name
+        elif path.stem in PROJECT_MODULES - _OF_NO_WORKER:
+            yield from [path.name] if path.suffix == ".py" else _python_files(path, ROOT)
+
+
+def own_tree(folder: Path, module_names: list[str]) -> Tree | None:
+    """The modules of the user's own that are named, with those beside them; None where none lies in the folder.
+
+    folder: in which they are looked for.  module_names: such as `package.module`.
+    """
+    files = set()
+    for name in module_names:
+        top = name.partition(".")[0]
+        if (folder / f"{top}.py").is_file() or (folder / top / "__init__.py").is_file():
+            files |= {path.name for path in folder.glob("*.py")}
+            files |= set(_python_files(folder / top, folder))
+    return Tree(folder, tuple(sorted(files))) if files else None
+
+
+def _python_files(folder: Path, root: Path) -> Iterator[str]:
+    """Of a package and the packages in it, but of no folder of data."""
+    if (folder / "__init__.py").is_file():
+        yield from (str(path.relative_to(root)) for path in folder.glob("*.py") if path.is_file())
+        for path in folder.iterdir():
+            yield from _python_files(path, root)

@@ -1,0 +1,100 @@
+"""One command for several machines, in seconds: a script stands for ssh, and this machine for the hosts."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import (
+    TINY,
+    Launched,
+    Process,
+    assert_ended,
+    assert_one_clear_line,
+    children_of,
+    finish,
+    free_port,
+    read_result,
+    wait_for_line,
+)
+
+SSH = """#!/bin/sh
+while [ "$1" = -T ] || [ "$1" = -o ]; do
+    [ "$1" = -o ] && shift
+    shift
+done
+[ "$1" = beta ] || { echo "ssh: Could not resolve hostname $1: Name or service not known" >&2; exit 255; }
+exec sh -c "$2"
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Iterator[str]:
+    """A PATH whose ssh reaches the host beta, which is this machine."""
+    program = tmp_path / "bin" / "ssh"
+    program.parent.mkdir()
+    program.write_text(SSH)
+    program.chmod(0o755)
+    return f"{program.parent}:{os.environ['PATH']}"
+
+
+def start(launched: Launched, path: str, folder: Path, hosts: str, *flags: str) -> Process:
+    (folder / "hosts.txt").write_text(hosts)
+    return launched.start(
+        *("cluster.py", "--hosts", folder / "hosts.txt", "--run_dir", folder / "run", "--device", "cpu"),
+        *("--ip", "127.0.0.1", "--port", str(free_port()), *TINY, *flags),
+        env={**os.environ, "PATH": path},
+    )
+
+
+def descendants_of(pid: int) -> list[int]:
+    found = children_of(pid)
+    return found + [child for one in found for child in descendants_of(one)]
+
+
+def test_a_killed_host_comes_back_and_the_model_is_that_of_one_process(
+    launched: Launched, path: str, tmp_path: Path
+) -> None:
+    flags = ("--rounds", "20")
+    single = launched.start("single_process.py", *TINY, *flags, "--run_dir", tmp_path / "single")
+    process = start(launched, path, tmp_path, "beta slots=2\nlocalhost\n", *flags)
+    wait_for_line(process, "FedAvg round 2/20")
+    (beta,) = [pid for pid in children_of(process.pid) if len(descendants_of(pid)) == 2]
+    os.kill(beta, signal.SIGKILL)
+    wait_for_line(process, "beta: the connection ended (status -9); see that `ssh beta` works; trying beta again")
+    status, output, errors = finish(process)
+    assert status == 0, errors
+    assert "beta: reached again; starting 2 workers" in errors
+    assert "after fine-tuning" in output
+    assert finish(single)[0] == 0
+    digests = [read_result(tmp_path / name)["model_sha256"] for name in ("run", "single")]
+    assert digests[0] == digests[1]
+    logs = {file.name: file.read_text() for file in (tmp_path / "run" / "workers").iterdir()}
+    assert set(logs) == {"beta-1.log", "beta-2.log", "localhost-3.log"}
+    assert "worker 2: joined 127.0.0.1:" in logs["beta-2.log"]
+
+
+def test_a_signal_ends_everything(launched: Launched, path: str, tmp_path: Path) -> None:
+    process = start(launched, path, tmp_path, "beta\n", "--rounds", "100000")
+    wait_for_line(process, "FedAvg round 2/")
+    processes = descendants_of(process.pid)
+    assert len(processes) == 3, "the server, the host's own and its worker"
+    process.send_signal(signal.SIGINT)
+    status, _, errors = finish(process)
+    assert status == 128 + signal.SIGINT
+    assert "stopped by SIGINT" in errors
+    for pid in processes:
+        assert_ended(pid)
+
+
+def test_a_host_that_is_not_reached_is_a_line_before_anything_is_started(
+    launched: Launched, path: str, tmp_path: Path
+) -> None:
+    process = start(launched, path, tmp_path, "beta\ndelta\n")
+    assert_one_clear_line(
+        process, "delta: ssh: Could not resolve hostname delta", "mend its name in the file of --hosts"
+    )
+    assert not (tmp_path / "run").exists()

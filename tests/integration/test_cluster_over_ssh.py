@@ -1,0 +1,160 @@
+"""One command for several machines: workers started by OpenSSH on hosts that have nothing but a network in common."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import TINY, Launched, Process, finish, read_result, wait_for_line
+from lan import HOSTS, Lan, lan_or_skip
+from ssh_hosts import SshHosts, ssh_hosts_or_skip
+
+FLAGS = [*TINY, "--rounds", "30", "--eval_every", "3"]
+LONG = [*TINY, "--rounds", "100000"]
+MIDDLE = "FedAvg round 3/30"
+TIMEOUT_SECONDS = 4
+"""Without a sign of life, after which a host counts as lost."""
+GONE_SECONDS = 120
+"""For what should end by itself; far above what it needs on a busy machine."""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wires() -> Iterator[Lan]:
+    with lan_or_skip() as lan:
+        yield lan
+
+
+@pytest.fixture(scope="module")
+def servers(wires: Lan, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshHosts]:
+    with ssh_hosts_or_skip(wires, tmp_path_factory.mktemp("ssh")) as hosts:
+        yield hosts
+
+
+@pytest.fixture
+def hosts(servers: SshHosts) -> Iterator[SshHosts]:
+    """The hosts, with all cables plugged in, and nothing running on them at the end."""
+    yield servers
+    for host in HOSTS:
+        servers.lan.plug_in(host)
+    wait_until_empty(servers)
+
+
+@pytest.fixture(scope="module")
+def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the model that the experiment gives in one process."""
+    run_dir = tmp_path_factory.mktemp("single") / "run"
+    with Launched() as launched:
+        status, _, errors = finish(launched.start("single_process.py", *FLAGS, "--run_dir", run_dir))
+    assert status == 0, errors
+    return str(read_result(run_dir)["model_sha256"])
+
+
+def start(
+    launched: Launched, hosts: SshHosts, folder: Path, *flags: str, file: str = "beta\ngamma slots=2\n"
+) -> Process:
+    (folder / "hosts.txt").write_text(file)
+    return launched.start(
+        *("cluster.py", "--hosts", folder / "hosts.txt", *flags, "--device", "cpu", "--run_dir", folder / "run"),
+        *("--worker_timeout_seconds", str(TIMEOUT_SECONDS)),
+        env={**os.environ, "PATH": f"{hosts.path}:{os.environ['PATH']}"},
+        network_namespace=hosts.lan.namespace("alpha"),
+    )
+
+
+def wait_until_empty(hosts: SshHosts, *names: str) -> None:
+    """Until nothing runs on the hosts any more but sshd."""
+    deadline = time.monotonic() + GONE_SECONDS
+    for host in names or HOSTS:
+        while pids := hosts.pids(host):
+            assert time.monotonic() < deadline, {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in pids}
+            time.sleep(0.1)
+
+
+def test_one_command_trains_the_model_of_one_process(
+    launched: Launched, hosts: SshHosts, digest: str, tmp_path: Path
+) -> None:
+    """And keeps what each worker said."""
+    process = start(launched, hosts, tmp_path, *FLAGS)
+    status, output, errors = finish(process)
+    assert status == 0, errors
+    assert "after fine-tuning" in output
+    assert read_result(tmp_path / "run")["model_sha256"] == digest
+    assert read_result(tmp_path / "run")["world_size"] == 4
+    logs = {path.name: path.read_text() for path in (tmp_path / "run" / "workers").iterdir()}
+    assert set(logs) == {"beta-1.log", "gamma-2.log", "gamma-3.log"}
+    assert f"worker 3: joined {hosts.lan.address['alpha']}:3002" in logs["gamma-3.log"]
+    wait_until_empty(hosts)
+
+
+def test_a_killed_host_is_started_again(launched: Launched, hosts: SshHosts, digest: str, tmp_path: Path) -> None:
+    process = start(launched, hosts, tmp_path, *FLAGS)
+    wait_for_line(process, MIDDLE)
+    for pid in hosts.pids("gamma"):
+        os.kill(pid, signal.SIGKILL)
+    wait_for_line(process, "gamma: ")
+    status, _, errors = finish(process)
+    assert status == 0, errors
+    assert "gamma: reached again" in errors
+    assert read_result(tmp_path / "run")["model_sha256"] == digest
+
+
+def test_a_host_that_is_cut_off_is_done_without_and_ends_its_workers(
+    launched: Launched, hosts: SshHosts, digest: str, tmp_path: Path
+) -> None:
+    process = start(launched, hosts, tmp_path, *FLAGS, "--rounds", "60")
+    wait_for_line(process, "FedAvg round 3/60")
+    hosts.lan.unplug("gamma")
+    wait_for_line(process, "server: lost worker ")
+    wait_until_empty(hosts, "gamma")
+    status, _, errors = finish(process)
+    assert status == 0, errors
+    assert "trying gamma again" in errors
+
+
+def test_a_host_that_was_cut_off_for_a_while_takes_part_again(
+    launched: Launched, hosts: SshHosts, tmp_path: Path
+) -> None:
+    process = start(launched, hosts, tmp_path, *LONG)
+    wait_for_line(process, "FedAvg round ")
+    hosts.lan.unplug("gamma")
+    wait_for_line(process, "trying gamma again")
+    hosts.lan.plug_in("gamma")
+    wait_for_line(process, "gamma: reached again; starting 2 workers")
+    wait_for_line(process, "server: worker 3 is ready")
+    process.send_signal(signal.SIGTERM)
+    assert finish(process)[0] == 128 + signal.SIGTERM
+    wait_until_empty(hosts)
+
+
+def test_a_worker_that_dies_is_started_again(launched: Launched, hosts: SshHosts, tmp_path: Path) -> None:
+    process = start(launched, hosts, tmp_path, *LONG)
+    wait_for_line(process, "FedAvg round ")
+    (worker,) = [pid for pid in hosts.pids("beta") if Path(f"/proc/{pid}/comm").read_text().strip() == "worker 1"]
+    os.kill(worker, signal.SIGKILL)
+    wait_for_line(process, "beta: worker 1 ended by signal SIGKILL")
+    wait_for_line(process, "beta: worker 1 is started again (1 of 3 times)")
+    wait_for_line(process, "server: worker 1 is ready")
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 128 + signal.SIGINT
+    wait_until_empty(hosts)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_the_end_of_the_command_leaves_nothing(
+    number: signal.Signals, launched: Launched, hosts: SshHosts, tmp_path: Path
+) -> None:
+    """SIGKILL leaves it no time to end anything: what runs elsewhere notices by itself."""
+    process = start(launched, hosts, tmp_path, *LONG)
+    wait_for_line(process, "FedAvg round ")
+    process.send_signal(number)
+    status, _, _ = finish(process)
+    assert status == (-number if number == signal.SIGKILL else 128 + number)
+    wait_until_empty(hosts)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "saved; continue with" in log, "the server saves what it has, as at any early end"

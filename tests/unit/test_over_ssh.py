@@ -1,0 +1,246 @@
+"""What is asked of hosts, by way of this machine's shell in place of ssh; and what is made of the answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from helpers import ROOT, assert_ended
+
+from over_ssh import addresses, preparing
+from over_ssh.hosts_file import Host
+from over_ssh.logs import WorkerLogs
+from over_ssh.preparing import Wanted, prepare
+from over_ssh.running import make_tasks
+from over_ssh.session import HostError, Session, command_of, remote_command
+from over_ssh.tree import Tree, own_tree, project_tree
+from utils import get_args
+
+HERE = Host("localhost")
+LONG = 60.0
+
+
+@pytest.fixture
+def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
+    """A connection to this machine, as to a host whose user has nothing yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with Session(HERE, [sys.executable], LONG) as opened:
+        yield opened
+
+
+def some_tree(folder: Path) -> Tree:
+    (folder / "package").mkdir(parents=True)
+    (folder / "package" / "__init__.py").write_text("")
+    (folder / "package" / "it's.py").write_text("x = 1\n")
+    return Tree(folder, ("package/__init__.py", "package/it's.py"))
+
+
+def test_ssh_asks_no_question_and_notices_silence() -> None:
+    words = command_of(Host("anna@beta"), "the command", 30.0)
+    assert words[0] == "ssh"
+    assert words[-2:] == ["anna@beta", "the command"]
+    options = set(words[3:-2:2])
+    assert {"BatchMode=yes", "ServerAliveInterval=10", "ServerAliveCountMax=3"} <= options
+    assert "ServerAliveInterval=1" in command_of(Host("beta"), "", 1.0), "0 would turn it off"
+
+
+def test_the_command_is_one_for_every_login_shell() -> None:
+    """sh, bash, zsh, csh and fish read it alike as long as nothing needs to be escaped within single quotes."""
+    command = remote_command(["/usr/bin/python3"])
+    assert command.startswith("exec sh -c '")
+    assert not re.search(r"[\\!\n]", command)
+    assert "'\"'" not in command, "no single quote within quotes"
+
+
+def test_the_first_python_that_is_there_reads_the_program(tmp_path: Path) -> None:
+    python = tmp_path / "it's a python"
+    python.symlink_to(sys.executable)
+    program = b"import sys; print(sys.executable, sys.stdin.read())\0"
+    command = ["sh", "-c", remote_command([str(tmp_path / "none"), str(python)])]
+    answer = subprocess.run(command, input=program + b"what follows", capture_output=True)
+    assert answer.stdout.decode().split("python")[-1].strip() == "what follows", answer.stderr
+    lost = subprocess.run(["sh", "-c", remote_command([])], input=b"import sys", capture_output=True, timeout=60)
+    assert lost.returncode == 1, "it waits for no more where the other machine is gone"
+
+
+def test_a_host_without_python_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "sh").symlink_to("/bin/sh")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HostError, match="localhost: no python3 there"):
+        Session(HERE, [], LONG)
+
+
+def test_what_a_host_prints_besides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("over_ssh.session.command_of", lambda *told: ["sh", "-c", "echo Welcome!; cat >/dev/null"])
+    with pytest.raises(HostError, match="'Welcome!' came in place of an answer; let the login shell there print noth"):
+        Session(Host("beta"), [], LONG)
+
+
+@pytest.mark.parametrize(
+    ("said", "mend"),
+    [
+        ("Host key verification failed.", "accept its key once by `ssh beta`"),
+        ("anna@beta: Permission denied (publickey).", "let `ssh beta` work without a question"),
+        ("ssh: Could not resolve hostname beta: Name or service not known", "mend its name"),
+        ("ssh: connect to host beta port 22: Connection refused", "see that `ssh beta` works"),
+    ],
+)
+def test_what_ssh_says_comes_with_the_way_out(said: str, mend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["sh", "-c", f"echo first >&2; echo {shlex.quote(said)} >&2; exit 255"]
+    monkeypatch.setattr("over_ssh.session.command_of", lambda *told: words)
+    with pytest.raises(HostError, match=re.escape(f"beta: {said}; {mend}")):
+        Session(Host("beta"), [], LONG)
+
+
+def test_code_is_found_or_copied_once(session: Session, tmp_path: Path) -> None:
+    tree = some_tree(tmp_path / "here")
+    asked: dict[str, Any] = {"files": list(tree.files), "digest": tree.digest}
+    assert session.ask("find_tree", root=str(tree.root), **asked)["at"] == str(tree.root)
+    assert session.ask("find_tree", root="/nowhere", **asked)["at"] is None
+    content = tree.archive()
+    copy = session.ask("unpack_tree", content, size=len(content), **asked)["at"]
+    assert copy.startswith(str(tmp_path / "cache"))
+    assert (Path(copy) / "package" / "it's.py").read_text() == "x = 1\n"
+    assert session.ask("find_tree", root="/nowhere", **asked)["at"] == copy
+    (tree.root / "package" / "it's.py").write_text("x = 2\n")
+    changed = Tree(tree.root, tree.files)
+    assert changed.digest != tree.digest
+    assert session.ask("find_tree", root=str(tree.root), **asked)["at"] == copy, "the folder holds another version now"
+    (Path(copy) / "package" / "it's.py").write_text("x = 3\n")
+    assert session.ask("find_tree", root="/nowhere", **asked)["at"] is None, "a copy that was changed is none"
+    assert session.ask("unpack_tree", content, size=len(content), **asked)["at"] == copy
+
+
+def test_a_host_with_this_folder_and_environment_needs_nothing(session: Session) -> None:
+    versions = {name: preparing.public(preparing.version(name)) for name in preparing.PACKAGES}
+    host = prepare(session, Wanted(project_tree(), None, versions))
+    assert (host.code, host.copied, host.python) == (str(ROOT), False, sys.executable)
+    assert host.versions["torch"].startswith(versions["torch"])
+
+
+def test_what_an_environment_lacks_is_said_with_the_command_that_mends_it(session: Session, tmp_path: Path) -> None:
+    wanted = Wanted(project_tree(), None, {"torch": "1.0", "fedlab": "1.3.0", "not-there": "2"})
+    with pytest.raises(HostError) as fault:
+        prepare(session, wanted)
+    assert f"{sys.executable} has torch " in str(fault.value)
+    assert "(here 1.0), not-there missing (here 2)" in str(fault.value)
+    assert str(fault.value).endswith(f"run: sh {ROOT}/quick_start.sh --help")
+
+
+def test_the_command_for_a_copy_sets_up_an_environment_beside_it() -> None:
+    answer = {"cache": "/home/it's/.cache/personalized-fedavg"}
+    command = preparing._install(Host("beta"), answer, "/home/it's/.cache/personalized-fedavg/0123")
+    program, host, remote = shlex.split(command)
+    assert (program, host) == ("ssh", "beta")
+    first, second = remote.split(" && ")
+    venv = "/home/it's/.cache/personalized-fedavg/.venv"
+    assert shlex.split(first) == ["python3", "-m", "venv", venv]
+    assert shlex.split(second)[0] == f"{venv}/bin/python"
+    assert shlex.split(second)[-1] == "/home/it's/.cache/personalized-fedavg/0123/requirements.txt"
+
+
+def test_the_projects_code_is_what_a_worker_needs() -> None:
+    files = project_tree().files
+    assert {"client_worker.py", "requirements.txt", "quick_start.sh", "over_ssh/worker_host.py"} <= set(files)
+    assert not any(name.startswith(("tests/", "datasets/data/", "runs/", ".venv/")) for name in files)
+
+
+def test_a_users_own_modules_go_with_those_beside_them(tmp_path: Path) -> None:
+    some_tree(tmp_path)
+    (tmp_path / "beside.py").write_text("")
+    (tmp_path / "package" / "data").mkdir()
+    (tmp_path / "package" / "data" / "x.py").write_text("")
+    tree = own_tree(tmp_path, ["package.it's"])
+    assert tree is not None
+    assert tree.files == ("beside.py", "package/__init__.py", "package/it's.py")
+    assert own_tree(tmp_path, ["installed.module"]) is None
+    assert own_tree(tmp_path, []) is None
+
+
+@pytest.mark.parametrize("how", ["end of input", "silence"])
+def test_what_runs_on_a_host_ends_when_nobody_asks_any_more(how: str) -> None:
+    session = Session(HERE, [sys.executable], LONG if how == "end of input" else 0.2)
+    if how == "end of input":
+        session.beat()
+        session.end_input()
+    assert session._process.wait(60) == 1
+    assert_ended(session._process.pid)
+    with pytest.raises(HostError, match="the connection ended"):
+        session.ask("begin", silence_seconds=1)
+    assert session.close()
+
+
+def test_a_request_that_fails_is_an_error_and_not_the_end(session: Session) -> None:
+    with pytest.raises(HostError, match="localhost: KeyError: 'nothing'"):
+        session.ask("nothing")
+    assert session.ask("find_python", candidates=["/nowhere"], packages=[], with_cache=False)["found"] == []
+
+
+def sessions(**seen_from: str) -> list[Session]:
+    found = [SimpleNamespace(host=Host(name), facts={"seen_from": address}) for name, address in seen_from.items()]
+    return cast("list[Session]", found)
+
+
+def test_the_address_is_the_one_that_the_hosts_see(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(addresses, "own_addresses", lambda: {"10.0.0.1": "eth0", "10.1.0.1": "eth1"})
+    assert addresses.choose_address(None, sessions(beta="10.0.0.1", gamma="10.0.0.1", localhost="")) == "10.0.0.1"
+    assert addresses.choose_address("192.168.0.1", sessions(beta="10.0.0.1")) == "192.168.0.1"
+    assert addresses.choose_address(None, sessions(localhost="")) == "127.0.0.1"
+    for seen, said in (
+        ({"beta": "203.0.113.9"}, "beta sees ssh come from 203.0.113.9, which is no IPv4 address of this machine"),
+        ({"beta": ""}, "there is no SSH_CONNECTION there"),
+        ({"beta": "10.0.0.1", "gamma": "10.1.0.1"}, "(beta as 10.0.0.1, gamma as 10.1.0.1); choose with --ip"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(said)):
+            addresses.choose_address(None, sessions(**seen))
+
+
+def test_each_worker_gets_a_rank_and_what_its_host_has(tmp_path: Path) -> None:
+    argv = ["--hosts", str(tmp_path / "hosts"), "--ip", "10.0.0.1", "--port", "4000", "--device", "cpu", "--seed", "3"]
+    args = get_args("cluster", [*argv, "--token_file", str(tmp_path / "token"), "--join_timeout_seconds", "77"])
+    hosts = [Host("beta"), Host("gamma", 2, "cuda:0,cuda:1", "~/my data", ethernet="ib0")]
+    first, second = make_tasks(args, hosts, {"PERFEDAVG_TOKEN": "secret"})
+    assert list(first.workers) == ["worker 1"]
+    assert dict(second.ranks) == {"worker 2": 2, "worker 3": 3}
+    assert "secret" not in json.dumps([*first.workers.values(), *second.workers.values()])
+    workers = [get_args("worker", words) for words in (*first.workers.values(), *second.workers.values())]
+    assert [worker.rank for worker in workers] == [1, 2, 3]
+    assert [worker.device for worker in workers] == ["cpu", "cuda:0", "cuda:1"]
+    assert {(worker.ip, worker.port, worker.world_size, worker.token_file) for worker in workers} == {
+        ("10.0.0.1", 4000, 4, None)
+    }
+    assert workers[0].data_root == args.data_root
+    assert workers[1].data_root == Path(os.path.expanduser("~/my data"))
+    assert workers[1].ethernet == "ib0"
+    assert workers[0].join_timeout_seconds == 77
+
+
+def test_logs_wait_for_the_run_to_begin(tmp_path: Path) -> None:
+    """A folder that the server refuses, or leaves as it was, must not get any."""
+    run = tmp_path / "run"
+    logs = WorkerLogs(run, resumes=False)
+    logs.add("beta-1", "no server yet\njoi")
+    assert not run.exists()
+    run.mkdir()
+    (run / "config.json").write_text("{}")
+    logs.add("beta-1", "ned \udcff\n")
+    assert (run / "workers" / "beta-1.log").read_bytes() == b"no server yet\njoined \xff\n"
+    assert logs.last_line("beta-1").startswith("joined")
+    assert logs.last_line("gamma-2") == ""
+    refused = WorkerLogs(run, resumes=False)
+    refused.add("beta-1", "of a run whose folder is another's")
+    resumed = WorkerLogs(run, resumes=True)
+    resumed.add("beta-1", "joined again\n")
+    assert (run / "workers" / "beta-1.log").read_text(errors="replace").splitlines()[1:] == [
+        "joined \ufffd",
+        "joined again",
+    ]
