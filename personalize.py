@@ -245,6 +245,7 @@ def load_model(run: RunModel, data_root: Path) -> tuple[nn.Module, Loss]:
     """
     import torch.nn.functional as F
 
+    from perfedavg.contracts import example_data
     from perfedavg.training.local_training import loss_of
 
     facts = run.facts
@@ -254,8 +255,7 @@ def load_model(run: RunModel, data_root: Path) -> tuple[nn.Module, Loss]:
         return model, F.cross_entropy
     say(f"{facts.dataset} brings its own {' and '.join(facts.own_parts)}: its module is imported, its data are opened")
     dataset = utils.get_datasets(run.config, data_root)
-    example = dataset.client_data(dataset.unseen_client_ids[0])
-    if example.test_labels.is_floating_point():
+    if example_data(dataset).train_labels.is_floating_point():
         raise ValueError(f"{run.path} is a run on {facts.dataset}, whose labels are numbers and not classes")
     # In runs of earlier versions, a data set's model was taken whatever the setting said.
     architecture = AUTO_MODEL if "build_model" in facts.own_parts else facts.architecture

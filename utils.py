@@ -82,6 +82,7 @@ def load_clients(config: ClientsConfig, data_root: Path) -> FederatedDataset:
         config.seed,
         config.local_split,
         config.own_files,
+        config.local_test_fraction,
     )
     return load_federated_dataset(request, data_root)
 

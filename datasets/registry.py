@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,9 @@ class DatasetRequest:
 
     name: a data set's, the path of a user's own file or folder, or `package.module:factory` for a user's own code.
     num_clients: training and unseen clients together, or None for all that natural clients are.
-    num_unseen: from the number of clients to the number of those that never train.
+    num_unseen: from the number of clients to the number of those that never train, which may be 0.
     partition: see `Partition.parse`; None for data with natural clients.
-    local_split: see `SplitDataset`.
+    local_split, local_test_fraction: see `SplitDataset`.
     own_files: how a user's own files are read.
     """
 
@@ -43,6 +44,11 @@ class DatasetRequest:
     seed: int
     local_split: str = "shuffled"
     own_files: OwnFiles = UNTOLD
+    local_test_fraction: str = "0.2"
+
+
+_CUTS = {name: getattr(DatasetRequest, name) for name in ("local_split", "local_test_fraction")}
+"""How a client's examples are cut where nothing else is asked for."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def load_federated_dataset(request: DatasetRequest, data_root: Path) -> Federate
     data_set = find(request.name)
     if is_path(request.name):
         find_path(request.name, data_root)
-    for setting, default in (("partition", None), ("local_split", "shuffled")):
+    for setting, default in (("partition", None), *_CUTS.items()):
         if setting in data_set.meaningless and getattr(request, setting) != default:
             raise meaningless(request.name, setting, getattr(request, setting))
     for own in fields(OwnFiles):
@@ -250,12 +256,13 @@ def _split(request: DatasetRequest, clients: RawClients) -> FederatedDataset:
             f"--client_num_in_total {num_clients} exceeds the {clients.num_clients} clients of {name}; "
             f"lower it to {clients.num_clients} or less"
         )
-    if clients.train_counts is not None and request.local_split != "shuffled":
-        raise ValueError(
-            f"--local_split {request.local_split} has no meaning for {name}: its files hold a split of each client's "
-            "examples; leave it out"
-        )
-    if clients.has_targets and request.local_split != "shuffled":
+    for setting, default in _CUTS.items():
+        if clients.train_counts is not None and getattr(request, setting) != default:
+            raise ValueError(
+                f"--{setting} {getattr(request, setting)} has no meaning for {name}: its files hold a split of each "
+                "client's examples; leave it out"
+            )
+    if clients.has_targets and request.local_split != DatasetRequest.local_split:
         raise ValueError(
             f"--local_split {request.local_split} has no meaning for {name}: its labels are numbers, and no classes to "
             "sort by; leave it out"
@@ -263,10 +270,13 @@ def _split(request: DatasetRequest, clients: RawClients) -> FederatedDataset:
     num_unseen = request.num_unseen(num_clients)
     num_train = num_clients - num_unseen
     note = find(request.name).note
-    return SplitDataset(name, clients, num_train, num_unseen, request.seed, request.local_split, note)
+    test_fraction = Fraction(request.local_test_fraction)
+    return SplitDataset(name, clients, num_train, num_unseen, request.seed, request.local_split, note, test_fraction)
 
 
-_OF_IMAGES = {name: name for name in ("mlp", "mnist_cnn", "emnist_cnn", "resnet8", "resnet8_gn", "vit_tiny")}
+_OF_IMAGES = {
+    name: name for name in ("mlp", "mnist_cnn", "emnist_cnn", "two_conv_cnn", "resnet8", "resnet8_gn", "vit_tiny")
+}
 _FOR_62_CLASSES = {"cnn": "emnist_cnn", **_OF_IMAGES}
 _FOR_10_CLASSES = {"cnn": "mnist_cnn", **_OF_IMAGES}
 _OWN_CLIENTS = {"partition": "its clients are its own"}
@@ -341,6 +351,7 @@ DATA_SETS = {
         {
             **_OWN_CLIENTS,
             "local_split": "its targets are no classes",
+            "local_test_fraction": "its test parts are whole tasks",
             "validation": "its tasks follow from --seed, so try another",
         },
         loss_name="MSE",
@@ -350,7 +361,7 @@ USERS_OWN = DataSet(
     _load_own,
     {"auto": "auto", **_FOR_62_CLASSES, "lstm": "lstm", "sine_mlp": "sine_mlp"},
     _NATURAL,
-    {**_OWN_CLIENTS, "local_split": "it cuts its clients' data itself"},
+    {**_OWN_CLIENTS, **dict.fromkeys(("local_split", "local_test_fraction"), "it cuts its clients' data itself")},
 )
 """For a data set given as package.module:factory."""
 _FEW_ROUNDS = {**_QUICK, **_NATURAL, "cohort_size": 5}

@@ -267,13 +267,13 @@ def num_passes(job: Job) -> float:
     """
     config = job.experiment
     assert config.num_clients is not None, "every row says how many clients it has"
-    num_unseen = num_unseen_clients(config.num_clients, config.unseen_fraction)
+    num_scored = num_unseen_clients(config.num_clients, config.unseen_fraction) or config.num_clients
     passes = 0.0
     for phase in config.phases.values():
         of_client = phase.method.round_cost(functools.partial(_local_passes, phase), 1)
         passes += phase.num_rounds * config.cohort_size * of_client
         passes += phase.num_rounds // config.eval_every * config.eval_clients * config.num_personalization_epochs
-        passes += num_unseen * max(config.num_personalization_epochs, config.num_curve_epochs)
+        passes += num_scored * max(config.num_personalization_epochs, config.num_curve_epochs)
     return passes
 
 

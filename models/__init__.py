@@ -16,6 +16,7 @@ from models.mnist_cnn import MnistCNN
 from models.resnet8 import ResNet8, resnet8_gn
 from models.shapes import Shape
 from models.sine_mlp import SineMLP
+from models.two_conv_cnn import TwoConvCNN
 from models.vit_tiny import ViTTiny
 
 MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
@@ -30,6 +31,7 @@ MODELS: dict[str, Callable[[Shape, int], nn.Module]] = {
     "resnet8": ResNet8,
     "resnet8_gn": resnet8_gn,
     "sine_mlp": SineMLP,
+    "two_conv_cnn": TwoConvCNN,
     "vit_tiny": ViTTiny,
 }
 """Each is built for the shape of an example's inputs and a number of classes, which are its outputs for one

@@ -28,7 +28,7 @@ from multi_process.pace import Pace
 from multi_process.transport.network import REMINDER_SECONDS, ConnectedWorker, ServerNetwork
 from multi_process.transport.peer import PeerLostError
 from multi_process.work_item import Worker, WorkItem
-from perfedavg.contracts import FederatedDataset, RoundStates
+from perfedavg.contracts import FederatedDataset, RoundStates, example_data
 from perfedavg.engine.client_states import ClientState, check_kept, max_batch_bytes
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask, cut_into_groups
@@ -200,8 +200,7 @@ class WorkerPool(PoolManager):
     def _has_no_accuracies(self) -> bool:
         """Whether the task is a regression, as the labels of one client tell."""
         if self._is_regression is None:
-            example = self._clients.client_data(self._clients.unseen_client_ids[0])
-            self._is_regression = example.test_labels.is_floating_point()
+            self._is_regression = example_data(self._clients).train_labels.is_floating_point()
         return self._is_regression
 
     def _perform(

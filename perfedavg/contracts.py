@@ -35,7 +35,7 @@ class ClientData:
 class ClientDirectory(Protocol):
     """Who the clients are and how much each has, which is all that a server needs to know.
 
-    train_client_ids, unseen_client_ids: disjoint; whole numbers, 0 or more.
+    train_client_ids, unseen_client_ids: disjoint; whole numbers, 0 or more. There may be no unseen clients.
     fingerprint: digest of all examples and of their distribution over clients; equal data, equal digest.
     """
 
@@ -159,8 +159,14 @@ class Observer(Protocol):
 
 
 def input_shape(dataset: FederatedDataset) -> tuple[int, ...]:
-    """The shape of the inputs of one example, as an unseen client's are."""
-    return tuple(dataset.client_data(dataset.unseen_client_ids[0]).train_inputs.shape[1:])
+    """The shape of the inputs of one example."""
+    return tuple(example_data(dataset).train_inputs.shape[1:])
+
+
+def example_data(dataset: FederatedDataset) -> ClientData:
+    """The data of a client by which all are told: the first unseen one or, without any, the first that trains."""
+    unseen = dataset.unseen_client_ids
+    return dataset.client_data(unseen[0] if len(unseen) else dataset.train_client_ids[0])
 
 
 MAX_NAME_CHARS = 100

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from perfedavg.contracts import FederatedDataset
+from perfedavg.contracts import FederatedDataset, example_data
 from perfedavg.own_module import OwnModuleError, call_own_code, explained, import_own
 from perfedavg.settings import flag
 from perfedavg.training.flat_model import FlatModel, flatten
@@ -43,14 +43,14 @@ def check_model(whose: str, model: object, dataset: FederatedDataset, batch_size
     """Raises ValueError where a model cannot be trained on the data set's clients.
 
     whose: how a message begins, such as `--model my_net:Net`.
-    It is tried on the first examples of an unseen client, and left as it was. What other clients make of it shows when
+    It is tried on the first examples of a client, and left as it was. What other clients make of it shows when
     they are trained.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"{whose} is a {type(model).__name__}; return a torch.nn.Module")
     for fault in _faults_of_model(model):
         raise ValueError(f"{whose}: the model {fault}")
-    data = dataset.client_data(dataset.unseen_client_ids[0])
+    data = example_data(dataset)
     inputs, labels = (part[:TRIED_EXAMPLES] for part in (data.train_inputs, data.train_labels))
     with torch.random.fork_rng(devices=[]):
         _try_scoring(whose, model, inputs, labels, dataset.num_classes, loss_of(dataset))

@@ -78,6 +78,12 @@ class Population(Enum):
     TRAINED = "trained"
     """Clients that took part in training."""
 
+    @classmethod
+    def main(cls, num_unseen_clients: int) -> Population:
+        """Whom a run's curve and the figures at its head are of: unseen clients or, where there are none, those that
+        trained."""
+        return cls.UNSEEN if num_unseen_clients else cls.TRAINED
+
 
 def refuse_share(text: str) -> str | None:
     """What is wrong with a share of something, such as `0.2` or `9/34`."""
@@ -89,6 +95,13 @@ def refuse_share(text: str) -> str | None:
     except (ValueError, ZeroDivisionError):
         pass
     return "must be above 0 and below 1, such as 0.2 or 9/34"
+
+
+def _refuse_unseen_share(text: str) -> str | None:
+    """As `refuse_share`, of a share that may be nothing."""
+    if re.fullmatch(r"0+(\.0*)?", text) or refuse_share(text) is None:
+        return None
+    return "must be 0, or above 0 and below 1, such as 0.2 or 9/34"
 
 
 def _listed(names: str) -> tuple[str, ...]:
@@ -194,20 +207,31 @@ class ClientsConfig:
         3400, "clients, training and unseen together", flag="client_num_in_total", at_least=1, absent="all clients"
     )
     unseen_fraction: str = setting(
-        "0.2", "share of the clients that never train, such as 0.2 or 9/34", metavar="X", refuse=refuse_share
+        "0.2",
+        "share of the clients that never train, such as 0.2 or 9/34; with 0 those that train are scored, on their own "
+        "test parts, and a data set's training and test split are dealt out as one",
+        metavar="X",
+        refuse=_refuse_unseen_share,
     )
     partition: str | None = setting(
         "shards:2",
         "how examples without natural owners are dealt out: shards:N (label-sorted shards a client), iid, "
-        "dirichlet:ALPHA (over labels), quantity:SIGMA (log-normal sizes), labels:N (labels a client) or noise:SIGMA",
+        "dirichlet:ALPHA (over labels), quantity:SIGMA (log-normal sizes), labels:N (labels a client), groups:N "
+        "(groups of clients, each with N labels of its own) or noise:SIGMA",
         metavar="NAME[:X]",
     )
     local_split: str = setting(
         "shuffled",
-        "order of a client's examples before the cut 80/20 into its training and test parts: tail sorts them by label, "
+        "order of a client's examples before the cut into its training and test parts: tail sorts them by label, "
         "as the code behind the published figures does",
         choices=LOCAL_SPLITS,
         reported="always",
+    )
+    local_test_fraction: str = setting(
+        "0.2",
+        "share of a client's own examples that are its test part, such as 0.2 or 1/4",
+        metavar="X",
+        refuse=refuse_share,
     )
     own_files: OwnFiles = part(OwnFiles, title="your own files")
     seed: int = setting(
@@ -230,8 +254,8 @@ class ExperimentConfig(ClientsConfig):
     heading = "experiment"
     architecture: str = setting(
         "emnist_cnn",
-        "cnn (of the data set's paper), mlp, resnet8 (BatchNorm), resnet8_gn (GroupNorm), vit_tiny, lstm (for "
-        "text, on plays also char_conv and char_transformer), or package.module:factory for your own",
+        "cnn (of the data set's paper), two_conv_cnn, mlp, resnet8 (BatchNorm), resnet8_gn (GroupNorm), vit_tiny, lstm "
+        "(for text, on plays also char_conv and char_transformer), or package.module:factory for your own",
         flag="model",
         aliases=("struct",),
         metavar="NAME",
@@ -247,7 +271,9 @@ class ExperimentConfig(ClientsConfig):
     )
     eval_every: int = setting(50, "communication rounds between two points of the accuracy curve", at_least=1)
     eval_clients: int = setting(
-        100, "unseen clients that are scored for a point of the curve; results take all", at_least=1
+        100,
+        "unseen clients (without any: clients that train) that are scored for a point of the curve; results take all",
+        at_least=1,
     )
     num_trained_scored: int | None = setting(
         None,
@@ -255,7 +281,7 @@ class ExperimentConfig(ClientsConfig):
         "for none",
         flag="trained_clients_scored",
         at_least=0,
-        absent="as many as unseen ones; with joint none",
+        absent="as many as unseen ones, without any all; with joint none",
         reported="never",
     )
     metrics: str | None = setting(
@@ -491,5 +517,7 @@ def flag(field: str) -> str:
 
 
 def num_unseen_clients(num_clients: int, unseen_fraction: str) -> int:
-    """How many of so many clients never train: the share, such as `0.2` or `9/34`, rounded, but at least one."""
-    return max(1, round(num_clients * Fraction(unseen_fraction)))
+    """How many of so many clients never train: the share, such as `0.2` or `9/34`, rounded, but at least one; none of
+    a share of 0."""
+    share = Fraction(unseen_fraction)
+    return max(1, round(num_clients * share)) if share else 0

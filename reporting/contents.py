@@ -134,10 +134,13 @@ def build_report(runs: Sequence[FinishedRun], target: float, against: Path | Non
     if against is not None and choose_reference(all_rows, against) is None:
         raise ValueError(f"--against {against} is none of the runs of the report; name one of them, or their folder")
     names = distinct_names(list(rows))
+    trained = any(row.population is Population.TRAINED for row in all_rows)
+    others = " (those that trained, of runs without any)" if trained else ""
     return Report(
         title=f"Personalized FedAvg on {', '.join(names.values())}",
         summary=f"{counted(len(runs), 'run')} in {counted(len(all_rows), 'row')}; runs that differ only in the seed are"
-        " one row. A figure is the uniform mean over clients, unseen ones where it says nothing else, then over seeds; "
+        " one row. A figure is the uniform mean over clients, unseen ones where it says nothing else"
+        f"{others}, then over seeds; "
         "with several seeds it has their sample deviation, behind ± or in brackets. Initial is the global model on a "
         "client's test part, personalized the same model after adapting it on that client's own training part. Clients "
         "hurt are those that fare worse after that.",
@@ -230,8 +233,8 @@ def _resolution(rows: Sequence[Row]) -> str:
     return (
         "Rounds are those of both phases, in the order in which they ran, up to the first point of the curve at which "
         f"the mean accuracy is there. The curve has a point every {every} rounds and one at the end of a phase, taken "
-        f"over up to {clients} unseen clients: a number of rounds is no more exact than that. A mean is given where "
-        "all seeds got there."
+        f"over up to {clients} {plots.whose(rows)}: a number of rounds is no more exact than that. A mean is given "
+        "where all seeds got there."
     )
 
 
@@ -239,8 +242,8 @@ def _curves(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]
     draw = plots.draw_curves(rows, measure)
     if draw is not None:
         description = (
-            f"The {measure.name} on unseen clients against the round, before and after personalization. A dotted line "
-            "is where fine-tuning begins, a band the sample deviation over seeds."
+            f"The {measure.name} on {plots.whose(rows)} against the round, before and after personalization. A dotted "
+            "line is where fine-tuning begins, a band the sample deviation over seeds."
         )
         yield Plot(name, description, draw)
 
@@ -261,7 +264,8 @@ def _clients(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block
             yield f"Percentiles of the {measure.name} over the {who} clients of all seeds together."
             yield tables.clients_table(rows, measure, population)
             description = f"How the {measure.name} is distributed over {who} clients, before and after personalization"
-            yield Plot(name if population is Population.UNSEEN else f"{name}-{who}", f"{description}; all seeds.", draw)
+            is_main = population is rows[0].population
+            yield Plot(name if is_main else f"{name}-{who}", f"{description}; all seeds.", draw)
 
 
 def _personalization(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]:
@@ -272,9 +276,9 @@ def _personalization(name: str, rows: Sequence[Row], measure: Measure) -> Iterat
             yield tables.epochs_table(rows)
         else:
             yield tables.steps_table(rows, measure)
-            yield "Behind ± stands the 95 % confidence interval of the mean over unseen clients."
+            yield f"Behind ± stands the 95 % confidence interval of the mean over {plots.whose(rows)}."
         description = (
-            f"The {measure.name} on unseen clients while they adapt. A band is the sample deviation over seeds"
+            f"The {measure.name} on {plots.whose(rows)} while they adapt. A band is the sample deviation over seeds"
         )
         end = "." if measure.is_accuracy else ", or with one seed the 95 % confidence interval over clients."
         yield Plot(name, f"{description}{end}", draw)

@@ -68,7 +68,7 @@ class Measure:
         return text if text == NO_NUMBER or text.startswith("-") else f"+{text}"
 
     def client_scores(
-        self, runs: Iterable[FinishedRun], phase: Phase, kind: str, population: Population = Population.UNSEEN
+        self, runs: Iterable[FinishedRun], phase: Phase, kind: str, population: Population | None = None
     ) -> NDArray[np.float64]:
         """The scores of the runs' clients, one run after the other; NaN where a score is no number."""
         columns = [run.client_scores(phase, kind, self.field, population) for run in runs]
@@ -115,10 +115,10 @@ def rounds_to_target(curve: Sequence[CurvePoint], kind: str, target: float) -> i
 
 
 def steps_per_epoch(run: FinishedRun) -> int | None:
-    """Personalization steps in an epoch; None where unseen clients differ in it, or their sizes are not known."""
+    """Personalization steps in an epoch; None where scored clients differ in it, or their sizes are not known."""
     if run.clients is None:
         return None
-    sizes = run.clients[Population.UNSEEN]["num_train_examples"]
+    sizes = run.clients[run.population]["num_train_examples"]
     counts = set(np.ceil(sizes / run.settings["batch_size"]).astype(int).tolist())
     return counts.pop() if len(counts) == 1 else None
 

@@ -97,7 +97,7 @@ def draw_curves(rows: Sequence[Row], measure: Measure) -> Draw | None:
     ]
     drawn = [rows[number] for number, *_ in panels[0].lines]
     boundaries = {row.settings["fedavg"]["num_rounds"] for row in drawn if len(row.results) > 1}
-    return partial(draw_lines, panels, "round", measure, boundaries=boundaries) if drawn else None
+    return partial(draw_lines, panels, "round", measure, whose(drawn), boundaries=boundaries) if drawn else None
 
 
 def draw_epochs(rows: Sequence[Row], measure: Measure) -> Draw | None:
@@ -113,18 +113,20 @@ def draw_epochs(rows: Sequence[Row], measure: Measure) -> Draw | None:
     panels = [Panel(f"after {phase.label}", lines) for phase, lines in by_phase.items() if lines]
     is_stepwise = not measure.is_accuracy and all(steps_per_epoch(run) == 1 for row in rows for run in row.runs)
     x_label = f"{'steps' if is_stepwise else 'epochs'} of personalization"
-    return partial(draw_lines, panels, x_label, measure, zooms_in=True) if panels else None
+    drawn = [row for row in rows if row.results_by_epoch]
+    return partial(draw_lines, panels, x_label, measure, whose(drawn), zooms_in=True) if panels else None
 
 
 def draw_lines(
     panels: Sequence[Panel],
     x_label: str,
     measure: Measure,
+    clients: str,
     theme: Theme,
     boundaries: Iterable[int] = (),
     zooms_in: bool = False,
 ) -> Figure:
-    """boundaries: places of dotted lines.  zooms_in: as `_scale` takes it."""
+    """clients: whose scores they are.  boundaries: places of dotted lines.  zooms_in: as `_scale` takes it."""
     legend_lines = max(len(panel.lines) for panel in panels)
     figure, (all_axes,) = _figure(1, len(panels), 4.0, legend_lines)
     for axes, panel in zip(all_axes, panels, strict=True):
@@ -142,9 +144,15 @@ def draw_lines(
     for axes in all_axes:
         for boundary in boundaries:
             axes.axvline(boundary, color=theme.text, linewidth=0.8, linestyle=":")
-    all_axes[0].set_ylabel(f"{measure.name}, unseen clients")
+    all_axes[0].set_ylabel(f"{measure.name}, {clients}")
     _legend_below(figure, all_axes)
     return figure
+
+
+def whose(rows: Sequence[Row]) -> str:
+    """Whom the main figures of rows are of, in words."""
+    populations = [one.value for one in Population if any(row.population is one for row in rows)]
+    return f"{' or '.join(populations)} clients"
 
 
 def draw_clients(rows: Sequence[Row], measure: Measure, population: Population) -> Draw | None:

@@ -59,10 +59,15 @@ class Row:
         """The first run's."""
         return self.runs[0].settings
 
+    @property
+    def population(self) -> Population:
+        """Its runs' main one: unseen clients or, where there are none, those that trained."""
+        return self.runs[0].population
+
     @cached_property
     def results(self) -> dict[Phase, list[PhaseResult]]:
-        """How the unseen clients of each seed fare after each phase, the phases in their order."""
-        return self.results_of(Population.UNSEEN)
+        """How the clients of the main population fare after each phase, in each seed, the phases in their order."""
+        return self.results_of(self.population)
 
     def results_of(self, population: Population) -> dict[Phase, list[PhaseResult]]:
         """How a population fares, in those seeds that scored it; empty where none did."""

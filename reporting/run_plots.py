@@ -10,13 +10,13 @@ from perfedavg.recording.runs import KINDS, FinishedRun
 from perfedavg.settings import Population
 from perfedavg.terminal.console import optional
 from reporting.figures import ACCURACY, Measure
-from reporting.plots import LIGHT, Panel, draw_clients, draw_lines, mean_curve, render
+from reporting.plots import LIGHT, Panel, draw_clients, draw_lines, mean_curve, render, whose
 from reporting.rows import group_rows
 
 
 def draw_run_plots(run_folder: Path) -> None:
-    """Write plots/accuracy.png, the learning curve, and plots/clients.png and trained-clients.png, clients before and
-    after personalization.
+    """Write plots/accuracy.png, the learning curve, and plots/clients.png and, beside unseen clients,
+    trained-clients.png, clients before and after personalization.
 
     Of a regression, which has no accuracies, they are of losses, and the first is loss.png. Where drawing fails, for
     whatever reason, a line says so.
@@ -27,12 +27,11 @@ def draw_run_plots(run_folder: Path) -> None:
         measure = ACCURACY if row.has_accuracy else Measure("loss", "loss")
         lines = [(number, kind, mean_curve(row, kind, measure)) for number, kind in enumerate(KINDS)]
         boundaries = [row.settings["fedavg"]["num_rounds"]] if len(row.results) > 1 else []
-        curve = partial(draw_lines, [Panel("", lines)], "round", measure, boundaries=boundaries)
+        curve = partial(draw_lines, [Panel("", lines)], "round", measure, whose([row]), boundaries=boundaries)
         folder.mkdir(exist_ok=True)
-        clients = {
-            "clients": draw_clients([row], measure, Population.UNSEEN),
-            "trained-clients": draw_clients([row], measure, Population.TRAINED),
-        }
+        clients = {"clients": draw_clients([row], measure, row.population)}
+        if row.population is Population.UNSEEN:
+            clients["trained-clients"] = draw_clients([row], measure, Population.TRAINED)
         for name, draw in {measure.field: curve, **clients}.items():
             if draw is not None:
                 replace_file(folder / f"{name}.png", render(draw, LIGHT))

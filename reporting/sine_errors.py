@@ -93,4 +93,10 @@ def draw_errors(rows: Sequence[Row]) -> Draw:
     for number, row in enumerate(rows):
         means, half_widths = pool(row.runs)
         lines.append((number, row.label, (np.arange(len(means), dtype=np.float64), means, half_widths)))
-    return partial(draw_lines, [Panel("", lines)], "gradient steps on the given points", Measure("loss", "test MSE"))
+    return partial(
+        draw_lines,
+        [Panel("", lines)],
+        "gradient steps on the given points",
+        Measure("loss", "test MSE"),
+        "unseen clients",
+    )

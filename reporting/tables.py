@@ -280,7 +280,7 @@ def to_csv(rows: Sequence[Row], target: float) -> str:
 
 def _csv_line(row: Row, run: FinishedRun, population: Population, phase: Phase, target: float) -> dict[str, Any]:
     result, fedavg = run.results[population][phase], run.settings["fedavg"]
-    curve = (run.curve or ()) if population is Population.UNSEEN else ()
+    curve = (run.curve or ()) if population is run.population else ()
     return {
         "dataset": run.dataset,
         "row": row.label,

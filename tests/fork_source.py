@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import json
 import os
 import runpy
@@ -37,7 +36,6 @@ Libraries set some; scikit-learn sets the last two itself, wherever it is import
 ADDRESS_VARIABLE = "PYTEST_FORK_SOURCE"
 """Where the source listens; set for all processes that run tests."""
 MAX_REQUEST_BYTES = 2**17
-CLONE_NEWNET = 0x40000000  # of setns(2)
 NUMBER = struct.Struct("q")
 """A report: a process id, then the exit status."""
 
@@ -262,6 +260,8 @@ def become(request: dict[str, Any]) -> None:
     os.environ.update(request["environment"])
     os.chdir(request["folder"])
     if request["namespace"]:
+        from benchmarks.lan import enter_network_namespace
+
         enter_network_namespace(request["namespace"])
     begin_anew(request["words"], tuple(request["streams"]))
     for descriptor in request["streams"]:
@@ -301,13 +301,6 @@ def import_everything() -> None:
     import utils  # noqa: F401
 
     PIL.Image.preinit()
-
-
-def enter_network_namespace(name: str) -> None:
-    library = ctypes.CDLL(None, use_errno=True)
-    with open(f"/run/netns/{name}") as namespace:
-        if library.setns(namespace.fileno(), CLONE_NEWNET):
-            raise OSError(ctypes.get_errno(), "setns")
 
 
 def end_after(run: Callable[[], object]) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
 import time
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from lan import HOSTS, Lan
+
+from benchmarks.lan import HOSTS, Lan
 
 READY_SECONDS = 60
 SSHD = "/usr/sbin/sshd"
@@ -101,6 +103,21 @@ def _name(pid: int) -> str:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return "sshd, which has ended"
+
+
+@contextlib.contextmanager
+def lan_or_skip() -> Iterator[Lan]:
+    """The hosts; skips the test, with the reason, where there can be none."""
+    if os.geteuid() != 0:
+        pytest.skip("network namespaces need root")
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces need the command ip (iproute2)")
+    with contextlib.ExitStack() as stack:
+        try:
+            lan = stack.enter_context(Lan())
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"network namespaces are not permitted here: {error.stderr.strip()}")
+        yield lan
 
 
 def ssh_hosts_or_skip(lan: Lan, folder: Path) -> contextlib.AbstractContextManager[SshHosts]:

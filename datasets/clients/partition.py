@@ -110,10 +110,33 @@ def labels_per_client(labels: Labels, num_clients: int, count: float) -> list[In
     num_classes = labels.num_classes
     if count > num_classes or num_clients < num_classes:
         raise ValueError(
-            f"--partition labels:{int(count)} needs at least as many clients as the {num_classes} classes in each of "
-            f"the two splits (this one has {num_clients}), and at most {num_classes} labels a client"
+            f"--partition labels:{int(count)} needs at least as many clients as the {num_classes} classes, among those "
+            f"that train and among unseen ones (here it has {num_clients}), and at most {num_classes} labels a client"
         )
     return _as_list(label_skew_quantity_based_partition(labels.values, num_clients, num_classes, int(count)))
+
+
+def label_groups(labels: Labels, num_clients: int, count: float) -> list[Indices]:
+    """Cut the classes in their order into groups of `count`, the clients into as many, and share each class out equally
+    among the clients of its group.
+
+    Clients of a group have the same classes, those of different groups have none in common. It is how benchmarks of
+    personalized methods deal out (Zhang et al. 2023, PFLlib, arXiv 2312.04992), but for their unequal amounts.
+    Raises ValueError where there are fewer clients than groups.
+    """
+    num_groups = -(-labels.num_classes // int(count))
+    if num_clients < num_groups:
+        raise ValueError(
+            f"--partition groups:{int(count)} needs at least as many clients as the {num_groups} groups that it makes "
+            f"of {labels.num_classes} classes, among those that train and among unseen ones (here it has {num_clients})"
+        )
+    parts: list[list[Indices]] = [[] for _ in range(num_clients)]
+    for group, members in enumerate(np.array_split(np.arange(num_clients), num_groups)):
+        for label in range(group * int(count), min((group + 1) * int(count), labels.num_classes)):
+            examples = np.random.permutation(np.flatnonzero(labels.values == label))
+            for client, part in zip(members.tolist(), np.array_split(examples, len(members)), strict=True):
+                parts[client].append(part)
+    return [np.concatenate(own) for own in parts]
 
 
 @dataclass(frozen=True)
@@ -135,6 +158,7 @@ SCHEMES = {
     "dirichlet": Scheme(label_dirichlet, "ALPHA", 0.5),
     "quantity": Scheme(quantity_skew, "SIGMA", 1.0),
     "labels": Scheme(labels_per_client, "N", 2, whole=True),
+    "groups": Scheme(label_groups, "N", 2, whole=True),
     "noise": Scheme(iid, "SIGMA", 0.2),
 }
 """For the noise itself see `partitioned.PartitionedClients`."""

@@ -32,9 +32,27 @@ class ImageSplits:
     num_classes: int
     class_names: tuple[str, ...] | None = None
 
+    def pick(self, indices: NDArray[np.int64]) -> Examples:
+        """The examples of these numbers, which count those of the train split first, and those of the test split on.
+
+        The splits may be mapped files, so only what is picked is read.
+        """
+        num_train = len(self.train_labels)
+        in_test = indices >= num_train
+        if not in_test.any():
+            return self.train_images[indices], self.train_labels[indices]
+        if in_test.all():
+            return self.test_images[indices - num_train], self.test_labels[indices - num_train]
+        images = np.empty((len(indices), *self.train_images.shape[1:]), dtype=np.uint8)
+        labels = np.empty(len(indices), dtype=np.int64)
+        for part in (in_test, ~in_test):
+            images[part], labels[part] = self.pick(indices[part])
+        return images, labels
+
 
 class PartitionedClients(ConsecutiveClients):
-    """Clients of which the first `num_train` share the train split, and the others the test split.
+    """Clients of which the first `num_train` share the train split, and the others the test split. Where there are no
+    others, all share both.
 
     With the partition `noise:SIGMA`, client i of N adds Gaussian noise of standard deviation SIGMA * (i + 1) / N
     (in units of the full brightness) to each of its images (Li et al. 2022), always the same noise; i counts within
@@ -48,24 +66,25 @@ class PartitionedClients(ConsecutiveClients):
         self._noise = partition.value if partition.name == "noise" else 0.0
         self.num_classes = splits.num_classes
         self.class_names = splits.class_names
+        shared = [(0, splits.train_labels, num_train), (num_train, splits.test_labels, num_unseen)]
+        if not num_unseen:
+            shared = [(0, np.concatenate([splits.train_labels, splits.test_labels]), num_train)]
         dealt: list[NDArray[np.int64]] = []
-        for first, values, count in ((0, splits.train_labels, num_train), (num_train, splits.test_labels, num_unseen)):
+        for first, values, count in shared:
             labels = Labels(values, splits.num_classes)
             dealt += partition.deal(labels, count, data_stream(seed, Purpose.PARTITION, first))
         super().__init__(np.concatenate([[0], np.cumsum([len(indices) for indices in dealt])]))
         self._indices = np.concatenate(dealt)
 
     def examples(self, client: int) -> Examples:
-        splits, own = self._splits, self._indices[self._places(client)]
-        if client < self._num_train:
-            images, labels, position, count = splits.train_images, splits.train_labels, client, self._num_train
-        else:
-            images, labels = splits.test_images, splits.test_labels
+        own, position, count = self._indices[self._places(client)], client, self._num_train
+        if client >= self._num_train:
+            own = own + len(self._splits.train_labels)
             position, count = client - self._num_train, self._num_unseen
-        inputs = images[own]
+        inputs, labels = self._splits.pick(own)
         if self._noise:
             inputs = self._with_noise(inputs, client, self._noise * (position + 1) / count)
-        return inputs, labels[own]
+        return inputs, labels
 
     def _with_noise(self, images: NDArray[np.uint8], client: int, deviation: float) -> NDArray[np.uint8]:
         generator = np.random.default_rng(data_stream(self._seed, Purpose.NOISE, client))

@@ -36,7 +36,7 @@ def load_person(
     if len(labels) < 2:
         raise ValueError(f"{folder} holds 1 image; add another: one to adapt to, and one to be scored on")
     order = np.random.default_rng(data_stream(seed, Purpose.LOCAL_CUT, 0)).permutation(len(labels))
-    num_train = count_train(len(labels), 100 * (1 - test_fraction))
+    num_train = count_train(len(labels), test_fraction)
     return cut_examples(np.concatenate([*by_name.values()])[order], labels[order], num_train)
 
 

@@ -18,15 +18,16 @@ from datasets.clients.raw import RawClients
 from perfedavg.contracts import ClientData
 from perfedavg.seeding import Purpose, data_stream
 
-TRAIN_PERCENT = 80
-"""Share of a client's examples that it trains or adapts on; it is scored on the rest."""
+TEST_FRACTION = Fraction(1, 5)
+"""Share of a client's examples that it is scored on, where nothing else is asked for; it trains or adapts on the rest.
+"""
 
 
 class SplitDataset:
-    """Clients 0 .. num_train - 1 train; the next num_unseen are unseen; any others are not used.
+    """Clients 0 .. num_train - 1 train; the next num_unseen, which may be 0, are unseen; any others are not used.
 
-    Each client's examples are shuffled by (seed, client) before they are cut 80/20, so that both parts have the same
-    label mix. Examples that stand in an order keep it. So do those that overlap, and those of them at the cut that
+    Each client's examples are shuffled by (seed, client) before they are cut, so that both parts have the same label
+    mix. Examples that stand in an order keep it. So do those that overlap, and those of them at the cut that
     share text with the training part are dropped; otherwise a client would be scored on text that it trained on. Where
     the data set is published with a split of its own, that is the cut. Clients too small to have an example in each
     part are left out.
@@ -34,6 +35,7 @@ class SplitDataset:
     local_split: `shuffled`, as above; or `tail`, which sorts a client's examples by label before they are cut, as the
         code behind the published figures does. The test part then has its last labels only, often a single one.
     note: what has to be said with every result.
+    test_fraction: share of a client's examples that it is scored on, above 0 and below 1.
     """
 
     def __init__(
@@ -45,8 +47,9 @@ class SplitDataset:
         seed: int,
         local_split: str = "shuffled",
         note: str = "",
+        test_fraction: Fraction = TEST_FRACTION,
     ) -> None:
-        """Raises ValueError where no training client or no unseen client remains."""
+        """Raises ValueError where no training client remains, or none of the unseen clients."""
         self.name = name
         self.note = note
         self.num_classes = clients.num_classes
@@ -57,18 +60,20 @@ class SplitDataset:
         self._clients = clients
         self._seed = seed
         self._local_split = local_split
+        self._test_fraction = test_fraction
+        smallest = _smallest_client(clients.overlap, test_fraction)
         used = num_train + num_unseen
-        left_out = {client for client in _too_small(clients) if client < used}
+        left_out = {client for client in _too_small(clients, smallest) if client < used}
         self.num_left_out = len(left_out)
         self.train_client_ids = _without(range(num_train), left_out)
         self.unseen_client_ids = _without(range(num_train, used), left_out)
-        if not (num_train > 0 and num_unseen > 0):
+        if num_train < 1:
             raise ValueError(
                 f"--unseen_fraction leaves {num_train} of {used} clients of {name} to train and {num_unseen} to be "
-                "scored, and there must be one of each; change it"
+                "scored, and somebody must train; change it"
             )
-        if not (self.train_client_ids and self.unseen_client_ids):
-            lack = f"fewer than {_smallest_client(clients.overlap)} examples"
+        if not (self.train_client_ids and (self.unseen_client_ids or not num_unseen)):
+            lack = f"fewer than {smallest} examples"
             if clients.train_counts is not None:
                 lack = "no example in one of the parts of their published split"
             raise ValueError(
@@ -84,7 +89,7 @@ class SplitDataset:
     def num_train_examples(self, client_id: int) -> int:
         if self._clients.train_counts is not None:
             return self._clients.train_counts[client_id]
-        return count_train(self._clients.num_examples(client_id))
+        return count_train(self._clients.num_examples(client_id), self._test_fraction)
 
     def client_data(self, client_id: int) -> ClientData:
         raw, labels = self._clients.examples(client_id)
@@ -97,7 +102,8 @@ class SplitDataset:
             order = generator.permutation(len(labels))
         if published is not None:
             return cut_examples(raw[order], labels[order], published[client_id])
-        return cut_examples(raw[order], labels[order], count_train(len(labels)), overlap)
+        num_train = count_train(len(labels), self._test_fraction)
+        return cut_examples(raw[order], labels[order], num_train, overlap)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -106,6 +112,8 @@ class SplitDataset:
         parts: tuple[object, ...] = (self._clients.fingerprint, *counts, self._seed)
         if self._local_split != "shuffled":
             parts += (self._local_split,)
+        if self._test_fraction != TEST_FRACTION:
+            parts += (str(self._test_fraction),)
         return hashlib.blake2b(str(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -131,21 +139,23 @@ def mean_squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.mse_loss(outputs, labels)
 
 
-def count_train(num_examples: int, train_percent: int | Fraction = TRAIN_PERCENT) -> int:
-    """So many percent of a client's examples, rounded down, but at least one example on each side of the cut."""
-    return min(max(int(num_examples * train_percent // 100), 1), num_examples - 1)
+def count_train(num_examples: int, test_fraction: Fraction = TEST_FRACTION) -> int:
+    """A client's examples without the share to be scored on, rounded down, but at least one on each side of the cut."""
+    share = 1 - test_fraction
+    return min(max(num_examples * share.numerator // share.denominator, 1), num_examples - 1)
 
 
-def _too_small(clients: RawClients) -> Sequence[int]:
+def _too_small(clients: RawClients, smallest: int) -> Sequence[int]:
     """The clients without an example in each part."""
     if clients.train_counts is None:
-        return clients.smaller_than(_smallest_client(clients.overlap))
+        return clients.smaller_than(smallest)
     return [client for client, count in enumerate(clients.train_counts) if not 0 < count < clients.num_examples(client)]
 
 
-def _smallest_client(overlap: int) -> int:
-    """The fewest examples at which both parts have one: a fifth, rounded up, must exceed what is dropped."""
-    return max(2, 5 * overlap + 1)
+def _smallest_client(overlap: int, test_fraction: Fraction) -> int:
+    """The fewest examples at which both parts have one: the share to be scored on, rounded up, must exceed what is
+    dropped."""
+    return max(overlap + 2, int(overlap / test_fraction) + 1)
 
 
 def _without(client_ids: range, left_out: set[int]) -> Sequence[int]:

@@ -44,6 +44,11 @@ class ValidationView(View):
     def __init__(self, dataset: FederatedDataset, num_scored: int) -> None:
         """Raises ValueError where no client would be left to train."""
         super().__init__(dataset)
+        if num_scored < 1:
+            raise ValueError(
+                "--validation true holds the share of --unseen_fraction out of the training clients, and with 0 nobody "
+                "to be scored; give a share above 0"
+            )
         num_train = len(dataset.train_client_ids) - num_scored
         if num_train < 1:
             raise ValueError(
@@ -65,7 +70,13 @@ class JointView(View):
     """One training client that has the training parts of all of them: centralized training, as a federation of one."""
 
     def __init__(self, dataset: FederatedDataset) -> None:
+        """Raises ValueError where nobody would be left to be scored."""
         super().__init__(dataset)
+        if not len(dataset.unseen_client_ids):
+            raise ValueError(
+                "--joint true pools the training clients in one without a test part, and there are no unseen clients "
+                "to be scored; give an --unseen_fraction above 0"
+            )
         self.unseen_client_ids = dataset.unseen_client_ids
         self.train_client_ids = (dataset.train_client_ids[0],)
         self._lock = threading.Lock()

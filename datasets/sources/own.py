@@ -141,7 +141,8 @@ class OwnDataset:
         self._like: ClientData | None = None
         self._like = self.client_data(self.train_client_ids[0])
         self._check_repeatable(self.train_client_ids[0], self._like)
-        self.client_data(self.unseen_client_ids[0])
+        for client_id in self.unseen_client_ids[:1]:
+            self.client_data(client_id)
 
     def client_name(self, client_id: int) -> str | None:
         """What the user's data set calls a client, where it does."""
@@ -196,9 +197,9 @@ class OwnDataset:
                 )
             ids = [operator.index(client_id) for client_id in listed]  # also numpy's integers
         numbers: Sequence[int] = ids
-        if not numbers:
-            raise self._broken(f"{part} is empty; there must be clients to train and clients to be scored")
-        for number in (numbers[0], numbers[-1]) if isinstance(numbers, range) else numbers:
+        if not numbers and part == "train_client_ids":
+            raise self._broken(f"{part} is empty; there must be clients to train")
+        for number in (*numbers[:1], *numbers[-1:]) if isinstance(numbers, range) else numbers:
             if not 0 <= number < 2**63:
                 raise self._broken(f"{part} holds {number}; number the clients from 0 on")
         if len(_members(numbers)) < len(numbers):

@@ -1,5 +1,5 @@
-"""Who takes part: the training clients of each round, the unseen clients behind the accuracy curve, and those of the
-training clients that are scored.
+"""Who takes part: the training clients of each round, those of them that are scored, and the clients behind the
+accuracy curve.
 """
 
 from __future__ import annotations
@@ -32,25 +32,30 @@ def draw_next_cohort(
     return draw_cohort(config, train_client_ids, following[0], 1) if following else ()
 
 
-def draw_eval_clients(config: ExperimentConfig, unseen_client_ids: Sequence[int]) -> tuple[int, ...]:
-    """The unseen clients behind the accuracy curve: the same ones in every round. Follows from the seed."""
+def draw_eval_clients(config: ExperimentConfig, scored_client_ids: Sequence[int]) -> tuple[int, ...]:
+    """The clients behind the accuracy curve: the same ones in every round. Follows from the seed.
+
+    scored_client_ids: of the population that the curve is of (`Population.main`), those that are scored at the end.
+    """
     sequence = seed_sequence(config.seed, Purpose.EVAL_CLIENTS)
-    return _draw(sequence, unseen_client_ids, min(config.eval_clients, len(unseen_client_ids)))
+    return _draw(sequence, scored_client_ids, min(config.eval_clients, len(scored_client_ids)))
 
 
 def draw_trained_clients(config: ExperimentConfig, clients: ClientDirectory) -> tuple[int, ...]:
     """Clients that took part in training, to be scored: the same ones after each phase. Follows from the seed.
 
-    They are drawn from those that were in a round of the run's first phase and have a test part. An update that was
-    refused makes no difference.
+    They are drawn from those that are in a round of the run's first phase and have a test part. An update that was
+    refused makes no difference. Where there is no round and no unseen client, so that there is nobody else to be
+    scored, they are drawn from all clients that would train.
     """
-    count = config.num_trained_scored
+    count, num_unseen = config.num_trained_scored, len(clients.unseen_client_ids)
     if count is None:
-        count = len(clients.unseen_client_ids)
+        count = num_unseen or len(clients.train_client_ids)
     first, settings = next(iter(config.phases.items()))
     rounds = range(1, settings.num_rounds + 1) if count else ()
     cohorts = (draw_cohort(config, clients.train_client_ids, first, number) for number in rounds)
-    took_part = np.array(sorted(set().union(*cohorts)))
+    nobody_trains = not settings.num_rounds and not num_unseen
+    took_part = np.array(clients.train_client_ids if nobody_trains else sorted(set().union(*cohorts)))
     order = np.random.default_rng(seed_sequence(config.seed, Purpose.TRAINED_CLIENTS)).permutation(took_part)
     has_test_part = getattr(clients, "has_test_part", lambda client_id: True)
     return tuple(sorted(islice(filter(has_test_part, order.tolist()), count)))

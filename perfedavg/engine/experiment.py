@@ -1,4 +1,4 @@
-"""The experiment: FedAvg, fine-tuning, personalization of clients never seen in training.
+"""The experiment: FedAvg, fine-tuning, personalization of clients never seen in training, or of those that trained.
 
 Jiang, Konecny, Rush, Kannan 2019, "Improving Federated Learning Personalization via Model Agnostic Meta Learning",
 arXiv 1909.12488. This is the only place where rounds are counted, whoever does the clients' work.
@@ -26,7 +26,7 @@ from perfedavg.engine.scores import ClientScore, RunScores, check_summary, mean,
 from perfedavg.engine.tasks import CohortTask, ScoringTask
 from perfedavg.plain_values import from_plain, shown
 from perfedavg.seeding import Purpose, seed_sequence
-from perfedavg.settings import ExperimentConfig, Phase, PhaseConfig, Population
+from perfedavg.settings import ExperimentConfig, Phase, PhaseConfig, Population, flag
 from perfedavg.training.optimizers import ServerOptimizer
 
 
@@ -228,11 +228,11 @@ def run_experiment(
     observers: Sequence[Observer] = (),
 ) -> ExperimentOutcome:
     """Train through every phase from where `state` stands, and score clients after each: all unseen ones, and
-    some that took part.
+    some that took part; without unseen ones, all that took part.
 
     The outcome follows from configuration, clients and initial parameters alone, to the bit, and not from which
     executor did the work, nor from how often the run was stopped and went on from its state.
-    Raises ValueError where a round asks for more clients than there are to train.
+    Raises ValueError where a round asks for more clients than there are to train, or nobody would be scored.
     """
     for _ in experiment_rounds(config, executor, clients, state, observers):
         pass
@@ -251,7 +251,9 @@ def experiment_rounds(
     Time that the caller takes between two rounds does not count.
     """
     config.check_cohort_size(len(clients.train_client_ids))
-    return _Run(config, executor, clients, state, observers).go_on()
+    run = _Run(config, executor, clients, state, observers)
+    run.check_scored()
+    return run.go_on()
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,17 @@ class _Run:
     clients: ClientDirectory
     state: ExperimentState
     observers: Sequence[Observer]
+
+    def check_scored(self) -> None:
+        """Raises ValueError where nobody would be scored."""
+        if len(self.clients.unseen_client_ids) or self._main_clients:
+            return
+        count = self.config.num_trained_scored
+        raise ValueError(
+            "there are no unseen clients and "
+            + (f"{flag('num_trained_scored')} 0 scores no others" if count == 0 else "no training client to be scored")
+            + f"; use {'a higher number, or ' if count == 0 else ''}{flag('unseen_fraction')} above 0"
+        )
 
     def go_on(self) -> Iterator[RoundRecord]:
         """From where the state stands to the end."""
@@ -326,17 +339,17 @@ class _Run:
         state.end_round(mean_update, config.phases[phase].server_rate_factor(round_number), record, update.keeping)
 
     def _record_round(self) -> RoundRecord:
-        """Score the unseen clients where the round that has been trained is a time to, and tell of the round."""
+        """Score the clients of the curve where the round that has been trained is a time to, and tell of the round."""
         state, record = self.state, self.state.pending_record
         assert record is not None, "a round has been trained"
         point: list[ClientScore] | None = None
         if state.num_rounds == self.config.phases[state.phase].num_rounds:
             self._score_populations()
-            curve_clients = draw_eval_clients(self.config, self.clients.unseen_client_ids)
-            unseen = state.scores[state.phase][Population.UNSEEN]
-            point = [score for score in unseen if score.client_id in curve_clients]
+            curve_clients = draw_eval_clients(self.config, self._main_clients)
+            scores = state.scores[state.phase][self._main_population]
+            point = [score for score in scores if score.client_id in curve_clients]
         elif state.num_rounds % self.config.eval_every == 0:
-            point = self._score(draw_eval_clients(self.config, self.clients.unseen_client_ids))
+            point = self._score(draw_eval_clients(self.config, self._main_clients))
         if point is not None:
             record = replace(record, evaluation=summarize(point))
         for observer in self.observers:
@@ -355,6 +368,14 @@ class _Run:
                 for observer in self.observers:
                     observer.scoring_started(phase, population, len(client_ids))
                 self.state.add_scores(population, self._score(client_ids, self.config.num_curve_epochs))
+
+    @property
+    def _main_population(self) -> Population:
+        return Population.main(len(self.clients.unseen_client_ids))
+
+    @property
+    def _main_clients(self) -> tuple[int, ...]:
+        return self._populations[self._main_population]
 
     @cached_property
     def _populations(self) -> dict[Population, tuple[int, ...]]:

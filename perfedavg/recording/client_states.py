@@ -80,6 +80,7 @@ class StateFiles:
         self._current: dict[int, Version] = {}
         self._put: dict[int, Version] = {}
         self._superseded: set[Version] = set()
+        self._to_remove: set[Version] = set()
         self._kept: Sequence[References] = ()
         self._unwritten: dict[Version, ClientState] = {}  # in the order of writing
         self._wanted: deque[Version] = deque()
@@ -125,6 +126,7 @@ class StateFiles:
         version = Version(client_id, self._phase, self._round_number)
         with self._changed:
             self._put[client_id] = version
+            self._to_remove.discard(version)  # that of a round that is repeated
             self._unwritten[version] = state
             self._start_writing()
             self._changed.wait_for(lambda: self._has_room or self._failure is not None)
@@ -177,6 +179,7 @@ class StateFiles:
         """
         if self._folder.is_dir():
             remove_partial_files(self._folder)
+        self.read_ahead(())
         found = {version for path in self._folder.glob("*.safetensors") if (version := Version.of_file(path))}
         with self._changed:
             self._current = {} if references is None else references.versions
@@ -248,7 +251,16 @@ class StateFiles:
 
     def _remove(self, version: Version) -> None:
         self._unwritten.pop(version, None)
-        self._writer.submit((self._folder / version.file_name).unlink, missing_ok=True)
+        self._to_remove.add(version)
+        self._writer.submit(self._unlink, version)
+
+    def _unlink(self, version: Version) -> None:
+        """Unless the version was put again: then it may have been written since."""
+        with self._changed:
+            if version not in self._to_remove:
+                return
+            self._to_remove.remove(version)
+        (self._folder / version.file_name).unlink(missing_ok=True)
 
     def _read_on(self) -> None:
         """Read ahead what is wanted next, as far as there is room."""

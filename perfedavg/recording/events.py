@@ -11,7 +11,7 @@ from typing import Any
 
 from perfedavg.engine.experiment import RoundRecord
 from perfedavg.recording.files import GrowingFile
-from perfedavg.settings import Phase, PhaseConfig
+from perfedavg.settings import Phase, PhaseConfig, Population
 
 FILE_NAME = "events.out.tfevents.perfedavg"
 """TensorBoard reads files with `tfevents` in their name."""
@@ -23,8 +23,12 @@ class EventFile:
     The step of an event is its round, counted through the phases. Numbers that are not finite are left out.
     """
 
-    def __init__(self, folder: Path, phases: Mapping[Phase, PhaseConfig], metrics: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, phases: Mapping[Phase, PhaseConfig], metrics: Sequence[str], population: Population
+    ) -> None:
+        """population: whom the points of the curve are of."""
         self._folder = folder
+        self._population = population
         self._file = GrowingFile(folder / FILE_NAME)
         self._has_header = False
         self._metrics = metrics
@@ -51,13 +55,13 @@ class EventFile:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         before = sum(num_rounds for phase, num_rounds in self._num_rounds.items() if phase < record.phase)
-        scalars = _scalars(record, self._metrics)
+        scalars = _scalars(record, self._metrics, self._population)
         scalars = {tag: value for tag, value in scalars.items() if value is not None and math.isfinite(value)}
         summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()])
         return _framed(step=before + record.round_number, summary=summary)
 
 
-def _scalars(record: RoundRecord, metrics: Sequence[str]) -> dict[str, float | None]:
+def _scalars(record: RoundRecord, metrics: Sequence[str], population: Population) -> dict[str, float | None]:
     scalars: dict[str, float | None] = {
         "training/loss": record.train_loss,
         "training/update_norm": record.update_norm,
@@ -68,8 +72,8 @@ def _scalars(record: RoundRecord, metrics: Sequence[str]) -> dict[str, float | N
     if record.evaluation is not None:
         for kind in ("initial", "personalized"):
             for metric in metrics:
-                scalars[f"unseen_{metric}/{kind}"] = record.evaluation[kind][metric]
-        scalars["unseen_accuracy/fraction_hurt"] = record.evaluation["fraction_hurt"]
+                scalars[f"{population.value}_{metric}/{kind}"] = record.evaluation[kind][metric]
+        scalars[f"{population.value}_accuracy/fraction_hurt"] = record.evaluation["fraction_hurt"]
     return scalars
 
 

@@ -157,7 +157,10 @@ class RunFolder:
         identity = RunIdentity(config, clients.fingerprint, {"commit": environment["commit"]}, kernels)
         self._clients = clients
         self._checkpoints = Checkpoints(self.path / CHECKPOINT_FOLDER, identity, self.client_states)
-        self._events: EventFile | None = EventFile(self.path / "tensorboard", config.phases, config.metric_names)
+        population = Population.main(len(clients.unseen_client_ids))
+        self._events: EventFile | None = EventFile(
+            self.path / "tensorboard", config.phases, config.metric_names, population
+        )
         with self._needing_room():
             state = self._go_on(config, run_settings, environment) if self._resumes else None
             if not self._resumes:

@@ -161,13 +161,16 @@ class RunResult:
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """A point of the curve that a run draws while it trains, over the unseen clients of `--eval_clients`.
+    """A point of the curve that a run draws while it trains, over some clients of its main population.
 
     round_number: counted from 1 over the whole run; those of phase 2 go on from those of phase 1.
+    clients: their number, `--eval_clients` at most.
     training_seconds: what the rounds up to this one took, without evaluation; None where it was not kept.
     """
 
+    phase: Phase
     round_number: int
+    clients: int
     initial: Scores
     personalized: Scores
     training_seconds: float | None = None
@@ -179,7 +182,7 @@ class FinishedRun:
 
     settings: the experiment as plain values, as config.json holds it.
     environment: versions and commit.
-    results: of each population that was scored, after each phase in their order. Unseen clients always are.
+    results: of each population that was scored, after each phase in their order. The main one always is.
     curve: None where metrics.jsonl is missing or damaged.
     clients: of each population, the columns of figures in clients.csv, (num_clients,) each; None where it is missing or
         damaged.
@@ -217,9 +220,26 @@ class FinishedRun:
         return cls(folder, settings, result, run.environment, results, curve, clients, names, tuple(problems))
 
     @property
+    def population(self) -> Population:
+        """The main one: unseen clients or, where the run has none, those that trained."""
+        return Population.main(self.result.unseen_clients)
+
+    @property
     def phases(self) -> Mapping[Phase, PhaseResult]:
-        """How the unseen clients fare after each phase; never empty."""
-        return self.results[Population.UNSEEN]
+        """How the clients of the main population fare after each phase; never empty."""
+        return self.results[self.population]
+
+    def best_point(self, kind: str, metric: str = "accuracy", phase: Phase | None = None) -> CurvePoint | None:
+        """The point of the curve with the best mean, and of several the first. It is chosen by the scores that it is
+        reported by, as where others publish the best round's figure, and so looks better than it is.
+
+        kind: of KINDS.  phase: by default the whole run.
+        None without a curve, and where the metric is no number at any point of it.
+        """
+        sign = 1 if self.result.higher_is_better[metric] else -1
+        points = [point for point in self.curve or () if phase in (None, point.phase)]
+        scored = [(sign * value, point) for point in points if (value := getattr(point, kind).get(metric)) is not None]
+        return max(scored, key=lambda pair: pair[0])[1] if scored else None
 
     @property
     def dataset(self) -> str:
@@ -230,13 +250,13 @@ class FinishedRun:
         return int(self.settings["seed"])
 
     def client_scores(
-        self, phase: Phase, kind: str, metric: str, population: Population = Population.UNSEEN
+        self, phase: Phase, kind: str, metric: str, population: Population | None = None
     ) -> NDArray[np.float64] | None:
-        """A score of each client of a population, (num_clients,), NaN where it is no number.
+        """A score of each client of a population, by default the main one, (num_clients,), NaN where it is no number.
 
         None where they are not known.
         """
-        columns = (self.clients or {}).get(population)
+        columns = (self.clients or {}).get(population or self.population)
         return None if columns is None else columns.get(f"{result_key(phase)}_{kind}_{metric}")
 
 
@@ -333,7 +353,7 @@ def _read_result(path: Path, phases: Sequence[Phase]) -> tuple[RunResult, dict[P
             missing = [phase for phase, one in after.items() if one is None]
             if not missing:
                 results[population] = after
-            elif population is Population.UNSEEN or len(missing) < len(phases):
+            elif population is Population.main(result.unseen_clients) or len(missing) < len(phases):
                 raise ValueError(f"it lacks {result_key(missing[0], population)}")
     return result, results
 
@@ -367,7 +387,8 @@ def _read_curve(folder: Path, num_fedavg_rounds: int) -> tuple[CurvePoint, ...]:
         else:
             seconds += record.seconds
         if record.evaluation is not None:
-            points.append(CurvePoint(round_number, record.evaluation.initial, record.evaluation.personalized, seconds))
+            phase, scored = Phase.of_field(record.phase), record.evaluation
+            points.append(CurvePoint(phase, round_number, scored.clients, scored.initial, scored.personalized, seconds))
     return tuple(points)
 
 
@@ -376,7 +397,7 @@ def _read_clients(
 ) -> tuple[dict[Population, dict[str, NDArray[np.float64]]], dict[Population, tuple[str, ...]]]:
     import numpy as np
 
-    phases = results[Population.UNSEEN]
+    phases = next(iter(results.values()))
     names = ["client_id", "num_train_examples"]
     names += [f"{result_key(phase)}_{kind}_{metric}" for phase in phases for kind in KINDS for metric in metrics]
     with _naming(path), open(path, newline="", encoding="utf-8") as file:

@@ -44,7 +44,7 @@ def _costs_nothing(method: _Method) -> _Method:
 
 
 class ProgressDisplay:
-    """An observer that shows phase, round, time to go and the latest accuracies of unseen clients.
+    """An observer that shows phase, round, time to go and the latest accuracies of the clients of the curve.
 
     On a terminal it is one line that is redrawn; elsewhere (a file, a pipe) a line for each point of the curve, and one
     where there was none for a while. Before
@@ -55,6 +55,7 @@ class ProgressDisplay:
         self._stream = stream or sys.stderr
         self._config = config
         self._phases = config.phases
+        self._population = Population.main(len(clients.unseen_client_ids))
         self._time = TimeToGo(config, clients)
         self._prices = describe_dear_methods(config, clients)
         self._phase = next(iter(self._phases))
@@ -130,7 +131,7 @@ class ProgressDisplay:
         if self._scoring is not None:
             self._end_scoring(time.monotonic())
         if self._bar is not None:
-            self._bar.set_postfix_str(_accuracies(summarize(scores[phase][Population.UNSEEN])))
+            self._bar.set_postfix_str(_accuracies(summarize(scores[phase][self._population])))
             self._bar.close()
             self._bar = None
 
@@ -187,17 +188,21 @@ def result_table(result: dict[str, Any], config: ExperimentConfig, note: str = "
     widths = {metric: max(9, len(metric) + (3 if metric == "accuracy" else 2)) for metric in result["higher_is_better"]}
     width = sum(widths.values())
     names = "".join(f"{metric:>{width}}" for metric, width in widths.items())
+    population, trained = Population.main(result["unseen_clients"]), _result_keys(result, Population.TRAINED)
+    of_training = ""
+    for key in list(trained.values())[:1]:
+        of_training = f"{result[key]['clients']} of {result['train_clients']} training clients"
+    whose = f"{result['unseen_clients']} unseen clients" if population is Population.UNSEEN else of_training
     lines = [
-        f"{result['unseen_clients']} unseen clients of {shown_dataset(result['dataset'])}, uniform means",
+        f"{whose} of {shown_dataset(result['dataset'])}, uniform means",
         *([note] if note else []),
         "",
         f"{'':19}{'initial':^{width}}{'personalized':^{width}}{'clients':>9}",
         f"{'':19}{names}{names}{'hurt':>9}",
-        *_result_rows(result, config, Population.UNSEEN, widths),
+        *_result_rows(result, config, population, widths),
     ]
-    for key in list(_result_keys(result, Population.TRAINED).values())[:1]:
-        lines += ["", f"{result[key]['clients']} of {result['train_clients']} training clients"]
-        lines += _result_rows(result, config, Population.TRAINED, widths)
+    if trained and population is Population.UNSEEN:
+        lines += ["", of_training, *_result_rows(result, config, Population.TRAINED, widths)]
     lines += ["", f"model sha256 {result['model_sha256']}, seed {result['seed']}, {result['seconds']:.1f} s"]
     return "\n".join(lines)
 

@@ -28,14 +28,15 @@ class TimeToGo:
         self._config = config
         self._phases = config.phases
         self._clients = _Sample(config, clients)
-        self._num_scored = {Population.UNSEEN: len(clients.unseen_client_ids)}
+        num_unseen, num_train = len(clients.unseen_client_ids), len(clients.train_client_ids)
+        self._num_scored = {Population.UNSEEN: num_unseen} if num_unseen else {}
         if not config.joint:
             most = config.num_trained_scored
-            wanted = len(clients.unseen_client_ids) if most is None else most
+            wanted = (num_unseen or num_train) if most is None else most
             num_rounds = next(iter(self._phases.values())).num_rounds
-            took_part = min(len(clients.train_client_ids), config.cohort_size * num_rounds)
+            took_part = min(num_train, config.cohort_size * num_rounds) if num_rounds or num_unseen else num_train
             self._num_scored[Population.TRAINED] = min(wanted, took_part)
-        self._num_on_curve = min(config.eval_clients, len(clients.unseen_client_ids))
+        self._num_on_curve = min(config.eval_clients, self._num_scored[Population.main(num_unseen)])
         self._rounds = {phase: deque[float](maxlen=NUM_LAST_ROUNDS) for phase in self._phases}
         self._seconds_of_scored_step: float | None = None
 
@@ -128,7 +129,8 @@ class _Sample:
     def __init__(self, config: ExperimentConfig, clients: ClientDirectory) -> None:
         self._batch_size = config.batch_size
         self._train_sizes = _sizes_of_some(clients, clients.train_client_ids)
-        self._unseen_sizes = _sizes_of_some(clients, clients.unseen_client_ids)
+        unseen = clients.unseen_client_ids
+        self._scored_sizes = _sizes_of_some(clients, unseen) if len(unseen) else self._train_sizes
 
     def round_cost(self, settings: PhaseConfig) -> float:
         """Of a training client in a round."""
@@ -140,7 +142,7 @@ class _Sample:
 
     def adapting_cost(self, num_epochs: int) -> float:
         """Of a client that is scored."""
-        return statistics.fmean(num_epochs * -(-size // self._batch_size) for size in self._unseen_sizes)
+        return statistics.fmean(num_epochs * -(-size // self._batch_size) for size in self._scored_sizes)
 
 
 def _sizes_of_some(clients: ClientDirectory, client_ids: Sequence[int]) -> list[int]:

@@ -20,7 +20,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from perfedavg.contracts import FederatedDataset
+from perfedavg.contracts import FederatedDataset, example_data
 from perfedavg.settings import ExperimentConfig, Phase, flag
 from perfedavg.terminal.console import say
 from perfedavg.training.client_models import Batch
@@ -95,7 +95,7 @@ def default_num_slots(config: ExperimentConfig, device_kind: str, num_cores: int
 
 def _obstacle_to_groups(model: nn.Module, dataset: FederatedDataset, device: str) -> str | None:
     """Why clients cannot be trained together, as a step on a few examples shows; None where they can."""
-    data = dataset.client_data(dataset.unseen_client_ids[0])
+    data = example_data(dataset)
     inputs, labels = (part[None, :TRIED_EXAMPLES].to(device) for part in (data.train_inputs, data.train_labels))
     size = labels.shape[1]
     try:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 from helpers import TINY, Launched, Process, finish, read_result, wait_for_line
-from lan import HOSTS, Lan, lan_or_skip
-from ssh_hosts import SshHosts, ssh_hosts_or_skip
+from ssh_hosts import SshHosts, lan_or_skip, ssh_hosts_or_skip
+
+from benchmarks.lan import HOSTS, Lan
 
 FLAGS = [*TINY, "--rounds", "30", "--eval_every", "3"]
 LONG = [*TINY, "--rounds", "100000"]

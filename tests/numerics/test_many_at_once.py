@@ -72,6 +72,7 @@ def emnist_cnn_without_dropout() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: build_model("mlp", (1, 28, 28), 10),
     "mnist_cnn": lambda: build_model("mnist_cnn", (1, 28, 28), 10),
+    "two_conv_cnn": lambda: build_model("two_conv_cnn", (1, 28, 28), 10),
     "emnist_cnn": lambda: build_model("emnist_cnn", (1, 28, 28), 10),
     "emnist_cnn without dropout": emnist_cnn_without_dropout,
     "mlp with dropout": mlp_with_dropout,

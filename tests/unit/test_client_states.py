@@ -261,6 +261,19 @@ def test_who_brings_more_than_may_wait_waits(disk: Disk, tmp_path: Path, monkeyp
     assert store.versions() == {1: 1, 2: 1}
 
 
+def test_a_round_that_is_repeated_keeps_what_is_put_then(disk: Disk, tmp_path: Path) -> None:
+    """The writer, still busy with the first attempt's state, writes the second's before it removes the first's."""
+    disk.is_free.clear()
+    store = StateFiles(tmp_path)
+    store.begin_round(Phase.FEDAVG, 1)
+    store.put(1, state(7.0))
+    assert disk.is_asked.wait(60)
+    put_round(store, 1, 1)
+    disk.is_free.set()
+    assert store.versions() == {1: 1}
+    assert value_of(settled(store), 1) == 1.0
+
+
 def test_a_failure_of_before_is_no_answer(disk: Disk, tmp_path: Path) -> None:
     """There is room again when a checkpoint asks for the states, while a write of before is still to fail."""
     disk.is_full = True

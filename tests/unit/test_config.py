@@ -25,7 +25,7 @@ def test_survives_json() -> None:
 
 @pytest.mark.parametrize(
     ("fraction", "num_clients", "unseen"),
-    [("0.2", 3400, 680), ("9/34", 3400, 900), ("0.25", 3, 1), ("0.01", 7, 1), ("1/3", 100, 33)],
+    [("0.2", 3400, 680), ("9/34", 3400, 900), ("0.25", 3, 1), ("0.01", 7, 1), ("1/3", 100, 33), ("0.0", 7, 0)],
 )
 def test_a_share_of_the_clients_is_unseen_but_one_at_least(fraction: str, num_clients: int, unseen: int) -> None:
     """Natural clients come in any number, so the share is rounded."""
@@ -58,7 +58,8 @@ def test_a_linear_schedule_falls_from_the_full_rate_towards_none() -> None:
         ({"num_clients": 3}, ["--client_num_in_total 3", "such as 5"]),
         ({"num_clients": 20, "unseen_fraction": "1/3"}, ["--client_num_in_total 20", "multiple of 3", "18 or 21"]),
         ({"unseen_fraction": "1.0"}, ["--unseen_fraction 1.0", "below 1"]),
-        ({"unseen_fraction": "0"}, ["--unseen_fraction 0"]),
+        ({"unseen_fraction": "-0.1"}, ["--unseen_fraction -0.1", "must be 0, or above 0 and below 1"]),
+        ({"local_test_fraction": "0"}, ["--local_test_fraction 0", "above 0 and below 1"]),
         ({"unseen_fraction": "1/0"}, ["--unseen_fraction 1/0"]),
         ({"unseen_fraction": "few"}, ["--unseen_fraction few"]),
         ({"num_clients": 0}, ["--client_num_in_total 0"]),

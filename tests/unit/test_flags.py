@@ -70,6 +70,7 @@ EXPERIMENT_FLAGS = [
     (["--personalization_epochs", "7"], lambda c: c.num_personalization_epochs),
     (["--personalization_curve", "7"], lambda c: c.num_curve_epochs),
     (["--local_split", "tail"], lambda c: c.local_split),
+    (["--local_test_fraction", "1/4"], lambda c: c.local_test_fraction),
     (["--joint", "--client_num_per_round", "1"], lambda c: c.joint),
     (["--validation"], lambda c: c.validation),
     (["--eval_every", "7"], lambda c: c.eval_every),
@@ -496,7 +497,15 @@ def test_describe_shows_the_clients_of_a_run(dataset: str) -> None:
     """Its defaults must be those of a run, or it describes other clients than those that train."""
     described = utils.get_args("describe", ["--dataset", dataset])
     run = utils.get_args("single", ["--dataset", dataset])
-    for name in ("dataset", "num_clients", "unseen_fraction", "partition", "local_split", "seed"):
+    for name in (
+        "dataset",
+        "num_clients",
+        "unseen_fraction",
+        "partition",
+        "local_split",
+        "local_test_fraction",
+        "seed",
+    ):
         assert getattr(described, name) == getattr(run.experiment, name)
     assert described.data_root == run.data_root
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -140,11 +140,15 @@ def test_a_well_formed_one_passes_and_stays_as_it_is(monkeypatch: pytest.MonkeyP
     assert data.test_labels.tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("nobody", [(), range(0)])
+def test_there_need_not_be_unseen_clients(nobody: Sequence[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(load(with_facts(unseen_client_ids=nobody), monkeypatch).unseen_client_ids) == 0
+
+
 @pytest.mark.parametrize(
     ("own", "reason"),
     [
         (with_facts(train_client_ids=[]), "train_client_ids is empty"),
-        (with_facts(unseen_client_ids=range(0)), "unseen_client_ids is empty"),
         (with_facts(train_client_ids=["anna", "ben"]), "train_client_ids holds 'anna'; number the clients"),
         (with_facts(train_client_ids=[0, 1.5]), "train_client_ids holds 1.5"),
         (with_facts(train_client_ids=[0, True]), "train_client_ids holds True"),

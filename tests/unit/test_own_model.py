@@ -22,7 +22,7 @@ from perfedavg.training.flat_model import flatten
 
 NAME = f"{__name__}:build"
 DIGITS = digits_dataset(20)
-IMAGE_MODELS = ("emnist_cnn", "mlp", "mnist_cnn", "resnet8", "resnet8_gn", "vit_tiny")
+IMAGE_MODELS = ("emnist_cnn", "mlp", "mnist_cnn", "resnet8", "resnet8_gn", "two_conv_cnn", "vit_tiny")
 
 
 def given(build: Callable[[tuple[int, ...], int], Any], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,17 @@ from datasets.clients.partition import Labels, Partition
 from datasets.clients.partitioned import ImageSplits, PartitionedClients
 from datasets.clients.split import SplitDataset
 
-SCHEMES = ["shards:2", "shards:3", "iid", "dirichlet:0.1", "dirichlet:100", "quantity:1.5", "labels:2", "noise:0.2"]
+SCHEMES = [
+    "shards:2",
+    "shards:3",
+    "iid",
+    "dirichlet:0.1",
+    "dirichlet:100",
+    "quantity:1.5",
+    "labels:2",
+    "groups:2",
+    "noise:0.2",
+]
 
 
 def splits(num_train: int, num_test: int, num_classes: int = 5) -> ImageSplits:
@@ -64,7 +75,7 @@ def test_every_partition_loses_and_repeats_nothing(
 
 EDGES = ["shards:3000", "shards:1e18", "shards:1e308", "dirichlet:1e-320", "dirichlet:0.001", "dirichlet:0.003"]
 EDGES += ["dirichlet:1e18", "dirichlet:1e308", "quantity:1e-320", "quantity:700", "quantity:1e4", "quantity:1e308"]
-EDGES += ["labels:5", "labels:1", "noise:1e-320", "noise:1e308"]
+EDGES += ["labels:5", "labels:1", "groups:1", "groups:7", "noise:1e-320", "noise:1e308"]
 
 
 @pytest.mark.filterwarnings("error")
@@ -75,7 +86,7 @@ def test_at_its_edges_too_a_partition_loses_and_repeats_nothing(
     partition: str, labels: list[int], num_clients: int, seed: int
 ) -> None:
     """What would break: shares of 0/0 or of infinity, sizes below 0, a list of more shards than memory holds."""
-    if partition.startswith("labels"):
+    if partition.startswith(("labels", "groups")):
         num_clients = max(5, num_clients)
     dealt = deal(np.array(labels, dtype=np.int64), num_clients, partition, seed)
     assert len(dealt) == num_clients
@@ -195,8 +206,55 @@ def test_malformed_partitions_are_refused(text: str, reason: str) -> None:
 
 
 def test_labels_a_client_need_a_client_for_each_class() -> None:
-    with pytest.raises(ValueError, match=r"labels:2 needs at least as many clients as the 5 classes .* has 4"):
+    with pytest.raises(ValueError, match=r"labels:2 needs at least as many clients as the 5 classes, .* has 4"):
         deal(np.arange(50) % 5, 4, "labels:2")
+
+
+def test_clients_of_a_group_share_its_labels_equally_and_no_others() -> None:
+    """Five classes by twos make three groups, of which the last has one class."""
+    labels = np.arange(60) % 5
+    dealt = deal(labels, 7, "groups:2")
+    assert [sorted(set(labels[own].tolist())) for own in dealt] == 3 * [[0, 1]] + 2 * [[2, 3]] + 2 * [[4]]
+    assert [len(own) for own in dealt] == [8, 8, 8, 12, 12, 6, 6]
+    with pytest.raises(ValueError, match=r"groups:2 needs at least as many clients as the 3 groups .* has 2"):
+        deal(labels, 2, "groups:2")
+
+
+@pytest.mark.parametrize("partition", SCHEMES)
+def test_without_unseen_clients_both_splits_are_dealt_out_to_those_that_train(partition: str) -> None:
+    data = splits(200, 50)
+    dealt = PartitionedClients(data, Partition.parse(partition), 10, 0, seed=0)
+    found = [
+        (int(image[0, 0]), int(label))
+        for client in range(10)
+        for image, label in zip(*dealt.examples(client), strict=True)
+    ]
+    everything = [*enumerate(data.train_labels), *enumerate(data.test_labels)]
+    if partition != "noise:0.2":  # which changes the pixel that says which image it is
+        assert sorted(found) == sorted((number, int(label)) for number, label in everything)
+    assert len(found) == 250
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [("0.2", 8), ("1/4", 7), ("0.75", 2), ("0.99", 1), ("0.01", 9)])
+def test_the_share_of_the_test_part_is_rounded_up_and_leaves_one_example_to_train_on(
+    fraction: str, expected: int
+) -> None:
+    data = SplitDataset("test", clients(splits(80, 20), 10, "iid"), 8, 2, seed=0, test_fraction=Fraction(fraction))
+    cut = data.client_data(0)
+    assert (data.num_train_examples(0), len(cut.train_labels), len(cut.test_labels)) == (
+        expected,
+        expected,
+        10 - expected,
+    )
+
+
+def test_the_test_parts_share_is_in_the_fingerprint() -> None:
+    dealt = clients(splits(80, 20), 10, "iid")
+    prints = [
+        SplitDataset("test", dealt, 8, 2, seed=0, test_fraction=share).fingerprint
+        for share in (Fraction("0.2"), Fraction(1, 5), Fraction("0.25"))
+    ]
+    assert prints[0] == prints[1] != prints[2]
 
 
 def test_the_number_behind_the_colon_has_a_default() -> None:

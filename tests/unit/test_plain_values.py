@@ -127,7 +127,7 @@ def test_edited_metadata_of_a_model_are_refused(names: Any, parts: Any, number: 
         (("joint",), 1, "joint is 1, must be true or false"),
         (("seed",), True, "seed is true, must be a whole number"),
         (("seed",), 1.0, "seed is 1.0, must be a whole number"),
-        (("unseen_fraction",), "1e-999999999", "--unseen_fraction 1e-999999999 must be above 0 and below 1"),
+        (("unseen_fraction",), "1e-999999999", "--unseen_fraction 1e-999999999 must be 0, or above 0 and below 1"),
         (("cohort_size",), [[]], "cohort_size is an array, must be a whole number"),
     ],
 )

@@ -1,0 +1,72 @@
+"""Cables that are slow, that lose packets, or that are long: a run takes longer, and its model is the same."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import TINY, Launched, finish, read_result
+
+from benchmarks.lan import HOSTS, Lan, LongLan
+
+pytestmark = pytest.mark.slow
+
+CABLES: dict[str, Callable[[], Lan]] = {"bridge": Lan, "relay of 100 ms": lambda: LongLan(0.1)}
+
+
+@pytest.fixture(scope="module")
+def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Of the model that the experiment gives in one process."""
+    run_dir = tmp_path_factory.mktemp("single") / "run"
+    with Launched() as launched:
+        status, _, errors = finish(launched.start("single_process.py", *TINY, "--run_dir", run_dir))
+    assert status == 0, errors
+    return str(read_result(run_dir)["model_sha256"])
+
+
+@pytest.mark.parametrize(
+    ("cables", "megabits", "percent_lost"),
+    [("bridge", 10, 0), ("bridge", None, 1), ("bridge", None, 5), ("bridge", 10, 5), ("relay of 100 ms", None, 0)],
+)
+def test_the_model_is_that_of_one_process(
+    cables: str, megabits: float | None, percent_lost: int, launched: Launched, digest: str, tmp_path: Path
+) -> None:
+    """And nobody is taken for dead, because signs of life get through."""
+    missing = {command for command in ("ip", "tc", "nft") if shutil.which(command) is None}
+    if missing or os.geteuid() != 0:
+        pytest.skip("network namespaces need root, and the commands of iproute2 and nftables")
+    with contextlib.ExitStack() as stack:
+        try:
+            lan = stack.enter_context(CABLES[cables]())
+            if megabits is not None:
+                lan.slow_down(megabits)
+            if percent_lost:
+                lan.lose_packets(percent_lost)
+        except (subprocess.CalledProcessError, OSError) as error:
+            pytest.skip(f"networks cannot be made here: {getattr(error, 'stderr', None) or error}")
+        server, *workers = HOSTS
+        where = ("--ip", lan.address[server], "--port", "3002")
+        processes = [
+            launched.start(
+                *("server.py", *where, "--world_size", "3", *TINY, "--run_dir", tmp_path / "run"),
+                network_namespace=lan.namespace(server),
+            ),
+            *(
+                launched.start(
+                    *("client_worker.py", *where, "--rank", str(rank), "--device", "cpu"),
+                    *("--join_timeout_seconds", "60"),
+                    network_namespace=lan.namespace(host),
+                )
+                for rank, host in enumerate(workers, 1)
+            ),
+        ]
+        for process in processes:
+            status, _, errors = finish(process)
+            assert status == 0, errors
+        assert read_result(tmp_path / "run")["model_sha256"] == digest
+        assert "lost worker" not in (tmp_path / "run" / "log.txt").read_text()
