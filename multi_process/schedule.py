@@ -32,6 +32,11 @@ class Schedule:
         return len(self._waiting)
 
     @property
+    def next_waiting(self) -> int | None:
+        """The client that is handed out next."""
+        return self._client_ids[self._waiting[0]] if self._waiting else None
+
+    @property
     def num_unfinished(self) -> int:
         """Clients that are waiting or in work."""
         return len(self._waiting) + sum(map(len, self._in_work.values()))

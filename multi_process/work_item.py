@@ -105,26 +105,30 @@ class WorkItem:
         self.schedule = Schedule(list(self.groups))
         self._first_of = {client_id: first for first, group in self.groups.items() for client_id in group}
         self._handed_out_at: dict[int, float] = {}
+        self._began_at: dict[int, float] = {}
+        self._in_reserve: dict[int, int] = {}
+        self._num_waiting_examples = sum(map(self._size, self.groups))
 
     def hand_out(self, workers: Sequence[Worker]) -> None:
-        """Give each worker as many groups as it has slots, and one to go on with while there are plenty.
+        """Give each worker as many groups as it has slots, and one to go on with while it will come to that in time.
 
         Where there are fewer groups than slots, each worker gets its share, and one at least while there are any.
         Where none is left for it, ask for the sum over those that it has trained.
         """
         schedule, now = self.schedule, time.monotonic()
+        examples_per_second = self._examples_per_second(workers)
         num_slots = sum(worker.num_slots for worker in workers)
         num_unfinished = schedule.num_unfinished  # which handing out leaves as it is
         num_idle = sum(not schedule.in_work(worker.number) for worker in workers)
         for worker in workers:
             num_in_work = len(schedule.in_work(worker.number))
             share = -(-num_unfinished * worker.num_slots // num_slots)
-            in_hand = min(worker.num_slots, share) + (1 if schedule.num_waiting > 2 * num_slots else 0)
+            in_hand = min(worker.num_slots, share) + self._may_have_reserve(worker, examples_per_second)
             num_others_idle = num_idle if num_in_work else num_idle - 1
             to_spare = max(schedule.num_waiting - num_others_idle, 0 if num_in_work else 1)
             firsts = schedule.take(worker.number, min(in_hand - num_in_work, to_spare))
             if firsts:
-                self._handed_out_at.update(dict.fromkeys(firsts, now))
+                self._note_handed_out(worker, firsts, now)
                 if not num_in_work:
                     num_idle -= 1
                     worker.note_progress(now)
@@ -139,6 +143,30 @@ class WorkItem:
                 worker.send(RequestPartialSum())
                 worker.is_sum_requested = True
                 worker.note_progress(now)
+
+    def _examples_per_second(self, workers: Sequence[Worker]) -> float:
+        """What the workers train or score together; one of which nothing is known yet counts as the fastest of them."""
+        known = self.pace.seconds_per_example
+        fastest = min((known[worker.number] for worker in workers if worker.number in known), default=math.inf)
+        return sum(worker.num_slots / max(known.get(worker.number, fastest), 1e-9) for worker in workers)
+
+    def _may_have_reserve(self, worker: Worker, examples_per_second: float) -> bool:
+        """Whether there is more waiting than all workers do while this one does two such groups.
+
+        Only then it does not hold up the others at the end, however slow it is.
+        """
+        first, seconds_per_example = self.schedule.next_waiting, self.pace.seconds_per_example.get(worker.number)
+        if first is None or seconds_per_example is None:
+            return False
+        return self._num_waiting_examples > 2 * self._size(first) * seconds_per_example * examples_per_second
+
+    def _note_handed_out(self, worker: Worker, firsts: Sequence[int], now: float) -> None:
+        self._handed_out_at.update(dict.fromkeys(firsts, now))
+        self._num_waiting_examples -= sum(map(self._size, firsts))
+        num_begun = worker.num_slots - (len(self.schedule.in_work(worker.number)) - len(firsts))
+        self._began_at.update(dict.fromkeys(firsts[:num_begun], now))
+        for first in firsts[num_begun:]:
+            self._in_reserve[worker.number] = first
 
     def expects(self, message: Message) -> bool:
         kinds = (GroupTrained, KeptStates, PartialSum) if isinstance(self.start, StartTraining) else (GroupScored,)
@@ -184,7 +212,12 @@ class WorkItem:
 
     def _finish(self, worker: Worker, first: int) -> None:
         self.schedule.finish(worker.number, first)
-        self.pace.learn(time.monotonic() - self._handed_out_at[first], self._size(first))
+        now, reserve = time.monotonic(), self._in_reserve.pop(worker.number, None)
+        self.pace.learn(now - self._handed_out_at[first], self._size(first))
+        if first != reserve:
+            self.pace.learn_of(worker.number, now - self._began_at[first], self._size(first))
+        if reserve is not None:
+            self._began_at[reserve] = now
 
     def _deliver(self, worker: Worker, firsts: Sequence[int], message: Message) -> None:
         self.schedule.check_done(worker.number, firsts)
@@ -211,7 +244,10 @@ class WorkItem:
     def lose(self, worker: Worker) -> int:
         """Let others do what the worker has not delivered. Returns how many clients that are."""
         self.account(worker)
-        return sum(len(self.groups[first]) for first in self.schedule.lose(worker.number))
+        lost = self.schedule.lose(worker.number)
+        self._in_reserve.pop(worker.number, None)
+        self._num_waiting_examples += sum(map(self._size, lost))
+        return sum(len(self.groups[first]) for first in lost)
 
     def account(self, worker: Worker) -> None:
         """Count the time that the worker could work on it."""
