@@ -183,23 +183,35 @@ def prepare_local(args: Any, folder: RunFolder, command: Sequence[str]) -> Local
 
     command: as config.json is to show it.  Raises ValueError where any of it cannot be had.
     """
+    dataset = get_datasets(args.experiment, args.data_root)
+    config, executor, model = prepare_training(args, dataset, folder.has_checkpoint)
+    run_settings = {"command": list(command), "world_size": 1, "device": str(executor.device)}
+    run_settings["threads"] = executor.num_slots
+    return LocalRun(config, executor, dataset, model, folder, run_settings)
+
+
+def prepare_training(
+    args: Any, dataset: FederatedDataset, has_checkpoint: bool = False
+) -> tuple[ExperimentConfig, LocalExecutor, nn.Module]:
+    """The experiment with nothing left open, who does its work in this process, and the model that it starts from.
+
+    has_checkpoint: whether the run has a state to go on from.  Raises ValueError as `prepare_local` does.
+    """
     from perfedavg.engine.executor import LocalExecutor
     from perfedavg.machine.cores import usable_cores
     from perfedavg.training.client_batching import choose_group_size, default_num_slots, say_idle_slots
     from perfedavg.training.compute import describe_device, resolve_device
 
     device = resolve_device(args.device)
-    dataset = get_datasets(args.experiment, args.data_root)
     model = get_model(args.experiment, dataset)
-    config = load_initial_model(args, args.experiment, model, folder.has_checkpoint)
+    config = load_initial_model(args, args.experiment, model, has_checkpoint)
     config = choose_group_size(config, model, dataset, [describe_device(device, args.threads)])
     num_slots = args.threads or default_num_slots(config, device.type, usable_cores())
     say_idle_slots(config, num_slots)
     executor = LocalExecutor(config, model, dataset, device, num_slots)
     for warning in executor.warnings:
         say(warning)
-    run_settings = {"command": list(command), "world_size": 1, "device": str(device), "threads": num_slots}
-    return LocalRun(config, executor, dataset, model, folder, run_settings)
+    return config, executor, model
 
 
 def open_run_folder(args: Any) -> RunFolder:

@@ -65,19 +65,22 @@ class _Parser(argparse.ArgumentParser):
         self.error(f"{given} is unknown; use {near[0]}" if near else f"{given} is unknown")
 
 
-def parse(kind: type[Settings], argv: Sequence[str] | None = None) -> Settings:
+def parse(kind: type[Settings], argv: Sequence[str] | None = None, others: list[str] | None = None) -> Settings:
     """The settings that a command line gives, `sys.argv` by default.
 
     What it does not say, a --config file says, then the environment, the data set's own defaults and the fields'. With
     --resume, the experiment is the one that the run has recorded.
+    others: takes the words that are none of its flags, in their order; without it they are refused.
     Raises ValueError, in a line with the flag, the value and the fix. Ends the process after --help.
     """
     _import_named(kind, argv)
     flags = flags_by_name(kind)
     parser = build_parser(kind)
     namespace, unknown_words = parser.parse_known_args(argv)
-    if unknown_words:
+    if unknown_words and others is None:
         parser.refuse(unknown_words[0], flags)
+    if others is not None:
+        others += unknown_words
     texts = _without_switch(vars(namespace))
     file = texts.pop("config", None)
     values = {} if file is None else _read_file(file, flags)
@@ -310,6 +313,12 @@ def restart_command(settings: Any) -> str:
     return command_line([sys.executable, ROOT / kind.script, *_words(flags, _differing(settings))])
 
 
+def differing_words(settings: Any, leave_out: Sequence[str] = ()) -> list[str]:
+    """The words that give an entry point what is not the default. leave_out: names of flags."""
+    flags = [flag for name, flag in flags_by_name(type(settings)).items() if name not in leave_out]
+    return _words(flags, _differing(settings))
+
+
 def worker_command(settings: Any) -> str:
     """What starts a worker of the server with these settings on its machine; --rank goes behind it."""
     flags = [*flags_by_name(Data).values(), *flags_by_name(Network).values()]
@@ -364,7 +373,7 @@ def build_parser(kind: type) -> _Parser:
             "help": f"{help_words(flag)} {default_words(flag)}".replace("%", "%%"),
         }
         if flag.setting.many:
-            options["nargs"] = "+"
+            options |= {"nargs": "+", "action": "extend"}
         elif flag.setting.positional and flag.default is not MISSING:
             options["nargs"] = "?"
         elif flag.implied is not None:
@@ -417,8 +426,8 @@ def default_words(flag: Flag) -> str:
 def _default_word(flag: Flag, value: Any) -> str:
     if value is MISSING:
         return ""
-    if isinstance(value, tuple):
+    if value and isinstance(value, tuple):
         return " ".join(str(entry) for entry in value)
-    if value is None or isinstance(value, Path):
+    if value is None or value == () or isinstance(value, Path):
         return flag.setting.unset or flag.setting.absent or "none"
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)

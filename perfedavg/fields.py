@@ -132,6 +132,8 @@ class Setting:
     kinds: of a choice, the dataclasses that it is between, by name.
     reported: when a report names its value: `differing`, where it differs from that of other runs; `always`, unless it
         is the default; `never`, because runs that differ in nothing else are one experiment.
+    search: the range of interest, in which tune.py searches a good value unless told otherwise, as `--search` takes it:
+        `0.001..1:log`, or `0.1x..10x:log` for multiples of the value that it has; empty for none.
     """
 
     help: str
@@ -154,6 +156,7 @@ class Setting:
     many: bool = False
     kinds: Kinds | None = None
     reported: str = "differing"
+    search: str = ""
 
     def problem(self, value: Any) -> str | None:
         """What is wrong with a value, to be read behind the flag and the value; None where nothing is."""
@@ -202,6 +205,7 @@ class Part:
     prefix: what the names of their flags begin with.
     flags: names that do not follow the prefix, by what the settings call themselves; None for no flag.
     defaults: what takes the place of the settings' own defaults, by their fields, such as `server_optimizer.name`.
+    searches: the same of their ranges of interest.
     of: whose they are, for the help texts.
     is_optional: whether it may be None, which its choice says by the name NONE.
     """
@@ -211,6 +215,7 @@ class Part:
     prefix: str = ""
     flags: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    searches: Mapping[str, str] = dataclasses.field(default_factory=dict)
     of: str = ""
     is_optional: bool = False
 
@@ -251,6 +256,7 @@ class Flag:
     aliases: older names, without dashes.
     by_choice: of a setting of what is chosen, such as a method: its default and its help by the names of those that
         have it. The default is then that of the one that is chosen.
+    search: its range of interest in its place; that of a setting of what is chosen is `setting_in(..).search`.
     """
 
     name: str | None
@@ -263,6 +269,7 @@ class Flag:
     choices: Sequence[str] | None = None
     aliases: Sequence[str] = ()
     by_choice: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
+    search: str = ""
 
     @property
     def label(self) -> str:
@@ -443,6 +450,7 @@ def _flags(
     title: str = "",
     of: str = "",
     is_optional_part: bool = False,
+    searches: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Iterator[Flag]:
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
@@ -461,6 +469,7 @@ def _flags(
                 inner_title,
                 described.of,
                 described.is_optional,
+                described.searches,
             )
         elif isinstance(described, Setting):
             default = defaults.get(field.name, field.default)
@@ -475,7 +484,8 @@ def _flags(
                 described.help.replace("{of}", of).replace("{choices}", ", ".join(choices or ())),
                 str if described.kinds else _kind_of_value(hints[field.name]),
             )
-            yield Flag(name, place, kind_of_value, default, heading, help, described, choices, aliases=aliases)
+            search = searches.get(field.name, described.search)
+            yield Flag(name, place, kind_of_value, default, heading, help, described, choices, aliases, search=search)
             for chosen, kind_of_choice in (described.kinds or {}).items():
                 for flag in _flags(kind_of_choice, place, name_of, {}, heading, of):
                     yield dataclasses.replace(flag, by_choice={chosen: (flag.default, flag.help)})

@@ -156,6 +156,7 @@ class PhaseConfig:
         prefix="client_",
         flags={"lr": "local_lr", "momentum": None, "epsilon": None},
         defaults={"learning_rate": 0.02, "betas": (0.0, 0.999)},
+        searches={"learning_rate": "0.1x..10x:log"},
         of="the clients",
     )
     server_optimizer: OptimizerConfig = part(OptimizerConfig, prefix="server_", of="the server")

@@ -55,15 +55,15 @@ class LocalExecutor:
             raise ValueError(f"{flag('client_batching')} auto has not been settled; see choose_group_size")
         self._group_size = group_size = config.client_batching
         self._dataset = dataset
-        self._device = torch.device(device)
-        check_portable(config, self._device)
+        self.device = torch.device(device)
+        check_portable(config, self.device)
         self.kernels = KernelLog()
-        self.kernels.add(describe_kernels(self._device))
+        self.kernels.add(describe_kernels(self.device))
         if num_readers is None:
             # A CPU's cores are the slots', and reading takes them no less time in another thread.
-            num_readers = 0 if self._device.type == "cpu" else usable_cores()
+            num_readers = 0 if self.device.type == "cpu" else usable_cores()
         loss = loss_function or loss_of(dataset)
-        self.warnings = check_precision(config.precision, model, dataset, self._device, loss)
+        self.warnings = check_precision(config.precision, model, dataset, self.device, loss)
 
         def build_single() -> FlatModel:
             return FlatModel(model, device, config.precision, loss)
@@ -103,11 +103,11 @@ class LocalExecutor:
 
     def begin_training(self, task: CohortTask, parameters: Tensor) -> CohortTraining:
         """A round that takes its clients group by group; those that the task names need not be known yet."""
-        return CohortTraining(self._place, task, parameters.to(self._device))
+        return CohortTraining(self._place, task, parameters.to(self.device))
 
     def begin_scoring(self, task: ScoringTask, parameters: Tensor) -> ClientScoring:
         """A scoring that takes its clients group by group."""
-        return ClientScoring(self._place, task, parameters.to(self._device))
+        return ClientScoring(self._place, task, parameters.to(self.device))
 
     def submit(self, work: Callable[[Sequence[int]], Result], group: Sequence[int]) -> Future[Result]:
         """Call `work`, which trains or scores the group, in a thread of the pool."""

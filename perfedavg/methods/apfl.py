@@ -40,7 +40,9 @@ class APFL(FedAvg):
     name: ClassVar[str] = "apfl"
     keeps_state: ClassVar[bool] = True
     goes_on: ClassVar[bool] = False
-    apfl_alpha: float = setting(0.5, "share of the client's own model in the mixture", at_least=0, at_most=1)
+    apfl_alpha: float = setting(
+        0.5, "share of the client's own model in the mixture", at_least=0, at_most=1, search="0.1..0.9"
+    )
     apfl_adaptive: bool = setting(False, "whether that is only where each client's share begins, which then adapts")
 
     def update(

@@ -35,7 +35,9 @@ class Ditto(FedAvg):
     name: ClassVar[str] = "ditto"
     keeps_state: ClassVar[bool] = True
     goes_on: ClassVar[bool] = False
-    ditto_lambda: float = setting(1.0, "weight of the pull of personal models to the global one", at_least=0)
+    ditto_lambda: float = setting(
+        1.0, "weight of the pull of personal models to the global one", at_least=0, search="0.05..2:log"
+    )
     ditto_epochs: int | None = setting(
         None, "local epochs a round of the personal models", at_least=1, absent="as the global model's"
     )

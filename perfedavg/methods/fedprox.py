@@ -19,7 +19,12 @@ class FedProx(FedAvg):
     """FedAvg whose clients are pulled back towards the global model. mu = 0 is FedAvg, to the bit."""
 
     name: ClassVar[str] = "fedprox"
-    mu: float = setting(0.01, "weight of the proximal term, which pulls clients to the global model", at_least=0)
+    mu: float = setting(
+        0.01,
+        "weight of the proximal term, which pulls clients to the global model",
+        at_least=0,
+        search="0.001..1:log",
+    )
 
     def penalty(self, start: Tensor) -> Penalty | None:
         """The gradient of the proximal term: mu * (w - w_global)."""

@@ -32,6 +32,7 @@ class FOMAML(Method):
         "share of a client's training part that it adapts on; the gradient is taken on the rest, or, with 1, on all",
         above=0,
         at_most=1,
+        search="0.2..0.8",
     )
 
     def update(

@@ -38,7 +38,9 @@ class PerFedAvg(Method):
     """Clients train w so that it is good after one step on their data, and send how far they got."""
 
     name: ClassVar[str] = "per_fedavg"
-    per_fedavg_beta: float = setting(0.03, "learning rate of the steps through an adapted model", above=0)
+    per_fedavg_beta: float = setting(
+        0.03, "learning rate of the steps through an adapted model", above=0, search="0.001..0.3:log"
+    )
     per_fedavg_variant: str = setting(
         "fo", "without second derivatives (fo), or with differences of gradients (hf)", choices=VARIANTS
     )

@@ -34,10 +34,12 @@ class PFedMe(Method):
     """Clients step along the gradients of their envelopes, which K steps of their optimizer approximate."""
 
     name: ClassVar[str] = "pfedme"
-    pfedme_lambda: float = setting(15.0, "weight of the pull of theta to w", above=0)
-    pfedme_eta: float = setting(0.005, "learning rate of w; that of theta is the clients'", above=0)
+    pfedme_lambda: float = setting(15.0, "weight of the pull of theta to w", above=0, search="5..50:log")
+    pfedme_eta: float = setting(
+        0.005, "learning rate of w; that of theta is the clients'", above=0, search="0.001..0.05:log"
+    )
     pfedme_steps: int = setting(5, "steps of theta on each batch", at_least=1)
-    pfedme_beta: float = setting(1.0, "weight of the clients' mean in the next global model", above=0)
+    pfedme_beta: float = setting(1.0, "weight of the clients' mean in the next global model", above=0, search="1..4")
 
     def problem_with(self, client_optimizer: OptimizerConfig) -> str | None:
         return problem_with_pull(client_optimizer, self.pfedme_lambda)

@@ -32,7 +32,9 @@ class FedRep(PersonalLayers):
     """Clients train their own head with the body frozen, and then the shared body with the head frozen."""
 
     name: ClassVar[str] = "fedrep"
-    head_epochs: int = setting(10, "epochs a round for a client's own layers, before it trains the others", at_least=1)
+    head_epochs: int = setting(
+        10, "epochs a round for a client's own layers, before it trains the others", at_least=1, search="1..20:log"
+    )
 
     def train(
         self, models: ClientModels, start: Tensor, clients: Sequence[Client], training: LocalTraining
