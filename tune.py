@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from experiments.rows import dataset_names, select_rows
+from experiments.rows import CHOSEN, fixed_settings, select_rows, table_names
 from launch import paths
 from launch.flags import ROOT, build_parser, differing_words, parse
 from launch.settings import Checked, SingleProcess
@@ -53,12 +53,12 @@ class Tune(Checked):
     table: str | None = setting(
         None,
         "a table, whose rows are searched one after the other in place of an experiment's flags",
-        choices=dataset_names(),
+        choices=table_names(),
         title="rows of a table",
     )
     rows: tuple[str, ...] = setting(("all",), "which of them", metavar="NAME", many=True, title="rows of a table")
     chosen: Path = setting(
-        ROOT / "experiments" / "chosen",
+        CHOSEN,
         "where what is chosen for rows is kept, a file a table",
         parse=paths.folder,
         metavar="FOLDER",
@@ -112,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         plan = Plan(
             label,
             words,
+            fixed_settings(args.table, name) if args.table else (),
             args.search,
             args.objective,
             args.trials,
@@ -156,7 +157,7 @@ def read_experiments(args: Tune, others: Sequence[str]) -> dict[str, list[str]]:
         return {name: list(others)}
     if "dataset" in given:
         raise ValueError(f"--dataset {given['dataset']} does not go with --table, whose rows name theirs; leave it out")
-    rows = select_rows(args.table, args.rows)
+    rows = select_rows(args.table, args.rows, with_chosen=False)
     return {name: [*_words(flags), *others] for name, flags in rows.items()}
 
 

@@ -20,22 +20,32 @@ def table_names() -> list[str]:
     return list(_tables())
 
 
-def select_rows(table: str, names: Sequence[str] = ("all",)) -> dict[str, Flags]:
+def select_rows(table: str, names: Sequence[str] = ("all",), with_chosen: bool = True) -> dict[str, Flags]:
     """By name, all flags but --seed that make a row what it is; in the order of the table.
 
-    names: of rows or of groups of them, such as `main`. Raises ValueError where there is no such row.
+    names: of rows or of groups of them, such as `main`.  with_chosen: or as a row was before a search chose for it.
+    Raises ValueError where there is no such row.
     """
     content = _tables()[table]
-    groups = content["rows"]
-    rows = {name: row for group in groups.values() for name, row in group.items()}
-    groups = {**groups, "all": rows}
+    rows = _rows(table)
+    groups = {**content["rows"], "all": rows}
     chosen: set[str] = set()
     for name in names:
         if name not in rows and name not in groups:
             raise ValueError(f"--rows {name} is none of {table}'s; use {', '.join(groups)}, or of {', '.join(rows)}")
         chosen.update(groups.get(name, [name]))
-    settings = _chosen(table)
+    settings = _chosen(table) if with_chosen else {}
     return {name: _flags(table, row, settings.get(name, {})) for name, row in rows.items() if name in chosen}
+
+
+def fixed_settings(table: str, name: str) -> list[str]:
+    """The flags that a row itself gives, and that no choice of a search replaces."""
+    return [flag for flag in _rows(table)[name] if flag != "sets"]
+
+
+def _rows(table: str) -> dict[str, Mapping[str, Any]]:
+    """As they are written, by name."""
+    return {name: row for group in _tables()[table]["rows"].values() for name, row in group.items()}
 
 
 def _flags(table: str, row: Mapping[str, Any], chosen: Mapping[str, Any]) -> Flags:

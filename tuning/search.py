@@ -24,6 +24,7 @@ class Plan:
 
     label: what a person calls it.
     words: the experiment's command line, without what the search sets.
+    fixed: flags that no search may change.
     searches: as `--search` takes them; none for the ranges of interest.
     objective: as `--objective` takes it; None for the one that fits the data.
     num_trials: the experiment as it is among them.  trial_rounds: see `trial.trial_words`.
@@ -32,6 +33,7 @@ class Plan:
 
     label: str
     words: Sequence[str]
+    fixed: Sequence[str]
     searches: Sequence[str]
     objective: str | None
     num_trials: int
@@ -69,7 +71,7 @@ class _Search:
         self._words = trial_words(plan.words, plan.seed, plan.trial_rounds, plan.num_points)
         args = parse(SingleProcess, self._words)
         self._config = args.experiment
-        self._space = read_space(plan.searches, self._config)
+        self._space = read_space(plan.searches, self._config, plan.fixed)
         if not self._space:
             raise ValueError(f"{plan.label} has no setting with a range of interest; name some with --search")
         self._dataset = trials.dataset(args)

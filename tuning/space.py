@@ -82,9 +82,10 @@ def default_texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
-def read_space(searches: Sequence[str], experiment: ExperimentConfig) -> list[Dimension]:
+def read_space(searches: Sequence[str], experiment: ExperimentConfig, fixed: Sequence[str] = ()) -> list[Dimension]:
     """What is searched: that of the `NAME=RANGE` given or, without any, each setting with a range of interest.
 
+    fixed: flags that may not be searched.
     Raises ValueError, in a line with the fix, where there is nothing to search or a range is none of its setting.
     """
     values = values_of(experiment)
@@ -99,13 +100,15 @@ def read_space(searches: Sequence[str], experiment: ExperimentConfig) -> list[Di
             raise ValueError(f"--search {search}: {name} is searched twice; leave one of them out")
         texts[name] = text
     if not searches:
-        present = {name: flag for name, flag in flags.items() if name in values}
+        present = {name: flag for name, flag in flags.items() if name in values and name not in fixed}
         of_interest = {name: _range_of_interest(flag, experiment) for name, flag in present.items()}
         texts = {name: text for name, text in of_interest.items() if text}
     dimensions = []
     for name, text in texts.items():
         if name in SET_BY_SEARCH:
             raise ValueError(f"--search {name}={text}: the search itself sets {name}; leave it out")
+        if name in fixed:
+            raise ValueError(f"--search {name}={text}: the row itself says {name}, and would go on to; leave it out")
         if name not in flags:
             raise ValueError(f"--search {name}={text}: {name} {unknown(name, values)}")
         if name not in values:
