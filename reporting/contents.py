@@ -15,6 +15,7 @@ from perfedavg.terminal.console import reason_of, say
 from reporting import plots, tables
 from reporting.comparison import Reference, choose_reference, comparison_table, explain_comparison
 from reporting.figures import ACCURACY, Measure, counted
+from reporting.published import published_tables
 from reporting.rows import Row, common_settings, flat_settings, group_rows, leave_out_repeats
 from reporting.tables import Table
 
@@ -203,7 +204,7 @@ def _blocks(dataset: str, name: str, rows: Sequence[Row], target: float, against
     yield from _curves(f"{name}-curves", rows, measure)
     yield from _clients(f"{name}-clients", rows, measure)
     yield from _personalization(f"{name}-personalization", rows, measure)
-    for heading, table, caveats in tables.published_tables(dataset, rows):
+    for heading, table, caveats in published_tables(dataset, rows):
         yield from (Heading(heading), table)
         yield from caveats
     yield from (Heading("Runs"), tables.runs_table(rows))

@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import functools
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, ParamSpec
 
 import numpy as np
 
-from perfedavg.plain_values import parse_toml
 from perfedavg.recording.runs import KINDS, FinishedRun, Scores
 from perfedavg.settings import Phase, Population
 from reporting.figures import (
@@ -29,7 +27,7 @@ from reporting.figures import (
     seed_mean,
     steps_per_epoch,
 )
-from reporting.rows import Row, flat_settings
+from reporting.rows import Row
 
 SHOWN_STEPS = (0, 1, 5, 10, 32)
 """Steps of personalization after which the sine task's authors report."""
@@ -120,8 +118,8 @@ def rounds_table(rows: Sequence[Row], target: float) -> Lines:
         line["otherwise"] = row.nickname or row.differences if row.has_cohort_and_epochs else row.label
         line["seeds"] = str(len(row.runs))
         for phase in phases:
-            line |= {f"{kind} accuracy after {phase.label}": _accuracy(row, phase, kind) for kind in KINDS}
-        yield line | {f"rounds to {target:g}, {kind}": _rounds(row, kind, target) for kind in KINDS}
+            line |= {f"{kind} accuracy after {phase.label}": accuracy_in_brackets(row, phase, kind) for kind in KINDS}
+        yield line | {f"rounds to {target:g}, {kind}": rounds_text(row, kind, target) for kind in KINDS}
 
 
 @makes_table(num_text_columns=2)
@@ -191,61 +189,6 @@ def _with_confidence(scores: Scores, num_clients: int) -> str:
     return f"{loss:.4f} ± {confidence_95(deviation, num_clients):.4f}"
 
 
-def published_tables(dataset: str, rows: Sequence[Row]) -> list[tuple[str, Table, list[str]]]:
-    """Figures that others published beside those of rows: heading, table, caveats of each.
-
-    They stand beside those data sets and rows alone of which published.toml says that they may.
-    """
-    sources = parse_toml((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))["tables"]
-    found = [(source, _published_table(source, dataset, rows)) for source in sources if dataset in source["datasets"]]
-    return [
-        (source["heading"], table, [*source["caveats"], *source.get("caveats_of", {}).get(dataset, [])])
-        for source, table in found
-        if table.rows
-    ]
-
-
-@makes_table(num_text_columns=1)
-def _published_table(source: Mapping[str, Any], dataset: str, rows: Sequence[Row]) -> Lines:
-    phase, loss = Phase.of_field(source["phase"]), Measure("loss", "loss")
-    published = source["figures_of"][dataset] if "figures_of" in source else source["figures"]
-    fitting = [row for row in rows if _published_as(source, row) in published and phase in row.results]
-    has_trained = source["by"] == "method" and any(Population.TRAINED in row.populations for row in fitting)
-    for row in fitting:
-        results, result = row.results[phase], row.runs[0].result
-        line = {"row": row.label, "seeds": str(len(row.runs))}
-        line["clients"] = str(result.train_clients + result.unseen_clients)
-        num_rounds = [str(row.settings[each.field]["num_rounds"]) for each in Phase if each <= phase]
-        line["rounds + fine-tuning" if len(num_rounds) > 1 else "rounds"] = " + ".join(num_rounds)
-        ours = {}
-        for kind in KINDS:
-            ours[f"{kind} loss, accuracy"] = f"{loss.mean(results, kind)}, {ACCURACY.mean(results, kind)}"
-            ours[f"{kind} accuracy"] = _accuracy(row, phase, kind)
-            ours[f"{kind}, %"] = ACCURACY.mean(results, kind)
-            ours[f"rounds to 0.8, {kind}"] = _rounds(row, kind, 0.8)
-        for column, figure in zip(source["columns"], published[_published_as(source, row)], strict=True):
-            line |= {f"{column}: {source['whose']}": figure, f"{column}: ours": ours[column]}
-        if has_trained:
-            trained = row.results_of(Population.TRAINED).get(phase, [])
-            line |= {f"{kind}, %: ours, clients that trained": ACCURACY.mean(trained, kind) for kind in KINDS}
-        yield line
-
-
-def _published_as(source: Mapping[str, Any], row: Row) -> str:
-    """What a table of published figures calls a row: by clients a round and E, or by its method.
-
-    Empty where a setting is none of those that the table is for.
-    """
-    settings = flat_settings(row.settings)
-    for name, expected in source["settings"].items():
-        if settings.get(name, expected) not in (expected if isinstance(expected, list) else [expected]):
-            return ""
-    if source["by"] == "method":
-        return str(row.settings["fedavg"]["method"]["name"]) if settings["fedavg"] else "local"
-    cohort_size, epochs = row.cohort_and_epochs
-    return f"E{epochs}-C{cohort_size}" if row.has_cohort_and_epochs else ""
-
-
 @makes_table(num_text_columns=6)
 def runs_table(rows: Sequence[Row]) -> Lines:
     """Where the figures come from: each run's folder, digest, cost and code."""
@@ -302,12 +245,12 @@ def _csv_line(row: Row, run: FinishedRun, population: Population, phase: Phase, 
     }
 
 
-def _accuracy(row: Row, phase: Phase, kind: str) -> str:
+def accuracy_in_brackets(row: Row, phase: Phase, kind: str) -> str:
     """Empty where the row has no such phase."""
     return in_brackets(seed_mean(ACCURACY.values(row.results[phase], kind))) if phase in row.results else ""
 
 
-def _rounds(row: Row, kind: str, target: float) -> str:
+def rounds_text(row: Row, kind: str, target: float) -> str:
     curves = [run.curve for run in row.runs if run.curve]
     if len(curves) < len(row.runs):
         return "no curve"

@@ -1,0 +1,69 @@
+"""Figures that others published, from published.toml, beside those of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from perfedavg.plain_values import parse_toml
+from perfedavg.recording.runs import KINDS
+from perfedavg.settings import Phase, Population
+from reporting.figures import ACCURACY, Measure
+from reporting.rows import Row, flat_settings
+from reporting.tables import Lines, Table, accuracy_in_brackets, makes_table, rounds_text
+
+
+def published_tables(dataset: str, rows: Sequence[Row]) -> list[tuple[str, Table, list[str]]]:
+    """Figures that others published beside those of rows: heading, table, caveats of each.
+
+    They stand beside those data sets and rows alone of which published.toml says that they may.
+    """
+    sources = parse_toml((Path(__file__).parent / "published.toml").read_text(encoding="utf-8"))["tables"]
+    found = [(source, _published_table(source, dataset, rows)) for source in sources if dataset in source["datasets"]]
+    return [
+        (source["heading"], table, [*source["caveats"], *source.get("caveats_of", {}).get(dataset, [])])
+        for source, table in found
+        if table.rows
+    ]
+
+
+@makes_table(num_text_columns=1)
+def _published_table(source: Mapping[str, Any], dataset: str, rows: Sequence[Row]) -> Lines:
+    phase, loss = Phase.of_field(source["phase"]), Measure("loss", "loss")
+    published = source["figures_of"][dataset] if "figures_of" in source else source["figures"]
+    fitting = [row for row in rows if _published_as(source, row) in published and phase in row.results]
+    has_trained = source["by"] == "method" and any(Population.TRAINED in row.populations for row in fitting)
+    for row in fitting:
+        results, result = row.results[phase], row.runs[0].result
+        line = {"row": row.label, "seeds": str(len(row.runs))}
+        line["clients"] = str(result.train_clients + result.unseen_clients)
+        num_rounds = [str(row.settings[each.field]["num_rounds"]) for each in Phase if each <= phase]
+        line["rounds + fine-tuning" if len(num_rounds) > 1 else "rounds"] = " + ".join(num_rounds)
+        ours = {}
+        for kind in KINDS:
+            ours[f"{kind} loss, accuracy"] = f"{loss.mean(results, kind)}, {ACCURACY.mean(results, kind)}"
+            ours[f"{kind} accuracy"] = accuracy_in_brackets(row, phase, kind)
+            ours[f"{kind}, %"] = ACCURACY.mean(results, kind)
+            ours[f"rounds to 0.8, {kind}"] = rounds_text(row, kind, 0.8)
+        for column, figure in zip(source["columns"], published[_published_as(source, row)], strict=True):
+            line |= {f"{column}: {source['whose']}": figure, f"{column}: ours": ours[column]}
+        if has_trained:
+            trained = row.results_of(Population.TRAINED).get(phase, [])
+            line |= {f"{kind}, %: ours, clients that trained": ACCURACY.mean(trained, kind) for kind in KINDS}
+        yield line
+
+
+def _published_as(source: Mapping[str, Any], row: Row) -> str:
+    """What a table of published figures calls a row: by clients a round and E, or by its method.
+
+    Empty where a setting is none of those that the table is for.
+    """
+    settings = flat_settings(row.settings)
+    for name, expected in source["settings"].items():
+        if settings.get(name, expected) not in (expected if isinstance(expected, list) else [expected]):
+            return ""
+    if source["by"] == "method":
+        return str(row.settings["fedavg"]["method"]["name"]) if settings["fedavg"] else "local"
+    cohort_size, epochs = row.cohort_and_epochs
+    return f"E{epochs}-C{cohort_size}" if row.has_cohort_and_epochs else ""
