@@ -41,12 +41,19 @@ class Report(Checked):
         metavar="RUN",
         absent="FedAvg with fine-tuning",
     )
-    target: float = setting(0.8, "accuracy to which rounds are counted", above=0, at_most=1)
+    target: float | None = setting(
+        None,
+        "accuracy to which rounds and seconds are counted",
+        above=0,
+        at_most=1,
+        absent="90 % and 95 % of the best row's",
+    )
 
 
 def main() -> None:
     args = parse(Report)
 
+    from experiments.rows import select_rows, table_names
     from reporting.contents import build_report, read_runs, with_plots_drawn
     from reporting.files import to_markdown, write_report
 
@@ -58,7 +65,9 @@ def main() -> None:
         say(f"left out: {reason}")
     if not runs:
         raise ValueError("no run is left to report")
-    report = build_report(runs, args.target, args.against)
+    tables = {run.path.parent.parent.name for run in runs} & set(table_names())
+    order = [row for table in sorted(tables) for row in select_rows(table)]
+    report = build_report(runs, args.target, args.against, order)
     output = args.output or (runs[0].path / "report" if named == [runs[0].path] else Path("report"))
     show(to_markdown(report, with_plots=False))
     write_report(with_plots_drawn(report), output)

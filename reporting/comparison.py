@@ -58,8 +58,15 @@ def choose_reference(rows: Sequence[Row], against: Path | None = None) -> Refere
     )
 
 
-def paired_differences(row: Row, reference: Row, measure: Measure, population: Population) -> list[NDArray[np.float64]]:
-    """For each seed that both rows have, the row's scores after its last phase minus the reference's.
+def paired_differences(
+    row: Row,
+    reference: Row,
+    measure: Measure,
+    population: Population,
+    phase: Phase | None = None,
+    reference_phase: Phase | None = None,
+) -> list[NDArray[np.float64]]:
+    """For each seed that both rows have, the row's scores after a phase minus the reference's; by default the last one.
 
     Each of the same clients, (num_clients, 2), initial and personalized: of runs on equal data, those that both scored.
     """
@@ -69,7 +76,8 @@ def paired_differences(row: Row, reference: Row, measure: Measure, population: P
         other = references.get(run.seed)
         if other is None or not _have_same_data(run, other):
             continue
-        own, others = (_last_scores(one, measure, population) for one in (run, other))
+        own = _scores(run, measure, population, phase)
+        others = _scores(other, measure, population, reference_phase)
         if own is None or others is None:
             continue
         ids, other_ids = (np.asarray((one.clients or {})[population]["client_id"]) for one in (run, other))
@@ -103,7 +111,38 @@ def bootstrap_interval(differences: Sequence[NDArray[np.float64]]) -> NDArray[np
     return interval
 
 
-@makes_table(num_text_columns=3)
+def scores_by_seed(
+    row: Row, measure: Measure, population: Population, phase: Phase | None = None
+) -> list[NDArray[np.float64]]:
+    """For each seed, the clients' scores after a phase, by default the last one, (num_clients, 2), initial and
+    personalized; without seeds of which they are not known.
+    """
+    scores = [_scores(run, measure, population, phase) for run in row.runs]
+    return [one for one in scores if one is not None and len(one)]
+
+
+def mean_over_seeds(values: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """The mean over seeds of the mean over clients, (kinds,). values: for each seed, (num_clients, kinds)."""
+    mean: NDArray[np.float64] = np.mean([of_seed.mean(axis=0) for of_seed in values], axis=0)
+    return mean
+
+
+@makes_table("row")
+def main_table(rows: Sequence[Row], reference: Reference | None, measure: Measure) -> Lines:
+    """The shortest: each row after its last phase, the clients of its main population, and then the others' scores."""
+    has_trained = any(len(row.populations) > 1 for row in rows)
+    for row in rows:
+        line = {"row": row.label, "seeds": str(len(row.runs))}
+        line |= _cells_of(row, row.population, measure)
+        if reference is not None:
+            line["difference"] = _difference_cells(row, reference.row, measure, row.population)[1]
+        if has_trained:
+            *_, trained = row.results_of(Population.TRAINED).values() if len(row.populations) > 1 else [[]]
+            line |= {f"trained: {kind}": measure.mean(trained, kind) for kind in KINDS}
+        yield line
+
+
+@makes_table("row", "clients", "after")
 def comparison_table(rows: Sequence[Row], reference: Reference | None, measure: Measure) -> Lines:
     """Each row after its last phase, its unseen clients and then those that trained."""
     for population in Population:
@@ -111,28 +150,36 @@ def comparison_table(rows: Sequence[Row], reference: Reference | None, measure: 
             if population not in row.populations:
                 continue
             *_, (phase, results) = row.results_of(population).items()
-            initial, personalized = (measure.values(results, kind) for kind in KINDS)
-            changes = [None if a is None or b is None else b - a for a, b in zip(initial, personalized, strict=True)]
             line = {
                 "row": row.label,
                 "clients": population.value,
                 "after": row.after(phase),
                 "seeds": str(len(results)),
             }
-            line |= {kind: measure.mean(results, kind) for kind in KINDS}
-            line["change"] = measure.difference(seed_mean(changes))
-            line["bottom decile"] = measure.text(seed_mean(_worst_deciles(row, measure, population)))
-            line["clients hurt"] = percent(seed_mean([result.fraction_hurt for result in results]), digits=1)
+            line |= _cells_of(row, population, measure)
             if reference is not None:
-                line |= _difference_cells(row, reference.row, measure, population)
+                headers = [f"{kind}, difference" for kind in KINDS]
+                line |= zip(headers, _difference_cells(row, reference.row, measure, population), strict=True)
             yield line
+
+
+def _cells_of(row: Row, population: Population, measure: Measure) -> dict[str, str]:
+    *_, results = row.results_of(population).values()
+    initial, personalized = (measure.values(results, kind) for kind in KINDS)
+    changes = [None if a is None or b is None else b - a for a, b in zip(initial, personalized, strict=True)]
+    return {
+        **{kind: measure.mean(results, kind) for kind in KINDS},
+        "change": measure.difference(seed_mean(changes)),
+        "bottom decile": measure.text(seed_mean(_worst_deciles(row, measure, population))),
+        "hurt": percent(seed_mean([result.fraction_hurt for result in results]), digits=1),
+    }
 
 
 def explain_comparison(rows: Sequence[Row], reference: Reference | None) -> str:
     """What the table's columns mean, in words."""
     said = (
-        "Each row after its last phase. Change is what personalization adds; the bottom decile is the personalized "
-        "score that a tenth of the clients are at or worse than. "
+        "Each row after its last phase. Change is what personalization adds, hurt the share of clients that fare worse "
+        "after it; the bottom decile is the personalized score that a tenth of the clients are at or worse than. "
     )
     if any(Population.TRAINED in row.populations for row in rows):
         said += (
@@ -149,21 +196,18 @@ def explain_comparison(rows: Sequence[Row], reference: Reference | None) -> str:
     )
 
 
-def _difference_cells(row: Row, reference: Row, measure: Measure, population: Population) -> dict[str, str]:
-    headers = [f"{kind}, difference" for kind in KINDS]
+def _difference_cells(row: Row, reference: Row, measure: Measure, population: Population) -> list[str]:
+    """Initial and personalized."""
     if row is reference:
-        return dict.fromkeys(headers, "reference")
+        return ["reference"] * len(KINDS)
     differences = paired_differences(row, reference, measure, population)
     if not differences:
-        return dict.fromkeys(headers, "other clients")
-    means = np.mean([values.mean(axis=0) for values in differences], axis=0)
-    return {
-        header: _with_interval(measure, *values)
-        for header, *values in zip(headers, means, *bootstrap_interval(differences), strict=True)
-    }
+        return ["other clients"] * len(KINDS)
+    bounds = bootstrap_interval(differences)
+    return [with_interval(measure, *values) for values in zip(mean_over_seeds(differences), *bounds, strict=True)]
 
 
-def _with_interval(measure: Measure, *values: float) -> str:
+def with_interval(measure: Measure, *values: float) -> str:
     """values: the mean, and the bounds of its interval."""
     if not np.isfinite(values).all():
         return NO_NUMBER
@@ -185,13 +229,15 @@ def _have_same_data(run: FinishedRun, other: FinishedRun) -> bool:
 
 def _worst_deciles(row: Row, measure: Measure, population: Population) -> list[float | None]:
     percent = _WORST_DECILE if measure.higher_is_better else 100 - _WORST_DECILE
-    scores = [_last_scores(run, measure, population) for run in row.runs if population in run.results]
+    scores = [_scores(run, measure, population) for run in row.runs if population in run.results]
     return [None if some is None else float(np.percentile(some[:, 1], percent)) for some in scores]
 
 
-def _last_scores(run: FinishedRun, measure: Measure, population: Population) -> NDArray[np.float64] | None:
-    """After the last phase, (num_clients, 2): initial and personalized; None where they are not known."""
+def _scores(
+    run: FinishedRun, measure: Measure, population: Population, phase: Phase | None = None
+) -> NDArray[np.float64] | None:
+    """After a phase, by default the last one, (num_clients, 2): initial and personalized; None where not known."""
     *_, last = run.phases
-    columns = [run.client_scores(last, kind, measure.field, population) for kind in KINDS]
+    columns = [run.client_scores(phase or last, kind, measure.field, population) for kind in KINDS]
     known = [column for column in columns if column is not None]
     return np.stack(known, axis=1) if len(known) == len(columns) else None

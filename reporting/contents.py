@@ -13,8 +13,10 @@ from perfedavg.recording.runs import FinishedRun, find_runs
 from perfedavg.settings import Population
 from perfedavg.terminal.console import reason_of, say
 from reporting import plots, tables
-from reporting.comparison import Reference, choose_reference, comparison_table, explain_comparison
+from reporting.claims import CLAIMS, claims_table, explain_claims, gather_evidence
+from reporting.comparison import choose_reference, comparison_table, explain_comparison, main_table
 from reporting.figures import ACCURACY, Measure, counted
+from reporting.plots import whose
 from reporting.published import published_tables
 from reporting.rows import Row, common_settings, flat_settings, group_rows, leave_out_repeats
 from reporting.tables import Table
@@ -27,8 +29,14 @@ _CHANGES = (
     "The difference between the results after fine-tuning and those after FedAvg, taken within each seed, where the "
     "clients are the same; then the mean over seeds and their sample deviation."
 )
+_SETTINGS = (
+    "What tells rows from most others, where their names leave it out; clients a round and E, the local epochs of a "
+    "round, come first."
+)
 _SHARED = {
-    "fedavg num_rounds": "rounds of FedAvg",
+    "cohort_size": "clients a round",
+    "fedavg num_local_epochs": "local epochs",
+    "fedavg num_rounds": "rounds of phase 1",
     "fine_tune num_rounds": "rounds of fine-tuning",
     "fine_tune method": "method of fine-tuning",
     "fine_tune num_local_epochs": "local epochs of fine-tuning",
@@ -121,16 +129,22 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
     return runs, reasons
 
 
-def build_report(runs: Sequence[FinishedRun], target: float, against: Path | None = None) -> Report:
-    """target: the accuracy to which rounds are counted, above 0 and at most 1.
+def build_report(
+    runs: Sequence[FinishedRun],
+    target: float | None = None,
+    against: Path | None = None,
+    order: Sequence[str] = (),
+) -> Report:
+    """target: the accuracy to which rounds are counted, above 0 and at most 1; by default two that fit the data.
 
+    order: as `group_rows` takes it.
     against: the run, or the folder of the runs, that other rows are compared with; by default FedAvg with fine-tuning.
     Raises ValueError where it is none of the runs.
     """
     by_dataset: dict[str, list[FinishedRun]] = {}
     for run in runs:
         by_dataset.setdefault(run.dataset, []).append(run)
-    rows = {dataset: group_rows(by_dataset[dataset]) for dataset in sorted(by_dataset)}
+    rows = {dataset: group_rows(by_dataset[dataset], order) for dataset in sorted(by_dataset)}
     all_rows = [row for some in rows.values() for row in some]
     if against is not None and choose_reference(all_rows, against) is None:
         raise ValueError(f"--against {against} is none of the runs of the report; name one of them, or their folder")
@@ -140,16 +154,17 @@ def build_report(runs: Sequence[FinishedRun], target: float, against: Path | Non
     return Report(
         title=f"Personalized FedAvg on {', '.join(names.values())}",
         summary=f"{counted(len(runs), 'run')} in {counted(len(all_rows), 'row')}; runs that differ only in the seed are"
-        " one row. A figure is the uniform mean over clients, unseen ones where it says nothing else"
-        f"{others}, then over seeds; "
-        "with several seeds it has their sample deviation, behind ± or in brackets. Initial is the global model on a "
-        "client's test part, personalized the same model after adapting it on that client's own training part. Clients "
-        "hurt are those that fare worse after that.",
+        f" one row. A figure is the uniform mean over clients, unseen ones where it says nothing else{others}, then over "
+        "seeds; with several seeds it has their sample deviation, behind ± or in brackets. Initial is the global model "
+        "on a client's test part, personalized the same model after adapting it on that client's own training part. "
+        "Clients hurt are those that fare worse after that.",
         sections=[
             Section(names[dataset], list(_blocks(dataset, names[dataset], some, target, against)))
             for dataset, some in rows.items()
         ],
-        csv=tables.to_csv(all_rows, target),
+        csv=tables.to_csv(
+            [line for some in rows.values() for line in tables.csv_lines(some, tables.levels_of(some, target))]
+        ),
     )
 
 
@@ -182,31 +197,45 @@ def _drawn(block: Block) -> Block:
     return block
 
 
-def _blocks(dataset: str, name: str, rows: Sequence[Row], target: float, against: Path | None) -> Iterator[Block]:
+def _blocks(
+    dataset: str, name: str, rows: Sequence[Row], target: float | None, against: Path | None
+) -> Iterator[Block]:
     measures = [Measure("loss", DATA_SETS.get(dataset, USERS_OWN).loss_name)]
     if any(row.has_accuracy for row in rows):
         measures.append(ACCURACY)
     others = [Measure(name, name, is_better) for row in rows for name, is_better in row.metrics.items()]
     others = list(dict.fromkeys(others))
     measure, name = measures[-1], name.replace(":", ".")
+    reference = choose_reference(rows, against) or choose_reference(rows)
     yield from _notes(dataset, rows, measure)
-    yield from (Heading("Results"), tables.results_table(rows, [*measures, *others]))
-    if any(row.nickname for row in rows):
-        yield from ("Rows that are called by their folders:", tables.nicknames_table(rows))
-    if len(rows) > 1 or any(len(row.populations) > 1 for row in rows):
-        yield from _comparison(rows, [measure, *others], choose_reference(rows, against) or choose_reference(rows))
-    changes = tables.changes_table(rows, [*measures, *others])
-    if changes.rows:
-        yield from (Heading("What fine-tuning changes"), _CHANGES, changes)
-    if measure.is_accuracy:
-        yield from (Heading(f"Rounds to an accuracy of {target:g}"), tables.rounds_table(rows, target))
-        yield _resolution(rows)
+    yield Heading("Results")
+    yield main_table(rows, reference, measure)
+    yield f"By {measure.name}, of {whose(rows)}. {explain_comparison(rows, reference)}"
+    found = gather_evidence(dataset, rows, reference, measure)
+    if found:
+        yield Heading("Claims")
+        judged = {one.claim for one in found}
+        yield from (f"{number}. {claim}" for number, claim in enumerate(CLAIMS, 1) if number in judged)
+        yield from (claims_table(found, measure), explain_claims(found))
     yield from _curves(f"{name}-curves", rows, measure)
+    if measure.is_accuracy:
+        yield from _levels(rows, target)
     yield from _clients(f"{name}-clients", rows, measure)
     yield from _personalization(f"{name}-personalization", rows, measure)
     for heading, table, caveats in published_tables(dataset, rows):
         yield from (Heading(heading), table)
         yield from caveats
+    yield from (Heading("After each phase"), tables.results_table(rows, [*measures, *others]))
+    changes = tables.changes_table(rows, [*measures, *others])
+    if changes.rows:
+        yield from (Heading("What fine-tuning changes"), _CHANGES, changes)
+    if len(rows) > 1 or any(len(row.populations) > 1 for row in rows):
+        yield Heading("Methods side by side")
+        for one in [measure, *others]:
+            yield from ([f"By {one.name}:"] if others else [])
+            yield comparison_table(rows, reference, one)
+    if any(row.nickname for row in rows):
+        yield from (Heading("Settings of the rows"), _SETTINGS, tables.nicknames_table(rows))
     yield from (Heading("Runs"), tables.runs_table(rows))
 
 
@@ -227,6 +256,24 @@ def _notes(dataset: str, rows: Sequence[Row], measure: Measure) -> list[str]:
     return [*notes, f"Where a row's name says nothing else: {'; '.join(facts)}."]
 
 
+def _levels(rows: Sequence[Row], target: float | None) -> Iterator[Block]:
+    best = tables.best_table(rows, ACCURACY)
+    if not best.rows:
+        return
+    yield from (Heading("Best and last round"), best)
+    yield (
+        "Of the points of the curve; both are means over the same clients, those that the curve is drawn over. The "
+        "best round is chosen by the scores that it is shown with, as in many papers, and so looks better than it is."
+    )
+    levels = tables.levels_of(rows, target)
+    yield Heading(f"Rounds and seconds to an accuracy of {' and '.join(map(tables.level_text, levels))}")
+    if target is None:
+        shares = " and ".join(f"{share * 100:.0f} %" for share in tables.LEVELS)
+        yield f"These are {shares} of the best row's personalized accuracy; --target names another one."
+    yield tables.levels_table(rows, levels)
+    yield _resolution(rows)
+
+
 def _resolution(rows: Sequence[Row]) -> str:
     every, clients = (
         " or ".join(map(str, sorted({row.settings[name] for row in rows}))) for name in ("eval_every", "eval_clients")
@@ -234,8 +281,9 @@ def _resolution(rows: Sequence[Row]) -> str:
     return (
         "Rounds are those of both phases, in the order in which they ran, up to the first point of the curve at which "
         f"the mean accuracy is there. The curve has a point every {every} rounds and one at the end of a phase, taken "
-        f"over up to {clients} {plots.whose(rows)}: a number of rounds is no more exact than that. A mean is given "
-        "where all seeds got there."
+        f"over up to {clients} {whose(rows)}: a number of rounds is no more exact than that. Seconds are those of the "
+        "run itself in which it trained, without scoring, and of the machine that it ran on with whatever else ran "
+        "there. A mean is given where all seeds got there."
     )
 
 
@@ -243,17 +291,10 @@ def _curves(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]
     draw = plots.draw_curves(rows, measure)
     if draw is not None:
         description = (
-            f"The {measure.name} on {plots.whose(rows)} against the round, before and after personalization. A dotted "
-            "line is where fine-tuning begins, a band the sample deviation over seeds."
+            f"The {measure.name} on {whose(rows)} against the round, before and after personalization. A dotted line "
+            "is where fine-tuning begins, a band the sample deviation over seeds."
         )
         yield Plot(name, description, draw)
-
-
-def _comparison(rows: Sequence[Row], measures: Sequence[Measure], reference: Reference | None) -> Iterator[Block]:
-    yield from (Heading("Methods side by side"), explain_comparison(rows, reference))
-    for measure in measures:
-        yield from ([f"By {measure.name}:"] if len(measures) > 1 else [])
-        yield comparison_table(rows, reference, measure)
 
 
 def _clients(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]:
@@ -277,9 +318,7 @@ def _personalization(name: str, rows: Sequence[Row], measure: Measure) -> Iterat
             yield tables.epochs_table(rows)
         else:
             yield tables.steps_table(rows, measure)
-            yield f"Behind ± stands the 95 % confidence interval of the mean over {plots.whose(rows)}."
-        description = (
-            f"The {measure.name} on {plots.whose(rows)} while they adapt. A band is the sample deviation over seeds"
-        )
+            yield f"Behind ± stands the 95 % confidence interval of the mean over {whose(rows)}."
+        description = f"The {measure.name} on {whose(rows)} while they adapt. A band is the sample deviation over seeds"
         end = "." if measure.is_accuracy else ", or with one seed the 95 % confidence interval over clients."
         yield Plot(name, f"{description}{end}", draw)

@@ -51,11 +51,11 @@ class Measure:
     def is_accuracy(self) -> bool:
         return self.field == "accuracy"
 
-    def values(self, results: Sequence[PhaseResult], kind: str) -> list[float | None]:
+    def values(self, results: Sequence[PhaseResult | CurvePoint], kind: str) -> list[float | None]:
         """kind: of KINDS."""
         return [getattr(result, kind).get(self.field) for result in results]
 
-    def mean(self, results: Sequence[PhaseResult], kind: str) -> str:
+    def mean(self, results: Sequence[PhaseResult | CurvePoint], kind: str) -> str:
         """The mean over the results of seeds, as text."""
         return self.text(seed_mean(self.values(results, kind)))
 
@@ -78,12 +78,19 @@ class Measure:
 ACCURACY = Measure("accuracy", "accuracy", higher_is_better=True)
 
 
+def number(value: float, digits: int) -> str:
+    """With so many digits behind the point, the same on every processor: the last bits of a sum depend on its order,
+    and would decide how a figure halfway between two is rounded, and whether a nought has a sign.
+    """
+    return f"{round(value, digits + 6) + 0.0:.{digits}f}"
+
+
 def plain(value: SeedMean | None, digits: int = 4, factor: float = 1.0, unit: str = "") -> str:
     """`mean ± deviation unit`."""
     if value is None or not math.isfinite(value.mean):
         return NO_NUMBER
-    deviation = "" if value.deviation is None else f" ± {factor * value.deviation:.{digits}f}"
-    return f"{factor * value.mean:.{digits}f}{deviation}{unit}"
+    deviation = "" if value.deviation is None else f" ± {number(factor * value.deviation, digits)}"
+    return f"{number(factor * value.mean, digits)}{deviation}{unit}"
 
 
 def percent(value: SeedMean | None, digits: int = 2) -> str:
@@ -95,22 +102,22 @@ def in_brackets(value: SeedMean | None, digits: int = 4) -> str:
     """`mean (deviation)`, as the paper writes a figure."""
     if value is None:
         return NO_NUMBER
-    return f"{value.mean:.{digits}f}" + ("" if value.deviation is None else f" ({value.deviation:.{digits}f})")
+    return number(value.mean, digits) + ("" if value.deviation is None else f" ({number(value.deviation, digits)})")
 
 
-def counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def rounds_to_target(curve: Sequence[CurvePoint], kind: str, target: float) -> int | None:
-    """The first round of the curve, initial or personalized, at which its mean accuracy was the target or more.
+def first_at(curve: Sequence[CurvePoint], kind: str, accuracy: float) -> CurvePoint | None:
+    """The first point of the curve, initial or personalized, at which its mean accuracy is this or more.
 
-    None where it never was. The curve has a point every `eval_every` rounds, which is how exact the answer is.
+    None where it never is. The curve has a point every `eval_every` rounds, which is how exact the answer is.
     """
     for point in curve:
-        accuracy = getattr(point, kind)["accuracy"]
-        if accuracy is not None and accuracy >= target:
-            return point.round_number
+        mean = getattr(point, kind)["accuracy"]
+        if mean is not None and mean >= accuracy:
+            return point
     return None
 
 

@@ -70,7 +70,7 @@ def _markdown(block: Block) -> str:
         return block
     if isinstance(block, Plot):
         return f"![{block.description}]({_PLOTS}/{block.name}.png)"
-    alignment = ["---" if column < block.num_text_columns else "---:" for column in range(len(block.headers))]
+    alignment = ["---" if header in block.words else "---:" for header in block.headers]
     return "\n".join(_markdown_line(cells) for cells in (block.headers, alignment, *block.rows))
 
 

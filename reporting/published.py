@@ -28,12 +28,14 @@ def published_tables(dataset: str, rows: Sequence[Row]) -> list[tuple[str, Table
     ]
 
 
-@makes_table(num_text_columns=1)
+@makes_table("row")
 def _published_table(source: Mapping[str, Any], dataset: str, rows: Sequence[Row]) -> Lines:
     phase, loss = Phase.of_field(source["phase"]), Measure("loss", "loss")
     published = source["figures_of"][dataset] if "figures_of" in source else source["figures"]
     fitting = [row for row in rows if _published_as(source, row) in published and phase in row.results]
-    has_trained = source["by"] == "method" and any(Population.TRAINED in row.populations for row in fitting)
+    if source["by"] == "method":
+        fitting = _one_a_method(fitting)
+    has_trained = source["by"] == "method" and any(len(row.populations) > 1 for row in fitting)
     for row in fitting:
         results, result = row.results[phase], row.runs[0].result
         line = {"row": row.label, "seeds": str(len(row.runs))}
@@ -48,10 +50,26 @@ def _published_table(source: Mapping[str, Any], dataset: str, rows: Sequence[Row
             ours[f"rounds to 0.8, {kind}"] = rounds_text(row, kind, 0.8)
         for column, figure in zip(source["columns"], published[_published_as(source, row)], strict=True):
             line |= {f"{column}: {source['whose']}": figure, f"{column}: ours": ours[column]}
+        if source["by"] == "method":
+            for kind in KINDS:
+                best = [point for run in row.runs if (point := run.best_point(kind, phase=phase)) is not None]
+                line[f"{kind}, %: ours, best round"] = ACCURACY.mean(best, kind)
         if has_trained:
             trained = row.results_of(Population.TRAINED).get(phase, [])
             line |= {f"{kind}, %: ours, clients that trained": ACCURACY.mean(trained, kind) for kind in KINDS}
         yield line
+
+
+def _one_a_method(rows: Sequence[Row]) -> list[Row]:
+    """Without rows whose phase 1 repeats another's, or is shorter for the sake of fine-tuning, where a row has none."""
+    last = {str(row.settings["fedavg"]["method"]) for row in rows if row.settings["fine_tune"] is None}
+    found: dict[str, Row] = {}
+    for row in rows:
+        if row.settings["fine_tune"] is None or str(row.settings["fedavg"]["method"]) not in last:
+            flat = flat_settings(row.settings)
+            alike = {name: value for name, value in flat.items() if not name.startswith(Phase.FINE_TUNE.field)}
+            found.setdefault(str(alike), row)
+    return list(found.values())
 
 
 def _published_as(source: Mapping[str, Any], row: Row) -> str:

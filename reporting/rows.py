@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from perfedavg.fields import flags_of
-from perfedavg.methods import FedAvg
+from perfedavg.methods import METHODS, FedAvg, Method
 from perfedavg.metrics import BASIC_METRICS
 from perfedavg.recording.runs import KINDS, FinishedRun, PhaseResult
 from perfedavg.settings import ExperimentConfig, Phase, Population
@@ -35,8 +35,8 @@ class Row:
     name: clients a round and E, or what takes their place.
     differences: other settings in which it differs from most other rows.
     runs: in order of their seeds, one a seed; never empty.
-    nickname: replaces name and differences where these are long: the folder of runs in `<folder>/seed<k>`, with what
-        must always be shown; or empty.
+    nickname: replaces name and differences, with what must always be shown: the methods where no other row has them, or
+        else, where the name is long, the folder of runs in `<folder>/seed<k>`; or empty.
     """
 
     name: str
@@ -88,10 +88,32 @@ class Row:
         return {name: higher_is_better for name, higher_is_better in metrics.items() if name not in BASIC_METRICS}
 
     @property
+    def folder(self) -> str:
+        """The name of the folder that holds all its runs, each as seed<k>; empty where there is none."""
+        folders = {run.path.parent.name if run.path.name == f"seed{run.seed}" else "" for run in self.runs}
+        return folders.pop() if len(folders) == 1 else ""
+
+    @property
+    def title(self) -> str:
+        """Its methods, as people call them: `FedAvg + Reptile`."""
+        return _title(self.settings)
+
+    @property
     def is_fedavg(self) -> bool:
         """Whether phase 1 is FedAvg over clients, of their own settings' epochs or steps."""
         fedavg = self.settings["fedavg"]
         return fedavg["method"]["name"] == FedAvg.name and fedavg["num_rounds"] > 0 and not self.settings["joint"]
+
+    @property
+    def is_fedsgd(self) -> bool:
+        """Whether a client of phase 1 takes a single step of FedAvg."""
+        return self.is_fedavg and self.settings["fedavg"]["num_local_steps"] == 1
+
+    @property
+    def is_local_only(self) -> bool:
+        """Whether a client trains by itself alone, from random weights."""
+        has_phases = self.settings["fedavg"]["num_rounds"] > 0 or self.settings["fine_tune"] is not None
+        return not has_phases and self.settings["initial_model"] is None
 
     @property
     def results_by_epoch(self) -> dict[Phase, list[PhaseResult]]:
@@ -109,9 +131,8 @@ class Row:
         """What the results of a phase come after."""
         if phase is not Phase.FEDAVG:
             return phase.label
-        method = self.settings["fedavg"]["method"]["name"]
         is_trained = self.settings["fedavg"]["num_rounds"] > 0
-        return (phase.label if method == FedAvg.name else method) if is_trained else "no training"
+        return method_title(self.settings["fedavg"]["method"]) if is_trained else "no training"
 
     @property
     def has_cohort_and_epochs(self) -> bool:
@@ -141,8 +162,11 @@ def leave_out_repeats(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], l
     return list(first.values()), lines
 
 
-def group_rows(runs: Sequence[FinishedRun]) -> list[Row]:
-    """The rows of runs on one data set: FedAvg(E) by clients a round and E, then those that differ, then baselines."""
+def group_rows(runs: Sequence[FinishedRun], order: Sequence[str] = ()) -> list[Row]:
+    """The rows of runs on one data set: FedAvg(E) by clients a round and E, then those that differ, then baselines.
+
+    order: of the folders of rows, where these are a table's; others come behind.
+    """
     groups: dict[str, list[FinishedRun]] = {}
     for run in sorted(runs, key=lambda run: run.seed):
         groups.setdefault(_row_key(run.settings), []).append(run)
@@ -152,9 +176,10 @@ def group_rows(runs: Sequence[FinishedRun]) -> list[Row]:
         Row(_name(part[0].settings), ", ".join([*words, *origin]), tuple(part))
         for words, (part, origin) in zip(differences, parts, strict=True)
     ]
-    folders = Counter(map(_common_folder, rows))
-    rows = [replace(row, nickname=_nickname(row)) if folders[_common_folder(row)] == 1 else row for row in rows]
-    return sorted(_made_distinct(rows), key=_sort_key)
+    folders, titles = Counter(row.folder for row in rows), Counter(row.title for row in rows)
+    rows = [replace(row, nickname=_nickname(row, folders, titles)) for row in rows]
+    places = {folder: place for place, folder in enumerate(order)}
+    return sorted(_made_distinct(rows), key=lambda row: (places.get(row.folder, len(places)), _sort_key(row)))
 
 
 def _made_distinct(rows: Sequence[Row]) -> list[Row]:
@@ -231,19 +256,18 @@ def _parted_by_origin(group: list[FinishedRun]) -> list[tuple[list[FinishedRun],
     return [(part, [f"initial_model {origin[:_SHOWN_DIGITS]}"]) for origin, part in parts.items()]
 
 
-def _common_folder(row: Row) -> str:
-    """The name of the folder that holds all runs of a row, each as seed<k>; empty where there is none."""
-    folders = {run.path.parent.name if run.path.name == f"seed{run.seed}" else "" for run in row.runs}
-    return folders.pop() if len(folders) == 1 else ""
+def _nickname(row: Row, folders: Mapping[str, int], titles: Mapping[str, int]) -> str:
+    """Empty for a row that is called by clients a round and E, and for one whose folder says nothing.
 
-
-def _nickname(row: Row) -> str:
-    """Empty for a plain row, which is called by clients a round and E, and for one whose folder says nothing."""
-    folder = _common_folder(row)
-    if not folder or (row.has_cohort_and_epochs and not row.differences):
-        return ""
-    shown = {name: value for name, value in row.settings.items() if _is_always_shown(name, value) and value != folder}
-    return ", ".join([folder, *(word for name in shown for word in _words(name, row.settings, [row.settings]))])
+    folders, titles: how many rows have each.
+    """
+    name = row.title
+    if titles[name] > 1:
+        name = row.folder if folders[row.folder] == 1 else ""
+        if not name or (row.has_cohort_and_epochs and not row.differences):
+            return ""
+    shown = {key: value for key, value in row.settings.items() if _is_always_shown(key, value) and value != name}
+    return ", ".join([name, *(word for key in shown for word in _words(key, row.settings, [row.settings]))])
 
 
 def _is_always_shown(name: str, value: Any) -> bool:
@@ -255,6 +279,27 @@ def _sort_key(row: Row) -> tuple[bool, bool, tuple[int, int], str]:
     if row.has_cohort_and_epochs:
         return False, row.differences != "", row.cohort_and_epochs, row.label
     return True, False, (0, 0), row.label
+
+
+def method_title(choice: Settings) -> str:
+    """What people call a method: `Per-FedAvg` for `per_fedavg`; a user's own goes by its class."""
+    name = str(choice["name"])
+    method = METHODS.get(name)
+    if method is None:
+        return name.rpartition(":")[2]
+    assert issubclass(method, Method)
+    return method.title or method.__name__
+
+
+def _title(settings: Settings) -> str:
+    fedavg, fine_tune = settings["fedavg"], settings["fine_tune"]
+    parts = []
+    if fedavg["num_rounds"]:
+        is_fedsgd = fedavg["method"]["name"] == FedAvg.name and fedavg["num_local_steps"] == 1
+        name = "FedSGD" if is_fedsgd else method_title(fedavg["method"])
+        parts.append("Joint training" if settings["joint"] else name)
+    parts += [] if fine_tune is None else [method_title(fine_tune["method"])]
+    return " + ".join(parts) or ("Local only" if settings["initial_model"] is None else "Initial model only")
 
 
 def _name(settings: Settings) -> str:

@@ -36,7 +36,7 @@ def read_rows(folder: Path, order: Sequence[str] = ()) -> list[Row]:
                 f"{run.path}: an epoch of its personalization is not known to be one step on all given points; run it "
                 "with --batch_size 10"
             )
-    return sorted(group_rows(runs), key=lambda row: [row.label != method for method in order])
+    return group_rows(runs, order)
 
 
 def errors_by_step(run: FinishedRun) -> NDArray[np.float64]:

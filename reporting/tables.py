@@ -5,14 +5,14 @@ from __future__ import annotations
 import csv
 import functools
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, ParamSpec
 
 import numpy as np
 
-from perfedavg.recording.runs import KINDS, FinishedRun, Scores
+from perfedavg.recording.runs import KINDS, CurvePoint, FinishedRun, Scores
 from perfedavg.settings import Phase, Population
 from reporting.figures import (
     ACCURACY,
@@ -21,9 +21,10 @@ from reporting.figures import (
     SeedMean,
     confidence_95,
     counted,
+    first_at,
     in_brackets,
     percent,
-    rounds_to_target,
+    plain,
     seed_mean,
     steps_per_epoch,
 )
@@ -33,6 +34,8 @@ SHOWN_STEPS = (0, 1, 5, 10, 32)
 """Steps of personalization after which the sine task's authors report."""
 _SHOWN_EPOCHS = (0, 1, 2, 3, 5, 10, 15, 20)
 _PERCENTILES = (10, 50, 90)
+LEVELS = (0.9, 0.95)
+"""Of the best row's personalized accuracy: to where rounds are counted."""
 
 Arguments = ParamSpec("Arguments")
 Lines = Iterator[dict[str, str]]
@@ -41,40 +44,43 @@ Lines = Iterator[dict[str, str]]
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. The first `num_text_columns` columns hold words, the others figures."""
+    """Cells as text.
+
+    words: headers of the columns that hold words; the others hold figures.
+    """
 
     headers: list[str]
     rows: list[list[str]]
-    num_text_columns: int
+    words: frozenset[str]
 
 
-def makes_table(num_text_columns: int) -> Callable[[Callable[Arguments, Lines]], Callable[Arguments, Table]]:
-    """Makes a table of the lines that a function yields."""
+def makes_table(*words: str) -> Callable[[Callable[Arguments, Lines]], Callable[Arguments, Table]]:
+    """Makes a table of the lines that a function yields. words: as `Table` has them."""
 
     def decorate(lines_of: Callable[Arguments, Lines]) -> Callable[Arguments, Table]:
         @functools.wraps(lines_of)
         def build(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Table:
             lines = list(lines_of(*args, **kwargs))
             headers = list(lines[0]) if lines else []
-            return Table(headers, [list(line.values()) for line in lines], num_text_columns)
+            return Table(headers, [list(line.values()) for line in lines], frozenset(words))
 
         return build
 
     return decorate
 
 
-@makes_table(num_text_columns=3)
+@makes_table("row", "clients", "after")
 def results_table(rows: Sequence[Row], measures: Sequence[Measure]) -> Lines:
-    """The main table: scores and share of hurt clients after each phase, means over seeds.
+    """Scores and share of hurt clients after each phase, means over seeds.
 
     A column says of whom, where clients that trained were scored too.
     """
-    has_trained = any(Population.TRAINED in row.populations for row in rows)
+    has_trained = any(len(row.populations) > 1 for row in rows)
     for row in rows:
         for population in row.populations:
             for phase, results in row.results_of(population).items():
-                line = {"row": row.label, "seeds": str(len(results)), "after": row.after(phase)}
-                line |= {"clients": population.value} if has_trained else {}
+                line = {"row": row.label} | ({"clients": population.value} if has_trained else {})
+                line |= {"after": row.after(phase), "seeds": str(len(results))}
                 line |= {
                     f"{kind} {measure.name}": measure.mean(results, kind) for kind in KINDS for measure in measures
                 }
@@ -82,7 +88,7 @@ def results_table(rows: Sequence[Row], measures: Sequence[Measure]) -> Lines:
                 yield line
 
 
-@makes_table(num_text_columns=2)
+@makes_table("row")
 def changes_table(rows: Sequence[Row], measures: Sequence[Measure]) -> Lines:
     """What fine-tuning changes: the difference that it makes within a seed, mean and sample deviation over seeds.
 
@@ -100,29 +106,63 @@ def changes_table(rows: Sequence[Row], measures: Sequence[Measure]) -> Lines:
         yield line
 
 
-@makes_table(num_text_columns=2)
+@makes_table("row", "settings")
 def nicknames_table(rows: Sequence[Row]) -> Lines:
-    """What the rows are that are called by their folders."""
+    """Clients a round, epochs and what else tells rows from most others, of those whose name leaves it out."""
     for row in rows:
         if row.nickname:
-            yield {"row": row.label, "what it is": row.description}
+            yield {"row": row.label, "settings": row.description}
 
 
-@makes_table(num_text_columns=3)
-def rounds_table(rows: Sequence[Row], target: float) -> Lines:
-    """The paper's table: accuracies after each phase, and the rounds to a target accuracy."""
-    phases = [phase for phase in Phase if any(phase in row.results for row in rows)]
+@makes_table("row")
+def best_table(rows: Sequence[Row], measure: Measure) -> Lines:
+    """The best point of the curve and its last one, which are of the same clients; means over seeds.
+
+    Rows without a curve are not in it.
+    """
     for row in rows:
-        cohort_size, epochs = row.cohort_and_epochs if row.has_cohort_and_epochs else ("", "")
-        line = {"clients a round": str(cohort_size), "E": str(epochs)}
-        line["otherwise"] = row.nickname or row.differences if row.has_cohort_and_epochs else row.label
-        line["seeds"] = str(len(row.runs))
-        for phase in phases:
-            line |= {f"{kind} accuracy after {phase.label}": accuracy_in_brackets(row, phase, kind) for kind in KINDS}
-        yield line | {f"rounds to {target:g}, {kind}": rounds_text(row, kind, target) for kind in KINDS}
+        if not all(run.curve for run in row.runs):
+            continue
+        line = {"row": row.label, "seeds": str(len(row.runs))}
+        for kind in KINDS:
+            best = [point for run in row.runs if (point := run.best_point(kind, measure.field)) is not None]
+            last = [run.curve[-1] for run in row.runs if run.curve]
+            line[f"{kind}: best"] = measure.mean(best, kind)
+            line[f"{kind}: its round"] = plain(seed_mean([point.round_number for point in best]), 0)
+            line[f"{kind}: last"] = measure.mean(last, kind)
+        yield line
 
 
-@makes_table(num_text_columns=2)
+@makes_table("row")
+def levels_table(rows: Sequence[Row], levels: Sequence[float]) -> Lines:
+    """Rounds, and seconds of training, to each of some accuracies; means over seeds."""
+    for row in rows:
+        line = {"row": row.label, "seeds": str(len(row.runs))}
+        for kind in KINDS:
+            for level in levels:
+                points = points_at(row, kind, level)
+                line[f"{kind} {level_text(level)}: rounds"] = (
+                    points if isinstance(points, str) else plain(seed_mean([point.round_number for point in points]), 0)
+                )
+                seconds = [] if isinstance(points, str) else [point.training_seconds for point in points]
+                line[f"{kind} {level_text(level)}: seconds"] = plain(seed_mean(seconds), 0)
+        yield line
+
+
+def level_text(level: float) -> str:
+    return percent(SeedMean(level), digits=1)
+
+
+def levels_of(rows: Sequence[Row], target: float | None) -> list[float]:
+    """The accuracies to which rounds are counted: the target, or shares of the best row's personalized accuracy."""
+    if target is not None:
+        return [target]
+    means = [seed_mean(ACCURACY.values(list(row.results.values())[-1], "personalized")) for row in rows]
+    best = max((mean.mean for mean in means if mean is not None), default=1.0)
+    return [round(share * best, 3) for share in LEVELS]
+
+
+@makes_table("row", "after")
 def clients_table(rows: Sequence[Row], measure: Measure, population: Population) -> Lines:
     """Percentiles over the clients of all seeds of a row, and the share of those whose score got worse.
 
@@ -141,7 +181,7 @@ def clients_table(rows: Sequence[Row], measure: Measure, population: Population)
             yield line | {"clients hurt": percent(SeedMean(float(np.mean(worse))), digits=1)}
 
 
-@makes_table(num_text_columns=3)
+@makes_table("row", "after")
 def epochs_table(rows: Sequence[Row]) -> Lines:
     """Accuracy after some numbers of personalization epochs, means over those seeds that measured them."""
     measured = [
@@ -158,7 +198,7 @@ def epochs_table(rows: Sequence[Row]) -> Lines:
         yield line
 
 
-@makes_table(num_text_columns=3)
+@makes_table("row", "after")
 def steps_table(rows: Sequence[Row], measure: Measure) -> Lines:
     """Loss after some numbers of personalization steps with its 95 % confidence interval over clients, a line a seed.
 
@@ -189,7 +229,7 @@ def _with_confidence(scores: Scores, num_clients: int) -> str:
     return f"{loss:.4f} ± {confidence_95(deviation, num_clients):.4f}"
 
 
-@makes_table(num_text_columns=6)
+@makes_table("row", "seed", "folder", "model sha256", "torch", "commit")
 def runs_table(rows: Sequence[Row]) -> Lines:
     """Where the figures come from: each run's folder, digest, cost and code."""
     for row in rows:
@@ -201,15 +241,17 @@ def runs_table(rows: Sequence[Row]) -> Lines:
             yield line | {"seconds": f"{run.result.seconds:.0f}"}
 
 
-def to_csv(rows: Sequence[Row], target: float) -> str:
-    """A line for each row, seed and phase, in full precision; empty where there is no number."""
-    lines = [
-        _csv_line(row, run, population, phase, target)
-        for population in Population
-        for row in rows
-        for run in row.runs
-        for phase in run.results.get(population, ())
-    ]
+def csv_lines(rows: Sequence[Row], levels: Sequence[float]) -> Iterator[dict[str, Any]]:
+    """A line for each population, row, seed and phase, in full precision; None where there is no number."""
+    for population in Population:
+        for row in rows:
+            for run in row.runs:
+                for phase in run.results.get(population, ()):
+                    yield _csv_line(row, run, population, phase, levels)
+
+
+def to_csv(lines: Sequence[Mapping[str, Any]]) -> str:
+    """One or more lines under the names of all their columns; empty where one has no such column."""
     text = io.StringIO()
     # Runs differ in the figures that they have: by version, and by --metrics.
     columns = [list(line) for line in lines]
@@ -221,10 +263,11 @@ def to_csv(rows: Sequence[Row], target: float) -> str:
     return text.getvalue()
 
 
-def _csv_line(row: Row, run: FinishedRun, population: Population, phase: Phase, target: float) -> dict[str, Any]:
+def _csv_line(
+    row: Row, run: FinishedRun, population: Population, phase: Phase, levels: Sequence[float]
+) -> dict[str, Any]:
     result, fedavg = run.results[population][phase], run.settings["fedavg"]
-    curve = (run.curve or ()) if population is run.population else ()
-    return {
+    line = {
         "dataset": run.dataset,
         "row": row.label,
         "cohort_size": run.settings["cohort_size"],
@@ -237,12 +280,19 @@ def _csv_line(row: Row, run: FinishedRun, population: Population, phase: Phase, 
         "clients": result.clients,
         **{f"{kind}_{name}": value for kind in KINDS for name, value in getattr(result, kind).items()},
         "fraction_hurt": result.fraction_hurt,
-        "target_accuracy": target,
-        **{f"rounds_to_target_{kind}": rounds_to_target(curve, kind, target) for kind in KINDS},
-        "run_seconds": run.result.seconds,
-        "model_sha256": run.result.model_sha256,
-        "run": run.path,
     }
+    curve = (run.curve or ()) if population is run.population else ()
+    for kind in KINDS:
+        best = run.best_point(kind, phase=phase) if curve else None
+        line[f"best_{kind}_accuracy"] = None if best is None else getattr(best, kind)["accuracy"]
+        line[f"best_{kind}_round"] = None if best is None else best.round_number
+    for number, level in enumerate(levels, 1):
+        line[f"level_{number}"] = level
+        for kind in KINDS:
+            point = first_at(curve, kind, level)
+            line[f"rounds_to_level_{number}_{kind}"] = None if point is None else point.round_number
+            line[f"seconds_to_level_{number}_{kind}"] = None if point is None else point.training_seconds
+    return line | {"run_seconds": run.result.seconds, "model_sha256": run.result.model_sha256, "run": run.path}
 
 
 def accuracy_in_brackets(row: Row, phase: Phase, kind: str) -> str:
@@ -250,13 +300,20 @@ def accuracy_in_brackets(row: Row, phase: Phase, kind: str) -> str:
     return in_brackets(seed_mean(ACCURACY.values(row.results[phase], kind))) if phase in row.results else ""
 
 
-def rounds_text(row: Row, kind: str, target: float) -> str:
+def points_at(row: Row, kind: str, level: float) -> list[CurvePoint] | str:
+    """For each seed, the first point of the curve at which the accuracy is there; or why there is none, in words."""
     curves = [run.curve for run in row.runs if run.curve]
     if len(curves) < len(row.runs):
         return "no curve"
-    reached = [number for curve in curves if (number := rounds_to_target(curve, kind, target)) is not None]
-    if not reached:
-        return "not reached"
-    if len(reached) < len(curves):
-        return f"reached by {len(reached)} of {len(curves)} seeds"
-    return str(reached[0]) if len(reached) == 1 else in_brackets(seed_mean(reached), digits=1)
+    reached = [point for curve in curves if (point := first_at(curve, kind, level)) is not None]
+    if len(reached) == len(curves):
+        return reached
+    return f"reached by {len(reached)} of {len(curves)} seeds" if reached else "not reached"
+
+
+def rounds_text(row: Row, kind: str, level: float) -> str:
+    """Rounds to an accuracy, as the paper writes them."""
+    points = points_at(row, kind, level)
+    if isinstance(points, str):
+        return points
+    return in_brackets(seed_mean([point.round_number for point in points]), digits=1 if len(points) > 1 else 0)

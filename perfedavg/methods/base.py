@@ -23,6 +23,7 @@ class Method:
     A subclass is a frozen dataclass whose fields are the method's settings, each made by `perfedavg.fields.setting`.
 
     name: by which flags and config.json know it.
+    title: what people call it; empty where that is the class's name.
     sends_gradients: whether updates are negative gradients, whose size is that of a gradient, not of a trained
         difference of parameters. It decides the default learning rate of the server.
     differentiates_training: whether `update` calls `ClientModels.gradients_through_training`, for which even a single
@@ -33,6 +34,7 @@ class Method:
     """
 
     name: ClassVar[str]
+    title: ClassVar[str] = ""
     sends_gradients: ClassVar[bool] = False
     differentiates_training: ClassVar[bool] = False
     keeps_state: ClassVar[bool] = False

@@ -38,6 +38,7 @@ class PerFedAvg(Method):
     """Clients train w so that it is good after one step on their data, and send how far they got."""
 
     name: ClassVar[str] = "per_fedavg"
+    title: ClassVar[str] = "Per-FedAvg"
     per_fedavg_beta: float = setting(
         0.03, "learning rate of the steps through an adapted model", above=0, search="0.001..0.3:log"
     )

@@ -34,6 +34,7 @@ class PFedMe(Method):
     """Clients step along the gradients of their envelopes, which K steps of their optimizer approximate."""
 
     name: ClassVar[str] = "pfedme"
+    title: ClassVar[str] = "pFedMe"
     pfedme_lambda: float = setting(15.0, "weight of the pull of theta to w", above=0, search="5..50:log")
     pfedme_eta: float = setting(
         0.005, "learning rate of w; that of theta is the clients'", above=0, search="0.001..0.05:log"

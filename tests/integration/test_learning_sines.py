@@ -71,11 +71,12 @@ def test_the_report_shows_what_the_runs_measured(
         single_process.main()
     monkeypatch.setattr("sys.argv", ["sine.py", str(runs), "--output", str(tmp_path), "--models", str(runs)])
     sine.main()
-    assert "| joint | 1 |" in capsys.readouterr().out
+    assert "| Joint training | 1 |" in capsys.readouterr().out
     for name in ("mse.png", "adaptation.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-    for model in sine_adaptation.load_models(sine_errors.read_rows(runs), runs):
-        with open(runs / model.label / "seed0" / "clients.csv", newline="") as file:
+    models = sine_adaptation.load_models(sine_errors.read_rows(runs, list(rows)), runs)
+    for folder, model in zip(rows, models, strict=True):
+        with open(runs / folder / "seed0" / "clients.csv", newline="") as file:
             row = next(csv.DictReader(file))
         client_id = int(row["client_id"])
         assert client_id == model.tasks.unseen_client_ids[0]

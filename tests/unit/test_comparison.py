@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import make_config
-from numpy.typing import NDArray
+from made_runs import experiment, run
 
-from perfedavg.methods import MAML, Ditto, FedAvg, Reptile
-from perfedavg.recording.runs import FinishedRun, PhaseResult, RunResult, result_key
-from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseConfig, Population
+from perfedavg.methods import MAML, Ditto, Reptile
+from perfedavg.recording.runs import FinishedRun, PhaseResult
+from perfedavg.settings import Population
 from reporting.comparison import (
     bootstrap_interval,
     choose_reference,
     comparison_table,
     explain_comparison,
+    main_table,
     paired_differences,
 )
 from reporting.contents import build_report
@@ -29,45 +28,6 @@ from reporting.figures import ACCURACY, Measure
 from reporting.files import to_markdown
 from reporting.plots import LIGHT, draw_clients
 from reporting.rows import group_rows
-
-SGD = OptimizerConfig("sgd", 0.1)
-Scores = Mapping[int, tuple[float, float]]
-"""Initial and personalized accuracy by client."""
-
-
-def experiment(method: Any = None, fine_tune: Any = None, **changes: Any) -> ExperimentConfig:
-    phase = PhaseConfig(10, 5, SGD, SGD, method=method or FedAvg())
-    second = None if fine_tune is None else dataclasses.replace(phase, method=fine_tune)
-    return make_config(**{"fedavg": phase, "fine_tune": second, **changes})
-
-
-def run(
-    config: ExperimentConfig,
-    unseen: Scores,
-    trained: Scores | None = None,
-    fingerprint: str = "data",
-    name: str = "run",
-) -> FinishedRun:
-    """A finished run in memory, with these scores after its last phase and worse ones before."""
-    scored = {Population.UNSEEN: unseen} | ({} if trained is None else {Population.TRAINED: trained})
-    clients: dict[Population, dict[str, NDArray[np.float64]]] = {}
-    results: dict[Population, dict[Phase, PhaseResult]] = {}
-    for population, scores in scored.items():
-        values = np.array(list(scores.values()))
-        clients[population] = {"client_id": np.array(list(scores), dtype=float)}
-        for phase in config.phases:
-            last = values if phase is max(config.phases) else values / 2
-            for place, kind in enumerate(("initial", "personalized")):
-                for metric in ("loss", "accuracy"):
-                    clients[population][f"{result_key(phase)}_{kind}_{metric}"] = last[:, place]
-            initial, personalized = ({"loss": mean, "accuracy": mean} for mean in last.mean(axis=0).tolist())
-            hurt = float(np.mean(last[:, 1] < last[:, 0]))
-            results.setdefault(population, {})[phase] = PhaseResult(len(scores), initial, personalized, hurt)
-    names = {population: tuple(map(str, scores)) for population, scores in scored.items()}
-    settings = json.loads(json.dumps(config.to_dict()))
-    result = RunResult(8, 2, 1.0, "0" * 64, data_fingerprint=fingerprint)
-    return FinishedRun(Path(name), settings, result, {}, results, (), clients, names, ())
-
 
 PLAIN = run(experiment(fine_tune=Reptile()), {8: (0.5, 0.6), 9: (0.7, 0.8)}, {1: (0.5, 0.5), 2: (0.9, 1.0)})
 DITTO = run(experiment(Ditto()), {8: (0.6, 0.6), 9: (0.7, 0.9)}, {2: (0.4, 0.8), 3: (0.0, 0.0)})
@@ -168,21 +128,57 @@ def test_the_table_of_both_populations() -> None:
     lines = [dict(zip(table.headers, line, strict=True)) for line in table.rows]
     assert [line["clients"] for line in lines] == ["unseen", "unseen", "trained", "trained"]
     assert [line["row"] for line in lines[:2]] == [
-        "E 5, 4 clients a round, method ditto, no fine-tuning",
-        "E 5, 4 clients a round, method fedavg, fine-tuning by reptile",
+        "Ditto",
+        "FedAvg + Reptile",
     ]
     unseen, _, _, reptile = lines
     assert unseen["initial"] == "65.00 %"
     assert unseen["personalized"] == "75.00 %"
     assert unseen["change"] == "+10.00 %"
     assert unseen["bottom decile"] == "63.00 %"
-    assert unseen["clients hurt"] == "0.0 %"
+    assert unseen["hurt"] == "0.0 %"
     assert unseen["initial, difference"] == "+5.00 % [+0.00, +10.00]"
     assert reptile["personalized, difference"] == "reference"
     said = explain_comparison(rows, reference)
     assert f"Differences are to {reptile['row']} (FedAvg with fine-tuning; --against RUN names another row)" in said
     assert "(with one seed, over clients alone)" in said
     assert "There is no row of FedAvg with fine-tuning" in explain_comparison(group_rows([DITTO]), None)
+
+
+def test_the_main_table_is_short_and_has_both_populations() -> None:
+    rows = group_rows([PLAIN, DITTO])
+    table = main_table(rows, choose_reference(rows), ACCURACY)
+    ditto, reptile = (dict(zip(table.headers, line, strict=True)) for line in table.rows)
+    assert ditto == {
+        "row": "Ditto",
+        "seeds": "1",
+        "initial": "65.00 %",
+        "personalized": "75.00 %",
+        "change": "+10.00 %",
+        "bottom decile": "63.00 %",
+        "hurt": "0.0 %",
+        "difference": "+5.00 % [+0.00, +10.00]",
+        "trained: initial": "20.00 %",
+        "trained: personalized": "40.00 %",
+    }
+    assert (reptile["difference"], reptile["trained: personalized"]) == ("reference", "75.00 %")
+
+
+def test_runs_without_unseen_clients_are_reported_by_those_that_trained() -> None:
+    """As where others score the clients that train; beside runs with unseen clients, each has its own population."""
+    runs = [
+        run(experiment(method, seed=seed), None, {1: (0.5, 0.5 + seed / 10), 2: (0.9, 1.0)}, fingerprint=str(seed))
+        for method in (None, Ditto())
+        for seed in range(2)
+    ]
+    markdown = to_markdown(build_report(runs, against=Path("run")), with_plots=True)
+    assert "By accuracy, of trained clients." in markdown
+    assert "| FedAvg | 2 | 70.00 ± 0.00 % | 77.50 ± 3.54 % | +7.50 ± 3.54 % |" in markdown
+    assert "| 1 | personalized minus initial: FedAvg | trained | 4 |" in markdown
+    assert "unseen clients" not in markdown.partition("### Results")[2]
+    mixed = to_markdown(build_report([*runs, PLAIN]), with_plots=False)
+    assert "| Ditto | trained | Ditto | 2 |" in mixed
+    assert "| FedAvg + Reptile | unseen | fine-tuning | 1 |" in mixed
 
 
 def test_the_worst_of_a_loss_are_the_highest() -> None:
@@ -195,7 +191,8 @@ def test_the_worst_of_a_loss_are_the_highest() -> None:
 def test_the_report_shows_both_populations() -> None:
     markdown = to_markdown(build_report([PLAIN, DITTO], 0.8), with_plots=False)
     assert "### Methods side by side" in markdown
-    assert "| after | clients | initial loss |" in markdown
+    assert "| row | clients | after | seeds | initial loss |" in markdown
+    assert "| --- | --- | --- | ---: | ---: |" in markdown, "words stand to the left, figures to the right"
     assert "### Trained clients" in markdown
     lines = list(csv.DictReader(build_report([PLAIN, DITTO], 0.8).csv.splitlines()))
     assert [line["population"] for line in lines] == ["unseen"] * 3 + ["trained"] * 3
@@ -238,9 +235,10 @@ def test_rows_that_differ_in_a_phase_say_so() -> None:
     assert sorted(row.label for row in group_rows(runs)) == [
         "E 5, 4 clients a round",
         "E 5, 4 clients a round, batch_size 3",
-        "E 5, 4 clients a round, fine-tuning by maml",
+        "FedAvg + MAML",
     ]
-    assert sorted(row.label for row in group_rows(runs[::2])) == [
+    assert sorted(row.label for row in group_rows(runs[::2])) == ["FedAvg", "FedAvg + MAML"]
+    assert sorted(row.description for row in group_rows(runs[::2])) == [
         "E 5, 4 clients a round, fine-tuning by maml",
         "E 5, 4 clients a round, no fine-tuning",
     ]
@@ -267,5 +265,5 @@ def test_few_clients_are_shown_by_their_names_and_the_best_on_top() -> None:
 
 def test_results_of_a_method_come_after_it() -> None:
     (ditto,), (fedavg,) = group_rows([DITTO]), group_rows([PLAIN])
-    assert [ditto.after(phase) for phase in ditto.results] == ["ditto"]
+    assert [ditto.after(phase) for phase in ditto.results] == ["Ditto"]
     assert [fedavg.after(phase) for phase in fedavg.results] == ["FedAvg", "fine-tuning"]

@@ -165,6 +165,7 @@ def write_run(folder: Path, errors: Errors, num_tasks: int = 600, joint: bool = 
     config = make_config(**{"dataset": "sine", "seed": int(folder.name.removeprefix("seed")), **settings})
     experiment = dataclasses.replace(config, fine_tune=None if joint else config.fine_tune).to_dict()
     experiment["fedavg"]["num_rounds"] = int(joint)
+    experiment |= {"joint": True, "cohort_size": 1} if joint else {}
     key = "after_fedavg" if joint else "after_fine_tune"
     names = ("loss", "accuracy", "accuracy_std", "accuracy_p10", "accuracy_p50", "accuracy_p90")
     scores: dict[str, Any] = {kind: dict.fromkeys(names) for kind in ("initial", "personalized")}
@@ -206,7 +207,7 @@ def test_runs_are_pooled_as_one_sample(tmp_path: Path) -> None:
     write_run(tmp_path / "maml" / "seed1", falling(4.0, 2.0), num_tasks=600)
     (row,) = sine_errors.read_rows(tmp_path)
     means, half_widths = sine_errors.pool(row.runs)
-    assert (row.label, means[0]) == ("maml", pytest.approx(3.0))
+    assert (row.label, means[0]) == ("Reptile", pytest.approx(3.0))
     assert half_widths[0] == pytest.approx(0.14609, abs=1e-5)
 
 
@@ -219,9 +220,9 @@ def test_the_table(tmp_path: Path) -> None:
     write_run(tmp_path / "mnist" / "E5-C20" / "seed0", [], dataset="mnist")
     lines = sine_errors.to_markdown(sine_errors.read_rows(tmp_path, ["maml", "reptile", "joint"])).splitlines()
     assert lines[0] == "| method | seeds | 0 steps | 1 step | 5 steps | 10 steps | 32 steps |"
-    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| maml", "| reptile", "| joint", "| another"]
+    assert [line.split(" | ")[0] for line in lines[2:6]] == ["| maml", "| reptile", "| Joint training", "| another"]
     assert lines[3] == "| reptile | 1 | 6.6 ± 0.08 | 3.3 ± 0.08 | 1.1 ± 0.08 | 0.6 ± 0.08 | 0.2 ± 0.08 |"
-    assert lines[4] == f"| joint | 1 {'| 3 ± 0.16 ' * 5}|"
+    assert lines[4] == f"| Joint training | 1 {'| 3 ± 0.16 ' * 5}|"
     assert "nan" in lines[5], "a run that diverged is shown as such"
     assert lines[-3] == "- reptile: 0.2 (seed 0)"
 

@@ -25,6 +25,7 @@ class LGFedAvg(PersonalLayers):
     """All layers but the last one stay with the client."""
 
     name: ClassVar[str] = "lg_fedavg"
+    title: ClassVar[str] = "LG-FedAvg"
 
     def personal_by_default(self, layout: Layout) -> tuple[str, ...]:
         return layout.others(layout.head)
