@@ -155,9 +155,9 @@ def build_report(
         title=f"Personalized FedAvg on {', '.join(names.values())}",
         summary=f"{counted(len(runs), 'run')} in {counted(len(all_rows), 'row')}; runs that differ only in the seed are"
         f" one row. A figure is the uniform mean over clients, unseen ones where it says nothing else{others}, then "
-        "over seeds; with several seeds it has their sample deviation, behind ± or in brackets. Initial is the global model "
-        "on a client's test part, personalized the same model after adapting it on that client's own training part. "
-        "Clients hurt are those that fare worse after that.",
+        "over seeds; with several seeds it has their sample deviation, behind ± or in brackets. Initial is the global "
+        "model on a client's test part, personalized the same model after adapting it on that client's own training "
+        "part. Clients hurt are those that fare worse after that.",
         sections=[
             Section(names[dataset], list(_blocks(dataset, names[dataset], some, target, against)))
             for dataset, some in rows.items()
