@@ -15,7 +15,12 @@ from perfedavg.methods import METHODS
 
 FLAGS = [*TINY, "--rounds", "4", "--client_num_per_round", "8", "--client_optimizer", "sgd"]
 """Half of the training clients a round, so that most train more than once."""
-MORE: dict[str, list[str]] = {"fedrep": ["--head_epochs", "2"], "maml": ["--fine_tune_method", "none"]}
+MORE: dict[str, list[str]] = {
+    "fedrep": ["--head_epochs", "2"],
+    "maml": ["--fine_tune_method", "none"],
+    "ditto": ["--unseen_fraction", "0", "--partition", "groups:5"],
+}
+"""Of one method all clients train, so that those are scored."""
 IN_EVERY_RUN = ("fedrep", "ditto")
 """Which keep a part of a model, and a whole one. The others take minutes together."""
 some = pytest.mark.parametrize(
