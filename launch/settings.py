@@ -147,12 +147,14 @@ class LocalLaunch:
 @dataclass(frozen=True, kw_only=True)
 class Hosts:
     heading = "hosts"
-    hosts: Path = setting(
-        MISSING,
+    hosts: Path | None = setting(
+        None,
         "file with the hosts of the workers, one a line, as ssh takes them: node1 slots=2 device=cuda:0",
         parse=paths.file,
         metavar="FILE",
+        absent="none, for --check of this machine alone",
     )
+    check: bool = setting(False, "only say what will work and what will not, and how to mend it")
     ip: str | None = setting(
         None, "this machine's address, as the hosts reach it", absent="the one from which the hosts see ssh come"
     )

@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,11 +45,6 @@ class Wanted:
         own = own_tree(Path.cwd(), [name.partition(":")[0] for name in names])
         return cls(project_tree(), own, {name: public(version(name)) for name in PACKAGES})
 
-    @cached_property
-    def archives(self) -> dict[str, bytes]:
-        """Made once, by their trees' digests, where a host has not the same already."""
-        return {}
-
 
 @dataclass(frozen=True)
 class PreparedHost:
@@ -59,7 +53,7 @@ class PreparedHost:
     session: the connection to it.
     python: its interpreter.  versions: of its Python and packages.
     code: folder of the project there.  copied: whether that was copied by now.
-    folder: in which its workers start.
+    folder: in which its workers start, where it is there.
     """
 
     session: Session
@@ -84,30 +78,31 @@ def pythons(host: Host) -> list[str]:
 
 def prepare(session: Session, wanted: Wanted) -> PreparedHost:
     """Find what is there, copy the code that is not. Raises HostError with what is missing and how to get it."""
-    code, copied = _place_tree(session, wanted.project, wanted.archives)
-    python, versions = _find_python(session, wanted.versions, code)
+    code, copied = place_tree(session, wanted.project)
+    python, versions = find_python(session, wanted.versions, code)
     folder = str(wanted.folder)
     if wanted.own is not None:
-        folder, _ = _place_tree(session, wanted.own, wanted.archives)
+        folder, _ = place_tree(session, wanted.own)
     return PreparedHost(session, python, versions, code, copied, folder)
 
 
-def _place_tree(session: Session, tree: Tree, archives: dict[str, bytes]) -> tuple[str, bool]:
-    """The folder that has the same files there, and whether they were copied into it."""
+def place_tree(session: Session, tree: Tree) -> tuple[str, bool]:
+    """The folder that has the same files there, and whether they were copied into it. Raises HostError."""
     files, digest = list(tree.files), tree.digest
     place = session.ask("find_tree", root=str(tree.root), files=files, digest=digest)["at"]
     if place is not None:
         return place, False
-    content = archives.setdefault(digest, b"") or tree.archive()
-    archives[digest] = content
-    place = session.ask("unpack_tree", content, files=files, digest=digest, size=len(content))["at"]
+    place = session.ask("unpack_tree", tree.archive, files=files, digest=digest, size=len(tree.archive))["at"]
     if place is None:
         raise HostError(session.host, f"the copy of {tree.root} there is not what was sent", "try again")
     return place, True
 
 
-def _find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple[str, dict[str, str]]:
-    """An interpreter with the wanted versions of packages, and its own versions."""
+def find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple[str, dict[str, str]]:
+    """An interpreter with the wanted versions of packages, and its own versions.
+
+    code: folder of the project there.  Raises HostError with what is missing, and the command that installs it.
+    """
     host = session.host
     candidates = pythons(host)
     answer = session.ask("find_python", candidates=candidates, packages=list(wanted), with_cache=host.python is None)

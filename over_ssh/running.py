@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import utils
 from launch.flags import ROOT, restart_command, to_argv
 from launch.settings import Cluster, Server, Worker
 from over_ssh.addresses import choose_address
+from over_ssh.check import check
 from over_ssh.hosts_file import Host, read_hosts
 from over_ssh.links import HostLink, Task
 from over_ssh.logs import WorkerLogs
+from over_ssh.parallel import StoppedError, in_parallel
+from over_ssh.ports import answering, explain, try_ports
 from over_ssh.preparing import PreparedHost, Wanted, connect, prepare
 from over_ssh.session import HostError, Session
 from perfedavg.machine.processes import SERVER, TERMINATE_SECONDS, LocalProcesses, SignalWatch
@@ -34,46 +35,43 @@ MAX_BEAT_SECONDS = 1.0
 END_SECONDS = 5.0
 """For workers to end by themselves when the run is over."""
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-class StoppedError(Exception):
-    """A signal asked this process to end. status: its exit status."""
-
-    def __init__(self, status: int) -> None:
-        super().__init__(status)
-        self.status = status
-
 
 def run(args: Cluster) -> int:
-    """Run the experiment that the flags describe; returns the exit status.
+    """Run the experiment that the flags describe, or check whether it would run; returns the exit status.
 
     Raises ValueError or OSError, in a line for the user, where a host cannot take part.
     """
-    hosts = read_hosts(args.hosts)
+    if args.hosts is None and not args.check:
+        raise ValueError(
+            "--hosts is missing; name a file with a host a line, or use quick_start.sh for workers on this machine"
+        )
+    hosts = [] if args.hosts is None else read_hosts(args.hosts)
     num_workers = sum(host.slots for host in hosts)
-    utils.check_num_workers(args, num_workers)
-    wanted = Wanted.by(args.experiment)
+    utils.check_num_workers(args, max(1, num_workers))
     signals = SignalWatch()
+    try:
+        return check(args, hosts, signals) if args.check else _run_with(args, hosts, signals)
+    except StoppedError as stopped:
+        return stopped.status
+
+
+def _run_with(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
+    wanted = Wanted.by(args.experiment)
     with contextlib.ExitStack() as stack:
         sessions: list[Session] = []
         stack.callback(lambda: [session.close() for session in sessions])
-        try:
-            prepared = prepare_all(args, hosts, wanted, sessions, signals)
-        except StoppedError as stopped:
-            return stopped.status
-        os.environ[utils.RESTART_VARIABLE] = restart_command(args)
-        args = replace(args, ip=choose_address(args.ip, [host.session for host in prepared]))
+        prepared, args = prepare_all(args, hosts, wanted, sessions, signals)
+        num_workers = sum(host.slots for host in hosts)
         say(f"{len(hosts)} host(s) for {num_workers} worker(s) are ready; they reach this machine as {args.ip}")
         return _run_on(args, wanted, prepared, signals)
 
 
 def prepare_all(
     args: Cluster, hosts: Sequence[Host], wanted: Wanted, sessions: list[Session], signals: SignalWatch
-) -> list[PreparedHost]:
-    """All hosts with what they need. sessions: takes the connections, which are the caller's to close.
+) -> tuple[list[PreparedHost], Cluster]:
+    """All hosts with what they need, and the flags with the address by which they have reached this machine.
 
+    sessions: takes the connections, which are the caller's to close.
     Raises ValueError with what hosts lack, StoppedError.
     """
 
@@ -89,43 +87,29 @@ def prepare_all(
         for session in list(sessions):
             session.beat()
 
-    results = in_parallel(prepare_one, hosts, signals, beat)
+    prepared = _without_faults(in_parallel(prepare_one, hosts, signals, beat))
+    os.environ[utils.RESTART_VARIABLE] = restart_command(args)
+    ip = choose_address(args.ip, sessions)
+    with answering(ip, args.port), answering(ip, 0) as tensor_port:
+
+        def try_one(host: PreparedHost) -> PreparedHost | HostError:
+            try:
+                reach = try_ports(host.session, ip, args.port, tensor_port)
+            except HostError as error:
+                return error
+            return explain(host.session, reach, ip, args.port) or host
+
+        return _without_faults(in_parallel(try_one, prepared, signals, beat)), replace(args, ip=ip)
+
+
+def _without_faults(results: Sequence[PreparedHost | HostError]) -> list[PreparedHost]:
+    """The hosts. Raises ValueError where one has a fault, with the last; the others are said."""
     faults = [str(result) for result in results if isinstance(result, HostError)]
     if faults:
         for fault in faults[:-1]:
             say(f"error: {fault}")
         raise ValueError(faults[-1])
     return [result for result in results if isinstance(result, PreparedHost)]
-
-
-def in_parallel(
-    function: Callable[[Item], Result], items: Sequence[Item], signals: SignalWatch, beat: Callable[[], None]
-) -> list[Result]:
-    """What a function returns for each item, each in a thread that has ended then.
-
-    beat: called meanwhile, again and again.  Raises StoppedError where a signal came, and what a thread raised.
-    """
-    results: dict[int, Result] = {}
-    errors: list[BaseException] = []
-
-    def work(number: int) -> None:
-        try:
-            results[number] = function(items[number])
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(len(items))]
-    for thread in threads:
-        thread.start()
-    while any(thread.is_alive() for thread in threads):
-        if signals.received:
-            say(f"stopped by {signals.received.name}")
-            raise StoppedError(128 + signals.received)
-        beat()
-        signals.wait(0.05)
-    if errors:
-        raise errors[0]
-    return [results[number] for number in range(len(items))]
 
 
 def _run_on(args: Cluster, wanted: Wanted, prepared: Sequence[PreparedHost], signals: SignalWatch) -> int:

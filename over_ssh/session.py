@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from over_ssh import on_host
 from over_ssh.hosts_file import Host
+from over_ssh.on_host import program
 from perfedavg.terminal.console import command_line
 
 CONNECT_SECONDS = 10
@@ -39,10 +39,10 @@ class HostError(Exception):
 
 
 class Session:
-    """A connection to a host, with over_ssh/on_host.py at its other end. Leaving the block ends what runs there."""
+    """A connection to a host, with on_host/program.py at its other end. Leaving the block ends what runs there."""
 
     def __init__(self, host: Host, pythons: Sequence[str], silence_seconds: float) -> None:
-        """pythons: paths there, of which the first that is there runs on_host.py; without any, python3 does.
+        """pythons: paths there, of which the first that is there runs on_host/program.py; without any, python3 does.
 
         silence_seconds: after which each end takes the other for lost.
         """
@@ -57,7 +57,7 @@ class Session:
             start_new_session=True,  # Ctrl-C is for this process, which then ends the others
         )
         try:
-            self._send(Path(on_host.__file__).read_bytes() + b"\0")
+            self._send(Path(program.__file__).read_bytes() + b"\0")
             self.facts = self.ask("begin", silence_seconds=silence_seconds)
         except HostError:
             self.close()
@@ -70,7 +70,7 @@ class Session:
         self.close()
 
     def ask(self, do: str, attached: bytes = b"", /, **fields: Any) -> dict[str, Any]:
-        """What a function of on_host.py answers.  attached: what it reads behind its arguments.
+        """What a function of on_host/program.py answers.  attached: what it reads behind its arguments.
 
         Raises HostError where it fails, or the connection does.
         """

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 from launch.flags import ROOT
-from over_ssh.on_host import tree_digest
+from over_ssh.on_host.program import tree_digest
 from perfedavg.own_module import PROJECT_MODULES
 
 _OF_NO_WORKER = {"tests", "benchmarks", "examples", "results"}
@@ -34,6 +34,7 @@ class Tree:
             raise FileNotFoundError(f"a file of {self.root} cannot be read any more; try again")
         return digest
 
+    @cached_property
     def archive(self) -> bytes:
         """A compressed tar archive."""
         content = io.BytesIO()

@@ -90,6 +90,23 @@ def test_a_signal_ends_everything(launched: Launched, path: str, tmp_path: Path)
         assert_ended(pid)
 
 
+def test_the_check_says_in_ten_lines_what_will_work(launched: Launched, path: str, tmp_path: Path) -> None:
+    process = start(launched, path, tmp_path, "beta\n", "--check")
+    status, output, errors = finish(process)
+    assert status == 0, errors
+    *lines, last = output.splitlines()
+    assert " ".join(line.split()[0] for line in lines) == (
+        "ssh project packages address ports data kernels devices room clocks"
+    )
+    assert {line.split()[1] for line in lines} == {"ok"}
+    assert last == "a run will work"
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_command_without_hosts_says_what_is_missing(launched: Launched) -> None:
+    assert_one_clear_line(launched.start("cluster.py", "--dataset", "digits"), "--hosts is missing; name a file")
+
+
 def test_a_host_that_is_not_reached_is_a_line_before_anything_is_started(
     launched: Launched, path: str, tmp_path: Path
 ) -> None:

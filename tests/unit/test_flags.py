@@ -479,7 +479,7 @@ def test_help_explains_every_flag_without_loading_torch(entry_point: str) -> Non
     explained = answer.stdout.split("\n  --")[1:]
     assert len(explained) > 5
     for text in explained:
-        assert "default" in text or text.startswith(("rank", "config", "hosts")), text
+        assert "default" in text or text.startswith(("rank", "config")), text
     assert "\n  --".join(explained).index("data_root") < 5000, "what a newcomer looks for comes first"
 
 

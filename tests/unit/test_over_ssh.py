@@ -106,7 +106,7 @@ def test_code_is_found_or_copied_once(session: Session, tmp_path: Path) -> None:
     asked: dict[str, Any] = {"files": list(tree.files), "digest": tree.digest}
     assert session.ask("find_tree", root=str(tree.root), **asked)["at"] == str(tree.root)
     assert session.ask("find_tree", root="/nowhere", **asked)["at"] is None
-    content = tree.archive()
+    content = tree.archive
     copy = session.ask("unpack_tree", content, size=len(content), **asked)["at"]
     assert copy.startswith(str(tmp_path / "cache"))
     assert (Path(copy) / "package" / "it's.py").read_text() == "x = 1\n"
@@ -150,7 +150,7 @@ def test_the_command_for_a_copy_sets_up_an_environment_beside_it() -> None:
 
 def test_the_projects_code_is_what_a_worker_needs() -> None:
     files = project_tree().files
-    assert {"client_worker.py", "requirements.txt", "quick_start.sh", "over_ssh/worker_host.py"} <= set(files)
+    assert {"client_worker.py", "requirements.txt", "quick_start.sh", "over_ssh/on_host/workers.py"} <= set(files)
     assert not any(name.startswith(("tests/", "datasets/data/", "runs/", ".venv/")) for name in files)
 
 

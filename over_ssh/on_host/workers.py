@@ -1,6 +1,6 @@
 """The process on a host that starts its workers, as forks of itself, and starts those again that die.
 
-It is what over_ssh/on_host.py becomes. Standard input brings one line, its task, and then signs of life; when they
+It is what program.py becomes. Standard input brings one line, its task, and then signs of life; when they
 stop, the workers are ended. Standard output takes what the workers print and what becomes of them, a line of JSON each.
 """
 

@@ -37,7 +37,7 @@ for name in sys.argv[1:]:
         found[name] = None
 print(json.dumps(found))
 """
-_RUN_WORKERS = "import sys; sys.path[0] = sys.argv[1]; from over_ssh.worker_host import main; main()"
+_RUN_WORKERS = "import sys; sys.path[0] = sys.argv[1]; from over_ssh.on_host.workers import main; main()"
 
 _silence_seconds = FIRST_SILENCE_SECONDS
 
@@ -128,7 +128,7 @@ def listen(address: str, nonce: str, seconds: float) -> Json:
 
 
 def run(python: str, code: str, module: str, argv: list[str], folder: str) -> Json:
-    """What a module of the project prints, with the last line of its errors."""
+    """Run a module of the project: its exit status, what it prints, and its last line of errors."""
     words = [
         python,
         "-W",
@@ -136,14 +136,15 @@ def run(python: str, code: str, module: str, argv: list[str], folder: str) -> Js
         "-c",
         f"import sys; sys.path[0] = sys.argv.pop(1); from {module} import main; main()",
     ]
-    answer = subprocess.run([*words, code, *argv], cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    place = folder if os.path.isdir(folder) else code
+    answer = subprocess.run([*words, code, *argv], cwd=place, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     errors = answer.stderr.strip().splitlines()
-    return {"status": answer.returncode, "output": answer.stdout, "error": errors[-1] if errors else ""}
+    return {"status": answer.returncode, "output": answer.stdout, "last": errors[-1] if errors else ""}
 
 
 def start(python: str, code: str, folder: str, environment: dict[str, str]) -> Json:
-    """Become the process that runs the workers (over_ssh/worker_host.py), which reads on where this one stopped."""
-    os.chdir(folder)
+    """Become the process that runs the workers (workers.py), which reads on where this one stopped."""
+    os.chdir(folder if os.path.isdir(folder) else code)
     _answer({})
     os.execve(python, [python, "-W", "ignore", "-c", _RUN_WORKERS, code], {**os.environ, **environment})
 

@@ -1,0 +1,248 @@
+"""`cluster.py --check`: in about ten lines, what a run will find on this machine and its hosts, and what to mend."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from launch.flags import ROOT, to_argv
+from launch.settings import Cluster, SingleProcess
+from over_ssh.addresses import choose_address
+from over_ssh.hosts_file import Host
+from over_ssh.on_host import program
+from over_ssh.parallel import in_parallel
+from over_ssh.ports import answering, explain, try_ports
+from over_ssh.preparing import PACKAGES, Wanted, connect, find_python, place_tree
+from over_ssh.session import HostError, Session
+from perfedavg.machine.interfaces import own_addresses
+from perfedavg.machine.processes import SignalWatch
+from perfedavg.own_files import shown_dataset
+from perfedavg.terminal.console import show
+
+OK, LOOK, FAILS = "ok", "look", "FAILS"
+HERE = "this machine"
+LEAST_MEMORY_GB, LEAST_DISK_GB = 2.0, 1.0
+"""Of which a machine should have more free: for two processes with torch and a small model, and for a small run."""
+MOST_CLOCK_SECONDS = 30.0
+_ERROR = "error: "
+
+
+@dataclass
+class Machine:
+    """What was found on one.
+
+    facts: what is there, by subject, as a text that two machines have in common where they do not differ.
+    faults: what is missing for a run, by subject, with the way out.  warnings: what is not as one may expect.
+    """
+
+    name: str
+    session: Session | None = None
+    facts: dict[str, str] = field(default_factory=dict)
+    faults: dict[str, str] = field(default_factory=dict)
+    warnings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What the check says of a subject. verdict: OK; LOOK where a run works, but for what is said; FAILS."""
+
+    subject: str
+    verdict: str
+    said: list[str]
+
+    def __str__(self) -> str:
+        indented = f"\n{'':17}".join(self.said)
+        return f"{self.subject:<10}{self.verdict:<7}{indented}"
+
+
+def check(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
+    """Look, and print what was found; returns the exit status. hosts: none for this machine alone.
+
+    Raises ValueError where something will not work, StoppedError.
+    """
+    wanted = Wanted.by(args.experiment)
+    with ExitStack() as stack:
+        sessions: list[Session] = []
+        stack.callback(lambda: [session.close() for session in sessions])
+
+        def look(host: Host | None) -> Machine:
+            return look_here(args, wanted) if host is None else look_there(host, args, wanted, sessions)
+
+        def beat() -> None:
+            for session in list(sessions):
+                session.beat()
+
+        here, *there = in_parallel(look, [None, *hosts], signals, beat)
+        try:
+            if sessions or not hosts:
+                ip = choose_address(args.ip, sessions) if hosts else args.ip
+                look_at_ports(here, there, ip, args, signals, beat)
+        except ValueError as error:
+            here.faults["address"] = str(error)
+    lines = list(make_lines(here, there))
+    for line in lines:
+        show(str(line))
+    num_failing = sum(line.verdict == FAILS for line in lines)
+    if num_failing:
+        raise ValueError(f"a run would fail: mend what {num_failing} of {len(lines)} lines say")
+    show("a run will work" if hosts else "this machine can take part in a run")
+    return 0
+
+
+def look_here(args: Cluster, wanted: Wanted) -> Machine:
+    machine = Machine(HERE)
+    machine.facts["project"] = f"version {wanted.project.digest[:12]}"
+    machine.facts["packages"] = _packages(platform.python_version(), {name: version(name) for name in PACKAGES})
+    answer = program.run(sys.executable, str(ROOT), "over_ssh.on_host.probe", _probe_argv(args, None), str(Path.cwd()))
+    _take_probe(machine, answer, args)
+    return machine
+
+
+def look_there(host: Host, args: Cluster, wanted: Wanted, sessions: list[Session]) -> Machine:
+    """sessions: takes the connection, which is the caller's to close."""
+    machine = Machine(host.name)
+    subject = "ssh"
+    try:
+        asked = time.time()
+        machine.session = session = connect(host, args.worker_timeout_seconds)
+        sessions.append(session)
+        machine.facts[subject] = "this machine, without ssh" if host.is_this_machine else "reached"
+        _compare_clocks(machine, asked, session.facts["time"], time.time())
+        subject = "project"
+        code, copied = place_tree(session, wanted.project)
+        machine.facts[subject] = f"version {wanted.project.digest[:12]}"
+        if copied:
+            machine.warnings[subject] = f"copied to {code}, because {ROOT} there is missing or another version"
+        subject = "packages"
+        python, versions = find_python(session, wanted.versions, code)
+        machine.facts[subject] = _packages(versions.pop("python"), versions)
+        subject = "data"
+        folder = str(wanted.folder) if wanted.own is None else place_tree(session, wanted.own)[0]
+        words = {"python": python, "code": code, "folder": folder, "argv": _probe_argv(args, host)}
+        _take_probe(machine, session.ask("run", module="over_ssh.on_host.probe", **words), args)
+    except HostError as error:
+        machine.faults[subject] = str(error).removeprefix(f"{host.name}: ")
+    return machine
+
+
+def _packages(python: str, versions: dict[str, str]) -> str:
+    return f"Python {python}, {', '.join(f'{name} {version}' for name, version in versions.items())}"
+
+
+def _probe_argv(args: Cluster, host: Host | None) -> list[str]:
+    own = {} if host is None else {"data_root": host.data_root or args.data_root, "device": host.device_of(0)}
+    more = {name: value for name, value in own.items() if value is not None}
+    return to_argv(args, SingleProcess, run_dir=None, **more)
+
+
+def _compare_clocks(machine: Machine, asked: float, theirs: float, answered: float) -> None:
+    """theirs: read between the other two, so that it is known but for the time between those."""
+    seconds = max(0.0, asked - theirs, theirs - answered)
+    machine.facts["clocks"] = f"equal this machine's within {max(1.0, answered - asked):.0f} s"
+    if seconds > MOST_CLOCK_SECONDS:
+        machine.facts["clocks"] = "differ"
+        machine.warnings["clocks"] = f"{seconds:.0f} s from this machine's; set it, as by timedatectl set-ntp true"
+
+
+def _take_probe(machine: Machine, answer: dict[str, Any], args: Cluster) -> None:
+    if answer["status"] != 0:
+        machine.faults["data"] = answer["last"].removeprefix(_ERROR) or f"the look at it ended with {answer['status']}"
+        return
+    found = json.loads(answer["output"])
+    data, device, kernels = found["data"], found["device"], found["kernels"]
+    if data.startswith(_ERROR):
+        machine.faults["data"] = data.removeprefix(_ERROR)
+    else:
+        machine.facts["data"] = f"{shown_dataset(args.experiment.dataset)}, fingerprint {data[:12]}"
+    if device.startswith(_ERROR):
+        machine.faults["devices"] = device.removeprefix(_ERROR)
+    else:
+        machine.facts["devices"] = (
+            f"{found['cores']} cores, GPUs: {', '.join(found['gpus']) or 'none'}; trains on {device}"
+        )
+        machine.facts["kernels"] = ", ".join(f"{name} {value}" for name, value in kernels.items())
+    machine.facts["room"] = f"{found['memory_gb']:.0f} GB of memory and {found['disk_gb']:.0f} GB of disk are free"
+    if found["memory_gb"] < LEAST_MEMORY_GB or found["disk_gb"] < LEAST_DISK_GB:
+        machine.warnings["room"] = "that is little; make room, or use fewer slots there"
+
+
+def look_at_ports(
+    here: Machine,
+    there: Sequence[Machine],
+    ip: str | None,
+    args: Cluster,
+    signals: SignalWatch,
+    beat: Callable[[], None],
+) -> None:
+    """ip: of this machine; None where any of its addresses may be meant. Raises ValueError, StoppedError."""
+    with answering(ip or "", args.port), answering(ip or "", 0) as tensor_port:
+        addresses = own_addresses()
+        named = addresses if ip is None else {ip: addresses.get(ip, "loopback")}
+        shown = ", ".join(f"{address} ({interface})" for address, interface in named.items())
+        here.facts["address"] = f"{shown or 'none but 127.0.0.1'}; port {args.port} is free"
+        reached = [machine for machine in there if machine.session is not None]
+
+        def look(machine: Machine) -> None:
+            assert machine.session is not None
+            assert ip is not None
+            try:
+                fault = explain(machine.session, try_ports(machine.session, ip, args.port, tensor_port), ip, args.port)
+            except HostError as error:
+                fault = error
+            if fault is None:
+                machine.facts["ports"] = f"{ip}:{args.port} and those for tensors are reached"
+            else:
+                machine.faults["ports"] = str(fault).removeprefix(f"{machine.name}: ")
+
+        in_parallel(look, reached, signals, beat)
+
+
+SUBJECTS = ("ssh", "project", "packages", "address", "ports", "data", "kernels", "devices", "room", "clocks")
+
+
+def make_lines(here: Machine, there: Sequence[Machine]) -> list[Line]:
+    """A line a subject, of which anything is known."""
+    _compare(here, there)
+    lines = []
+    for subject in SUBJECTS:
+        machines = [here, *there]
+        faults = [f"{machine.name}: {machine.faults[subject]}" for machine in machines if subject in machine.faults]
+        warnings = [
+            f"{machine.name}: {machine.warnings[subject]}" for machine in machines if subject in machine.warnings
+        ]
+        names_by_fact: dict[str, list[str]] = {}
+        for machine in machines:
+            if subject in machine.facts and subject not in machine.faults:
+                names_by_fact.setdefault(machine.facts[subject], []).append(machine.name)
+        num_asked = len(machines) if subject in here.facts else len(there)
+        facts = [
+            f"{'all' if len(names) == num_asked > 1 else ', '.join(names)}: {fact}"
+            for fact, names in names_by_fact.items()
+        ]
+        if faults or warnings or facts:
+            verdict = FAILS if faults else LOOK if warnings else OK
+            lines.append(Line(subject, verdict, [*faults, *warnings, *facts]))
+    return lines
+
+
+def _compare(here: Machine, there: Sequence[Machine]) -> None:
+    """Note in what hosts must not differ from this machine, or should not."""
+    for machine in there:
+        if "data" in machine.facts and "data" in here.facts and machine.facts["data"] != here.facts["data"]:
+            machine.faults["data"] = (
+                f"{machine.facts['data']}, and here {here.facts['data'].rpartition(' ')[2]}; give both the same files, "
+                "with data_root=FOLDER behind the host where they are elsewhere"
+            )
+        if "kernels" in machine.facts and machine.facts["kernels"] != here.facts.get("kernels"):
+            machine.warnings["kernels"] = (
+                "computes otherwise than this machine: the last bits of the model will depend on who trains which "
+                "client; see --portable_kernels"
+            )

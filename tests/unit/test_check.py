@@ -1,0 +1,135 @@
+"""The check before a run: a line a subject, and each fault with the way out."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+import pytest
+from helpers import free_port
+
+from over_ssh.check import FAILS, LOOK, OK, Line, Machine, _compare_clocks, _take_probe, make_lines
+from over_ssh.hosts_file import Host
+from over_ssh.ports import Reach, answering, explain, try_ports
+from over_ssh.session import HostError, Session
+from utils import get_args
+
+ARGS = get_args("cluster", ["--dataset", "digits", "--check"])
+FOUND: dict[str, Any] = {
+    "cores": 8,
+    "memory_gb": 12.3,
+    "disk_gb": 40.0,
+    "gpus": [],
+    "device": "cpu",
+    "kernels": {"torch": "2.13.0", "MKL": "GenuineIntel AVX2"},
+    "data": "0123456789abcdef",
+}
+
+
+def machine(name: str, **changes: Any) -> Machine:
+    """One whose look at itself gave FOUND, with changes."""
+    found = Machine(name, facts={"project": "version 1"})
+    _take_probe(found, {"status": 0, "output": json.dumps({**FOUND, **changes}), "last": ""}, ARGS)
+    return found
+
+
+def lines(*machines: Machine) -> dict[str, Line]:
+    here, *there = machines
+    return {line.subject: line for line in make_lines(here, there)}
+
+
+def test_machines_that_are_alike_are_named_together() -> None:
+    found = lines(machine("this machine"), machine("beta"), machine("gamma", cores=4))
+    assert {line.verdict for line in found.values()} == {OK}
+    assert found["data"].said == ["all: digits, fingerprint 0123456789ab"]
+    assert found["devices"].said == [
+        "this machine, beta: 8 cores, GPUs: none; trains on cpu",
+        "gamma: 4 cores, GPUs: none; trains on cpu",
+    ]
+    assert str(found["room"]) == "room      ok     all: 12 GB of memory and 40 GB of disk are free"
+    assert len(str(found["devices"]).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "subject", "verdict", "said"),
+    [
+        ({"data": "ffff"}, "data", FAILS, "beta: digits, fingerprint ffff, and here 0123456789ab; give both the same"),
+        ({"data": "error: no files; get them"}, "data", FAILS, "beta: no files; get them"),
+        ({"device": "error: no GPU; use cpu", "kernels": "error: "}, "devices", FAILS, "beta: no GPU; use cpu"),
+        ({"kernels": {"MKL": "other"}}, "kernels", LOOK, "beta: computes otherwise than this machine"),
+        ({"memory_gb": 0.4}, "room", LOOK, "beta: that is little"),
+    ],
+)
+def test_what_differs_or_is_missing_stands_in_its_line(
+    changes: dict[str, Any], subject: str, verdict: str, said: str
+) -> None:
+    found = lines(machine("this machine"), machine("beta", **changes))
+    assert found[subject].verdict == verdict
+    assert found[subject].said[0].startswith(said)
+    assert {line.verdict for name, line in found.items() if name != subject} == {OK}
+
+
+def test_a_look_that_fails_says_why() -> None:
+    found = Machine("beta")
+    _take_probe(found, {"status": 2, "output": "", "last": "error: --dataset x is unknown; use digits"}, ARGS)
+    assert found.faults == {"data": "--dataset x is unknown; use digits"}
+
+
+def test_a_clock_is_compared_as_well_as_the_way_allows() -> None:
+    for theirs, seconds in ((100.0, 0), (103.0, 0), (140.0, 35), (50.0, 50)):
+        found = Machine("beta")
+        _compare_clocks(found, 100.0, theirs, 105.0)
+        assert ("clocks" in found.warnings) == (seconds > 30)
+        if found.warnings:
+            assert found.warnings["clocks"].startswith(f"{seconds} s from this machine's")
+
+
+class Told(Session):
+    """A connection whose answers are given.  asked: what it was asked."""
+
+    def __init__(self, answers: list[dict[str, Any]]) -> None:
+        self.host = Host("beta")
+        self.answers, self.asked = answers, []
+
+    def ask(self, do: str, attached: bytes = b"", /, **fields: Any) -> dict[str, Any]:
+        self.asked.append((do, fields))
+        return self.answers.pop(0)
+
+    def receive(self) -> dict[str, Any]:
+        return self.answers.pop(0)
+
+
+def test_tensors_are_tried_in_the_direction_in_which_gloo_connects() -> None:
+    told = Told([{"own": "10.0.0.10"}, {"own": None, "reason": "no answer"}])
+    assert try_ports(told, "10.0.0.9", 3002, 40000) == Reach(None, "no answer", "10.0.0.10")
+    assert [fields["address"] for _, fields in told.asked] == [["10.0.0.9", 3002], ["10.0.0.9", 40000]]
+    told = Told([{"own": "127.0.0.1"}, {"port": free_port()}, {"is_reached": False}])
+    assert try_ports(told, "127.0.0.2", 3002, 40000) == Reach(None, "Connection refused", "127.0.0.1")
+    assert try_ports(Told([{"own": None, "reason": "refused"}]), "10.0.0.9", 3002, 1) == Reach("refused", None, None)
+
+
+def test_a_port_that_is_not_reached_comes_with_the_rule_that_opens_it() -> None:
+    session = Told([])
+    assert explain(session, Reach(None, None, "10.0.0.2"), "10.0.0.1", 3002) is None
+    fault = explain(session, Reach("no answer", None, None), "10.0.0.1", 3002)
+    assert isinstance(fault, HostError)
+    assert str(fault).startswith("beta: does not reach 10.0.0.1:3002 of this machine (no answer); open the port")
+    for own, said in (
+        ("10.0.0.2", "beta does not reach the ports that this machine"),
+        ("10.0.0.0", "this machine does"),
+    ):
+        assert said in str(explain(session, Reach(None, "no answer", own), "10.0.0.1", 3002))
+
+
+def test_a_port_in_use_is_said() -> None:
+    with answering("127.0.0.1", 0) as port:
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(b"abc")
+            assert connection.recv(3) == b"cba", "it is this program that answers"
+        with pytest.raises(
+            ValueError, match=rf"cannot listen on --ip 127.0.0.1 --port {port} .Address already in use.; use"
+        ):
+            answering("127.0.0.1", port).__enter__()
+    with answering("127.0.0.1", port):
+        pass  # and is free again
