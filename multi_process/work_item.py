@@ -108,6 +108,7 @@ class WorkItem:
         self._began_at: dict[int, float] = {}
         self._in_reserve: dict[int, int] = {}
         self._num_waiting_examples = sum(map(self._size, self.groups))
+        self._rate: tuple[tuple[int, int, int], float] = ((0, 0, 0), 0.0)
 
     def hand_out(self, workers: Sequence[Worker]) -> None:
         """Give each worker as many groups as it has slots, and one to go on with while it will come to that in time.
@@ -116,12 +117,14 @@ class WorkItem:
         Where none is left for it, ask for the sum over those that it has trained.
         """
         schedule, now = self.schedule, time.monotonic()
-        examples_per_second = self._examples_per_second(workers)
+        examples_per_second = self._examples_per_second(workers, now)
         num_slots = sum(worker.num_slots for worker in workers)
         num_unfinished = schedule.num_unfinished  # which handing out leaves as it is
         num_idle = sum(not schedule.in_work(worker.number) for worker in workers)
         for worker in workers:
             num_in_work = len(schedule.in_work(worker.number))
+            if num_in_work > worker.num_slots:
+                continue  # it has one to go on with
             share = -(-num_unfinished * worker.num_slots // num_slots)
             in_hand = min(worker.num_slots, share) + self._may_have_reserve(worker, examples_per_second)
             num_others_idle = num_idle if num_in_work else num_idle - 1
@@ -144,11 +147,18 @@ class WorkItem:
                 worker.is_sum_requested = True
                 worker.note_progress(now)
 
-    def _examples_per_second(self, workers: Sequence[Worker]) -> float:
-        """What the workers train or score together; one of which nothing is known yet counts as the fastest of them."""
+    def _examples_per_second(self, workers: Sequence[Worker], now: float) -> float:
+        """What the workers train or score together; one of which nothing is known yet counts as the fastest of them.
+
+        Looked at anew each second, and when others are there or known.
+        """
         known = self.pace.seconds_per_example
-        fastest = min((known[worker.number] for worker in workers if worker.number in known), default=math.inf)
-        return sum(worker.num_slots / max(known.get(worker.number, fastest), 1e-9) for worker in workers)
+        looked_at = (len(known), len(workers), int(now))
+        if self._rate[0] != looked_at:
+            fastest = min((known[worker.number] for worker in workers if worker.number in known), default=math.inf)
+            rates = (worker.num_slots / max(known.get(worker.number, fastest), 1e-9) for worker in workers)
+            self._rate = looked_at, sum(rates)
+        return self._rate[1]
 
     def _may_have_reserve(self, worker: Worker, examples_per_second: float) -> bool:
         """Whether there is more waiting than all workers do while this one does two such groups.
