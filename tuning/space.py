@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 _RANGE = re.compile(r"(?P<low>[^.:,]\S*?)\.\.(?P<high>[^:,]+)(?P<log>:log)?")
 _DIGITS = 3
 """Significant ones of a number that is tried, so that a choice can be read and typed."""
-SET_BY_SEARCH = ("seed", "validation", "eval_every", "trained_clients_scored", "run_dir", "resume", "checkpoint_every")
+SET_BY_SEARCH: tuple[str, ...] = ("seed", "validation", "eval_every", "trained_clients_scored", "personalization_curve")
+SET_BY_SEARCH += ("run_dir", "resume", "checkpoint_every")
 """Flags of single_process.py that a search gives its trials, or that have no meaning for one."""
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ NUM_UNPRUNED_TRIALS = 4
 _STUDY_FILE = "study.db"
 _SECONDS_TO_WAIT = 120
 """For another process that writes to the study."""
-_PLACE, _TEXTS, _SEARCHER, _END = "place", "settings", "searcher", "end"
-"""Attributes of a trial: its place in the search, its flags by name, who runs it, and why it ended early."""
+_PLACE, _TEXTS, _SEARCHER, _END, _FAILED = "place", "settings", "searcher", "end", "failed"
+"""What is noted of a trial: its place in the search, its flags by name, who runs it; why it ended early, and whether it
+failed."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,12 @@ class Study:
             self._lock = filelock.FileLock(folder / "lock", timeout=_SECONDS_TO_WAIT, thread_local=False)
             with self._lock:
                 self._searcher, self._alive = self._claim_place()
-                storage = optuna.storages.RDBStorage(
+                self._storage = optuna.storages.RDBStorage(
                     f"sqlite:///{folder / _STUDY_FILE}",
-                    engine_kwargs={"connect_args": {"timeout": _SECONDS_TO_WAIT}},
+                    engine_kwargs={"connect_args": {"timeout": _SECONDS_TO_WAIT, "factory": _Connection}},
                 )
                 self._study = optuna.create_study(
-                    storage=storage,
+                    storage=self._storage,
                     pruner=optuna.pruners.MedianPruner(NUM_UNPRUNED_TRIALS, num_warmup_rounds),
                     study_name="search",
                     direction="maximize" if higher_is_better else "minimize",
@@ -129,7 +131,7 @@ class Study:
                     self._study.tell(trial.number, state=states.FAIL)
             trials = self._study.get_trials(deepcopy=False)
             given_up = {trial.user_attrs.get(_PLACE): trial.params for trial in trials if trial.state == states.FAIL}
-            taken = {trial.user_attrs.get(_PLACE) for trial in trials if trial.state not in (states.FAIL,)}
+            taken = {trial.user_attrs.get(_PLACE) for trial in trials if trial.state != states.FAIL}
             place = next(number for number in itertools.count() if number not in taken)
             if place >= num_trials:
                 return None
@@ -143,21 +145,20 @@ class Study:
             dimensions = self._dimensions if searched else ()
             asked = self._study.ask({each.name: each.distribution() for each in dimensions})
             texts = {each.name: each.value_text(asked.params[each.name]) for each in dimensions} if place else {}
-            asked.set_user_attr(_TEXTS, texts)
-            asked.set_user_attr(_PLACE, place)
-            asked.set_user_attr(_SEARCHER, self._searcher)
+            for name, noted in ((_TEXTS, texts), (_PLACE, place), (_SEARCHER, self._searcher)):
+                asked.set_user_attr(name, noted)
         return Trial(place, texts, self._study, asked)
 
     def ended(self, num_trials: int) -> list[Ended]:
         """The trials among the first so many that have ended, in their order."""
         found = []
         for trial in self._study.get_trials(deepcopy=False):
-            place, end = trial.user_attrs.get(_PLACE), trial.user_attrs.get(_END, "")
-            state = {"COMPLETE": "complete", "PRUNED": "failed" if trial.user_attrs.get("failed") else "pruned"}
-            if place is not None and place < num_trials and trial.state.name in state:
-                texts = trial.user_attrs[_TEXTS]
+            noted = trial.user_attrs
+            state = {"COMPLETE": "complete", "PRUNED": "failed" if noted.get(_FAILED) else "pruned"}
+            if trial.state.name in state and noted[_PLACE] < num_trials:
                 value = trial.value if trial.state.name == "COMPLETE" else None
-                found.append(Ended(place, texts, state[trial.state.name], value, end))
+                end = noted.get(_END, "")
+                found.append(Ended(noted[_PLACE], noted[_TEXTS], state[trial.state.name], value, end))
         return sorted(found, key=lambda one: one.place)
 
     def best(self, num_trials: int) -> Ended | None:
@@ -168,6 +169,8 @@ class Study:
 
     def close(self) -> None:
         """Let another process repeat the trial that this one works on."""
+        self._storage.remove_session()
+        self._storage.engine.dispose()
         self._alive.release()
 
     def _defaults(self) -> dict[str, Any]:
@@ -238,8 +241,17 @@ class Trial:
         """failed: where the settings cannot be used. The sampler learns to avoid them, as it does pruned ones."""
         states = _import_optuna().trial.TrialState
         self._asked.set_user_attr(_END, end)
-        self._asked.set_user_attr("failed", failed)
+        self._asked.set_user_attr(_FAILED, failed)
         self._study.tell(self._asked, state=states.PRUNED)
+
+
+class _Connection(sqlite3.Connection):
+    """Waits for the disk once in a while and not at each line: what a power cut takes are trials, to be repeated."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.execute("PRAGMA journal_mode = WAL")
+        self.execute("PRAGMA synchronous = NORMAL")
 
 
 def _sampler_seed(seed: int, place: int) -> int:

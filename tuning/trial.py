@@ -139,7 +139,8 @@ def trial_words(words: Sequence[str], seed: int, trial_rounds: int | None, num_p
     Where clients are drawn anew with each seed, those of another seed are as good as validation clients.
     Raises ValueError where the words make no experiment.
     """
-    words = [*words, f"{_flag('seed')}={seed}", f"{_flag('num_trained_scored')}=0"]
+    words = [*words, f"{_flag('seed')}={seed}"]
+    words += [f"{_flag(field)}=0" for field in ("num_trained_scored", "num_curve_epochs")]  # which no trial needs
     config: ExperimentConfig = parse(SingleProcess, words).experiment
     if "validation" not in find(config.dataset).meaningless:
         words.append(f"{_flag('validation')}=true")
