@@ -126,7 +126,10 @@ class _Search:
             trial.complete(value)
         except PrunedError:
             (number, reached) = points[-1]
-            state, end = "pruned", f"after {number} rounds at {self._objective.shown(reached)}"
+            state, end = (
+                "pruned",
+                f"after {number} round{'s' if number > 1 else ''} at {self._objective.shown(reached)}",
+            )
             trial.prune(end)
         except (DivergedError, ValueError) as error:
             if trial.place == 0 and isinstance(error, ValueError):
