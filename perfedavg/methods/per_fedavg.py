@@ -40,7 +40,7 @@ class PerFedAvg(Method):
     name: ClassVar[str] = "per_fedavg"
     title: ClassVar[str] = "Per-FedAvg"
     per_fedavg_beta: float = setting(
-        0.03, "learning rate of the steps through an adapted model", above=0, search="0.001..0.3:log"
+        0.03, "learning rate of the steps through an adapted model", above=0, search="0.1x..10x:log"
     )
     per_fedavg_variant: str = setting(
         "fo", "without second derivatives (fo), or with differences of gradients (hf)", choices=VARIANTS

@@ -35,9 +35,9 @@ class PFedMe(Method):
 
     name: ClassVar[str] = "pfedme"
     title: ClassVar[str] = "pFedMe"
-    pfedme_lambda: float = setting(15.0, "weight of the pull of theta to w", above=0, search="5..50:log")
+    pfedme_lambda: float = setting(15.0, "weight of the pull of theta to w", above=0, search="0.3x..3x:log")
     pfedme_eta: float = setting(
-        0.005, "learning rate of w; that of theta is the clients'", above=0, search="0.001..0.05:log"
+        0.005, "learning rate of w; that of theta is the clients'", above=0, search="0.1x..10x:log"
     )
     pfedme_steps: int = setting(5, "steps of theta on each batch", at_least=1)
     pfedme_beta: float = setting(1.0, "weight of the clients' mean in the next global model", above=0, search="1..4")
