@@ -20,7 +20,7 @@ from over_ssh.hosts_file import Host
 from over_ssh.on_host import program
 from over_ssh.parallel import in_parallel
 from over_ssh.ports import answering, explain, try_ports
-from over_ssh.preparing import PACKAGES, Wanted, connect, find_python, place_tree
+from over_ssh.preparing import PACKAGES, Wanted, find_python, new_session, place_tree
 from over_ssh.session import HostError, Session
 from perfedavg.machine.interfaces import own_addresses
 from perfedavg.machine.processes import SignalWatch
@@ -82,8 +82,9 @@ def check(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
 
         here, *there = in_parallel(look, [None, *hosts], signals, beat)
         try:
-            if sessions or not hosts:
-                ip = choose_address(args.ip, sessions) if hosts else args.ip
+            reached = [machine.session for machine in there if machine.session is not None]
+            if reached or not hosts:
+                ip = choose_address(args.ip, reached) if hosts else args.ip
                 look_at_ports(here, there, ip, args, signals, beat)
         except ValueError as error:
             here.faults["address"] = str(error)
@@ -112,8 +113,10 @@ def look_there(host: Host, args: Cluster, wanted: Wanted, sessions: list[Session
     subject = "ssh"
     try:
         asked = time.time()
-        machine.session = session = connect(host, args.worker_timeout_seconds)
+        session = new_session(host, args.worker_timeout_seconds)
         sessions.append(session)
+        session.open()
+        machine.session = session
         machine.facts[subject] = "this machine, without ssh" if host.is_this_machine else "reached"
         _compare_clocks(machine, asked, session.facts["time"], time.time())
         subject = "project"

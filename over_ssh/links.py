@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from over_ssh.hosts_file import Host
 from over_ssh.logs import WorkerLogs
-from over_ssh.preparing import PreparedHost, Wanted, connect, prepare
+from over_ssh.preparing import PreparedHost, Wanted, new_session, prepare
 from over_ssh.session import HostError, Session
 from perfedavg.terminal.console import say
 
@@ -38,6 +38,7 @@ class HostLink:
     """A host of a run, watched by a thread of its own.
 
     status: with which its workers have ended by themselves, when they have; 0 when the run was over.
+    is_following: whether workers run there, as far as is known.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class HostLink:
         """on_end: called when there is a status."""
         self.task = task
         self.status: int | None = None
+        self.is_following = False
         self._wanted = wanted
         self._logs = logs
         self._on_end = on_end
@@ -66,8 +68,10 @@ class HostLink:
         """Ask the workers to end, if they have not, and try the host no more."""
         self._stopping.set()
         session = self._session
-        if session is not None:
+        if session is not None and self.is_following:
             session.end_input()
+        elif session is not None:
+            session.kill()  # it may be trying to connect, and has started nothing
 
     def is_stopped_within(self, seconds: float) -> bool:
         """Whether the host is heard to have ended everything."""
@@ -86,6 +90,7 @@ class HostLink:
             else:
                 pause, said = FIRST_RETRY_SECONDS, ""
             finally:
+                self.is_following = False
                 session, self._session = self._session, None
                 if session is not None:
                     session.close()
@@ -98,7 +103,8 @@ class HostLink:
     def _take_prepared(self) -> PreparedHost:
         prepared, self._prepared = self._prepared, None
         if prepared is None:
-            self._session = connect(self.task.host, self.task.silence_seconds)
+            self._session = new_session(self.task.host, self.task.silence_seconds)
+            self._session.open()
             prepared = prepare(self._session, self._wanted)
             say(f"{self.task.host.name}: reached again; starting {_count(self.task)}")
         return prepared
@@ -106,6 +112,7 @@ class HostLink:
     def _follow(self, prepared: PreparedHost) -> None:
         """Start the workers there, and note what comes of them until they end. Raises HostError where it is lost."""
         session, task = prepared.session, self.task
+        self.is_following = True
         where = {"python": prepared.python, "code": prepared.code, "folder": prepared.folder}
         session.ask("start", environment=task.environment, **where)
         session.send({"workers": task.workers, "silence_seconds": task.silence_seconds})

@@ -64,8 +64,8 @@ class PreparedHost:
     folder: str
 
 
-def connect(host: Host, silence_seconds: float) -> Session:
-    """Raises HostError where ssh does not reach it, or there is no Python."""
+def new_session(host: Host, silence_seconds: float) -> Session:
+    """A connection to a host, which is yet to be opened."""
     return Session(host, [] if (host.python or "").startswith("~") else pythons(host), silence_seconds)
 
 

@@ -18,9 +18,9 @@ from over_ssh.check import check
 from over_ssh.hosts_file import Host, read_hosts
 from over_ssh.links import HostLink, Task
 from over_ssh.logs import WorkerLogs
-from over_ssh.parallel import StoppedError, in_parallel
+from over_ssh.parallel import LOOK_SECONDS, StoppedError, in_parallel
 from over_ssh.ports import answering, explain, try_ports
-from over_ssh.preparing import PreparedHost, Wanted, connect, prepare
+from over_ssh.preparing import PreparedHost, Wanted, new_session, prepare
 from over_ssh.session import HostError, Session
 from perfedavg.machine.processes import SERVER, TERMINATE_SECONDS, LocalProcesses, SignalWatch
 from perfedavg.recording.folders import make_default_folder, remove_empty
@@ -77,8 +77,9 @@ def prepare_all(
 
     def prepare_one(host: Host) -> PreparedHost | HostError:
         try:
-            session = connect(host, args.worker_timeout_seconds)
+            session = new_session(host, args.worker_timeout_seconds)
             sessions.append(session)
+            session.open()
             return prepare(session, wanted)
         except HostError as error:
             return error
@@ -161,8 +162,10 @@ def _run_on(args: Cluster, wanted: Wanted, prepared: Sequence[PreparedHost], sig
 def _let_end(links: Sequence[HostLink]) -> None:
     """Give the workers time to end by themselves, as they do when the run is over."""
     deadline = time.monotonic() + END_SECONDS
-    for link in links:
-        link.is_stopped_within(max(0.0, deadline - time.monotonic()))
+    while any(link.is_following for link in links) and time.monotonic() < deadline:
+        for link in links:
+            link.beat()
+        time.sleep(LOOK_SECONDS)
 
 
 def _wait_for(links: Sequence[HostLink], silence_seconds: float) -> None:

@@ -42,11 +42,14 @@ class Session:
     """A connection to a host, with on_host/program.py at its other end. Leaving the block ends what runs there."""
 
     def __init__(self, host: Host, pythons: Sequence[str], silence_seconds: float) -> None:
-        """pythons: paths there, of which the first that is there runs on_host/program.py; without any, python3 does.
+        """Begin to connect; `open` waits for it.
 
+        pythons: paths there, of which the first that is there runs on_host/program.py; without any, python3 does.
         silence_seconds: after which each end takes the other for lost.
         """
         self.host = host
+        self.facts: dict[str, Any] = {}
+        self._silence_seconds = silence_seconds
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed in close
         self._writing = threading.Lock()
         self._process = subprocess.Popen(
@@ -56,14 +59,18 @@ class Session:
             stderr=self._errors,
             start_new_session=True,  # Ctrl-C is for this process, which then ends the others
         )
-        try:
-            self._send(Path(program.__file__).read_bytes() + b"\0")
-            self.facts = self.ask("begin", silence_seconds=silence_seconds)
-        except HostError:
-            self.close()
-            raise
+
+    def open(self) -> None:
+        """Have the program run at the other end; `facts` is what it says first. Raises HostError."""
+        self._send(Path(program.__file__).read_bytes() + b"\0")
+        self.facts = self.ask("begin", silence_seconds=self._silence_seconds)
 
     def __enter__(self) -> Session:
+        try:
+            self.open()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -116,6 +123,10 @@ class Session:
             pass  # what reads sees the end
         finally:
             self._writing.release()
+
+    def kill(self) -> None:
+        """End the connection at once, and so what it brought there."""
+        self._process.kill()
 
     def end_input(self) -> None:
         """Ask what runs there to end."""

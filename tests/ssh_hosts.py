@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
 
 from benchmarks.lan import HOSTS, Lan
 
@@ -18,15 +19,26 @@ READY_SECONDS = 60
 SSHD = "/usr/sbin/sshd"
 
 
+HIDE = """
+mkdir -p ~/.cache && mount --bind "$1" ~/.cache &&
+mount --bind "$2" "$3" &&
+mount -t tmpfs none "$4" &&
+shift 4 && exec "$@"
+"""
+"""Gives a process another folder of caches, the environment elsewhere, and nothing where this project is."""
+
+
 class SshHosts:
-    """sshd on every host but the first.
+    """sshd on every host but the first. The last host has neither the folder of this project nor what lies in it.
 
     path: a folder with an `ssh` to be put in front of PATH.
+    python: an interpreter on the last host that knows the packages.
     """
 
     def __init__(self, lan: Lan, folder: Path) -> None:
         self.lan = lan
         self.path = folder / "bin"
+        self.python = folder / "venv" / "bin" / "python"
         self._folder = folder
 
     @contextlib.contextmanager
@@ -44,12 +56,19 @@ class SshHosts:
         wrapper.chmod(0o755)
         Path("/run/sshd").mkdir(exist_ok=True)
         with contextlib.ExitStack() as stack:
-            for host in HOSTS[1:]:
-                stack.enter_context(self.sshd(host))
+            for host in HOSTS[1:-1]:
+                stack.enter_context(self._sshd(host))
+            cache, venv = self._folder / "cache", self._folder / "venv"
+            cache.mkdir()
+            venv.mkdir()
+            own = (ROOT / ".venv").resolve()
+            stack.enter_context(
+                self._sshd(HOSTS[-1], "sh", "-c", HIDE, "sh", str(cache), str(own), str(venv), str(ROOT))
+            )
             yield self
 
     @contextlib.contextmanager
-    def sshd(self, host: str, *before: str) -> Iterator[None]:
+    def _sshd(self, host: str, *before: str) -> Iterator[None]:
         """sshd on a host, with everything that it started gone at the end.  before: words of a command that runs it."""
         config = self._folder / f"sshd-{host}"
         config.write_text(self._server_config(host))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, Process, finish, read_result, wait_for_line
+from helpers import TINY, Launched, Process, assert_one_clear_line, finish, read_result, wait_for_line
 from ssh_hosts import SshHosts, lan_or_skip, ssh_hosts_or_skip
 
-from benchmarks.lan import HOSTS, Lan
+from benchmarks.lan import HOSTS, Lan, run
 
 FLAGS = [*TINY, "--rounds", "30", "--eval_every", "3"]
 LONG = [*TINY, "--rounds", "100000"]
@@ -56,10 +57,8 @@ def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(read_result(run_dir)["model_sha256"])
 
 
-def start(
-    launched: Launched, hosts: SshHosts, folder: Path, *flags: str, file: str = "beta\ngamma slots=2\n"
-) -> Process:
-    (folder / "hosts.txt").write_text(file)
+def start(hosts: SshHosts, launched: Launched, folder: Path, *flags: str) -> Process:
+    (folder / "hosts.txt").write_text(f"beta\ngamma slots=2 python={hosts.python}\n")
     return launched.start(
         *("cluster.py", "--hosts", folder / "hosts.txt", *flags, "--device", "cpu", "--run_dir", folder / "run"),
         *("--worker_timeout_seconds", str(TIMEOUT_SECONDS)),
@@ -78,10 +77,10 @@ def wait_until_empty(hosts: SshHosts, *names: str) -> None:
 
 
 def test_one_command_trains_the_model_of_one_process(
-    launched: Launched, hosts: SshHosts, digest: str, tmp_path: Path
+    hosts: SshHosts, launched: Launched, digest: str, tmp_path: Path
 ) -> None:
     """And keeps what each worker said."""
-    process = start(launched, hosts, tmp_path, *FLAGS)
+    process = start(hosts, launched, tmp_path, *FLAGS)
     status, output, errors = finish(process)
     assert status == 0, errors
     assert "after fine-tuning" in output
@@ -89,12 +88,40 @@ def test_one_command_trains_the_model_of_one_process(
     assert read_result(tmp_path / "run")["world_size"] == 4
     logs = {path.name: path.read_text() for path in (tmp_path / "run" / "workers").iterdir()}
     assert set(logs) == {"beta-1.log", "gamma-2.log", "gamma-3.log"}
+    copies = list((hosts.path.parent / "cache" / "personalized-fedavg").iterdir())
+    assert len(copies) == 1, "gamma has no folder of this project, and got a copy"
     assert f"worker 3: joined {hosts.lan.address['alpha']}:3002" in logs["gamma-3.log"]
     wait_until_empty(hosts)
 
 
-def test_a_killed_host_is_started_again(launched: Launched, hosts: SshHosts, digest: str, tmp_path: Path) -> None:
-    process = start(launched, hosts, tmp_path, *FLAGS)
+def test_a_firewall_is_a_line_before_anything_is_started(hosts: SshHosts, launched: Launched, tmp_path: Path) -> None:
+    """Of the check, and of the run itself; without either the workers would try in vain for minutes."""
+    if shutil.which("nft") is None:
+        pytest.skip("needs the command nft (nftables)")
+    rules = "table inet wall {\nchain input {\ntype filter hook input priority 0;\ntcp dport 3002 drop\n}\n}\n"
+    in_alpha = ("ip", "netns", "exec", hosts.lan.namespace("alpha"))
+    run(*in_alpha, "nft", "-f", "-", text=rules)
+    try:
+        process = start(hosts, launched, tmp_path, *TINY, "--check")
+        status, output, errors = finish(process)
+        assert status == 2, errors
+        (line,) = [line for line in output.splitlines() if "FAILS" in line]
+        said = f"beta: does not reach {hosts.lan.address['alpha']}:3002 of this machine (no answer); open the port"
+        assert line.startswith("ports")
+        assert said in line
+        assert "gamma: does not reach" in output
+        assert "project   look   gamma: copied to " in output
+        assert_one_clear_line(start(hosts, launched, tmp_path, *TINY), "gamma: does not reach")
+        assert not (tmp_path / "run").exists()
+    finally:
+        run(*in_alpha, "nft", "delete", "table", "inet", "wall")
+    status, output, errors = finish(start(hosts, launched, tmp_path, *TINY, "--check"))
+    assert status == 0, output + errors
+    assert len(output.splitlines()) <= 15
+
+
+def test_a_killed_host_is_started_again(hosts: SshHosts, launched: Launched, digest: str, tmp_path: Path) -> None:
+    process = start(hosts, launched, tmp_path, *FLAGS)
     wait_for_line(process, MIDDLE)
     for pid in hosts.pids("gamma"):
         os.kill(pid, signal.SIGKILL)
@@ -106,9 +133,9 @@ def test_a_killed_host_is_started_again(launched: Launched, hosts: SshHosts, dig
 
 
 def test_a_host_that_is_cut_off_is_done_without_and_ends_its_workers(
-    launched: Launched, hosts: SshHosts, digest: str, tmp_path: Path
+    hosts: SshHosts, launched: Launched, digest: str, tmp_path: Path
 ) -> None:
-    process = start(launched, hosts, tmp_path, *FLAGS, "--rounds", "60")
+    process = start(hosts, launched, tmp_path, *FLAGS, "--rounds", "60")
     wait_for_line(process, "FedAvg round 3/60")
     hosts.lan.unplug("gamma")
     wait_for_line(process, "server: lost worker ")
@@ -119,9 +146,9 @@ def test_a_host_that_is_cut_off_is_done_without_and_ends_its_workers(
 
 
 def test_a_host_that_was_cut_off_for_a_while_takes_part_again(
-    launched: Launched, hosts: SshHosts, tmp_path: Path
+    hosts: SshHosts, launched: Launched, tmp_path: Path
 ) -> None:
-    process = start(launched, hosts, tmp_path, *LONG)
+    process = start(hosts, launched, tmp_path, *LONG)
     wait_for_line(process, "FedAvg round ")
     hosts.lan.unplug("gamma")
     wait_for_line(process, "trying gamma again")
@@ -133,8 +160,8 @@ def test_a_host_that_was_cut_off_for_a_while_takes_part_again(
     wait_until_empty(hosts)
 
 
-def test_a_worker_that_dies_is_started_again(launched: Launched, hosts: SshHosts, tmp_path: Path) -> None:
-    process = start(launched, hosts, tmp_path, *LONG)
+def test_a_worker_that_dies_is_started_again(hosts: SshHosts, launched: Launched, tmp_path: Path) -> None:
+    process = start(hosts, launched, tmp_path, *LONG)
     wait_for_line(process, "FedAvg round ")
     (worker,) = [pid for pid in hosts.pids("beta") if Path(f"/proc/{pid}/comm").read_text().strip() == "worker 1"]
     os.kill(worker, signal.SIGKILL)
@@ -148,10 +175,10 @@ def test_a_worker_that_dies_is_started_again(launched: Launched, hosts: SshHosts
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_the_end_of_the_command_leaves_nothing(
-    number: signal.Signals, launched: Launched, hosts: SshHosts, tmp_path: Path
+    number: signal.Signals, hosts: SshHosts, launched: Launched, tmp_path: Path
 ) -> None:
     """SIGKILL leaves it no time to end anything: what runs elsewhere notices by itself."""
-    process = start(launched, hosts, tmp_path, *LONG)
+    process = start(hosts, launched, tmp_path, *LONG)
     wait_for_line(process, "FedAvg round ")
     process.send_signal(number)
     status, _, _ = finish(process)

@@ -76,13 +76,13 @@ def test_a_host_without_python_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     (tmp_path / "sh").symlink_to("/bin/sh")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match="localhost: no python3 there"):
-        Session(HERE, [], LONG)
+        Session(HERE, [], LONG).__enter__()
 
 
 def test_what_a_host_prints_besides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("over_ssh.session.command_of", lambda *told: ["sh", "-c", "echo Welcome!; cat >/dev/null"])
     with pytest.raises(HostError, match="'Welcome!' came in place of an answer; let the login shell there print noth"):
-        Session(Host("beta"), [], LONG)
+        Session(Host("beta"), [], LONG).__enter__()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_what_ssh_says_comes_with_the_way_out(said: str, mend: str, monkeypatch:
     words = ["sh", "-c", f"echo first >&2; echo {shlex.quote(said)} >&2; exit 255"]
     monkeypatch.setattr("over_ssh.session.command_of", lambda *told: words)
     with pytest.raises(HostError, match=re.escape(f"beta: {said}; {mend}")):
-        Session(Host("beta"), [], LONG)
+        Session(Host("beta"), [], LONG).__enter__()
 
 
 def test_code_is_found_or_copied_once(session: Session, tmp_path: Path) -> None:
@@ -125,6 +125,18 @@ def test_a_host_with_this_folder_and_environment_needs_nothing(session: Session)
     host = prepare(session, Wanted(project_tree(), None, versions))
     assert (host.code, host.copied, host.python) == (str(ROOT), False, sys.executable)
     assert host.versions["torch"].startswith(versions["torch"])
+
+
+def test_own_modules_that_a_host_has_not_are_copied_and_its_workers_start_there(
+    session: Session, tmp_path: Path
+) -> None:
+    own = some_tree(tmp_path / "here")
+    assert own.archive
+    assert own.digest
+    own.root.rename(tmp_path / "nowhere")
+    host = prepare(session, Wanted(project_tree(), own, {}))
+    assert host.folder.startswith(str(tmp_path / "cache"))
+    assert (Path(host.folder) / "package" / "it's.py").exists()
 
 
 def test_what_an_environment_lacks_is_said_with_the_command_that_mends_it(session: Session, tmp_path: Path) -> None:
@@ -169,6 +181,7 @@ def test_a_users_own_modules_go_with_those_beside_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["end of input", "silence"])
 def test_what_runs_on_a_host_ends_when_nobody_asks_any_more(how: str) -> None:
     session = Session(HERE, [sys.executable], LONG if how == "end of input" else 0.2)
+    session.open()
     if how == "end of input":
         session.beat()
         session.end_input()
