@@ -21,7 +21,7 @@ from over_ssh.on_host import program
 from over_ssh.parallel import in_parallel
 from over_ssh.ports import answering, explain, try_ports
 from over_ssh.preparing import PACKAGES, Wanted, find_python, new_session, place_tree
-from over_ssh.session import HostError, Session
+from over_ssh.session import HostError, Session, close_all
 from perfedavg.machine.interfaces import own_addresses
 from perfedavg.machine.processes import SignalWatch
 from perfedavg.own_files import shown_dataset
@@ -71,7 +71,7 @@ def check(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
     wanted = Wanted.by(args.experiment)
     with ExitStack() as stack:
         sessions: list[Session] = []
-        stack.callback(lambda: [session.close() for session in sessions])
+        stack.callback(close_all, sessions)
 
         def look(host: Host | None) -> Machine:
             return look_here(args, wanted) if host is None else look_there(host, args, wanted, sessions)

@@ -75,7 +75,8 @@ class HostLink:
 
     def is_stopped_within(self, seconds: float) -> bool:
         """Whether the host is heard to have ended everything."""
-        self._thread.join(seconds)
+        if self._thread.is_alive():
+            self._thread.join(seconds)
         return not self._thread.is_alive()
 
     def _run(self) -> None:

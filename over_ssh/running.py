@@ -21,7 +21,7 @@ from over_ssh.logs import WorkerLogs
 from over_ssh.parallel import LOOK_SECONDS, StoppedError, in_parallel
 from over_ssh.ports import answering, explain, try_ports
 from over_ssh.preparing import PreparedHost, Wanted, new_session, prepare
-from over_ssh.session import HostError, Session
+from over_ssh.session import HostError, Session, close_all
 from perfedavg.machine.processes import SERVER, TERMINATE_SECONDS, LocalProcesses, SignalWatch
 from perfedavg.recording.folders import make_default_folder, remove_empty
 from perfedavg.recording.runs import CONFIG_FILE
@@ -59,7 +59,7 @@ def _run_with(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int
     wanted = Wanted.by(args.experiment)
     with contextlib.ExitStack() as stack:
         sessions: list[Session] = []
-        stack.callback(lambda: [session.close() for session in sessions])
+        stack.callback(close_all, sessions)
         prepared, args = prepare_all(args, hosts, wanted, sessions, signals)
         num_workers = sum(host.slots for host in hosts)
         say(f"{len(hosts)} host(s) for {num_workers} worker(s) are ready; they reach this machine as {args.ip}")

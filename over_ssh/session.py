@@ -18,6 +18,7 @@ from over_ssh.on_host import program
 from perfedavg.terminal.console import command_line
 
 CONNECT_SECONDS = 10
+CLOSE_SECONDS = 2.0
 WRITE_SECONDS = 2.0
 """For a write in another thread to end, before the connection counts as stuck."""
 SIGNS_OF_LIFE = 3
@@ -173,6 +174,14 @@ class Session:
         reason = lines[-1].strip() if lines else f"the connection ended (status {status})"
         mend = "" if self.host.is_this_machine else _mend(self.host, lines)
         return HostError(self.host, reason, mend)
+
+
+def close_all(sessions: Sequence[Session]) -> None:
+    """End what runs at their other ends; those that are not even connected yet are given up."""
+    for session in sessions:
+        session.end_input()
+    for session in sessions:
+        session.close(CLOSE_SECONDS)
 
 
 def _mend(host: Host, lines: list[str]) -> str:

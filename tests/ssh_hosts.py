@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -80,6 +81,9 @@ class SshHosts:
         finally:
             process.terminate()
             process.wait()
+            for pid in self._all_pids(host):  # sessions whose cable was pulled
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
     def _wait_until_ready(self, host: str) -> None:
         deadline = time.monotonic() + READY_SECONDS
@@ -99,9 +103,11 @@ class SshHosts:
 
     def pids(self, host: str) -> set[int]:
         """Of all processes on a host but sshd's own."""
+        return {pid for pid in self._all_pids(host) if not _name(pid).startswith("sshd")}
+
+    def _all_pids(self, host: str) -> set[int]:
         words = ["ip", "netns", "pids", self.lan.namespace(host)]
-        found = {int(word) for word in subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()}
-        return {pid for pid in found if not _name(pid).startswith("sshd")}
+        return {int(word) for word in subprocess.run(words, capture_output=True, text=True, check=True).stdout.split()}
 
     def _client_config(self) -> str:
         hosts = "".join(f"Host {host}\n  HostName {self.lan.address[host]}\n" for host in HOSTS[1:])

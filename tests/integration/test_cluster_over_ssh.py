@@ -15,11 +15,11 @@ from ssh_hosts import SshHosts, lan_or_skip, ssh_hosts_or_skip
 
 from benchmarks.lan import HOSTS, Lan, run
 
-FLAGS = [*TINY, "--rounds", "30", "--eval_every", "3"]
+FLAGS = [*TINY, "--rounds", "60", "--eval_every", "3"]
 LONG = [*TINY, "--rounds", "100000"]
-MIDDLE = "FedAvg round 3/30"
-TIMEOUT_SECONDS = 4
-"""Without a sign of life, after which a host counts as lost."""
+MIDDLE = "FedAvg round 3/60"
+SHORT_SILENCE = ("--worker_timeout_seconds", "8")
+"""After which a host counts as lost, where the test waits for that; long enough for a busy machine."""
 GONE_SECONDS = 120
 """For what should end by itself; far above what it needs on a busy machine."""
 
@@ -61,7 +61,6 @@ def start(hosts: SshHosts, launched: Launched, folder: Path, *flags: str) -> Pro
     (folder / "hosts.txt").write_text(f"beta\ngamma slots=2 python={hosts.python}\n")
     return launched.start(
         *("cluster.py", "--hosts", folder / "hosts.txt", *flags, "--device", "cpu", "--run_dir", folder / "run"),
-        *("--worker_timeout_seconds", str(TIMEOUT_SECONDS)),
         env={**os.environ, "PATH": f"{hosts.path}:{os.environ['PATH']}"},
         network_namespace=hosts.lan.namespace("alpha"),
     )
@@ -135,20 +134,20 @@ def test_a_killed_host_is_started_again(hosts: SshHosts, launched: Launched, dig
 def test_a_host_that_is_cut_off_is_done_without_and_ends_its_workers(
     hosts: SshHosts, launched: Launched, digest: str, tmp_path: Path
 ) -> None:
-    process = start(hosts, launched, tmp_path, *FLAGS, "--rounds", "60")
-    wait_for_line(process, "FedAvg round 3/60")
+    process = start(hosts, launched, tmp_path, *FLAGS, *SHORT_SILENCE)
+    wait_for_line(process, MIDDLE)
     hosts.lan.unplug("gamma")
     wait_for_line(process, "server: lost worker ")
     wait_until_empty(hosts, "gamma")
     status, _, errors = finish(process)
     assert status == 0, errors
-    assert "trying gamma again" in errors
+    assert read_result(tmp_path / "run")["model_sha256"] == digest
 
 
 def test_a_host_that_was_cut_off_for_a_while_takes_part_again(
     hosts: SshHosts, launched: Launched, tmp_path: Path
 ) -> None:
-    process = start(hosts, launched, tmp_path, *LONG)
+    process = start(hosts, launched, tmp_path, *LONG, *SHORT_SILENCE)
     wait_for_line(process, "FedAvg round ")
     hosts.lan.unplug("gamma")
     wait_for_line(process, "trying gamma again")
