@@ -61,6 +61,7 @@ class RunFolder:
     plots/             the accuracy curve, and the accuracy of unseen clients before and after; drawn by `reporting`
     tensorboard/       the same curve and what is known of each round, written as the round ends
     log.txt            what was logged
+    workers/           what each worker printed, where they were started over ssh; written by `over_ssh`
     .lock              held by the process that writes here
 
     A full disk does not end the run as long as there are rounds to train: what could not be written is reported once,
