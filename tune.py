@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from experiments.rows import CHOSEN, fixed_settings, select_rows, table_names
 from launch import paths
@@ -19,6 +20,9 @@ from perfedavg.settings import Compute
 from perfedavg.terminal.console import command_line, say, show
 from perfedavg.terminal.entry_point import at_early_end, run_entry_point
 from tuning.space import SET_BY_SEARCH
+
+if TYPE_CHECKING:
+    from tuning.search import Plan
 
 _MACHINE = ("data_root", *flags_by_name(Compute))
 """Flags of single_process.py that do not change a result."""
@@ -99,38 +103,66 @@ def main(argv: Sequence[str] | None = None) -> None:
     pin_kernels_or_restart(portable, ROOT / "tune.py", sys.argv[1:] if argv is None else argv)
 
     from perfedavg.training.compute import use_reproducible_kernels
-    from tuning.chosen import write_chosen
-    from tuning.search import Plan, run_command, search
+    from tuning.search import run_command, search
     from tuning.trial import Trials
 
     use_reproducible_kernels()
     withdraw = at_early_end(_say_how_to_go_on)
-    trials = Trials()
-    for name, words in experiments.items():
-        folder = args.studies / (args.table or ".") / name
-        label = f"{args.table} {name}" if args.table else name
-        plan = Plan(
-            label,
-            words,
-            fixed_settings(args.table, name) if args.table else (),
-            args.search,
-            args.objective,
-            args.trials,
-            args.trial_rounds,
-            args.points,
-            args.seed,
-            folder,
-        )
-        choice = search(plan, trials)
-        if choice is None:
-            continue
-        if args.table is None:
+    try:
+        if args.table is not None:
+            search_rows(args, experiments, others)
+            return
+        ((name, words),) = experiments.items()
+        choice = search(plan_of(args, name, words), Trials())
+        if choice is not None:
             show(f"\nrun it with: {run_command(words, choice.settings)}")
+    finally:
+        withdraw()
+
+
+def search_rows(args: Tune, experiments: Mapping[str, Sequence[str]], others: Sequence[str]) -> None:
+    """Search the rows one after the other, and write what is chosen for each.
+
+    experiments: the rows' command lines, by their names.  others: what of them the command line gave.
+    Raises ValueError where a row cannot be searched, when the others have been.
+    """
+    from tuning.chosen import write_chosen
+    from tuning.search import search
+    from tuning.trial import Trials
+
+    assert args.table is not None, "rows are those of a table"
+    trials, left_out = Trials(), []
+    for name, words in experiments.items():
+        try:
+            choice = search(plan_of(args, name, words), trials)
+        except ValueError as error:
+            say(f"{args.table} {name}: {error}")
+            left_out.append(name)
             continue
-        study = {**choice.summary, "command": search_command(replace(args, rows=(name,)), others)}
-        path = write_chosen(args.chosen, args.table, name, choice.settings, study)
-        show(f"it is in {paths.shown(path)}\n")
-    withdraw()
+        if choice is not None:
+            study = {**choice.summary, "command": search_command(replace(args, rows=(name,)), others)}
+            path = write_chosen(args.chosen, args.table, name, choice.settings, study)
+            show(f"it is in {paths.shown(path)}\n")
+    if left_out:
+        raise ValueError(f"nothing was chosen for {', '.join(left_out)}, for the reasons above")
+
+
+def plan_of(args: Tune, name: str, words: Sequence[str]) -> Plan:
+    """The search for an experiment, or for a row of the table, of this name. words: its command line."""
+    from tuning.search import Plan
+
+    return Plan(
+        f"{args.table} {name}" if args.table else name,
+        words,
+        fixed_settings(args.table, name) if args.table else (),
+        args.search,
+        args.objective,
+        args.trials,
+        args.trial_rounds,
+        args.points,
+        args.seed,
+        args.studies / (args.table or ".") / name,
+    )
 
 
 def _say_how_to_go_on(reason: signal.Signals | BaseException) -> None:

@@ -22,7 +22,7 @@ from perfedavg.contracts import ClientData
 from perfedavg.methods import METHODS
 from perfedavg.plain_values import parse_toml
 from perfedavg.settings import ExperimentConfig, Phase
-from tune import Tune, read_experiments, search_command
+from tune import Tune, read_experiments, search_command, search_rows
 from tuning.chosen import read_chosen, write_chosen
 from tuning.search import Choice, Plan, search
 from tuning.space import read_space
@@ -432,6 +432,20 @@ def test_an_experiment_or_the_rows_of_a_table_are_searched() -> None:
     assert search_command(replace(args, rows=("ditto",)), others) == (
         "python tune.py --table fashion_dirichlet --rows ditto --rounds 7"
     )
+
+
+def test_a_row_that_cannot_be_searched_keeps_no_other_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FedAvg has no mu; what was chosen for FedProx must not be lost with it."""
+    monkeypatch.setattr("tuning.trial.Trials", Planted)
+    args, others = read("--table", "fashion_dirichlet", "--rows", "fedavg", "fedprox", "--search", "mu=0.1..1")
+    args = replace(args, trials=2, studies=tmp_path / "studies", chosen=tmp_path)
+    words = [*TINY, "--method"]
+    with pytest.raises(ValueError, match="nothing was chosen for fedavg, "):
+        search_rows(args, {name: [*words, name] for name in ("fedavg", "fedprox")}, others)
+    assert "fashion_dirichlet fedavg: --search mu=0.1..1: mu is a setting of fedprox" in capsys.readouterr().err
+    assert list(read_chosen(tmp_path / "fashion_dirichlet.toml")[0]) == ["fedprox"]
 
 
 @pytest.mark.parametrize(
