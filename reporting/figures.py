@@ -15,8 +15,6 @@ from perfedavg.settings import Phase, Population
 
 NO_NUMBER = "-"
 """Stands for a figure that does not exist, or is not finite."""
-STANDARD_ERRORS_OF_95_PERCENT = 1.96
-"""On either side of a mean."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +126,3 @@ def steps_per_epoch(run: FinishedRun) -> int | None:
     sizes = run.clients[run.population]["num_train_examples"]
     counts = set(np.ceil(sizes / run.settings["batch_size"]).astype(int).tolist())
     return counts.pop() if len(counts) == 1 else None
-
-
-def confidence_95(deviation: float, num_clients: int) -> float:
-    """Half the width of the 95 % confidence interval of a mean over clients, from their population deviation."""
-    return STANDARD_ERRORS_OF_95_PERCENT * deviation / math.sqrt(num_clients)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from perfedavg.engine.scores import confidence_95
 from perfedavg.recording.runs import KINDS, PhaseResult
 from perfedavg.settings import Phase, Population
 from reporting.drawing import png
-from reporting.figures import Measure, confidence_95, steps_per_epoch
+from reporting.figures import Measure, steps_per_epoch
 from reporting.rows import Row
 
 if TYPE_CHECKING:

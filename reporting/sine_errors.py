@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from perfedavg.engine.scores import confidence_95
 from perfedavg.recording.runs import FinishedRun
-from reporting.figures import Measure, confidence_95, counted, steps_per_epoch
+from reporting.figures import Measure, counted, steps_per_epoch
 from reporting.plots import Curve, Draw, Panel, draw_lines
 from reporting.rows import Row, group_rows, leave_out_repeats
 from reporting.tables import SHOWN_STEPS

@@ -12,6 +12,7 @@ from typing import Any, ParamSpec
 
 import numpy as np
 
+from perfedavg.engine.scores import confidence_95
 from perfedavg.recording.runs import KINDS, CurvePoint, FinishedRun, Scores
 from perfedavg.settings import Phase, Population
 from reporting.figures import (
@@ -19,7 +20,6 @@ from reporting.figures import (
     NO_NUMBER,
     Measure,
     SeedMean,
-    confidence_95,
     counted,
     first_at,
     in_brackets,

@@ -39,7 +39,16 @@ ENDS_WITHIN_SECONDS = 240
 
 TINY = ["--dataset", "digits", "--model", "mlp", "--client_num_in_total", "20", "--client_num_per_round", "5"]
 TINY += ["--rounds", "3", "--local_epochs", "2", "--fine_tune_rounds", "2", "--fine_tune_local_epochs", "1"]
-TINY += ["--personalization_epochs", "1", "--eval_every", "2"]
+TINY += [
+    "--personalization_epochs",
+    "1",
+    "--eval_every",
+    "2",
+    "--unseen_fraction",
+    "0.2",
+    "--local_test_fraction",
+    "0.2",
+]
 """Flags of an experiment that takes a second."""
 
 

@@ -14,6 +14,8 @@ from perfedavg.plain_values import from_plain
 from perfedavg.settings import Phase, Population
 
 _PERCENTILES = (10, 50, 90)
+_STANDARD_ERRORS_OF_95_PERCENT = 1.96
+"""On either side of a mean."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,15 @@ def mean(values: Sequence[float]) -> float:
         return math.fsum(values) / len(values)
     except (OverflowError, ValueError):  # beyond the largest float, or infinities of both signs
         return sum(map(float, values)) / len(values)
+
+
+def confidence_95(deviation: float, num_clients: int) -> float:
+    """Half the width of the 95 % confidence interval of a mean over clients, from their population deviation.
+
+    By the normal distribution, so with a few clients it is too narrow. It covers the draw of clients and of their test
+    parts, and not the chance in training.
+    """
+    return _STANDARD_ERRORS_OF_95_PERCENT * deviation / math.sqrt(num_clients)
 
 
 def check_summary(summary: Any, name: str) -> None:

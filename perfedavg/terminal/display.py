@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar, cast
 
 from perfedavg.contracts import ClientDirectory
 from perfedavg.engine.experiment import ExperimentState, RoundRecord
-from perfedavg.engine.scores import RunScores, summarize
+from perfedavg.engine.scores import RunScores, confidence_95, summarize
 from perfedavg.own_files import shown_dataset
 from perfedavg.recording.runs import KINDS, result_key
 from perfedavg.settings import ExperimentConfig, Phase, Population
@@ -185,7 +185,7 @@ class ProgressDisplay:
 
 def result_table(result: dict[str, Any], config: ExperimentConfig, note: str = "") -> str:
     """The table that ends a run, from the content of result.json. note: about the data."""
-    widths = {metric: max(9, len(metric) + (3 if metric == "accuracy" else 2)) for metric in result["higher_is_better"]}
+    widths = {metric: 16 if metric == "accuracy" else max(9, len(metric) + 2) for metric in result["higher_is_better"]}
     width = sum(widths.values())
     names = "".join(f"{metric:>{width}}" for metric, width in widths.items())
     population, trained = Population.main(result["unseen_clients"]), _result_keys(result, Population.TRAINED)
@@ -194,7 +194,7 @@ def result_table(result: dict[str, Any], config: ExperimentConfig, note: str = "
         of_training = f"{result[key]['clients']} of {result['train_clients']} training clients"
     whose = f"{result['unseen_clients']} unseen clients" if population is Population.UNSEEN else of_training
     lines = [
-        f"{whose} of {shown_dataset(result['dataset'])}, uniform means",
+        f"{whose} of {shown_dataset(result['dataset'])}, uniform means ± 95 % intervals over clients",
         *([note] if note else []),
         "",
         f"{'':19}{'initial':^{width}}{'personalized':^{width}}{'clients':>9}",
@@ -215,7 +215,7 @@ def _result_rows(
     for phase, key in _result_keys(result, population).items():
         row, label = result[key], f"after {config.phase_label(phase)}"
         numbers = "".join(
-            f"{_percent(row[kind][metric]) if metric == 'accuracy' else format(row[kind][metric], '.4f'):>{width}}"
+            f"{_accuracy(row, kind) if metric == 'accuracy' else format(row[kind][metric], '.4f'):>{width}}"
             for kind in KINDS
             for metric, width in widths.items()
         )
@@ -228,9 +228,13 @@ def _result_keys(result: dict[str, Any], population: Population) -> dict[Phase, 
     return {phase: key for phase, key in keys.items() if key in result}
 
 
-def _percent(accuracy: float) -> str:
-    """An accuracy, or a dash where there is none, in a regression."""
-    return "-" if math.isnan(accuracy) else f"{100 * accuracy:.2f} %"
+def _accuracy(summary: Mapping[str, Any], kind: str) -> str:
+    """A mean accuracy, of several clients with its interval; a dash where there is none, in a regression."""
+    accuracy, num_clients = summary[kind]["accuracy"], summary["clients"]
+    if math.isnan(accuracy):
+        return "-"
+    interval = confidence_95(summary[kind]["accuracy_std"], num_clients)
+    return f"{100 * accuracy:.2f}{f' ± {100 * interval:.1f}' if num_clients > 1 else ''} %"
 
 
 def _accuracies(summary: dict[str, Any]) -> str:

@@ -24,8 +24,8 @@ from helpers import (
 
 @pytest.mark.parametrize("entry_point", ["single_process.py", "server.py", "quick_start.py"])
 def test_settings_that_make_no_experiment(entry_point: str, launched: Launched) -> None:
-    process = launched.start(entry_point, "--dataset", "digits", "--client_num_per_round", "41")
-    assert_one_clear_line(process, "--client_num_per_round 41 exceeds the 40 training clients")
+    process = launched.start(entry_point, "--dataset", "digits", "--client_num_per_round", "31")
+    assert_one_clear_line(process, "--client_num_per_round 31 exceeds the 30 training clients")
 
 
 def test_fewer_clients_a_round_than_workers(launched: Launched) -> None:

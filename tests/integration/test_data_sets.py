@@ -99,7 +99,7 @@ def test_describe_counts_and_plots(launched: Launched, tmp_path: Path) -> None:
     picture = tmp_path / "digits.png"
     status, output, errors = describe(launched, "--dataset", "digits", "--plot", picture)
     assert status == 0, errors
-    for text in ("50 clients, 40 train and 10 are unseen; 10 classes", "min, median, max: 35, 36, 37", "left out"):
+    for text in ("50 clients, 30 train and 20 are unseen; 10 classes", "min, median, max: 35, 36, 37", "left out"):
         assert text in output
     assert picture.read_bytes().startswith(b"\x89PNG")
 

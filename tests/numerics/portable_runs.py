@@ -23,7 +23,8 @@ SHORT = "--rounds 2 --fine_tune_rounds 2 --personalization_epochs 1 --eval_every
 SHORTEST = "--rounds 1 --local_epochs 1 --fine_tune_rounds 1 --fine_tune_local_epochs 1 --personalization_epochs 1 "
 SHORTEST += "--eval_every 1"
 SGD = "--fine_tune_server_optimizer sgd"
-DIGITS = f"--dataset digits --client_num_in_total 10 --client_num_per_round 2 {SHORT}"
+CUT = "--unseen_fraction 0.2 --local_test_fraction 0.2"
+DIGITS = f"--dataset digits --client_num_in_total 10 --client_num_per_round 2 {CUT} {SHORT}"
 RUNS = {
     "mnist_cnn": DIGITS,
     "mlp": f"{DIGITS} --model mlp {SGD}",

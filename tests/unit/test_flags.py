@@ -29,7 +29,7 @@ EXPERIMENT_FLAGS = [
     (["--dataset", "mnist"], lambda c: c.dataset),
     (["--model", "mlp"], lambda c: c.architecture),
     (["--client_num_in_total", "45"], lambda c: c.num_clients),
-    (["--unseen_fraction", "0.4"], lambda c: c.unseen_fraction),
+    (["--unseen_fraction", "0.6"], lambda c: c.unseen_fraction),
     (["--partition", "iid"], lambda c: c.partition),
     (["--client_num_per_round", "7"], lambda c: c.cohort_size),
     (["--batch_size", "7"], lambda c: c.batch_size),

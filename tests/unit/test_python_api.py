@@ -26,7 +26,7 @@ from perfedavg.metrics import Metric
 
 TINY: dict[str, Any] = {"model": "mlp", "client_num_in_total": 10, "client_num_per_round": 2, "rounds": 3}
 TINY |= {"local_epochs": 1, "fine_tune_rounds": 1, "fine_tune_local_epochs": 1, "personalization_epochs": 1}
-TINY |= {"eval_every": 2, "threads": 1}
+TINY |= {"eval_every": 2, "threads": 1, "unseen_fraction": 0.2}
 
 
 @pytest.fixture(autouse=True)

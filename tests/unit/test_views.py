@@ -123,7 +123,8 @@ def test_all_else_is_the_data_sets_own(view_of: object) -> None:
 
 
 def seen(flags: Sequence[str], folder: Path) -> SplitDataset:
-    config = utils.get_args("single", ["--client_num_in_total", "20", *flags]).experiment
+    given = ["--client_num_in_total", "20", "--unseen_fraction", "1/51" if "sine" in flags else "0.2", *flags]
+    config = utils.get_args("single", given).experiment
     return utils.get_datasets(config, folder)
 
 
