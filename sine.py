@@ -53,8 +53,9 @@ class Sine(Checked):
 def main() -> None:
     args = parse(Sine)
 
-    from reporting import plots, sine_errors
+    from reporting import sine_errors
     from reporting.drawing import png
+    from reporting.pictures.theme import LIGHT, render
 
     rows = sine_errors.read_rows(args.folder, list(select_rows("sine")))
     if not rows:
@@ -68,7 +69,7 @@ def main() -> None:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {output} cannot be made ({error.strerror}); name another folder") from error
-    _write(lambda: plots.render(sine_errors.draw_errors(rows), plots.LIGHT), output / "mse.png")
+    _write(lambda: render(sine_errors.draw_errors(rows), LIGHT), output / "mse.png")
 
     from experiments.sine_adaptation import load_models, plot_adaptation
 

@@ -12,13 +12,16 @@ from perfedavg.own_files import shown_dataset
 from perfedavg.recording.runs import FinishedRun, find_runs
 from perfedavg.settings import Population
 from perfedavg.terminal.console import reason_of, say
-from reporting import plots, tables
+from reporting import tables
 from reporting.claims import CLAIMS, claims_table, explain_claims, gather_evidence
-from reporting.comparison import choose_reference, comparison_table, explain_comparison, main_table
+from reporting.comparison import Reference, choose_reference, comparison_table, explain_comparison, main_table
 from reporting.figures import ACCURACY, Measure, counted
-from reporting.plots import whose
+from reporting.pictures.clients import draw_clients
+from reporting.pictures.lines import draw_curves, draw_epochs
+from reporting.pictures.methods import draw_methods
+from reporting.pictures.theme import DARK, LIGHT, Draw, render
 from reporting.published import published_tables
-from reporting.rows import Row, common_settings, flat_settings, group_rows, leave_out_repeats
+from reporting.rows import Row, common_settings, flat_settings, group_rows, leave_out_repeats, whose
 from reporting.tables import Table
 
 _VALIDATION_NOTE = (
@@ -65,17 +68,17 @@ class Plot:
 
     name: str
     description: str
-    draw: plots.Draw
+    draw: Draw
 
     @cached_property
     def light(self) -> bytes:
         """PNG for a light page."""
-        return plots.render(self.draw, plots.LIGHT)
+        return render(self.draw, LIGHT)
 
     @cached_property
     def dark(self) -> bytes:
         """PNG for a dark page."""
-        return plots.render(self.draw, plots.DARK)
+        return render(self.draw, DARK)
 
 
 Block = Heading | str | Table | Plot
@@ -211,6 +214,7 @@ def _blocks(
     yield Heading("Results")
     yield main_table(rows, reference, measure)
     yield f"By {measure.name}, of {whose(rows)}. {explain_comparison(rows, reference)}"
+    yield from _methods(f"{name}-methods", rows, reference, measure)
     found = gather_evidence(dataset, rows, reference, measure)
     if found:
         yield Heading("Claims")
@@ -287,8 +291,19 @@ def _resolution(rows: Sequence[Row]) -> str:
     )
 
 
+def _methods(name: str, rows: Sequence[Row], reference: Reference | None, measure: Measure) -> Iterator[Block]:
+    draw = draw_methods(rows, reference, measure)
+    if draw is not None:
+        description = (
+            f"The {measure.name} of each row after its last phase, before and after personalization, with the 95 % "
+            "interval of a bootstrap over seeds and clients. How much clients differ from each other is in these "
+            "intervals, and not in those of differences, for which each client is compared with itself."
+        )
+        yield Plot(name, description, draw)
+
+
 def _curves(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]:
-    draw = plots.draw_curves(rows, measure)
+    draw = draw_curves(rows, measure)
     if draw is not None:
         description = (
             f"The {measure.name} on {whose(rows)} against the round, before and after personalization. A dotted line "
@@ -299,19 +314,21 @@ def _curves(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]
 
 def _clients(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]:
     for population in Population:
-        draw = plots.draw_clients(rows, measure, population)
+        draw = draw_clients(rows, measure, population)
         if draw is not None:
             who = population.value
             yield Heading(f"{who.capitalize()} clients")
             yield f"Percentiles of the {measure.name} over the {who} clients of all seeds together."
             yield tables.clients_table(rows, measure, population)
-            description = f"How the {measure.name} is distributed over {who} clients, before and after personalization"
-            is_main = population is rows[0].population
-            yield Plot(name if is_main else f"{name}-{who}", f"{description}; all seeds.", draw)
+            description = (
+                f"The {measure.name} of each of the {who} clients of all seeds, in order of what it is before "
+                "personalization (line), and what it is after it (dots; crosses where it is worse)."
+            )
+            yield Plot(name if population is rows[0].population else f"{name}-{who}", description, draw)
 
 
 def _personalization(name: str, rows: Sequence[Row], measure: Measure) -> Iterator[Block]:
-    draw = plots.draw_epochs(rows, measure)
+    draw = draw_epochs(rows, measure)
     if draw is not None:
         yield Heading(f"{measure.name[0].upper()}{measure.name[1:]} against personalization")
         if measure.is_accuracy:

@@ -96,6 +96,11 @@ def percent(value: SeedMean | None, digits: int = 2) -> str:
     return plain(value, digits, 100, " %")
 
 
+def axis_percent(share: float) -> str:
+    """A round share as an axis shows it: `97.5 %`."""
+    return f"{round(100 * share, 6):g} %"
+
+
 def in_brackets(value: SeedMean | None, digits: int = 4) -> str:
     """`mean (deviation)`, as the paper writes a figure."""
     if value is None:

@@ -352,3 +352,9 @@ def _choice_words(choice: Settings, others: Sequence[Settings]) -> str:
     ]
     rate = [f"{choice['learning_rate']:g}"] if "learning_rate" in choice else []
     return " ".join([choice["name"], *rate, *telling])
+
+
+def whose(rows: Sequence[Row]) -> str:
+    """Whom the main figures of rows are of, in words."""
+    populations = {row.population for row in rows}
+    return f"{' or '.join(population.value for population in Population if population in populations)} clients"

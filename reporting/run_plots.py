@@ -10,8 +10,10 @@ from perfedavg.recording.runs import KINDS, FinishedRun
 from perfedavg.settings import Population
 from perfedavg.terminal.console import optional
 from reporting.figures import ACCURACY, Measure
-from reporting.plots import LIGHT, Panel, draw_clients, draw_lines, mean_curve, render, whose
-from reporting.rows import group_rows
+from reporting.pictures.clients import draw_clients
+from reporting.pictures.lines import Panel, draw_lines, mean_curve
+from reporting.pictures.theme import LIGHT, render
+from reporting.rows import group_rows, whose
 
 
 def draw_run_plots(run_folder: Path) -> None:
@@ -25,9 +27,9 @@ def draw_run_plots(run_folder: Path) -> None:
     with optional(f"no plots in {folder} (the results are complete; report.py draws the same)"):
         (row,) = group_rows([FinishedRun.read(run_folder)])
         measure = ACCURACY if row.has_accuracy else Measure("loss", "loss")
-        lines = [(number, kind, mean_curve(row, kind, measure)) for number, kind in enumerate(KINDS)]
-        boundaries = [row.settings["fedavg"]["num_rounds"]] if len(row.results) > 1 else []
-        curve = partial(draw_lines, [Panel("", lines)], "round", measure, whose([row]), boundaries=boundaries)
+        boundary = row.settings["fedavg"]["num_rounds"] if len(row.results) > 1 else None
+        panel = Panel("", [(kind, mean_curve(row, kind, measure)) for kind in KINDS], boundary)
+        curve = partial(draw_lines, [panel], "round", measure, whose([row]))
         folder.mkdir(exist_ok=True)
         clients = {"clients": draw_clients([row], measure, row.population)}
         if row.population is Population.UNSEEN:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from perfedavg.engine.scores import confidence_95
 from perfedavg.recording.runs import FinishedRun
 from reporting.figures import Measure, counted, steps_per_epoch
-from reporting.plots import Curve, Draw, Panel, draw_lines
+from reporting.pictures.lines import Curve, Panel, draw_lines
+from reporting.pictures.theme import Draw
 from reporting.rows import Row, group_rows, leave_out_repeats
 from reporting.tables import SHOWN_STEPS
 
@@ -90,10 +91,10 @@ def to_markdown(rows: Sequence[Row]) -> str:
 
 def draw_errors(rows: Sequence[Row]) -> Draw:
     """MSE against steps, a line a method, with its confidence interval as a band."""
-    lines: list[tuple[int, str, Curve]] = []
-    for number, row in enumerate(rows):
+    lines: list[tuple[str, Curve]] = []
+    for row in rows:
         means, half_widths = pool(row.runs)
-        lines.append((number, row.label, (np.arange(len(means), dtype=np.float64), means, half_widths)))
+        lines.append((row.label, (np.arange(len(means), dtype=np.float64), means, half_widths)))
     return partial(
         draw_lines,
         [Panel("", lines)],

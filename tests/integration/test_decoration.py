@@ -15,7 +15,7 @@ from torch import nn
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.recorded_run import run_and_record
 from perfedavg.recording.run_folder import RunFolder
-from reporting import plots
+from reporting.pictures import theme
 from reporting.run_plots import draw_run_plots
 
 NOTEBOOK = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
@@ -48,7 +48,7 @@ def test_plots_that_cannot_be_drawn_cost_a_line(
     def fail(*_: object) -> bytes:
         raise error
 
-    monkeypatch.setattr(plots, "png", fail)
+    monkeypatch.setattr(theme, "png", fail)
     folder = RunFolder(tmp_path / "run")
     run(folder)
     draw_run_plots(folder.path)

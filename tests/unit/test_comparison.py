@@ -26,7 +26,8 @@ from reporting.comparison import (
 from reporting.contents import build_report
 from reporting.figures import ACCURACY, Measure
 from reporting.files import to_markdown
-from reporting.plots import LIGHT, draw_clients
+from reporting.pictures.clients import draw_clients
+from reporting.pictures.theme import LIGHT
 from reporting.rows import group_rows
 
 PLAIN = run(experiment(fine_tune=Reptile()), {8: (0.5, 0.6), 9: (0.7, 0.8)}, {1: (0.5, 0.5), 2: (0.9, 1.0)})
@@ -261,6 +262,7 @@ def test_few_clients_are_shown_by_their_names_and_the_best_on_top() -> None:
     panels = draw(LIGHT).axes
     assert [label.get_text() for label in panels[0].get_yticklabels()] == [r"an\$na", f"{'b' * 21}..."]
     assert [list(line.get_xdata()) for line in panels[1].lines] == [[0.5, 0.7], [0.6, 0.8]]
+    assert panels[1].get_xlim()[0] < 0.25, "half of 0.5, after phase 1"
 
 
 def test_results_of_a_method_come_after_it() -> None:

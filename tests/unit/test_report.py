@@ -38,7 +38,7 @@ from perfedavg.settings import ExperimentConfig, OptimizerConfig, Phase, PhaseCo
 from reporting.contents import Plot, Report, build_report, read_runs
 from reporting.figures import ACCURACY, first_at
 from reporting.files import to_html, to_markdown, write_report
-from reporting.plots import mean_curve
+from reporting.pictures.lines import mean_curve
 from reporting.rows import group_rows
 
 SGD = OptimizerConfig("sgd", 0.02)
