@@ -32,6 +32,8 @@ Estimates = dict[Population, NDArray[np.float64]]
 
 _WORDS = {Population.UNSEEN: "unseen clients", Population.TRAINED: "clients that trained"}
 _MARKERS = {Population.UNSEEN: "o", Population.TRAINED: "s"}
+_MOST_ROOM = 1.5
+"""Times the length that an axis needs for the others, for a row that may lie outside."""
 _APART = 0.2
 """Of a row's height, from its middle to the points of either population."""
 
@@ -94,14 +96,14 @@ def _draw_methods(
     size = (9.2 / len(columns), 0.3 * len(labels) + 0.5)
     figure, grid = make_figure(len(columns), len(columns), size, 1, share_x=False)
     for axes, column in zip(grid.flat, columns, strict=True):
-        inside = [found for found, may in zip(column.rows, may_lie_outside, strict=True) if not may] or column.rows
-        values = np.concatenate(
-            [np.zeros(1 if column.zero else 0), *(one for found in inside for one in found.values())]
-        )
+        values = _values(column, column.rows)
+        others = _values(column, [one for one, may in zip(column.rows, may_lie_outside, strict=True) if not may])
+        if others.size and np.ptp(values) > _MOST_ROOM * np.ptp(others):
+            values = others
         if column.zero:
             axes.axvline(0, color=theme.text, linewidth=0.8, linestyle=":", zorder=1)
             scale_differences(axes, values, measure)
-            axes.set_xlabel(wrapped(f"from {column.zero}, same clients"))
+            axes.set_xlabel(f"{wrapped(f'from {column.zero},')}\nsame clients")
         else:
             added = scale(axes, "x", values, measure, stretches=column.title == KINDS[-1])
             axes.set_xlabel(f"{measure.name}{added}")
@@ -114,6 +116,11 @@ def _draw_methods(
     first.set_ylim(len(labels) - 0.4, -0.6)
     add_legend(figure, grid.flat, num_columns=3)
     return figure
+
+
+def _values(column: Column, rows: Sequence[Estimates]) -> NDArray[np.float64]:
+    """That an axis has to show: of differences, 0 too."""
+    return np.concatenate([np.zeros(1 if column.zero else 0), *(one for found in rows for one in found.values())])
 
 
 def _inside(axes: Axes, column: Column, measure: Measure) -> list[Estimates]:
