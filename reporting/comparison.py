@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -99,6 +100,13 @@ def bootstrap_interval(differences: Sequence[NDArray[np.float64]]) -> NDArray[np
     are drawn, and the interval says nothing of the chance in training; with a few, it is rather too narrow.
     Always the same for the same differences.
     """
+    return _bootstrap(tuple((values.shape[1], values.astype(np.float64).tobytes()) for values in differences)).copy()
+
+
+@functools.cache
+def _bootstrap(values_of_seeds: tuple[tuple[int, bytes], ...]) -> NDArray[np.float64]:
+    """By the values, because a report has most intervals in several tables and pictures."""
+    differences = [np.frombuffer(data, dtype=np.float64).reshape(-1, kinds) for kinds, data in values_of_seeds]
     generator = np.random.default_rng(0)
     drawn_seeds = generator.integers(len(differences), size=(NUM_RESAMPLES, len(differences)))
     means = np.empty((*drawn_seeds.shape, differences[0].shape[1]))
