@@ -137,7 +137,8 @@ def run_jobs(
         result = keep_results(job)
         left.remove(job)
         ended.append((job, result["seconds"]))
-        show(f"{title}: {describe(result)}; about {duration(seconds_left(left, ended) / num_at_once)} to go")
+        seconds = seconds_left(left, ended, result["train_clients"] + result["unseen_clients"]) / num_at_once
+        show(f"{title}: {describe(result)}; about {duration(seconds)} to go")
 
     try:
         while (waiting or running) and not failed and not signals.received:
@@ -254,20 +255,21 @@ def _without_machine_path(word: str) -> str:
     return f"{flag}{equals}{value}"
 
 
-def seconds_left(left: Sequence[Job], ended: Sequence[tuple[Job, float]]) -> float:
+def seconds_left(left: Sequence[Job], ended: Sequence[tuple[Job, float]], num_clients: int) -> float:
     """Estimate, from the seconds that each of the ended jobs took, how long the others take one after the other."""
-    num_made = sum(num_passes(job) for job, _ in ended)
-    return sum(seconds for _, seconds in ended) / num_made * sum(map(num_passes, left))
+    num_made = sum(num_passes(job, num_clients) for job, _ in ended)
+    return sum(seconds for _, seconds in ended) / num_made * sum(num_passes(job, num_clients) for job in left)
 
 
-def num_passes(job: Job) -> float:
+def num_passes(job: Job, num_clients: int) -> float:
     """Passes over one client's data that a run makes to train and to score, to which its time is about proportional.
 
     A local step counts as a pass, and a method's own price is in it.
+
+    num_clients: of the data set, which a row need not say.
     """
     config = job.experiment
-    assert config.num_clients is not None, "every row says how many clients it has"
-    num_scored = num_unseen_clients(config.num_clients, config.unseen_fraction) or config.num_clients
+    num_scored = num_unseen_clients(num_clients, config.unseen_fraction) or num_clients
     passes = 0.0
     for phase in config.phases.values():
         of_client = phase.method.round_cost(functools.partial(_local_passes, phase), 1)

@@ -91,13 +91,25 @@ def launched() -> Iterator[Launched]:
         yield processes
 
 
+def _root_with(folder: str) -> Path:
+    """The folder of the data sets. The test is skipped where this one is not in it."""
+    root = Path(os.environ.get("PERFEDAVG_DATA", "datasets/data"))
+    if not (root / folder).is_dir():
+        pytest.skip(f"there is no {root / folder}; name the folder of the real data sets in PERFEDAVG_DATA")
+    return root
+
+
 @pytest.fixture(scope="session")
 def mnist_root() -> Path:
     """The folder of the real MNIST."""
-    root = Path(os.environ.get("PERFEDAVG_DATA", "datasets/data"))
-    if not (root / "MNIST" / "raw").is_dir():
-        pytest.skip(f"real MNIST is not in {root}; name its folder in PERFEDAVG_DATA")
-    return root
+    return _root_with("MNIST/raw")
+
+
+@pytest.fixture(scope="session")
+def fashion_and_plays_root() -> Path:
+    """The folder of the real Fashion-MNIST and of Shakespeare's plays."""
+    _root_with("FashionMNIST/raw")
+    return _root_with("plays")
 
 
 @pytest.fixture
