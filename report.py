@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from launch import paths
 from launch.flags import parse
@@ -11,6 +13,9 @@ from launch.settings import Checked
 from perfedavg.fields import setting
 from perfedavg.terminal.console import say, show
 from perfedavg.terminal.entry_point import run_entry_point
+
+if TYPE_CHECKING:
+    from perfedavg.recording.runs import FinishedRun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +55,17 @@ class Report(Checked):
     )
 
 
+def order_of(runs: Sequence[FinishedRun]) -> list[str]:
+    """The names of rows in the order of their tables, where runs lie in <table>/<row>/seed<k>."""
+    from experiments.rows import select_rows, table_names
+
+    tables = {run.path.absolute().parent.parent.name for run in runs}
+    return [row for table in table_names() if table in tables for row in select_rows(table)]
+
+
 def main() -> None:
     args = parse(Report)
 
-    from experiments.rows import select_rows, table_names
     from reporting.contents import build_report, read_runs, with_plots_drawn
     from reporting.files import to_markdown, write_report
 
@@ -65,9 +77,7 @@ def main() -> None:
         say(f"left out: {reason}")
     if not runs:
         raise ValueError("no run is left to report")
-    tables = {run.path.parent.parent.name for run in runs} & set(table_names())
-    order = [row for table in sorted(tables) for row in select_rows(table)]
-    report = build_report(runs, args.target, args.against, order)
+    report = build_report(runs, args.target, args.against, order_of(runs))
     output = args.output or (runs[0].path / "report" if named == [runs[0].path] else Path("report"))
     show(to_markdown(report, with_plots=False))
     write_report(with_plots_drawn(report), output)

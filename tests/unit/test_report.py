@@ -1051,6 +1051,26 @@ def test_the_command_refuses_what_it_cannot_report(three_seeds: Path, tmp_path: 
     assert [line.split(": ")[0] for line in done.stderr.splitlines()] == ["left out", "left out", "error"]
 
 
+@pytest.mark.parametrize("table", [path.parent.parent.name for path in sorted(ROOT.glob("results/*/report/report.md"))])
+def test_committed_tables_are_what_the_kept_runs_make(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same text on every processor; if it fails, `report.py results/TABLE --output results/TABLE/report` mends it."""
+    monkeypatch.chdir(ROOT)
+    runs, reasons = read_runs([Path("results") / table])
+    assert reasons == []
+    built = build_report(runs, order=report.order_of(runs))
+    folder = Path("results") / table / "report"
+    assert to_markdown(built, with_plots=True) == (folder / "report.md").read_text(encoding="utf-8")
+    assert built.csv == (folder / "table.csv").read_text(encoding="utf-8")
+
+
+def test_rows_of_a_table_stand_as_there(three_seeds: Path, tmp_path: Path) -> None:
+    """Found by the folders' names; runs elsewhere have no order of their own."""
+    runs, _ = read_runs([three_seeds])
+    assert report.order_of(runs) == []
+    in_table = [dataclasses.replace(run, path=tmp_path / "sine" / "joint" / "seed0") for run in runs]
+    assert report.order_of(in_table)[:2] == ["maml", "fomaml"]
+
+
 def test_levels_follow_from_the_runs_unless_one_is_named() -> None:
     assert parse(report.Report, ["runs"]).target is None
     assert parse(report.Report, ["runs", "--target", "0.8"]).target == 0.8
