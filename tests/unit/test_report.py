@@ -1051,9 +1051,12 @@ def test_the_command_refuses_what_it_cannot_report(three_seeds: Path, tmp_path: 
     assert [line.split(": ")[0] for line in done.stderr.splitlines()] == ["left out", "left out", "error"]
 
 
-@pytest.mark.parametrize("table", [path.parent.parent.name for path in sorted(ROOT.glob("results/*/report/report.md"))])
+COMMITTED = sorted(path.parent.parent.name for path in ROOT.glob("results/*/report/report.md"))
+
+
+@pytest.mark.parametrize("table", COMMITTED)
 def test_committed_tables_are_what_the_kept_runs_make(table: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same text on every processor; if it fails, `report.py results/TABLE --output results/TABLE/report` mends it."""
+    """The same text on every processor. `report.py results/TABLE --output results/TABLE/report` mends it."""
     monkeypatch.chdir(ROOT)
     runs, reasons = read_runs([Path("results") / table])
     assert reasons == []
