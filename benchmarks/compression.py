@@ -3,14 +3,14 @@
 python benchmarks/compression.py [--rounds N] [-- FLAGS of the experiment]
 
 Runs an experiment in this process, cohorts in two halves as two workers would train them, and keeps from some rounds
-what would travel: the model as the server sends it, and the sum of the first half. Each is encoded and decoded in several
-ways, which must give it back to the bit. The difference of a model is to the one that the worker got before; `xor` is
-of the bits, `minus` of the bits as whole numbers. Planes are the first bytes of all entries, then the second, and so on,
-so that alike bytes stand together. `used planes` sends those that are not all zero, and nothing else is done.
+what would travel: the model as the server sends it, and the sum of the first half. Each is encoded and decoded in
+several ways, which must give it back to the bit. The difference of a model is to the one that the worker got before:
+`xor` is of the bits, `minus` of the bits as whole numbers. Planes are the first bytes of all entries, then the second,
+and so on, so that alike bytes stand together. `used planes` sends those that are not all zero, and does nothing else.
 
 Prints a Markdown table: the bytes that are left; the milliseconds of one core that a million bytes take to encode and
-to decode, medians over the messages; and the milliseconds until the million is there, with both, over lines of 10 Mbit/s,
-1 Gbit/s, and 20 Gbit/s, which is what gloo reaches between processes of one machine. The last line is JSON.
+to decode, medians over the messages; and the milliseconds until the million is there, with both, over lines of
+10 Mbit/s, 1 Gbit/s, and 20 Gbit/s, which is what gloo reaches between processes of one machine. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -200,9 +200,8 @@ def main() -> None:
         "sum": ([Sent(sums[number], sums[number]) for number in kept], SUM_WAYS),
     }
     print(f"{len(models[0]):,} parameters, {len(models)} rounds\n")
-    print(
-        f"| message | encoded | bytes left | encode | decode | {' | '.join(LINES)} |\n|---|---|{'---:|' * (3 + len(LINES))}"
-    )
+    print(f"| message | encoded | bytes left | encode | decode | {' | '.join(LINES)} |")
+    print(f"|---|---|{'---:|' * (3 + len(LINES))}")
     summary = []
     for name, (sent, ways) in messages.items():
         for way_name, way in ways.items():

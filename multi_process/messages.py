@@ -1,8 +1,9 @@
 """What server and workers say to each other: dataclasses, and their one translation to what travels.
 
 Most travel as FedLab packages: a JSON header with the message's kind and its fields, then the bytes of its tensors,
-none of them converted. A tensor may stand anywhere in a field; in the header, its type and shape stand for it. What is
-said of single clients, often and in a few words, goes as a line over the control connection.
+none of them converted; sums are packed where a line is slow. A tensor may stand anywhere in a field; in the header, its
+type and shape stand for it. What is said of single clients, often and in a few words, goes as a line over the control
+connection.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from multi_process import boundary
 from multi_process.boundary import ClientId, Count, Line, NumSlots, Parameters, PhaseNumber, Ticket, between, length
 from multi_process.fedlab_adapter import BytePackage, MessageCode
+from multi_process.packing import pack, unpack
 from multi_process.transport.control import PROTOCOL_VERSION
 from perfedavg.aggregation.exact_mean import MAX_CAPACITY, ExactMean
 from perfedavg.engine.scores import ClientScore
@@ -25,7 +27,7 @@ from perfedavg.engine.tasks import ClientReport
 from perfedavg.plain_values import from_plain
 
 _DTYPES = {"int64": torch.int64, "float32": torch.float32, "float64": torch.float64}
-_TENSOR = "$tensor"
+_TENSOR, _PACKED = "$tensor", "$packed"
 
 
 @dataclass(frozen=True)
@@ -211,12 +213,18 @@ _CONTROL_MESSAGES = {kind.__name__: kind for kind in ControlMessage.__subclasses
 _PACKAGED = {kind.__name__: kind for kind in Message.__subclasses__() if kind is not ControlMessage}
 
 
-def to_package(message: Message) -> BytePackage:
-    """The FedLab package that carries a message. `from_package` is its inverse, bit for bit."""
+def to_package(message: Message, packs_sums: bool = False) -> BytePackage:
+    """The FedLab package that carries a message. `from_package` is its inverse, bit for bit.
+
+    packs_sums: whether vectors of whole numbers are packed, which are sums.
+    """
     tensors: list[Tensor] = []
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
+            if packs_sums and value.dtype is torch.int64 and value.dim() == 1 and len(value):
+                tensors.append(pack(value))
+                return {_PACKED: [len(value), len(tensors[-1])]}
             tensors.append(value)
             return {_TENSOR: [str(value.dtype).removeprefix("torch."), list(value.shape)]}
         return vars(value)  # a dataclass
@@ -225,14 +233,29 @@ def to_package(message: Message) -> BytePackage:
     return BytePackage(message.code, header.encode(), tensors)
 
 
-def from_package(code: MessageCode, content: list[Tensor] | None) -> Message:
-    """The message that a package carries. Raises ValueError where it is not one of this protocol's."""
+def from_package(code: MessageCode, content: list[Tensor] | None, most_bytes: int = 2**62) -> Message:
+    """The message that a package carries. Raises ValueError where it is not one of this protocol's.
+
+    most_bytes: that what is packed may come to.
+    """
     try:
         header, body = content or []
         place = 0
 
+        def unpacked(num_entries: int, num_bytes: int) -> Tensor:
+            nonlocal place
+            if not (
+                type(num_entries) is type(num_bytes) is int and 0 <= 8 * num_entries <= most_bytes and num_bytes > 0
+            ):
+                raise ValueError("what is packed has no such size")
+            packed = body[place : place + num_bytes]
+            place += num_bytes + -num_bytes % 8
+            return unpack(packed, num_entries)
+
         def with_tensors(value: dict[str, Any]) -> Any:
             nonlocal place
+            if set(value) == {_PACKED}:
+                return unpacked(*value[_PACKED])
             if set(value) != {_TENSOR}:
                 return value
             type_name, shape = value[_TENSOR]

@@ -14,7 +14,7 @@ import threading
 import time
 from typing import Any
 
-PROTOCOL_VERSION = 7
+PROTOCOL_VERSION = 8
 """Raised with every change of a message or of the way workers join."""
 
 SEND_SECONDS = 10.0

@@ -35,6 +35,7 @@ from multi_process.messages import (
     to_line,
     to_package,
 )
+from multi_process.packing import SLOW_BYTES_PER_SECOND
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.handshake import FinishedError
 from multi_process.transport.tensors import FORMATION_SECONDS, SERVER, WORKER, TensorConnection
@@ -53,6 +54,8 @@ CLOCK_SECONDS = 0.05
 WATCH_SECONDS = 0.02
 """Between two looks at how many descriptors are left, because who connects to gloo's port takes one. All peers that
 are being connected share these looks: hundreds that each looked so often would leave no time to connect any."""
+LEAST_TIMED_BYTES = 2**18
+"""Of a message by which it is known how fast the line is."""
 MAX_PLAIN_BYTES = 2**20
 """In a message without parameters."""
 MAX_REPORT_BYTES = 1024
@@ -132,6 +135,7 @@ class Peer:
         self._changed = threading.Condition()
         self._farewell_lock = threading.Lock()
         self._num_coming = 0
+        self._is_slow = False
         self._unsent_bytes = 0
         self._lost: _Lost | None = None
         self._is_lost: Future[Any] = Future()
@@ -325,7 +329,9 @@ class Peer:
                     f"a message of {num_bytes} bytes was announced and did not arrive within {seconds:.0f} s"
                 ) from None
         self.bytes_received += num_bytes
-        message = from_package(code, content)
+        if num_bytes >= LEAST_TIMED_BYTES:
+            self._is_slow = num_bytes < SLOW_BYTES_PER_SECOND * (time.monotonic() - began)
+        message = from_package(code, content, self._most_bytes(kind))
         if type(message).__name__ != kind:
             raise ValueError(f"a {kind} message was announced, and a {type(message).__name__} came")
         return message
@@ -346,7 +352,7 @@ class Peer:
                 return
 
     def _send_package(self, message: Message) -> None:
-        package = to_package(message)
+        package = to_package(message, packs_sums=self._is_slow)
         self._control.send(message=type(message).__name__, num_bytes=package.content.nbytes)
         self.bytes_sent += package.content.nbytes
         self._tensors.send(package)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -69,4 +70,9 @@ def test_the_model_is_that_of_one_process(
             status, _, errors = finish(process)
             assert status == 0, errors
         assert read_result(tmp_path / "run")["model_sha256"] == digest
-        assert "lost worker" not in (tmp_path / "run" / "log.txt").read_text()
+        log = (tmp_path / "run" / "log.txt").read_text()
+        assert "lost worker" not in log
+        if megabits is not None:
+            (volumes,) = re.findall(r"sent (\d+) bytes, received (\d+) bytes", log)
+            sent, received = map(int, volumes)
+            assert received < 0.7 * sent, "sums, which have twice a model's bytes, were not packed"

@@ -197,4 +197,4 @@ def test_fedlab_is_used_in_one_module() -> None:
 def test_the_transport_knows_neither_the_server_nor_the_work() -> None:
     for path in (ROOT / "multi_process" / "transport").glob("*.py"):
         own = {name.split(".")[1] for name in imports(path) if name.startswith("multi_process.")}
-        assert own <= {"transport", "messages", "boundary", "fedlab_adapter"}, path
+        assert own <= {"transport", "messages", "packing", "boundary", "fedlab_adapter"}, path

@@ -98,11 +98,11 @@ KINDS: dict[type[Message], st.SearchStrategy[Any]] = {
 }
 
 
-def travel(message: Message) -> Message:
+def travel(message: Message, packs_sums: bool = False) -> Message:
     """Over the control connection or in a FedLab package, as a link does it."""
     if isinstance(message, ControlMessage):
         return from_line(json.loads(json.dumps(to_line(message), default=vars)))
-    package = to_package(message)
+    package = to_package(message, packs_sums)
     code, _, dtype = read_header(package.parts(receiver=1)[0])
     assert dtype is torch.int8
     return from_package(code, split_content(package.slices, package.content))
@@ -136,9 +136,9 @@ def test_every_kind_of_message_is_tried_below() -> None:
     assert set(KINDS) == {*Message.__subclasses__(), *ControlMessage.__subclasses__()} - {ControlMessage}
 
 
-@given(st.one_of(*KINDS.values()))
-def test_messages_arrive_as_they_were_sent(message: Message) -> None:
-    assert_equal(message, travel(message))
+@given(st.one_of(*KINDS.values()), st.booleans())
+def test_messages_arrive_as_they_were_sent(message: Message, packs_sums: bool) -> None:
+    assert_equal(message, travel(message, packs_sums))
 
 
 def test_the_experiment_that_arrives_is_the_servers() -> None:

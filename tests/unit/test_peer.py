@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -103,8 +104,9 @@ def hear_of_the_end(end: Peer) -> Exception:
         return error
 
 
-def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -> None:
+def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     """A server sends the next client while the worker reports the last one."""
+    monkeypatch.setattr(peer_module, "SLOW_BYTES_PER_SECOND", 0.0)
     ends = connect()
     parameters = torch.randn(100_000)
     total = torch.randint(-(2**62), 2**62, (100_000,))
@@ -133,6 +135,23 @@ def test_messages_arrive_in_order_in_both_directions_at_once(connect: Connect) -
         end.drain(120)
     assert ends.server.bytes_sent == ends.worker.bytes_received > parameters.nbytes
     assert ends.worker.bytes_sent == ends.server.bytes_received > total.nbytes
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_sum_is_packed_where_the_model_took_long_to_come(
+    is_slow: bool, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a fast line packing takes longer than what it saves."""
+    monkeypatch.setattr(peer_module, "SLOW_BYTES_PER_SECOND", math.inf if is_slow else 0.0)
+    ends = connect()
+    total = torch.randint(-(2**20), 2**20, (100_000,))
+    ends.server.send(StartTraining(1, 2, 3, torch.randn(100_000)))
+    ends.worker.receive()
+    ends.worker.send(PartialSum(7, 3, [REPORT], total))
+    answer = ends.server.receive()
+    assert isinstance(answer, PartialSum)
+    assert torch.equal(answer.total, total)
+    assert (ends.server.bytes_received < total.nbytes / 2) == is_slow
 
 
 def test_a_message_about_a_large_group_arrives(connect: Connect) -> None:
