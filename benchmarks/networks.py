@@ -8,9 +8,10 @@ The experiment is an MLP of 200,000 parameters on digits, 10 clients a round; be
 
 Prints a Markdown table: seconds a round, the median without the first; the ideal, and the ratio. The ideal is a round's
 seconds without a limit, and on top, what the server's cable takes for the bytes that the server sends and receives
-then, one after the other (on a slow line there are fewer, because workers pack their sums), and four times the delay of a long cable: for the model, the word of the last client, the question for
-the sum, and the sum. Beside a worker that runs a tenth of the time it is what one of that worker's own clients takes,
-which no round has to be longer than. Every row must end with the same model. The last line is JSON.
+then, one after the other (on a slow line there are fewer, because workers pack their sums), and four times the delay of
+a long cable: for the model, the word of the last client, the question for the sum, and the sum. Beside a worker that
+runs a tenth of the time it is what one of that worker's own clients takes, which no round has to be longer than. Every
+row must end with the same model. The last line is JSON.
 """
 
 from __future__ import annotations
