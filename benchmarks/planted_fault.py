@@ -128,6 +128,7 @@ def worker_sending(fault: Fault) -> None:
     A process that stops itself goes on for a moment, so what it sends meanwhile must be what it would send anyway.
     """
     from multi_process.fedlab_adapter import MessageCode
+    from multi_process.transport.process_group import GroupConnection
     from multi_process.transport.tensors import TensorConnection
 
     follow_worker(fault)
@@ -137,12 +138,12 @@ def worker_sending(fault: Fault) -> None:
         nonlocal is_sum
         is_sum = package.header[3] == MessageCode.GradientUpdate.value
 
-    def strike(pair: Any, group: Any, part: Any) -> None:
+    def strike(pair: Any, part: Any, is_content: bool = False) -> None:
         if is_sum and part.dtype is torch.int64:  # the slices, which follow the header
             fault.strike_if_due()
 
     before(TensorConnection, "send", begin)
-    before(TensorConnection, "_send", strike)
+    before(GroupConnection, "_send", strike)
 
 
 def worker_scoring(fault: Fault) -> None:

@@ -26,7 +26,9 @@ from multi_process.transport import handshake
 from multi_process.transport.addresses import check_interface, listen_on, resolve
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.handshake import MAX_SILENCE_SECONDS, Hello, JoinRequest, RefusedError, read_token, refuse
-from multi_process.transport.peer import SERVER, WORKER, Peer, RunEndedError
+from multi_process.transport.peer import Peer, RunEndedError
+from multi_process.transport.process_group import GroupConnection
+from multi_process.transport.tensors import SERVER, WORKER
 from perfedavg.machine.descriptors import num_spare
 from perfedavg.machine.kernels import PORTABLE_KERNELS, UnpinnedKernelsError, kernels_are_pinned
 from perfedavg.terminal.console import LOGGER, say
@@ -224,7 +226,7 @@ class ServerNetwork(Network):
             self._drop(control, host, str(error))
             return
         try:
-            worker.peer.connect(self.ethernet, self._nccl_device)
+            worker.peer.connect()
             while True:
                 event = with_own_tensors(worker.peer.receive())  # another may follow before this one has been taken
                 most = MAX_WAITING_STATES if isinstance(event, KeptStates) else MAX_EVENTS
@@ -269,7 +271,8 @@ class ServerNetwork(Network):
         self._check_gpu(control, request)
         self._num_admitted += 1
         accepted = handshake.accept(control, self._token, hello, request, self._num_admitted)
-        peer = Peer(control, SERVER, f"worker {request.rank}", self._beat_seconds, self._silence_seconds)
+        tensors = GroupConnection(control, SERVER, self.ethernet, self._nccl_device)
+        peer = Peer(control, tensors, SERVER, f"worker {request.rank}", self._beat_seconds, self._silence_seconds)
         worker = ConnectedWorker(peer, request.rank, accepted.generation, accepted.ticket, request.gpu)
         self._connected[request.rank] = worker
         return worker
@@ -412,12 +415,13 @@ class WorkerNetwork(Network):
         try:
             hello = self._receive_hello(control)
             accepted = handshake.request_to_join(control, self._token, hello, self.rank, self._gpu)
-            peer = Peer(control, WORKER, "the server", hello.beat_seconds, hello.silence_seconds)
+            tensors = GroupConnection(control, WORKER, self.ethernet, self._nccl_device)
+            peer = Peer(control, tensors, WORKER, "the server", hello.beat_seconds, hello.silence_seconds)
         except Exception:
             control.close()
             raise
         try:
-            peer.connect(self.ethernet, self._nccl_device)
+            peer.connect()
         except RunEndedError as error:
             raise RefusedError(str(error)) from error
         except ConnectionError as error:

@@ -1,7 +1,7 @@
 """A peer: what a server knows of one worker, or a worker of its server, as one thing that is there or lost.
 
 It has two connections. Signs of life, control messages, and the announcement of every other message go over the control
-connection. The other messages go over a torch process group of two, formed for these two alone (`tensors`). So a worker
+connection. The other messages go over a connection for tensors, between these two alone (`tensors`). So a worker
 that dies, hangs or joins disturbs no other, and nobody waits for a message that may never come: receiving begins when
 the message has been announced, and has a limit.
 
@@ -38,10 +38,8 @@ from multi_process.messages import (
 from multi_process.packing import SLOW_BYTES_PER_SECOND
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.handshake import FinishedError
-from multi_process.transport.tensors import FORMATION_SECONDS, SERVER, WORKER, TensorConnection
-from perfedavg.machine.descriptors import num_spare
+from multi_process.transport.tensors import FORMATION_SECONDS, SERVER, WORKER, TensorConnection, TransferError
 from perfedavg.terminal.console import LOGGER
-from perfedavg.terminal.entry_point import is_shortage
 
 __all__ = ["SERVER", "WORKER", "Peer", "PeerLostError", "RunEndedError"]
 
@@ -52,8 +50,8 @@ SLOWEST_BYTES_PER_SECOND = 4 * 1024
 CLOCK_SECONDS = 0.05
 """By which gloo's clock, in milliseconds, may be ahead."""
 WATCH_SECONDS = 0.02
-"""Between two looks at how many descriptors are left, because who connects to gloo's port takes one. All peers that
-are being connected share these looks: hundreds that each looked so often would leave no time to connect any."""
+"""Between two looks at how its formation gets on (`TensorConnection.watch`). All peers that are being connected share
+these looks: hundreds that each looked so often would leave no time to connect any."""
 LEAST_TIMED_BYTES = 2**18
 """Of a message by which it is known how fast the line is."""
 MAX_PLAIN_BYTES = 2**20
@@ -69,7 +67,7 @@ waiting takes none."""
 WITH_PARAMETERS = frozenset(kind.__name__ for kind in (StartTraining, StartScoring, KeptStates, PartialSum))
 
 _connecting: set[Peer] = set()
-"""Those of this process that are forming their process group."""
+"""Those of this process that are forming their connection for tensors."""
 
 
 class PeerLostError(ConnectionError):
@@ -104,6 +102,7 @@ class Peer:
     """The other side, as seen from this one. Messages may be sent and received in different threads.
 
     control: the connection, after the handshake.
+    tensors: the other one, which is not formed yet.
     side: SERVER or WORKER, which this side is.
     name: of the peer, for errors.
     beat_seconds, silence_seconds: see `handshake.Hello`.
@@ -116,7 +115,13 @@ class Peer:
     """
 
     def __init__(
-        self, control: ControlConnection, side: int, name: str, beat_seconds: float, silence_seconds: float
+        self,
+        control: ControlConnection,
+        tensors: TensorConnection,
+        side: int,
+        name: str,
+        beat_seconds: float,
+        silence_seconds: float,
     ) -> None:
         self.name = name
         self.bytes_sent = 0
@@ -129,7 +134,7 @@ class Peer:
         self._side = side
         self._beat_seconds = beat_seconds
         self._silence_seconds = silence_seconds
-        self._tensors = TensorConnection(control, side)
+        self._tensors = tensors
         self._incoming: queue.SimpleQueue[Message | _Announcement | Exception | _Lost] = queue.SimpleQueue()
         self._outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: nothing more will come
         self._changed = threading.Condition()
@@ -162,8 +167,8 @@ class Peer:
         """Whether it has all the descriptors that it will have."""
         return "send" in self._threads
 
-    def connect(self, ethernet: str | None, nccl_device: torch.device | None) -> None:
-        """Form the process group, together with the peer. See `TensorConnection.form`.
+    def connect(self) -> None:
+        """Form the connection for tensors, together with the peer.
 
         Raises PeerLostError where the peer is lost meanwhile, ConnectionError where the two cannot reach each other.
         """
@@ -172,7 +177,7 @@ class Peer:
         def form() -> None:  # in a thread of its own: gloo does not hear that the peer is lost
             failure = None
             try:
-                self._tensors.form(ethernet, nccl_device)
+                self._tensors.form()
             except Exception as error:  # torch's own, or that of the store
                 failure = _first_line(error)  # and not the error, which holds on to gloo's sockets
             formation.set_result(failure)
@@ -186,16 +191,12 @@ class Peer:
                 wait([formation, self._is_lost], max(0.0, watch_seconds), FIRST_COMPLETED)
                 if formation.done():
                     break
-                self._tensors.find_listener()
-                if num_spare() < 0:
-                    self._tensors.stop_listening()
-                    raise ConnectionError("file descriptors run short; raise the limit with ulimit -n")
+                self._tensors.watch()
             self._raise_if_lost()
             failure = formation.result() if formation.done() else "no connection in time"
             if failure is not None:
                 raise ConnectionError(
-                    f"no process group with {self.name} could be formed; check --ethernet and the firewall, which must "
-                    f"let server and worker reach each other on every port ({failure})"
+                    f"no connection for tensors with {self.name} could be formed ({failure}){self._tensors.hint}"
                 )
             self._start("send", self._send_loop)
         except RuntimeError as error:
@@ -292,7 +293,7 @@ class Peer:
         elif "message" in fields:
             self._announce(fields["message"], fields.get("num_bytes"))
         elif "key" in fields:
-            self._tensors.store.set_by_peer(fields["key"], fields.get("value"))
+            self._tensors.set_by_peer(fields["key"], fields.get("value"))
         elif self._side == WORKER and (farewells := set(_FAREWELLS) & set(fields)):
             farewell = farewells.pop()
             raise _FAREWELLS[farewell](clean_text(fields[farewell]))
@@ -322,7 +323,7 @@ class Peer:
         with self._connection_errors():
             try:
                 code, content = self._tensors.receive(num_bytes, seconds)
-            except RuntimeError:
+            except TransferError:
                 if time.monotonic() - began < seconds - CLOCK_SECONDS:
                     raise
                 raise ConnectionError(
@@ -393,7 +394,6 @@ class Peer:
         self._incoming.put(lost)
         self._outgoing.put(None)
         self._is_lost.set_result(None)
-        self._tensors.store.close()
         return True
 
     @contextmanager
@@ -403,9 +403,7 @@ class Peer:
             yield
         except ConnectionError as error:
             self._lose(str(error))
-        except RuntimeError as error:  # torch.distributed's, in many words
-            if is_shortage(error):  # this process's own, which joining anew would not end
-                raise
+        except TransferError as error:
             LOGGER.info("%s: %s", self.name, error)
             wait([self._is_lost], ARRIVAL_SECONDS)  # for the control connection, which knows better why
             self._lose("the tensors' connection was closed")

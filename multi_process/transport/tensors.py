@@ -1,244 +1,102 @@
-"""The connection for tensors: a torch process group of two, one worker and the server.
-
-It is gloo's, with nccl one of nccl's beside it. gloo listens on a port of its own for the other side, asks nobody who
-connects, keeps a descriptor for each, and ends the whole process where it runs out of them. So it listens no longer
-than it takes to form the group. Nor does gloo interrupt a transfer; that is done by shutting down its connection.
-"""
+"""The connection for tensors between a worker and the server: FedLab's packages, whatever carries their bytes."""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import socket
-import stat
-import struct
-import threading
 import time
-from collections.abc import Generator, Iterator
-from datetime import timedelta
-from typing import Protocol, cast
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore
 
 from multi_process.fedlab_adapter import HEADER_SIZE, BytePackage, MessageCode, read_header, sizes_of, split_content
-from multi_process.transport.control import ControlConnection
-from multi_process.transport.store import ControlStore
+from multi_process.transport.control import ProtocolError
 
 FORMATION_SECONDS = 30.0
-"""For forming a group, once both sides have agreed to."""
-GLOO_ATTEMPTS = 5
-"""Times its timeout that gloo waits for a connection."""
-SENDING_TIMEOUT = timedelta(days=1)
-"""For one tensor to be taken by the other side, which may be busy or behind a slow line. One that dies or falls silent
-ends it at once."""
+"""For meeting the other side, once both have agreed to."""
 MAX_SLICES = 64
 """Numbers by which a package describes its tensors. A message has two tensors, three numbers each."""
 
 SERVER, WORKER = 0, 1
-"""The ranks within a group."""
+"""The two sides. They are the ranks within a process group."""
 
 
-class Group(Protocol):
-    """What is used of a process group. (torch's type stubs leave it out.)"""
-
-    def send(self, tensors: list[Tensor], dst: int, tag: int) -> dist.Work: ...
-
-    def recv(self, tensors: list[Tensor], src: int, tag: int) -> dist.Work: ...
-
-    def abort(self) -> None: ...
+class TransferError(Exception):
+    """A package was not sent or received: the other side is gone, the connection was ended, or the time is over."""
 
 
-class TensorConnection:
-    """Exchanges packages in FedLab's three parts (header, slices, content) over a process group of two.
+class TensorConnection(ABC):
+    """Exchanges packages in FedLab's three parts: header, slices, content.
 
-    Unlike FedLab's, its receive buffer has the content's size, and the content travels on a device of one's choice:
-    with nccl it is this process's GPU, while header and slices travel on the CPU over gloo.
+    Unlike FedLab's, its receive buffer has the content's size and is used again.
 
-    side: SERVER or WORKER.
+    side: SERVER or WORKER, which this side is.
     """
 
-    def __init__(self, control: ControlConnection, side: int) -> None:
-        self.store = ControlStore(control)
+    hint = ""
+    """What its user may do where the two sides do not meet."""
+
+    def __init__(self, side: int) -> None:
         self._side = side
-        self._local_host = control.local_host
-        self._device: object | None = None
-        self._gloo: Group | None = None
-        self._nccl: Group | None = None
-        self._wires: list[socket.socket] = []
-        self._listener: tuple[int, socket.socket] | None = None
-        self._closing = threading.Lock()
         self._buffer = torch.empty(0, dtype=torch.int8)
 
-    def form(self, ethernet: str | None, nccl_device: torch.device | None) -> None:
-        """Meet the other side.
+    @abstractmethod
+    def form(self) -> None:
+        """Meet the other side. Raises ConnectionError, or an error of torch's, where they do not meet."""
 
-        ethernet: interface for tensors; None for the one by which the other side is reached.
-        nccl_device: the GPU whose memory contents are sent from and received into; None for gloo.
-        Raises ConnectionError, or an error of torch's, where they do not meet.
-        """
-        try:
-            self._gloo = self._form_gloo(ethernet)
-            self._wires = [wire for _, wire in self._sockets(is_listening=False)]
-            if not self._wires:
-                raise ConnectionError("gloo's connection is not among this process's sockets")
-            if nccl_device is None:
-                self.store.close()
-            else:
-                self._nccl = self._form_nccl(nccl_device)
-                self._buffer = self._buffer.to(nccl_device)
-        finally:
-            self.stop_listening()
+    def watch(self) -> None:  # noqa: B027  # most need no watching
+        """To be called again and again while it is formed. Raises ConnectionError where that has to end."""
 
-    def find_listener(self) -> None:
-        """Look for gloo's port while there is time, because it may have to be closed in a hurry."""
-        with self._closing:
-            if self._device is not None and self._listener is None:
-                with contextlib.closing(self._sockets(is_listening=True)) as found:
-                    self._listener = next(found, None)  # a later one would be the duplicate of the first
-
-    def stop_listening(self) -> None:
-        """Close gloo's port. What takes the place of gloo's socket is one that nobody can connect to."""
-        self.find_listener()
-        with self._closing:
-            if self._listener is None:
-                return
-            descriptor, listener = self._listener
-            with listener, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as deaf:
-                deaf.setblocking(False)
-                deaf.bind("")  # to an address that the system makes up
-                deaf.listen(0)
-                os.dup2(deaf.fileno(), descriptor, inheritable=False)
-            self._listener = self._device = None
+    def set_by_peer(self, key: Any, value: Any) -> None:
+        """Take in what the other side tells of its addresses. Raises ProtocolError where none is needed."""
+        raise ProtocolError("it sets a key for a process group that there is not")
 
     def send(self, package: BytePackage) -> None:
+        """Raises TransferError."""
         header, slices, content = package.parts(receiver=1 - self._side)
         for part in (header, slices):
-            self._send(self._gloo, part)
-        self._send(self._nccl or self._gloo, content.to(self._buffer.device))
+            self._send(part)
+        self._send(content, is_content=True)
 
     def receive(self, num_bytes: int, timeout_seconds: float) -> tuple[MessageCode, list[Tensor]]:
         """Message code and content of the next package, which has so many bytes. They are valid until the next one.
 
-        Raises ValueError where it is another one, ConnectionError where the connection was interrupted, and torch's
-        RuntimeError where the other side is gone or the time is over.
+        Raises ValueError where it is another one, TransferError where it did not come.
         """
         deadline = time.monotonic() + timeout_seconds
-        header = self._receive(self._gloo, torch.empty(HEADER_SIZE, dtype=torch.int32), deadline)
+        header = torch.empty(HEADER_SIZE, dtype=torch.int32)
+        self._receive(header, deadline)
         code, num_slices, dtype = read_header(header)
         if not 0 < num_slices <= MAX_SLICES or dtype is not torch.int8:
             raise ValueError(f"a package with {num_slices} slices of {dtype} is none of this protocol's")
-        slices = self._receive(self._gloo, torch.empty(num_slices, dtype=torch.int64), deadline).tolist()
-        size = sum(sizes_of(slices))
+        slices = torch.empty(num_slices, dtype=torch.int64)
+        self._receive(slices, deadline)
+        sizes = slices.tolist()
+        size = sum(sizes_of(sizes))
         if size != num_bytes:
             raise ValueError(f"a package of {num_bytes} bytes was announced, and one of {size} came")
-        content = self._receive(self._nccl or self._gloo, self._receive_buffer(size), deadline)
-        return code, split_content(slices, content.cpu())
+        content = self._receive_buffer(size)
+        self._receive(content, deadline, is_content=True)
+        return code, split_content(sizes, content.cpu())
 
+    @abstractmethod
     def interrupt(self) -> None:
-        """Let every transfer fail, now and from now on. May be called from any thread, and again."""
-        self.store.close()
-        for wire in self._wires:
-            with contextlib.suppress(OSError):
-                wire.shutdown(socket.SHUT_RDWR)
-        if self._nccl is not None:
-            with contextlib.suppress(RuntimeError):
-                self._nccl.abort()
+        """Let every transfer and the formation fail, now and from now on. From any thread; may be called again."""
 
     def close(self) -> None:
         """Give back the sockets, threads and memory. No transfer may be under way."""
-        self._gloo = self._nccl = self._device = None
-        for wire in self._wires:
-            wire.close()
-        self._wires = []
         self._buffer = self._buffer[:0].clone()
 
-    def _form_gloo(self, ethernet: str | None) -> Group:
-        """A gloo group that listens on one address only.
+    @abstractmethod
+    def _send(self, part: Tensor, is_content: bool = False) -> None:
+        """Send the bytes of a part. Raises TransferError."""
 
-        gloo's own choice is the address of this machine's host name, which other machines often cannot reach.
-        """
-        gloo = dist.ProcessGroupGloo
-        options = gloo._Options()  # type: ignore[attr-defined]  # torch's stubs know it by other names
-        where = {"interface": ethernet} if ethernet else {"hostname": self._local_host}
-        self._device = gloo.create_device(**where)
-        options._devices = [self._device]
-        options._threads = 1
-        options._timeout = timedelta(seconds=FORMATION_SECONDS / GLOO_ATTEMPTS)
-        return cast(Group, gloo(PrefixStore("gloo", self.store), self._side, 2, options))
-
-    def _form_nccl(self, device: torch.device) -> Group:
-        """An nccl group of two, one GPU each."""
-        torch.cuda.set_device(device)
-        options = dist.ProcessGroupNCCL.Options()
-        options._timeout = SENDING_TIMEOUT
-        return cast(Group, dist.ProcessGroupNCCL(PrefixStore("nccl", self.store), self._side, 2, options))
-
-    def _sockets(self, is_listening: bool) -> Generator[tuple[int, socket.socket], None, None]:
-        """gloo's sockets for this group: their descriptors, and a duplicate of each, for the caller to close.
-
-        Known by the addresses that the two sides have told each other, which stand in what gloo put into the store.
-        """
-        own, others = (self.store.value_of(f"gloo/0/{side}") for side in (self._side, 1 - self._side))
-        for descriptor, one in _own_sockets():
-            try:
-                listens = bool(one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN))
-                is_ours = _as_told(one.family, one.getsockname()) in own
-                if not listens and not is_ours:
-                    is_ours = _as_told(one.family, one.getpeername()) in others
-            except OSError:  # not connected
-                listens, is_ours = False, False
-            if is_ours and listens == is_listening:
-                yield descriptor, one
-            else:
-                one.close()
-
-    def _send(self, group: Group | None, part: Tensor) -> None:
-        _open(group).send([part], 1 - self._side, 0).wait(SENDING_TIMEOUT)
-
-    def _receive(self, group: Group | None, buffer: Tensor, deadline: float) -> Tensor:
-        remaining = timedelta(seconds=max(0.001, deadline - time.monotonic()))
-        _open(group).recv([buffer], 1 - self._side, 0).wait(remaining)
-        return buffer
+    @abstractmethod
+    def _receive(self, part: Tensor, deadline: float, is_content: bool = False) -> None:
+        """Fill a part with what comes. deadline: on the clock of `time.monotonic`. Raises TransferError."""
 
     def _receive_buffer(self, size: int) -> Tensor:
         """Memory for a content; the same for every package, because rounds are alike."""
         if self._buffer.numel() < size:
             self._buffer = torch.empty(size, dtype=torch.int8, device=self._buffer.device)
         return self._buffer[:size]
-
-
-def _open(group: Group | None) -> Group:
-    if group is None:
-        raise ConnectionError("the tensors' connection was closed")
-    return group
-
-
-_LOOKING = threading.Lock()
-"""Held while this process's sockets are looked through, so that nobody takes another's duplicate for gloo's own."""
-
-
-def _own_sockets() -> Iterator[tuple[int, socket.socket]]:
-    """This process's TCP sockets: their descriptors, and a duplicate of each."""
-    with _LOOKING:
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # closed meanwhile
-                copy = os.dup(int(name))
-                if not stat.S_ISSOCK(os.fstat(copy).st_mode):
-                    os.close(copy)
-                    continue
-                duplicate = socket.socket(fileno=copy)
-                if duplicate.family in (socket.AF_INET, socket.AF_INET6):
-                    yield int(name), duplicate
-                else:
-                    duplicate.close()
-
-
-def _as_told(family: int, address: tuple[str, int] | tuple[str, int, int, int]) -> bytes:
-    """The beginning of the system's own form of an address, which gloo sends as it stands."""
-    host, port, *rest = address
-    start = struct.pack("=H", family) + struct.pack("!H", port)
-    flow = struct.pack("!I", rest[0]) if rest else b""
-    return start + flow + socket.inet_pton(family, host.partition("%")[0])

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import cast
 
 import pytest
 import torch
@@ -25,11 +26,11 @@ from multi_process.messages import (
     StartTraining,
 )
 from multi_process.transport import peer as peer_module
-from multi_process.transport import store
-from multi_process.transport import tensors as tensors_module
+from multi_process.transport import process_group, store
 from multi_process.transport.control import ControlConnection
 from multi_process.transport.handshake import FinishedError
 from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError, RunEndedError
+from multi_process.transport.process_group import GroupConnection
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import ClientReport
 
@@ -41,18 +42,22 @@ NEVER = 1000.0
 class Ends:
     """A server's peer and a worker's, in this process. A gloo group of two takes one thread an end to form."""
 
-    def __init__(self, server_beat: float, worker_beat: float, silence: float, is_connected: bool) -> None:
+    def __init__(
+        self, server_beat: float, worker_beat: float, silence: float, is_connected: bool, ethernet: str | None
+    ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.worker_wire = socket.create_connection(listener.getsockname())
             self.server_wire, _ = listener.accept()
         self.server_control = ControlConnection(self.server_wire)
         self.worker_control = ControlConnection(self.worker_wire)
-        self.server = Peer(self.server_control, SERVER, "worker 1", server_beat, silence)
-        self.worker = Peer(self.worker_control, WORKER, "the server", worker_beat, silence)
+        server_tensors = GroupConnection(self.server_control, SERVER, ethernet, None)
+        worker_tensors = GroupConnection(self.worker_control, WORKER, ethernet, None)
+        self.server = Peer(self.server_control, server_tensors, SERVER, "worker 1", server_beat, silence)
+        self.worker = Peer(self.worker_control, worker_tensors, WORKER, "the server", worker_beat, silence)
         self.server.num_parameters = self.worker.num_parameters = 100_000
         if is_connected:
-            with beside(lambda: self.server.connect(None, None)):
-                self.worker.connect(None, None)
+            with beside(lambda: self.server.connect()):
+                self.worker.connect()
 
     def close(self) -> None:
         for end in (self.server, self.worker):
@@ -67,9 +72,13 @@ def connect() -> Iterator[Connect]:
     opened: list[Ends] = []
 
     def build(
-        server_beat: float = 0.1, worker_beat: float = 0.1, silence: float = 10.0, is_connected: bool = True
+        server_beat: float = 0.1,
+        worker_beat: float = 0.1,
+        silence: float = 10.0,
+        is_connected: bool = True,
+        ethernet: str | None = None,
     ) -> Ends:
-        opened.append(Ends(server_beat, worker_beat, silence, is_connected))
+        opened.append(Ends(server_beat, worker_beat, silence, is_connected, ethernet))
         return opened[-1]
 
     yield build
@@ -323,10 +332,7 @@ def test_an_error_of_a_slot_reaches_the_thread_that_receives(connect: Connect) -
 
 
 def test_the_interface_of_the_tensors_can_be_named(connect: Connect) -> None:
-    ends = connect(is_connected=False)
-    with beside(lambda: ends.server.connect("lo", None)) as errors:
-        ends.worker.connect("lo", None)
-    assert not errors
+    ends = connect(ethernet="lo")
     ends.server.send(Finish())
     assert isinstance(ends.worker.receive(), Finish)
 
@@ -335,24 +341,27 @@ def test_no_group_is_formed_with_who_is_gone(connect: Connect) -> None:
     ends = connect(is_connected=False)
     ends.worker.close("over")
     with pytest.raises(PeerLostError):
-        ends.server.connect(None, None)
+        ends.server.connect()
 
 
 def test_a_peer_that_does_not_answer_is_not_waited_for_in_vain(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer_module, "FORMATION_SECONDS", 0.5)
-    monkeypatch.setattr(tensors_module, "FORMATION_SECONDS", 0.5)
+    monkeypatch.setattr(process_group, "FORMATION_SECONDS", 0.5)
     monkeypatch.setattr(store, "WAIT_SECONDS", 0.5)
     ends = connect(is_connected=False)
-    with pytest.raises(ConnectionError, match="no process group with worker 1 could be formed; check --ethernet"):
-        ends.server.connect(None, None)
+    with pytest.raises(
+        ConnectionError, match=r"could be formed .*; check --ethernet"
+    ):
+        ends.server.connect()
 
 
 def test_who_leaves_while_the_group_is_formed_is_not_waited_for(connect: Connect) -> None:
     ends = connect(is_connected=False)
-    with beside(lambda: ends.server.connect(None, None)) as errors:
-        while not ends.worker._tensors.store.check(["gloo/0/0"]):  # the server has said at which address it listens
+    with beside(lambda: ends.server.connect()) as errors:
+        store = cast(GroupConnection, ends.worker._tensors).store
+        while not store.check(["gloo/0/0"]):  # the server has said at which address it listens
             time.sleep(0.01)
         ends.worker.close("over")
     assert isinstance(errors[0], PeerLostError)

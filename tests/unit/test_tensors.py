@@ -22,10 +22,12 @@ import torch
 from multi_process.fedlab_adapter import sizes_of
 from multi_process.messages import AssignGroups, Finish, KeptStates, Message, PartialSum, StartTraining, to_package
 from multi_process.transport import peer as peer_module
-from multi_process.transport import tensors as tensors_module
+from multi_process.transport import process_group
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError
+from multi_process.transport.process_group import GroupConnection
 from multi_process.transport.store import MAX_KEYS
+from multi_process.transport.tensors import TensorConnection, TransferError
 from perfedavg.engine.tasks import ClientReport
 
 NUM_STRANGERS = 1500
@@ -42,6 +44,10 @@ for _ in range(int(sys.argv[2])):  # closed at this end at once: gloo keeps its 
 """
 
 
+def group_peer(control: ControlConnection, side: int, name: str, silence: float) -> Peer:
+    return Peer(control, GroupConnection(control, side, None, None), side, name, 0.1, silence)
+
+
 class Ends:
     """A server's peer and a worker's, in this process."""
 
@@ -50,14 +56,14 @@ class Ends:
             self.worker_wire = socket.create_connection(listener.getsockname())
             server_wire, _ = listener.accept()
         self.worker_control = ControlConnection(self.worker_wire)
-        self.server = Peer(ControlConnection(server_wire), SERVER, "worker 1", 0.1, silence)
-        self.worker = Peer(self.worker_control, WORKER, "the server", 0.1, silence)
+        self.server = group_peer(ControlConnection(server_wire), SERVER, "worker 1", silence)
+        self.worker = group_peer(self.worker_control, WORKER, "the server", silence)
         self.server.num_parameters = self.worker.num_parameters = NUM_PARAMETERS
 
     def form(self) -> Ends:
-        thread = threading.Thread(target=lambda: self.server.connect(None, None))
+        thread = threading.Thread(target=lambda: self.server.connect())
         thread.start()
-        self.worker.connect(None, None)
+        self.worker.connect()
         thread.join()
         return self
 
@@ -88,7 +94,7 @@ Connect = Callable[..., Ends]
 def listening_ports() -> set[int]:
     """Of this process's TCP sockets."""
     ports = set()
-    for _, one in tensors_module._own_sockets():
+    for _, one in process_group._own_sockets():
         with one:
             if one.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 ports.add(one.getsockname()[1])
@@ -126,14 +132,14 @@ def test_gloo_listens_no_longer_than_it_takes_to_form_the_pair(connect: Connect)
     before = listening_ports()
     ends = connect()
     seen: set[int] = set()
-    stop_listening = tensors_module.TensorConnection.stop_listening
+    stop_listening = GroupConnection.stop_listening
 
-    def watched(connection: tensors_module.TensorConnection) -> None:
+    def watched(connection: GroupConnection) -> None:
         seen.update(listening_ports() - before)
         stop_listening(connection)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensors_module.TensorConnection, "stop_listening", watched)
+        patch.setattr(GroupConnection, "stop_listening", watched)
         ends.form()
     assert len(seen) == 2, "each side had a port"
     assert listening_ports() == before
@@ -156,7 +162,7 @@ def test_who_floods_gloos_port_while_the_pair_is_formed_ends_the_formation_and_n
 
     def form() -> None:
         try:
-            ends.server.connect(None, None)
+            ends.server.connect()
         except ConnectionError as error:
             errors.append(error)
 
@@ -206,7 +212,7 @@ def test_whoever_hangs_up_before_the_pair_is_formed_leaves_nothing_behind(connec
             else:
                 threading.Timer(0.01, ends.worker_control.end).start()
             with pytest.raises(ConnectionError):
-                ends.server.connect(None, None)
+                ends.server.connect()
         wait_until(lambda: num_descriptors() <= descriptors and num_threads() <= threads)
 
 
@@ -301,7 +307,7 @@ def _exchange(ends: Ends, package: object) -> None:
 
 
 def _send(ends: Ends, package: object) -> None:
-    with contextlib.suppress(RuntimeError, ConnectionError):
+    with contextlib.suppress(TransferError):
         ends.worker._tensors.send(package)  # type: ignore[arg-type]
 
 
@@ -336,10 +342,10 @@ def test_a_shortage_of_memory_is_not_taken_for_a_lost_peer(connect: Connect, mon
     """A worker would join anew for ever, and nobody would hear why."""
     ends = connect().form()
 
-    def refuse(connection: tensors_module.TensorConnection, size: int) -> torch.Tensor:
+    def refuse(connection: TensorConnection, size: int) -> torch.Tensor:
         raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes")
 
-    monkeypatch.setattr(tensors_module.TensorConnection, "_receive_buffer", refuse)
+    monkeypatch.setattr(GroupConnection, "_receive_buffer", refuse)
     ends.server.send(StartTraining(1, 1, 1, torch.zeros(NUM_PARAMETERS)))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         ends.worker.receive()
@@ -383,6 +389,7 @@ def test_as_many_reports_as_there_are_clients_find_room(connect: Connect) -> Non
 def test_a_content_may_be_larger_than_an_int32_can_say(connect: Connect) -> None:
     """A sum over 268 million parameters has 2^31 bytes."""
     pair = connect().server._tensors
+    assert isinstance(pair, GroupConnection)
     sent: list[torch.Tensor] = []
 
     class Recording:
@@ -433,7 +440,9 @@ def test_keys_that_no_group_needs_are_refused(connect: Connect, key: object, val
 
 
 def test_too_many_keys_are_refused(connect: Connect) -> None:
-    store = connect().server._tensors.store
+    pair = connect().server._tensors
+    assert isinstance(pair, GroupConnection)
+    store = pair.store
     for number in range(MAX_KEYS):
         store.set_by_peer(str(number), "AAAA")
     with pytest.raises(ProtocolError, match="more than 16 keys"):
