@@ -39,7 +39,7 @@ def main() -> None:
         return utils.get_model(config, dataset), dataset
 
     settings = NetworkSettings(
-        (args.ip, args.port), args.world_size, args.ethernet, args.backend, device, args.token_file
+        (args.ip, args.port), args.world_size, args.ethernet, args.backend, device, args.token_file, args.keys
     )
     network = WorkerNetwork(settings, args.rank, args.join_timeout_seconds, args.server_wait_seconds)
     try:

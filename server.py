@@ -35,7 +35,7 @@ def main() -> None:
     return_freed_memory()
     device = resolve_device("auto" if args.backend == "nccl" else "cpu")
     settings = NetworkSettings(
-        (args.ip, args.port), args.world_size, args.ethernet, args.backend, device, args.token_file
+        (args.ip, args.port), args.world_size, args.ethernet, args.backend, device, args.token_file, args.keys
     )
     network = ServerNetwork(settings, args.worker_timeout_seconds, config.portable_kernels)
     network.listen()

@@ -129,6 +129,7 @@ def worker_sending(fault: Fault) -> None:
     """
     from multi_process.fedlab_adapter import MessageCode
     from multi_process.transport.process_group import GroupConnection
+    from multi_process.transport.stream import StreamConnection
     from multi_process.transport.tensors import TensorConnection
 
     follow_worker(fault)
@@ -143,7 +144,8 @@ def worker_sending(fault: Fault) -> None:
             fault.strike_if_due()
 
     before(TensorConnection, "send", begin)
-    before(GroupConnection, "_send", strike)
+    for connection in (GroupConnection, StreamConnection):
+        before(connection, "_send", strike)
 
 
 def worker_scoring(fault: Fault) -> None:

@@ -44,6 +44,7 @@ from faults import (  # noqa: E402
 
 from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection, ProtocolError  # noqa: E402
 from multi_process.transport.handshake import JoinRequest, receive_hello  # noqa: E402
+from multi_process.transport.wire import Wire  # noqa: E402
 from perfedavg.machine.forking import ForkedProcess, load  # noqa: E402
 from quick_start import load_everything  # noqa: E402
 
@@ -155,7 +156,7 @@ def _knock(port: int, action: str) -> None:
         elif action == "reset":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0, 0, 0, 0, 0]))
         else:
-            control = ControlConnection(connection)
+            control = ControlConnection(Wire(connection))
             receive_hello(control)
             control.send(**asdict(JoinRequest(PROTOCOL_VERSION, "0" * 64, MEMBERS_RANK, "", "")))
             control.receive(5)

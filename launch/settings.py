@@ -15,7 +15,7 @@ from perfedavg.fields import MISSING, check, part, setting
 from perfedavg.own_files import dataset_name
 from perfedavg.settings import UNREAD, ClientsConfig, Compute, ExperimentConfig
 
-BACKENDS = ("gloo", "nccl")
+BACKENDS = ("auto", "gloo", "tcp", "nccl")
 _DATA_SETS = ", ".join(DATA_SETS)
 LONGEST_WAIT = 2_000_000
 """Seconds. Sockets count milliseconds in 32 bits, which is 24 days."""
@@ -90,9 +90,21 @@ class Connection:
         3002, "the server's TCP port", at_least=1, at_most=65535, metavar="PORT", environment=LAUNCHER_PORT
     )
     ethernet: str | None = setting(None, "network interface for tensors", absent="the one between server and worker")
-    backend: str = setting("gloo", "torch.distributed backend of this process", choices=BACKENDS)
+    backend: str = setting(
+        "auto",
+        "what carries tensors: gloo, on ports of its own; tcp, over --port; nccl, between GPUs. auto is gloo where the "
+        "two sides reach each other by it, and else tcp; a worker's auto is the server's",
+        choices=BACKENDS,
+    )
     token_file: Path | None = setting(
         None, "file with the secret of server and workers", parse=paths.file, metavar="FILE", absent="PERFEDAVG_TOKEN"
+    )
+    keys: Path | None = setting(
+        None,
+        "folder of keys, which make_keys.py makes: everything is encrypted",
+        parse=paths.path,
+        metavar="FOLDER",
+        absent="plain text",
     )
 
 
@@ -141,7 +153,7 @@ class LocalLaunch:
     port: int | None = setting(
         None, "TCP port of the server", at_least=1, at_most=65535, metavar="PORT", absent="a free one"
     )
-    backend: str = setting("gloo", "torch.distributed backend", choices=BACKENDS)
+    backend: str = setting("auto", "what carries tensors", choices=BACKENDS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,6 +100,16 @@ def _root_with(folder: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the keys of a server and its workers."""
+    from multi_process.transport.keys import make_keys
+
+    folder = tmp_path_factory.mktemp("keys")
+    make_keys(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def mnist_root() -> Path:
     """The folder of the real MNIST."""
     return _root_with("MNIST/raw")

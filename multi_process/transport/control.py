@@ -6,15 +6,14 @@ while a client trains and while 13 MB are on their way.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import select
-import socket
 import threading
 import time
 from typing import Any
 
-PROTOCOL_VERSION = 8
+from multi_process.transport.wire import Wire
+
+PROTOCOL_VERSION = 9
 """Raised with every change of a message or of the way workers join."""
 
 SEND_SECONDS = 10.0
@@ -32,14 +31,10 @@ class ProtocolError(ValueError):
 
 
 class ControlConnection:
-    """Lines of JSON over a socket. Sending and receiving may go on in different threads."""
+    """Lines of JSON over a wire. Sending and receiving may go on in different threads."""
 
-    def __init__(self, connected: socket.socket) -> None:
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._socket = connected
-        self._socket.settimeout(SEND_SECONDS)
-        self._poll = select.poll()  # not select.select, which takes no descriptor above 1023
-        self._poll.register(connected, select.POLLIN)
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
         self._received = bytearray()
         self._sending = threading.Lock()
         self.last_heard = time.monotonic()
@@ -48,7 +43,18 @@ class ControlConnection:
     @property
     def local_host(self) -> str:
         """The address at this end, the one that the route to the peer starts from."""
-        return str(self._socket.getsockname()[0])
+        return self._wire.local_host
+
+    def begin(self, timeout_seconds: float) -> None:
+        """Prove the keys to each other, where there are any; the first thing to be done.
+
+        Raises UnknownKeyError where they are not those of the run, ConnectionError where the other side is gone, silent
+        or speaks something else.
+        """
+        try:
+            self._wire.begin(time.monotonic() + timeout_seconds)
+        except TimeoutError:
+            raise ConnectionError(f"no sign of life for {timeout_seconds:g} s") from None
 
     def send(self, **fields: Any) -> None:
         """Send an object; a dataclass in it is one too. Raises ConnectionError where the peer is gone."""
@@ -76,24 +82,28 @@ class ControlConnection:
         """The next line, an object: as `receive`, but nobody gains time by signs of life."""
         return _parse_line(self._receive_line(timeout_seconds, MAX_HANDSHAKE_BYTES))
 
+    def release(self) -> Wire:
+        """The wire, for something else than lines. Raises ProtocolError where more has come than was read."""
+        if self._received:
+            raise ProtocolError("it sent something before it was asked to")
+        return self._wire
+
     def end(self) -> None:
         """End the connection, for both sides and for whatever thread receives on it. May be called again."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._wire.end()
 
     def close(self) -> None:
         """End the connection and give its descriptor back: the last thing to be done. May be called again."""
-        self.end()
-        self._socket.close()
+        self._wire.close()
 
     def _send(self, line: bytes, timeout_seconds: float = SEND_SECONDS) -> None:
+        deadline = time.monotonic() + timeout_seconds
         if not self._sending.acquire(timeout=timeout_seconds):
             raise ConnectionError("the connection does not take what is sent")
         try:
-            self._socket.settimeout(timeout_seconds)
-            self._socket.sendall(line)
-        except OSError as error:
-            raise ConnectionError(error.strerror or "the connection does not take what is sent") from error
+            self._wire.send(memoryview(line), deadline)
+        except TimeoutError:
+            raise ConnectionError("the connection does not take what is sent") from None
         finally:
             self._sending.release()
 
@@ -103,14 +113,9 @@ class ControlConnection:
             if len(self._received) > max_bytes:
                 raise ProtocolError(f"it sent more than {max_bytes} bytes without the end of a line")
             try:
-                is_ready = self._poll.poll(1000 * max(0.0, deadline - time.monotonic()))
-                received = self._socket.recv(MAX_HANDSHAKE_BYTES) if is_ready else None
-            except OSError as error:
-                raise ConnectionError(error.strerror or "the connection was closed") from error
-            if received is None:
-                raise ConnectionError(f"no sign of life for {timeout_seconds:g} s")
-            if not received:
-                raise ConnectionError("the connection was closed")
+                received = self._wire.receive(MAX_HANDSHAKE_BYTES, deadline)
+            except TimeoutError:
+                raise ConnectionError(f"no sign of life for {timeout_seconds:g} s") from None
             self.last_heard = time.monotonic()
             self._received += received
         line = bytes(self._received[:end])

@@ -1,8 +1,11 @@
-"""The handshake with which a control connection begins: who may join.
+"""The handshake with which a connection to the server's port begins: who may join.
 
     server -> worker   Hello: protocol, nonce, the terms of the run, whether a token is asked for
     worker -> server   JoinRequest: protocol, nonce, rank, GPU, proof that it knows the token
     server -> worker   JoinAccepted: generation, ticket, proof that the server knows the token too; or a refusal
+
+A worker's second connection, for tensors, begins with the same Hello, an AttachRequest that names the ticket, and a
+line that takes it in. Where the run has keys, TLS has proven them before any of this.
 
 A proof is an HMAC-SHA256 (RFC 2104) under the token over both nonces and everything else that was said, so it is good
 for this one conversation. What does not speak this protocol is dropped.
@@ -23,6 +26,7 @@ from typing import Any, NoReturn, TypeVar
 
 from multi_process.boundary import clean_text
 from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection, ProtocolError
+from multi_process.transport.wire import Wire
 from perfedavg.plain_values import from_plain
 from perfedavg.terminal.console import command_line
 
@@ -33,7 +37,7 @@ TOKEN_VARIABLE = "PERFEDAVG_TOKEN"
 _SERVICE = "personalized-fedavg"
 _MIN_TOKEN_CHARACTERS = 16
 
-Handshake = TypeVar("Handshake", "Hello", "JoinRequest", "JoinAccepted")
+Handshake = TypeVar("Handshake", "Hello", "JoinRequest", "AttachRequest", "JoinAccepted")
 
 
 class RefusedError(ValueError):
@@ -78,6 +82,16 @@ class JoinRequest:
 
 
 @dataclass(frozen=True)
+class AttachRequest:
+    """ticket: of the worker whose tensors the connection is to carry."""
+
+    protocol: int
+    nonce: str
+    ticket: str
+    proof: str
+
+
+@dataclass(frozen=True)
 class JoinAccepted:
     """generation: counts admissions.  ticket: what the worker shows on the tensors' connection, to be known there."""
 
@@ -86,7 +100,7 @@ class JoinAccepted:
     proof: str
 
 
-def receive_join_request(control: ControlConnection, token: bytes | None, hello: Hello) -> JoinRequest:
+def receive_request(control: ControlConnection, token: bytes | None, hello: Hello) -> JoinRequest | AttachRequest:
     """Server: say hello to whoever connected, and return what it asks for once it has proven who it is.
 
     token: from `read_token`; None where every worker is welcome.
@@ -98,7 +112,7 @@ def receive_join_request(control: ControlConnection, token: bytes | None, hello:
     if isinstance(fields.get("protocol"), int) and fields["protocol"] != PROTOCOL_VERSION:
         version = clean_text(fields["protocol"], 20)
         refuse(control, f"its protocol version {version} differs from the server's {PROTOCOL_VERSION}")
-    request = _parse(JoinRequest, fields)
+    request = _parse(AttachRequest, fields) if "ticket" in fields else _parse(JoinRequest, fields)
     if token is not None and not _is_proof(request.proof, _worker_proof(token, hello, request)):
         refuse(control, "it does not know the server's token; give both the same --token_file or PERFEDAVG_TOKEN")
     return request
@@ -120,6 +134,12 @@ def accept(
     accepted = JoinAccepted(generation, ticket, proof)
     control.send(**vars(accepted))
     return accepted
+
+
+def accept_for_tensors(control: ControlConnection) -> Wire:
+    """Server: from now on the connection carries tensors. Raises ConnectionError where the worker has left."""
+    control.send(attached=True)
+    return control.release()
 
 
 def receive_hello(control: ControlConnection) -> Hello:
@@ -168,6 +188,23 @@ def request_to_join(control: ControlConnection, token: bytes | None, hello: Hell
     return accepted
 
 
+def request_to_attach(control: ControlConnection, token: bytes | None, hello: Hello, ticket: str) -> Wire:
+    """Worker: let a second connection carry the tensors of the worker with this ticket.
+
+    Raises RefusedError, ProtocolError or ConnectionError where the server will not.
+    """
+    request = AttachRequest(PROTOCOL_VERSION, secrets.token_hex(32), ticket, "")
+    if token is not None:
+        request = replace(request, proof=_worker_proof(token, hello, request))
+    control.send(**vars(request))
+    fields = control.receive_handshake(HANDSHAKE_SECONDS)
+    if "refused" in fields:
+        raise RefusedError(clean_text(fields["refused"]))
+    if fields != {"attached": True}:
+        raise ProtocolError("it said what is not of this protocol")
+    return control.release()
+
+
 def read_token(token_file: Path | None) -> bytes | None:
     """The token in a file, else in the environment's PERFEDAVG_TOKEN; None where there is neither.
 
@@ -191,7 +228,7 @@ def read_token(token_file: Path | None) -> bytes | None:
     return token.encode()
 
 
-def _worker_proof(token: bytes, hello: Hello, request: JoinRequest) -> str:
+def _worker_proof(token: bytes, hello: Hello, request: JoinRequest | AttachRequest) -> str:
     return _proof(token, "worker", vars(hello), {**vars(request), "proof": ""})
 
 

@@ -7,14 +7,16 @@ dropped; neither disturbs the run.
 from __future__ import annotations
 
 import contextlib
+import hmac
 import queue
 import secrets
 import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,14 +27,28 @@ from multi_process.messages import KeptStates, Message, with_own_tensors
 from multi_process.transport import handshake
 from multi_process.transport.addresses import check_interface, listen_on, resolve
 from multi_process.transport.control import ControlConnection, ProtocolError
-from multi_process.transport.handshake import MAX_SILENCE_SECONDS, Hello, JoinRequest, RefusedError, read_token, refuse
+from multi_process.transport.handshake import (
+    HANDSHAKE_SECONDS,
+    MAX_SILENCE_SECONDS,
+    AttachRequest,
+    Hello,
+    JoinRequest,
+    RefusedError,
+    read_token,
+    refuse,
+)
+from multi_process.transport.keys import tls_context
 from multi_process.transport.peer import Peer, RunEndedError
 from multi_process.transport.process_group import GroupConnection
-from multi_process.transport.tensors import SERVER, WORKER
+from multi_process.transport.stream import EitherConnection, StreamConnection
+from multi_process.transport.tensors import SERVER, WORKER, TensorConnection
+from multi_process.transport.wire import UnknownKeyError, Wire
 from perfedavg.machine.descriptors import num_spare
 from perfedavg.machine.kernels import PORTABLE_KERNELS, UnpinnedKernelsError, kernels_are_pinned
 from perfedavg.terminal.console import LOGGER, say
 
+BACKENDS = ("auto", "gloo", "tcp", "nccl")
+"""What may carry tensors: gloo where that works and else tcp, gloo, the server's port, nccl beside gloo."""
 POLL_SECONDS = 0.05
 REMINDER_SECONDS = 10.0
 CONNECT_SECONDS = 5.0
@@ -62,9 +78,10 @@ class NetworkSettings:
     address: (host, port) of the server.
     world_size: the server and the workers to start with; None for a worker that takes whatever it is.
     ethernet: interface for tensors, or None for the one by which the other side is reached.
-    backend: `gloo` or `nccl`.
+    backend: what carries tensors, of BACKENDS; a worker takes the server's, and one that it names must be the same.
     device: with nccl, whose memory tensors are sent from.
     token_file: see `handshake.read_token`.
+    keys: folder of the run's keys, see `keys.tls_context`; None for plain text.
     """
 
     address: tuple[str, int]
@@ -73,6 +90,7 @@ class NetworkSettings:
     backend: str
     device: torch.device
     token_file: Path | None
+    keys: Path | None = None
 
     def __post_init__(self) -> None:
         if self.world_size is not None and self.world_size < 2:
@@ -80,11 +98,26 @@ class NetworkSettings:
                 f"--world_size {self.world_size} leaves no worker; it counts the server too, so use 2 or more"
             )
         check_interface(self.ethernet)
+        if self.keys is not None and self.backend in ("gloo", "nccl"):
+            raise ValueError(
+                f"--backend {self.backend} sends tensors in plain text, which --keys is there to prevent; leave one of "
+                "the two out"
+            )
+        if self.ethernet is not None and (self.keys is not None or self.backend == "tcp"):
+            raise ValueError(
+                f"--ethernet {self.ethernet} has no effect with {'--keys' if self.keys else '--backend tcp'}, which "
+                "sends tensors to --ip too; leave it out"
+            )
         if self.backend == "nccl" and self.device.type != "cuda":
             raise ValueError(
                 f"--backend nccl needs a GPU for each process, this one computes on {self.device} "
                 f"(GPUs found: {torch.cuda.device_count()}); use --backend gloo"
             )
+
+    @property
+    def chosen_backend(self) -> str:
+        """The server's choice. With keys all goes over TLS."""
+        return "tcp" if self.keys is not None else self.backend
 
     @property
     def nccl_device(self) -> torch.device | None:
@@ -119,13 +152,15 @@ class ServerNetwork(Network):
     world_size: int
 
     def __init__(self, settings: NetworkSettings, silence_seconds: float, portable_kernels: str = "false") -> None:
-        super().__init__(settings.address, settings.world_size, 0, settings.ethernet, settings.backend)
+        super().__init__(settings.address, settings.world_size, 0, settings.ethernet, settings.chosen_backend)
         if not 0 < silence_seconds <= MAX_SILENCE_SECONDS:
             raise ValueError(
                 f"--worker_timeout_seconds {silence_seconds:g} must be above 0, and {MAX_SILENCE_SECONDS:g} at most"
             )
+        self._settings = settings
         self._nccl_device, self._gpu = settings.nccl_device, settings.gpu
         self._token = read_token(settings.token_file)
+        self._tls = None if settings.keys is None else tls_context(settings.keys, is_server=True)
         self._silence_seconds = float(silence_seconds)
         self._beat_seconds = min(MAX_BEAT_SECONDS, silence_seconds / BEATS)
         self._portable_kernels = portable_kernels
@@ -197,7 +232,11 @@ class ServerNetwork(Network):
                 time.sleep(POLL_SECONDS)
                 continue
             self._limit_handshakes()
-            control = ControlConnection(accepted)
+            try:
+                control = ControlConnection(Wire(accepted, self._tls, is_server=True))
+            except OSError as error:
+                self._log_dropped(host, f"it left at once ({error.strerror})")
+                continue
             self._handshakes[control] = host
             try:
                 threading.Thread(target=self._serve, args=(control, host), name=f"serve {host}", daemon=True).start()
@@ -222,6 +261,8 @@ class ServerNetwork(Network):
         """Make a worker of a connection, or drop it; then pass on what comes from the worker."""
         try:
             worker = self._handshake(control, host)
+            if worker is None:
+                return  # it carries the tensors of a worker that has a thread already
         except Exception as error:  # whatever it is: a stranger ends nothing
             self._drop(control, host, str(error))
             return
@@ -238,8 +279,12 @@ class ServerNetwork(Network):
         finally:
             self._forget([worker])
 
-    def _handshake(self, control: ControlConnection, host: str) -> ConnectedWorker:
-        """Raises RefusedError, ProtocolError or ConnectionError where it is not let in."""
+    def _handshake(self, control: ControlConnection, host: str) -> ConnectedWorker | None:
+        """The worker that has joined, None where it is the second connection of one that had joined before.
+
+        Raises RefusedError, ProtocolError or ConnectionError where it is not let in.
+        """
+        control.begin(HANDSHAKE_SECONDS)
         hello = Hello(
             secrets.token_hex(32),
             self._token is not None,
@@ -249,7 +294,10 @@ class ServerNetwork(Network):
             self._silence_seconds,
             self._portable_kernels,
         )
-        request = handshake.receive_join_request(control, self._token, hello)
+        request = handshake.receive_request(control, self._token, hello)
+        if isinstance(request, AttachRequest):
+            self._attach(control, request.ticket)
+            return None
         if not 1 <= request.rank <= MAX_RANK:
             refuse(control, f"--rank {request.rank} is not a worker's; use 1 or more")
         self._handshakes.pop(control, None)
@@ -271,11 +319,22 @@ class ServerNetwork(Network):
         self._check_gpu(control, request)
         self._num_admitted += 1
         accepted = handshake.accept(control, self._token, hello, request, self._num_admitted)
-        tensors = GroupConnection(control, SERVER, self.ethernet, self._nccl_device)
-        peer = Peer(control, tensors, SERVER, f"worker {request.rank}", self._beat_seconds, self._silence_seconds)
+        name = f"worker {request.rank}"
+        tensors = tensor_connection(self._settings, self.dist_backend, control, SERVER, name)
+        peer = Peer(control, tensors, SERVER, name, self._beat_seconds, self._silence_seconds)
         worker = ConnectedWorker(peer, request.rank, accepted.generation, accepted.ticket, request.gpu)
         self._connected[request.rank] = worker
         return worker
+
+    def _attach(self, control: ControlConnection, ticket: str) -> None:
+        """Let the connection carry the tensors of the worker with this ticket."""
+        shown = ticket.encode(errors="replace")
+        with self._admission_lock:  # a worker that was accepted is among them when it is free
+            owners = [one for one in self._connected.values() if hmac.compare_digest(one.ticket.encode(), shown)]
+        if not owners:
+            refuse(control, "no worker that has joined has this ticket")
+        owners[0].peer.attach(handshake.accept_for_tensors(control))
+        self._handshakes.pop(control, None)
 
     def _forget(self, lost: Sequence[ConnectedWorker]) -> None:
         """Forget these workers, but not how much was sent and received."""
@@ -343,8 +402,9 @@ class WorkerNetwork(Network):
         super().__init__(settings.address, settings.world_size, rank, settings.ethernet, settings.backend)
         if rank < 1:
             raise ValueError(f"--rank {rank} is not a worker's; use 1 or more (0 is the server)")
-        self._nccl_device, self._gpu = settings.nccl_device, settings.gpu
+        self._settings = settings
         self._token = read_token(settings.token_file)
+        self._tls = None if settings.keys is None else tls_context(settings.keys, is_server=False)
         self._join_seconds = join_seconds
         self._server_wait_seconds = server_wait_seconds
         self._peer: Peer | None = None
@@ -402,20 +462,12 @@ class WorkerNetwork(Network):
         """
         if num_spare() < PEER_DESCRIPTORS:
             raise ValueError(f"worker {self.rank} has too few file descriptors left; raise its limit with ulimit -n")
+        control, hello = self._connect(connect_seconds)
         try:
-            address = resolve(self.address)
-        except ValueError as error:
-            if self._peer is None:
-                raise
-            raise ConnectionError(str(error)) from error  # it was known before, so names are out of order for a while
-        try:
-            control = ControlConnection(socket.create_connection(address, timeout=connect_seconds))
-        except OSError as error:
-            raise ConnectionError(error.strerror or "no answer") from error
-        try:
-            hello = self._receive_hello(control)
-            accepted = handshake.request_to_join(control, self._token, hello, self.rank, self._gpu)
-            tensors = GroupConnection(control, WORKER, self.ethernet, self._nccl_device)
+            settings = self._settings_for(hello)
+            accepted = handshake.request_to_join(control, self._token, hello, self.rank, settings.gpu)
+            dial = partial(self._connect_for_tensors, accepted.ticket)
+            tensors = tensor_connection(settings, hello.backend, control, WORKER, "the server", dial)
             peer = Peer(control, tensors, WORKER, "the server", hello.beat_seconds, hello.silence_seconds)
         except Exception:
             control.close()
@@ -430,23 +482,83 @@ class WorkerNetwork(Network):
         self.ticket = accepted.ticket
         return peer
 
-    def _receive_hello(self, control: ControlConnection) -> Hello:
-        """Raises ProtocolError where it is no server's, RefusedError or UnpinnedKernelsError where its terms differ."""
+    def _connect(self, connect_seconds: float) -> tuple[ControlConnection, Hello]:
+        """A connection to the server, and what it says first. Raises as `_join` does."""
         try:
-            hello = handshake.receive_hello(control)
+            address = resolve(self.address)
+        except ValueError as error:
+            if self._peer is None:
+                raise
+            raise ConnectionError(str(error)) from error  # it was known before, so names are out of order for a while
+        try:
+            control = ControlConnection(Wire(socket.create_connection(address, timeout=connect_seconds), self._tls))
+        except OSError as error:
+            raise ConnectionError(error.strerror or "no answer") from error
+        try:
+            return control, self._receive_hello(control)
+        except Exception:
+            control.close()
+            raise
+
+    def _connect_for_tensors(self, ticket: str) -> Wire:
+        control, hello = self._connect(CONNECT_SECONDS)
+        try:
+            return handshake.request_to_attach(control, self._token, hello, ticket)
+        except Exception:
+            control.close()
+            raise
+
+    def _receive_hello(self, control: ControlConnection) -> Hello:
+        """Raises ProtocolError where it is no server's, RefusedError where it has other keys or another version."""
+        try:
+            control.begin(HANDSHAKE_SECONDS)
+            return handshake.receive_hello(control)
+        except UnknownKeyError as error:
+            raise RefusedError(f"{error}; give both the keys that make_keys.py made together, by --keys") from error
         except (ConnectionError, ProtocolError) as error:
-            raise ProtocolError(f"what answers there is not a server of this project: {error}") from error
+            hint = (
+                " (or it has --keys, and this worker has none)"
+                if self._tls is None and isinstance(error, ConnectionError)
+                else ""
+            )
+            raise ProtocolError(f"what answers there is not a server of this project: {error}{hint}") from error
+
+    def _settings_for(self, hello: Hello) -> NetworkSettings:
+        """This worker's, with the server's backend.
+
+        Raises ProtocolError where there are no such terms, RefusedError or UnpinnedKernelsError where they differ.
+        """
         for name, own, other in (
             ("--world_size", self.world_size, hello.world_size),
-            ("--backend", self.dist_backend, hello.backend),
+            ("--backend", None if self._settings.backend == "auto" else self._settings.backend, hello.backend),
         ):
             if own is not None and own != other:
                 raise RefusedError(f"its {name} is {clean_text(other)}, this worker's {own}; make them equal")
+        if hello.backend not in BACKENDS:
+            raise ProtocolError("what answers there asks for a backend that there is not")
         if hello.portable_kernels not in PORTABLE_KERNELS:
             raise ProtocolError("what answers there asks for kernels that there are not")
         if not kernels_are_pinned(hello.portable_kernels):
             raise UnpinnedKernelsError(hello.portable_kernels)
-        return hello
+        try:
+            return replace(self._settings, backend=hello.backend)
+        except ValueError as error:
+            raise RefusedError(f"it asks for --backend {hello.backend}, but {error}") from error
+
+
+def tensor_connection(
+    settings: NetworkSettings,
+    backend: str,
+    control: ControlConnection,
+    side: int,
+    name: str,
+    dial: Callable[[], Wire] | None = None,
+) -> TensorConnection:
+    """Of a peer with a control connection. backend: of BACKENDS.  name: of the peer.  dial: see `StreamConnection`."""
+    if backend == "tcp":
+        return StreamConnection(side, dial)
+    group = GroupConnection(control, side, settings.ethernet, settings.nccl_device)
+    return EitherConnection(side, group, StreamConnection(side, dial), name) if backend == "auto" else group
 
 
 def gpu_identity(device: torch.device) -> str:

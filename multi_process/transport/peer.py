@@ -39,6 +39,7 @@ from multi_process.packing import SLOW_BYTES_PER_SECOND
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.handshake import FinishedError
 from multi_process.transport.tensors import FORMATION_SECONDS, SERVER, WORKER, TensorConnection, TransferError
+from multi_process.transport.wire import Wire
 from perfedavg.terminal.console import LOGGER
 
 __all__ = ["SERVER", "WORKER", "Peer", "PeerLostError", "RunEndedError"]
@@ -203,6 +204,10 @@ class Peer:
             raise ConnectionError(f"no thread can be started for it ({error})") from None
         finally:
             _connecting.discard(self)
+
+    def attach(self, wire: Wire) -> None:
+        """Server: the worker's second connection has come. Raises ProtocolError where it is not wanted."""
+        self._tensors.attach(wire)
 
     def send(self, message: Message) -> None:
         """Send a message, without waiting until it has left; its tensors must not change meanwhile.

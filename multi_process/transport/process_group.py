@@ -25,15 +25,14 @@ from torch.distributed import PrefixStore
 
 from multi_process.transport.control import ControlConnection
 from multi_process.transport.store import ControlStore
-from multi_process.transport.tensors import FORMATION_SECONDS, TensorConnection, TransferError
+from multi_process.transport.tensors import FORMATION_SECONDS, SENDING_SECONDS, TensorConnection, TransferError
 from perfedavg.machine.descriptors import num_spare
 from perfedavg.terminal.entry_point import is_shortage
 
+MAX_FAILURE_CHARS = 200
 GLOO_ATTEMPTS = 5
 """Times its timeout that gloo waits for a connection."""
-SENDING_TIMEOUT = timedelta(days=1)
-"""For one tensor to be taken by the other side, which may be busy or behind a slow line. One that dies or falls silent
-ends it at once."""
+SENDING_TIMEOUT = timedelta(seconds=SENDING_SECONDS)
 
 
 class Group(Protocol):
@@ -57,7 +56,10 @@ class GroupConnection(TensorConnection):
     nccl_device: the GPU whose memory contents are sent from and received into; None for gloo.
     """
 
-    hint = "; check --ethernet and the firewall, which must let server and worker reach each other on every port"
+    hint = (
+        "; check --ethernet and the firewall, which must let server and worker reach each other on every port, or give "
+        "the server --backend tcp"
+    )
 
     def __init__(
         self, control: ControlConnection, side: int, ethernet: str | None, nccl_device: torch.device | None
@@ -75,14 +77,25 @@ class GroupConnection(TensorConnection):
         self._closing = threading.Lock()
 
     def form(self) -> None:
+        self._meet(FORMATION_SECONDS)
+        if self._nccl_device is None:
+            self.store.close()
+
+    def failure_to_meet(self, timeout_seconds: float) -> str:
+        """As `form`, but for the store, which goes on. What went wrong, or nothing."""
         try:
-            self._gloo = self._form_gloo()
+            self._meet(timeout_seconds)
+        except (ConnectionError, RuntimeError) as error:
+            return str(error)[:MAX_FAILURE_CHARS] or type(error).__name__
+        return ""
+
+    def _meet(self, timeout_seconds: float) -> None:
+        try:
+            self._gloo = self._form_gloo(timeout_seconds)
             self._wires = [wire for _, wire in self._sockets(is_listening=False)]
             if not self._wires:
                 raise ConnectionError("gloo's connection is not among this process's sockets")
-            if self._nccl_device is None:
-                self.store.close()
-            else:
+            if self._nccl_device is not None:
                 self._nccl = self._form_nccl(self._nccl_device)
                 self._buffer = self._buffer.to(self._nccl_device)
         finally:
@@ -135,7 +148,7 @@ class GroupConnection(TensorConnection):
         self._wires = []
         super().close()
 
-    def _form_gloo(self) -> Group:
+    def _form_gloo(self, timeout_seconds: float) -> Group:
         """A gloo group that listens on one address only.
 
         gloo's own choice is the address of this machine's host name, which other machines often cannot reach.
@@ -146,7 +159,7 @@ class GroupConnection(TensorConnection):
         self._device = gloo.create_device(**where)
         options._devices = [self._device]
         options._threads = 1
-        options._timeout = timedelta(seconds=FORMATION_SECONDS / GLOO_ATTEMPTS)
+        options._timeout = timedelta(seconds=timeout_seconds / GLOO_ATTEMPTS)
         return cast(Group, gloo(PrefixStore("gloo", self.store), self._side, 2, options))
 
     def _form_nccl(self, device: torch.device) -> Group:

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from multi_process.fedlab_adapter import HEADER_SIZE, BytePackage, MessageCode, read_header, sizes_of, split_content
 from multi_process.transport.control import ProtocolError
+from multi_process.transport.wire import Wire
 
 FORMATION_SECONDS = 30.0
 """For meeting the other side, once both have agreed to."""
+SENDING_SECONDS = 86_400.0
+"""For a part of a package to be taken by the other side, which may be busy or behind a slow line. One that dies or
+falls silent ends it at once."""
 MAX_SLICES = 64
 """Numbers by which a package describes its tensors. A message has two tensors, three numbers each."""
 
@@ -78,6 +82,11 @@ class TensorConnection(ABC):
         content = self._receive_buffer(size)
         self._receive(content, deadline, is_content=True)
         return code, split_content(sizes, content.cpu())
+
+    def attach(self, wire: Wire) -> None:
+        """Server: take in the worker's second connection to the port. Raises ProtocolError where it is not wanted."""
+        wire.close()
+        raise ProtocolError("its tensors have a connection of another kind")
 
     @abstractmethod
     def interrupt(self) -> None:

@@ -24,6 +24,7 @@ from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection
 from multi_process.transport.handshake import Hello, JoinAccepted, JoinRequest, receive_hello
 from multi_process.transport.network import MAX_PENDING_HANDSHAKES, NetworkSettings, WorkerNetwork
 from multi_process.transport.peer import RunEndedError
+from multi_process.transport.wire import Wire
 from multi_process.worker import WorkerManager
 from perfedavg.contracts import FederatedDataset
 from perfedavg.settings import ExperimentConfig
@@ -236,7 +237,7 @@ def test_workers_that_may_not_join_are_told_why(
 
 def other_version(port: int) -> dict[str, object]:
     """What the server answers to a worker of the next version."""
-    control = ControlConnection(socket.create_connection(("127.0.0.1", port)))
+    control = ControlConnection(Wire(socket.create_connection(("127.0.0.1", port))))
     try:
         receive_hello(control)
         control.send(**{**json.loads(application()), "protocol": PROTOCOL_VERSION + 1, "a new field": 1})
@@ -266,7 +267,7 @@ def impostor(answer: Callable[[ControlConnection], None]) -> Iterator[int]:
 
         def serve() -> None:
             accepted, _ = listener.accept()
-            control = ControlConnection(accepted)
+            control = ControlConnection(Wire(accepted))
             with accepted, contextlib.suppress(ConnectionError):
                 answer(control)
                 control.receive(60)  # until the worker leaves

@@ -25,9 +25,10 @@ from multi_process.transport.handshake import (
     accept,
     read_token,
     receive_hello,
-    receive_join_request,
+    receive_request,
     request_to_join,
 )
+from multi_process.transport.wire import Wire
 
 TOKEN, OTHER = b"a secret of 16 or more", b"another secret of 16 or more"
 
@@ -39,7 +40,7 @@ class Pair:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.wire = socket.create_connection(listener.getsockname())
             accepted, _ = listener.accept()
-        self.server, self.worker = ControlConnection(accepted), ControlConnection(self.wire)
+        self.server, self.worker = ControlConnection(Wire(accepted)), ControlConnection(Wire(self.wire))
 
     def close(self) -> None:
         self.server.close()
@@ -73,7 +74,7 @@ def beside(body: Callable[[], Any]) -> Iterator[list[Any]]:
 
 def serve(end: ControlConnection, token: bytes | None) -> tuple[JoinRequest, JoinAccepted]:
     hello = Hello(secrets.token_hex(32), token is not None, 3, "gloo", 1.0, 30.0)
-    request = receive_join_request(end, token, hello)
+    request = receive_request(end, token, hello)
     return request, accept(end, token, hello, request, 7)
 
 

@@ -21,7 +21,7 @@ from multi_process.fedlab_adapter import MessageCode
 from multi_process.messages import Message, from_line, from_package
 from multi_process.transport import control
 from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection, ProtocolError
-from multi_process.transport.handshake import Hello, JoinRequest, RefusedError, receive_join_request
+from multi_process.transport.handshake import Hello, JoinRequest, RefusedError, receive_request
 
 KINDS = (
     "Join",
@@ -148,7 +148,7 @@ def test_anybody_may_say_anything_to_the_port(token: bytes | None, num_examples:
 
     def body(line: bytes) -> None:
         stranger = cast(ControlConnection, Stranger(line))
-        heard = outcome(lambda: receive_join_request(stranger, token, hello))
+        heard = outcome(lambda: receive_request(stranger, token, hello))
         if isinstance(heard, JoinRequest):
             assert token is None, "nobody is taken in who cannot prove that it knows the token"
         else:

@@ -35,6 +35,7 @@ from multi_process.transport.network import (
     WorkerNetwork,
 )
 from multi_process.transport.peer import PeerLostError, RunEndedError
+from multi_process.transport.wire import Wire
 from perfedavg.machine.interfaces import own_addresses
 
 CPU = device("cpu")
@@ -47,19 +48,24 @@ class Run:
     said: the lines that either has for the person at the terminal.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo", keys: Path | None = None) -> None:
+        self.backend = backend
+        self.keys = keys
         self.address = ("127.0.0.1", free_port())
         self.said: list[str] = []
         self._opened: list[Any] = []
 
     def server(self, world_size: int = 3, silence: float = 8.0, token_file: Path | None = None) -> ServerNetwork:
-        server = ServerNetwork(NetworkSettings(self.address, world_size, None, "gloo", CPU, token_file), silence)
+        server = ServerNetwork(self._settings(world_size, token_file), silence)
         server.listen()
         self._opened.append(server.close_network_connection)
         return server
 
     def worker(self, rank: int, world_size: int | None = None, join: float = 20.0, wait: float = 5.0) -> WorkerNetwork:
-        return WorkerNetwork(NetworkSettings(self.address, world_size, None, "gloo", CPU, None), rank, join, wait)
+        return WorkerNetwork(self._settings(world_size), rank, join, wait)
+
+    def _settings(self, world_size: int | None, token_file: Path | None = None) -> NetworkSettings:
+        return NetworkSettings(self.address, world_size, None, self.backend, CPU, token_file, self.keys)
 
     def joined(self, rank: int) -> WorkerNetwork:
         worker = self.worker(rank)
@@ -76,7 +82,7 @@ class Run:
         return control
 
     def stranger(self) -> ControlConnection:
-        control = ControlConnection(socket.create_connection(self.address))
+        control = ControlConnection(Wire(socket.create_connection(self.address)))
         self._opened.append(control.close)
         return control
 
@@ -90,9 +96,11 @@ class Run:
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, keys: Path) -> Iterator[Run]:
+    """With gloo, or with what a test names: another backend, or `keys`."""
     monkeypatch.delenv("PERFEDAVG_TOKEN", raising=False)
-    opened = Run()
+    transport = getattr(request, "param", "gloo")
+    opened = Run("auto", keys) if transport == "keys" else Run(transport)
     monkeypatch.setattr(network, "say", opened.said.append)
     yield opened
     opened.close()
@@ -124,10 +132,14 @@ def next_event(server: ServerNetwork) -> tuple[ConnectedWorker, Message | Except
     return connected, event
 
 
+on_every_transport = pytest.mark.parametrize("run", ["gloo", "tcp", "auto", "keys"], indirect=True)
+
+
 def join_message(worker: WorkerNetwork) -> Join:
     return Join(worker.ticket, "a machine", 1, None, "cpu", 0, {})
 
 
+@on_every_transport
 def test_what_a_worker_says_comes_as_events_and_its_end_is_the_last(run: Run) -> None:
     server = run.server()
     worker = run.joined(2)
@@ -159,6 +171,7 @@ def test_what_clients_keep_is_not_overwritten_by_what_comes_next(run: Run) -> No
         assert event.states[client_id]["rounds"].tolist() == [client_id]
 
 
+@on_every_transport
 def test_every_admission_has_a_generation_and_a_ticket_of_its_own(run: Run) -> None:
     """By which what a worker left behind is told from what it sends when it has joined anew."""
     server = run.server()
@@ -468,6 +481,7 @@ def test_who_joins_when_the_run_is_over_is_told(run: Run) -> None:
         run.worker(1).init_network_connection()
 
 
+@on_every_transport
 def test_who_has_joined_and_got_no_work_is_told_that_the_run_is_over(run: Run) -> None:
     server = run.server()
     worker = run.joined(1)
@@ -500,6 +514,7 @@ def test_hosts_without_number_do_not_fill_the_log(run: Run, monkeypatch: pytest.
     assert said[-1].startswith("server: dropped a connection from further hosts (number 64): it said \\x1b[31m")
 
 
+@on_every_transport
 def test_a_worker_that_loses_its_server_again_and_again_keeps_nothing_of_it(run: Run) -> None:
     """Nor does the server of the workers that it lost."""
     server = run.server()

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import cast
 
 import pytest
@@ -29,8 +30,12 @@ from multi_process.transport import peer as peer_module
 from multi_process.transport import process_group, store
 from multi_process.transport.control import ControlConnection
 from multi_process.transport.handshake import FinishedError
+from multi_process.transport.keys import tls_context
 from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError, RunEndedError
 from multi_process.transport.process_group import GroupConnection
+from multi_process.transport.stream import StreamConnection
+from multi_process.transport.tensors import TensorConnection
+from multi_process.transport.wire import Wire
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import ClientReport
 
@@ -39,19 +44,51 @@ NEVER = 1000.0
 """Seconds between signs of life of an end that falls silent."""
 
 
+def wires(keys: Path | None) -> tuple[Wire, Wire]:
+    """The two ends of a connection, a server's and a worker's: in plain text, or with keys."""
+    tls = [None if keys is None else tls_context(keys, is_server) for is_server in (True, False)]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        dialled = socket.create_connection(listener.getsockname())
+        accepted, _ = listener.accept()
+    server, worker = Wire(accepted, tls[0], is_server=True), Wire(dialled, tls[1])
+    with beside(lambda: server.begin(time.monotonic() + 60)):
+        worker.begin(time.monotonic() + 60)
+    return server, worker
+
+
 class Ends:
-    """A server's peer and a worker's, in this process. A gloo group of two takes one thread an end to form."""
+    """A server's peer and a worker's, in this process. A gloo group of two takes one thread an end to form.
+
+    transport: what carries tensors, `tls` for the server's port with keys.
+    """
 
     def __init__(
-        self, server_beat: float, worker_beat: float, silence: float, is_connected: bool, ethernet: str | None
+        self,
+        transport: str,
+        keys: Path,
+        server_beat: float,
+        worker_beat: float,
+        silence: float,
+        is_connected: bool,
+        ethernet: str | None,
     ) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            self.worker_wire = socket.create_connection(listener.getsockname())
-            self.server_wire, _ = listener.accept()
+        used = keys if transport == "tls" else None
+        self.server_wire, self.worker_wire = wires(used)
         self.server_control = ControlConnection(self.server_wire)
         self.worker_control = ControlConnection(self.worker_wire)
-        server_tensors = GroupConnection(self.server_control, SERVER, ethernet, None)
-        worker_tensors = GroupConnection(self.worker_control, WORKER, ethernet, None)
+        server_tensors: TensorConnection
+        worker_tensors: TensorConnection
+        if transport == "gloo":
+            server_tensors = GroupConnection(self.server_control, SERVER, ethernet, None)
+            worker_tensors = GroupConnection(self.worker_control, WORKER, ethernet, None)
+        else:
+
+            def dial() -> Wire:
+                server_end, worker_end = wires(used)
+                server_tensors.attach(server_end)
+                return worker_end
+
+            server_tensors, worker_tensors = StreamConnection(SERVER, None), StreamConnection(WORKER, dial)
         self.server = Peer(self.server_control, server_tensors, SERVER, "worker 1", server_beat, silence)
         self.worker = Peer(self.worker_control, worker_tensors, WORKER, "the server", worker_beat, silence)
         self.server.num_parameters = self.worker.num_parameters = 100_000
@@ -67,8 +104,7 @@ class Ends:
 Connect = Callable[..., Ends]
 
 
-@pytest.fixture
-def connect() -> Iterator[Connect]:
+def connecting(transport: str, keys: Path) -> Iterator[Connect]:
     opened: list[Ends] = []
 
     def build(
@@ -78,12 +114,22 @@ def connect() -> Iterator[Connect]:
         is_connected: bool = True,
         ethernet: str | None = None,
     ) -> Ends:
-        opened.append(Ends(server_beat, worker_beat, silence, is_connected, ethernet))
+        opened.append(Ends(transport, keys, server_beat, worker_beat, silence, is_connected, ethernet))
         return opened[-1]
 
     yield build
     for ends in opened:
         ends.close()
+
+
+@pytest.fixture(params=["gloo", "tcp", "tls"])
+def connect(request: pytest.FixtureRequest, keys: Path) -> Iterator[Connect]:
+    yield from connecting(request.param, keys)
+
+
+@pytest.fixture
+def connect_gloo(keys: Path) -> Iterator[Connect]:
+    yield from connecting("gloo", keys)
 
 
 @contextlib.contextmanager
@@ -240,7 +286,7 @@ def test_a_peer_that_falls_silent_in_the_middle_of_a_message_is_gone(connect: Co
 def test_a_peer_that_leaves_in_the_middle_of_a_message_is_gone(connect: Connect) -> None:
     ends = connect()
     ends.worker_control.send(message="Finish", num_bytes=100)
-    ends.worker_wire.shutdown(socket.SHUT_RDWR)
+    ends.worker_wire.end()
     with pytest.raises(PeerLostError, match="the connection was closed"):
         ends.server.receive()
 
@@ -284,7 +330,7 @@ def test_a_worker_is_told_whether_to_join_anew(
 def test_a_peer_that_says_what_is_not_of_the_protocol_is_gone(connect: Connect, content: bytes) -> None:
     """Any other error would end the thread that listens, and nobody would hear that the peer is lost."""
     ends = connect(is_connected=False)
-    ends.worker_wire.sendall(content)
+    ends.worker_wire.send(memoryview(content), time.monotonic() + 60)
     assert isinstance(hear_of_the_end(ends.server), PeerLostError)
 
 
@@ -331,8 +377,8 @@ def test_an_error_of_a_slot_reaches_the_thread_that_receives(connect: Connect) -
     assert ends.worker.lost_reason is None, "the connection itself goes on, so that the server can be told"
 
 
-def test_the_interface_of_the_tensors_can_be_named(connect: Connect) -> None:
-    ends = connect(ethernet="lo")
+def test_the_interface_of_the_tensors_can_be_named(connect_gloo: Connect) -> None:
+    ends = connect_gloo(ethernet="lo")
     ends.server.send(Finish())
     assert isinstance(ends.worker.receive(), Finish)
 
@@ -345,26 +391,36 @@ def test_no_group_is_formed_with_who_is_gone(connect: Connect) -> None:
 
 
 def test_a_peer_that_does_not_answer_is_not_waited_for_in_vain(
-    connect: Connect, monkeypatch: pytest.MonkeyPatch
+    connect_gloo: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(peer_module, "FORMATION_SECONDS", 0.5)
     monkeypatch.setattr(process_group, "FORMATION_SECONDS", 0.5)
     monkeypatch.setattr(store, "WAIT_SECONDS", 0.5)
-    ends = connect(is_connected=False)
-    with pytest.raises(
-        ConnectionError, match=r"could be formed .*; check --ethernet"
-    ):
+    ends = connect_gloo(is_connected=False)
+    with pytest.raises(ConnectionError, match=r"could be formed .*; check --ethernet"):
         ends.server.connect()
 
 
-def test_who_leaves_while_the_group_is_formed_is_not_waited_for(connect: Connect) -> None:
-    ends = connect(is_connected=False)
+def test_who_leaves_while_the_group_is_formed_is_not_waited_for(connect_gloo: Connect) -> None:
+    ends = connect_gloo(is_connected=False)
     with beside(lambda: ends.server.connect()) as errors:
         store = cast(GroupConnection, ends.worker._tensors).store
         while not store.check(["gloo/0/0"]):  # the server has said at which address it listens
             time.sleep(0.01)
         ends.worker.close("over")
     assert isinstance(errors[0], PeerLostError)
+
+
+def test_signs_of_life_come_through_while_a_large_message_is_stuck(connect: Connect) -> None:
+    """100 MB may take minutes on a slow line; whoever sends them must not be taken for dead meanwhile."""
+    ends = connect(silence=1.0)
+    ends.server.num_parameters = 13_000_000
+    ends.worker.send(PartialSum(1, 1, [REPORT], torch.zeros(13_000_000, dtype=torch.int64)))
+    started = time.monotonic()
+    while time.monotonic() < started + 2.0:  # nobody receives it, and the silence that counts as death goes by twice
+        time.sleep(0.05)
+        assert ends.server.lost_reason is None
+    assert isinstance(ends.server.receive(), PartialSum)
 
 
 def test_the_last_sign_of_life_is_known(connect: Connect) -> None:

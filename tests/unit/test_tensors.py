@@ -28,6 +28,7 @@ from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError
 from multi_process.transport.process_group import GroupConnection
 from multi_process.transport.store import MAX_KEYS
 from multi_process.transport.tensors import TensorConnection, TransferError
+from multi_process.transport.wire import Wire
 from perfedavg.engine.tasks import ClientReport
 
 NUM_STRANGERS = 1500
@@ -55,8 +56,8 @@ class Ends:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.worker_wire = socket.create_connection(listener.getsockname())
             server_wire, _ = listener.accept()
-        self.worker_control = ControlConnection(self.worker_wire)
-        self.server = group_peer(ControlConnection(server_wire), SERVER, "worker 1", silence)
+        self.worker_control = ControlConnection(Wire(self.worker_wire))
+        self.server = group_peer(ControlConnection(Wire(server_wire)), SERVER, "worker 1", silence)
         self.worker = group_peer(self.worker_control, WORKER, "the server", silence)
         self.server.num_parameters = self.worker.num_parameters = NUM_PARAMETERS
 
