@@ -1,6 +1,8 @@
 """The fault matrix: which process, which signal, at which point of which phase, and what it costs.
 
-python benchmarks/faults.py [--rows TEXT | --write docs/guarantees.md]
+python benchmarks/faults.py [--rows TEXT | --write docs/guarantees.md] [-- FLAGS of server and workers]
+
+The flags may be --backend tcp or --keys FOLDER, which send everything over the server's port.
 
 Each row is a run of real processes, a server and two workers, forked as quick_start.py forks them, with one fault
 planted at an exact point (`planted_fault.py`). Every row must end with the model, the metrics and the scores of the
@@ -21,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,10 +157,11 @@ Launch = Callable[[str, Path, list[str], IO[bytes]], Process]
 class Processes:
     """The processes of one run, each with its standard error in a file of its own."""
 
-    def __init__(self, folder: Path, launch: Launch, experiment: list[str]) -> None:
+    def __init__(self, folder: Path, launch: Launch, experiment: list[str], network: Sequence[str]) -> None:
         self._folder = folder
         self._launch = launch
         self._experiment = experiment
+        self._network = network
         self._held, self.port = hold_free_port()
         self.run_dir = folder / "run"
         self.note = folder / "struck"
@@ -166,7 +169,7 @@ class Processes:
 
     def start(self, name: str, row: Row | None = None, resume: bool = False) -> None:
         """Start `server`, `worker 1` or `worker 2`, with the row's fault planted in it."""
-        address = ["--port", str(self.port)]
+        address = ["--port", str(self.port), *self._network]
         if name == "server":
             run = ["--resume", str(self.run_dir)] if resume else ["--run_dir", str(self.run_dir), *self._experiment]
             limits = ["--worker_timeout_seconds", str(SILENCE_SECONDS), "--worker_wait_seconds", "60"]
@@ -210,32 +213,41 @@ class Processes:
 
 @contextmanager
 def processes_in(
-    folder: Path, launch: Launch = ForkedProcess, experiment: list[str] = EXPERIMENT
+    folder: Path, launch: Launch = ForkedProcess, experiment: list[str] = EXPERIMENT, network: Sequence[str] = ()
 ) -> Iterator[Processes]:
     folder.mkdir(parents=True)
-    processes = Processes(folder, launch, experiment)
+    processes = Processes(folder, launch, experiment, network)
     try:
         yield processes
     finally:
         processes.end()
 
 
-def run_undisturbed(folder: Path, launch: Launch = ForkedProcess, experiment: list[str] = EXPERIMENT) -> Result:
-    return _run(folder, launch, experiment, None)
+def run_undisturbed(
+    folder: Path, launch: Launch = ForkedProcess, experiment: list[str] = EXPERIMENT, network: Sequence[str] = ()
+) -> Result:
+    return _run(folder, launch, experiment, network, None)
 
 
-def run_row(row: Row, folder: Path, launch: Launch = ForkedProcess, experiment: list[str] = EXPERIMENT) -> Result:
+def run_row(
+    row: Row,
+    folder: Path,
+    launch: Launch = ForkedProcess,
+    experiment: list[str] = EXPERIMENT,
+    network: Sequence[str] = (),
+) -> Result:
     """Run with the row's fault, and see to it that every process that should end well does.
 
     experiment: flags of it; it needs the phases, rounds and evaluations that the rows name.
+    network: flags of the server and of each worker.
 
     Raises AssertionError, with what the processes said, where one does not.
     """
-    return _run(folder, launch, experiment, row)
+    return _run(folder, launch, experiment, network, row)
 
 
-def _run(folder: Path, launch: Launch, experiment: list[str], row: Row | None) -> Result:
-    with processes_in(folder, launch, experiment) as processes:
+def _run(folder: Path, launch: Launch, experiment: list[str], network: Sequence[str], row: Row | None) -> Result:
+    with processes_in(folder, launch, experiment, network) as processes:
         started = time.monotonic()
         struck = None if row is None else ("server" if row.process == "server" else "worker 2")
         for name in ("server", "worker 1", "worker 2"):
@@ -308,6 +320,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="", metavar="TEXT", help="only rows whose name contains TEXT (default: all)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="a page that takes in the table of all rows")
+    parser.add_argument("network", nargs="*", metavar="-- FLAG", help="of the server and its workers")
     args = parser.parse_args()
     if args.write and (args.rows or BEGIN not in args.write.read_text()):
         parser.error(f"--write {args.write}: it takes all rows, and a page with the line {BEGIN.strip()}")
@@ -316,12 +329,12 @@ def main() -> None:
     load(load_everything)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        undisturbed = [run_undisturbed(folder / f"undisturbed {number}") for number in range(3)]
+        undisturbed = [run_undisturbed(folder / f"undisturbed {number}", network=args.network) for number in range(3)]
         normal_s = statistics.median(result.seconds for result in undisturbed)
         print(f"undisturbed: {normal_s:.1f} s from the first process to the last, start-up included\n\n{HEADER}")
         lines, summary = [], []
         for number, row in enumerate(rows):
-            result = run_row(row, folder / str(number))
+            result = run_row(row, folder / str(number), network=args.network)
             lost_s, same = result.seconds - normal_s, is_same(result, undisturbed[0])
             lines.append(line_of(row, result, lost_s, same))
             print(lines[-1], flush=True)

@@ -18,13 +18,14 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 HOSTS = ("alpha", "beta", "gamma")
 _CLONE_NEWNET = 0x40000000
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 _MAX_PACKET_BYTES = 65536
+_ETH_P_ALL, _SO_RCVBUFFORCE = 0x0003, 33
 _BURST = "32kb"
 """That a slow cable lets through at once."""
 
@@ -93,6 +94,45 @@ class Lan:
             drop = f'iifname "eth0" numgen random mod 100 < {percent} drop'
             rules = f"table inet lossy {{\nchain input {{\ntype filter hook input priority 0;\n{drop}\n}}\n}}\n"
             run("ip", "netns", "exec", namespace, "nft", "-f", "-", text=rules)
+
+    @contextlib.contextmanager
+    def only_port(self, port: int) -> Iterator[None]:
+        """Within the block, drop everything between the hosts but TCP to and from this port of the first one."""
+        server, *others = self._namespaces.values()
+        rules = {server: f"tcp dport != {port} drop", **dict.fromkeys(others, f"tcp sport != {port} drop")}
+        for namespace, rule in rules.items():
+            chain = f'type filter hook input priority 0;\niifname "eth0" {rule}\niifname "eth0" meta l4proto udp drop'
+            table = f"table inet firewall {{\nchain input {{\n{chain}\n}}\n}}\n"
+            run("ip", "netns", "exec", namespace, "nft", "-f", "-", text=table)
+        try:
+            yield
+        finally:
+            for namespace in rules:
+                run("ip", "netns", "exec", namespace, "nft", "delete", "table", "inet", "firewall")
+
+    @contextlib.contextmanager
+    def overhear(self) -> Iterator[bytearray]:
+        """Within the block, take in every packet that passes the bridge. Yields what has come."""
+        heard = bytearray()
+        listener = _in_namespace(self._switch, _open_packet_socket)
+        listener.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, 2**27)
+        listener.settimeout(0.1)
+        is_over = threading.Event()
+
+        def listen() -> None:
+            while not is_over.is_set():
+                with contextlib.suppress(TimeoutError):
+                    while True:
+                        heard.extend(listener.recv(_MAX_PACKET_BYTES + 100))
+
+        thread = threading.Thread(target=listen, name="overhear", daemon=True)
+        thread.start()
+        try:
+            yield heard
+        finally:
+            is_over.set()
+            thread.join()
+            listener.close()
 
 
 class LongLan(Lan):
@@ -168,6 +208,10 @@ def _in_namespace(name: str, function: Any) -> Any:
     if not results:
         raise OSError(f"nothing could be done in the network namespace {name}")
     return results[0]
+
+
+def _open_packet_socket() -> socket.socket:
+    return socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
 
 
 def _open_interface() -> int:

@@ -58,11 +58,25 @@ def test_a_fault_changes_nothing_in_the_result(row: Row, undisturbed: Result, tm
     assert_same(run_row(row, tmp_path / "run", launch_fork, LIGHT), undisturbed)
 
 
+def test_a_fault_changes_nothing_with_keys_either(undisturbed: Result, keys: Path, tmp_path: Path) -> None:
+    """Death in the middle of a message that is encrypted and over the server's one port, and another worker in place
+    of the first."""
+    row = Row("worker sending", "fedavg", 1, "SIGKILL", "again")
+    assert_same(run_row(row, tmp_path / "run", launch_fork, LIGHT, ["--keys", str(keys)]), undisturbed)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("row", REST, ids=[row.name for row in REST])
 def test_the_rest_of_the_fault_matrix(row: Row, whole_undisturbed: Result, tmp_path: Path) -> None:
     """With the experiment of benchmarks/faults.py, which leaves every struck process the time to come back."""
     assert_same(run_row(row, tmp_path / "run", launch_fork), whole_undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", MATRIX, ids=[row.name for row in MATRIX])
+def test_the_fault_matrix_with_keys(row: Row, whole_undisturbed: Result, keys: Path, tmp_path: Path) -> None:
+    network = ["--keys", str(keys)]
+    assert_same(run_row(row, tmp_path / "run", launch_fork, network=network), whole_undisturbed)
 
 
 KEEPING = [*LIGHT, "--method", "ditto"]

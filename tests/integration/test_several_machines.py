@@ -66,9 +66,18 @@ def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Job:
     """A server on the first host and a worker on each other one."""
 
-    def __init__(self, launched: Launched, lan: Lan, run_dir: Path, *flags: str, server_wait: int = 60) -> None:
+    def __init__(
+        self,
+        launched: Launched,
+        lan: Lan,
+        run_dir: Path,
+        *flags: str,
+        server_wait: int = 60,
+        keys: Path | None = None,
+    ) -> None:
         self._run_dir = run_dir
-        where = ("--ip", lan.address["alpha"], "--port", PORT)
+        where: tuple[str | Path, ...] = ("--ip", lan.address["alpha"], "--port", PORT)
+        where += () if keys is None else ("--keys", keys)
         words = ("server.py", *where, *FLAGS, "--run_dir", run_dir, *flags)
         self.server = launched.start(*words, network_namespace=lan.namespace("alpha"))
         self.workers = {
@@ -116,6 +125,34 @@ def test_three_hosts_train_the_model_of_one_process(launched: Launched, lan: Lan
         assert status == 0, errors
 
 
+def spoken_text(run_dir: Path) -> list[bytes]:
+    """Words of the control messages, and pieces of the final model, which the workers were given to score with."""
+    content = (run_dir / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    weights = content[8 + size :]
+    places = range(0, len(weights) - 64, len(weights) // 20)
+    return [b"personalized-fedavg", b'"message"', b'"control"', *(weights[place : place + 64] for place in places)]
+
+
+@pytest.mark.parametrize("with_keys", [False, True], ids=["plain", "keys"])
+def test_the_servers_port_is_all_that_must_be_open_and_with_keys_nobody_reads_along(
+    launched: Launched, lan: Lan, digest: str, keys: Path, tmp_path: Path, with_keys: bool
+) -> None:
+    """Without keys the same words are seen, so it is no fault of the listening that they are not with them."""
+    if shutil.which("nft") is None:
+        pytest.skip("a firewall needs the command nft (nftables)")
+    with lan.only_port(int(PORT)), lan.overhear() as heard:
+        job = Job(launched, lan, tmp_path / "run", keys=keys if with_keys else None)
+        assert job.result() == digest
+        for worker in job.workers.values():
+            status, _, errors = finish(worker)
+            assert status == 0, errors
+    assert job.log().count("tensors go over --port") == (0 if with_keys else 2)
+    is_heard = [text in heard for text in spoken_text(tmp_path / "run")]
+    assert len(heard) > 1_000_000
+    assert not any(is_heard) if with_keys else all(is_heard[:3]) and any(is_heard[3:])
+
+
 def test_a_host_that_is_cut_off_for_good_is_done_without(
     launched: Launched, lan: Lan, digest: str, tmp_path: Path
 ) -> None:
@@ -135,9 +172,24 @@ def test_a_host_that_is_cut_off_for_good_is_done_without(
     assert status == 0, errors
 
 
-def test_an_outage_below_the_timeout_loses_nobody(launched: Launched, lan: Lan, digest: str, tmp_path: Path) -> None:
+ON_EACH_TRANSPORT = pytest.mark.parametrize(
+    "transport",
+    ["gloo", pytest.param("tcp", marks=pytest.mark.slow), pytest.param("keys", marks=pytest.mark.slow)],
+)
+
+
+def transport_of(name: str, keys: Path) -> tuple[list[str], Path | None]:
+    """The server's flags for a transport, and the folder of keys, where it has some."""
+    return ([], keys) if name == "keys" else (["--backend", name], None)
+
+
+@ON_EACH_TRANSPORT
+def test_an_outage_below_the_timeout_loses_nobody(
+    launched: Launched, lan: Lan, digest: str, keys: Path, tmp_path: Path, transport: str
+) -> None:
     """A cable that is plugged in again at once must not cost a worker."""
-    job = Job(launched, lan, tmp_path / "run", "--worker_timeout_seconds", "15")
+    flags, used = transport_of(transport, keys)
+    job = Job(launched, lan, tmp_path / "run", "--worker_timeout_seconds", "15", *flags, keys=used)
     wait_for_line(job.server, MIDDLE)
     lan.unplug("gamma")
     time.sleep(2)  # the length of the outage
@@ -150,11 +202,13 @@ def test_an_outage_below_the_timeout_loses_nobody(launched: Launched, lan: Lan, 
     assert "lost worker" not in job.log()
 
 
+@ON_EACH_TRANSPORT
 def test_after_an_outage_above_the_timeout_all_join_anew(
-    launched: Launched, lan: Lan, digest: str, tmp_path: Path
+    launched: Launched, lan: Lan, digest: str, keys: Path, tmp_path: Path, transport: str
 ) -> None:
     """The server's own cable: it loses all its workers, waits, and goes on with them in the middle of the round."""
-    job = Job(launched, lan, tmp_path / "run", "--worker_timeout_seconds", str(TIMEOUT_SECONDS))
+    flags, used = transport_of(transport, keys)
+    job = Job(launched, lan, tmp_path / "run", "--worker_timeout_seconds", str(TIMEOUT_SECONDS), *flags, keys=used)
     wait_for_line(job.server, MIDDLE)
     lan.unplug("alpha")
     wait_for_line(job.server, "; 0 left")
