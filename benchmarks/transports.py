@@ -110,11 +110,11 @@ def curve(keys: Path) -> Measured:
     del keys  # CURVE's are of another kind
     context = zmq.Context()
     end = context.socket(zmq.PAIR)
-    end.curve_publickey, end.curve_secretkey = zmq.curve_keypair()
+    public_key, end.curve_secretkey = zmq.curve_keypair()
     end.curve_server = True
     port = end.bind_to_random_port("tcp://127.0.0.1")
     monitor = end.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-    other = _start(_curve_sender, port, end.curve_publickey)
+    other = _start(_curve_sender, port, public_key)
     seconds = []
     for _ in range(NUM_MESSAGES + 1):
         started = time.perf_counter()
@@ -138,9 +138,9 @@ def _curve_sender(port: int, server_key: bytes) -> None:
     end.curve_serverkey = server_key
     end.curve_publickey, end.curve_secretkey = zmq.curve_keypair()
     end.connect(f"tcp://127.0.0.1:{port}")
-    content = torch.zeros(NUM_BYTES, dtype=torch.int8).numpy()
+    content: Any = torch.zeros(NUM_BYTES, dtype=torch.int8).numpy()
     while end.recv():
-        end.send(memoryview(content), copy=False)
+        end.send(content, copy=False)
 
 
 def _start(body: Callable[..., None], *arguments: Any) -> BaseProcess:

@@ -107,6 +107,11 @@ class Connection:
         absent="plain text",
     )
 
+    @property
+    def needs_more_ports(self) -> bool:
+        """Whether gloo's own ports have to be open too."""
+        return self.backend in ("gloo", "nccl")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Network(Connection):

@@ -197,11 +197,14 @@ def look_at_ports(
             assert machine.session is not None
             assert ip is not None
             try:
-                fault = explain(machine.session, try_ports(machine.session, ip, args.port, tensor_port), ip, args.port)
+                reach = try_ports(machine.session, ip, args.port, tensor_port if args.needs_more_ports else None)
+                fault = explain(machine.session, reach, ip, args.port)
             except HostError as error:
                 fault = error
             if fault is None:
-                machine.facts["ports"] = f"{ip}:{args.port} and those for tensors are reached"
+                machine.facts["ports"] = (
+                    f"{ip}:{args.port} {'and those for tensors are' if args.needs_more_ports else 'is'} reached"
+                )
             else:
                 machine.faults["ports"] = str(fault).removeprefix(f"{machine.name}: ")
 

@@ -66,15 +66,18 @@ def _answer(listener: socket.socket) -> None:
             connection.sendall(connection.recv(1024)[::-1])
 
 
-def try_ports(session: Session, ip: str, port: int, tensor_port: int) -> Reach:
+def try_ports(session: Session, ip: str, port: int, tensor_port: int | None) -> Reach:
     """Try what a worker there will need.
 
-    ip, port, tensor_port: of this machine, where `answering` answers.  Raises HostError.
+    ip, port, tensor_port: of this machine, where `answering` answers. No tensor_port: none but the server's is needed.
+    Raises HostError.
     """
     answer = _connect_there(session, ip, port)
     own = answer["own"]
     if own is None:
         return Reach(answer["reason"], None, None)
+    if tensor_port is None:
+        return Reach(None, None, own)
     if _is_higher(own, ip):
         tensors = _connect_there(session, ip, tensor_port)
         return Reach(None, None if tensors["own"] else tensors["reason"], own)
@@ -120,6 +123,7 @@ def explain(session: Session, reach: Reach, ip: str, port: int) -> HostError | N
         return HostError(
             host,
             f"{first} does not reach the ports that {second} picks for tensors ({reach.tensors})",
-            "open those of /proc/sys/net/ipv4/ip_local_port_range there (docs/several-machines.md, Firewalls)",
+            "open those of /proc/sys/net/ipv4/ip_local_port_range there (docs/several-machines.md, Firewalls), or "
+            "leave --backend out",
         )
     return None

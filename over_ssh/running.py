@@ -95,7 +95,7 @@ def prepare_all(
 
         def try_one(host: PreparedHost) -> PreparedHost | HostError:
             try:
-                reach = try_ports(host.session, ip, args.port, tensor_port)
+                reach = try_ports(host.session, ip, args.port, tensor_port if args.needs_more_ports else None)
             except HostError as error:
                 return error
             return explain(host.session, reach, ip, args.port) or host
