@@ -16,6 +16,7 @@ OWN |= {
     "server",
     "client_worker",
     "server_or_worker",
+    "make_keys",
     "single_process",
     "quick_start",
     "reproduce",
@@ -66,7 +67,7 @@ ROOMS = (
 COMPUTE_LATER = ("methods", "metrics")
 """Rooms whose modules are settings when they are imported, and import what they compute with when they compute."""
 MOST_MODULES = 12
-MOST_AT_ROOT = 13
+MOST_AT_ROOT = 14
 """Entry points, one for each thing that people do, and the two modules that all of them share."""
 ENTRY_POINTS_INSIDE = {ROOT / "datasets" / "describe.py", ROOT / "perfedavg" / "__init__.py"}
 """They import what lies above their package: the first when it is run, the second for those who import it."""
