@@ -96,12 +96,17 @@ class Lan:
             run("ip", "netns", "exec", namespace, "nft", "-f", "-", text=rules)
 
     @contextlib.contextmanager
-    def only_port(self, port: int) -> Iterator[None]:
-        """Within the block, drop everything between the hosts but TCP to and from this port of the first one."""
+    def only_port(self, port: int, of_others: int = 0) -> Iterator[None]:
+        """Within the block, drop everything between the hosts but TCP to and from this port of the first one.
+
+        of_others: a port of the others that stays open too.
+        """
         server, *others = self._namespaces.values()
-        rules = {server: f"tcp dport != {port} drop", **dict.fromkeys(others, f"tcp sport != {port} drop")}
-        for namespace, rule in rules.items():
-            chain = f'type filter hook input priority 0;\niifname "eth0" {rule}\niifname "eth0" meta l4proto udp drop'
+        rules = {server: (f"tcp sport {of_others} accept", f"tcp dport != {port} drop")}
+        rules |= dict.fromkeys(others, (f"tcp dport {of_others} accept", f"tcp sport != {port} drop"))
+        for namespace, words in rules.items():
+            each = "".join(f'iifname "eth0" {rule}\n' for rule in (*words, "meta l4proto udp drop"))
+            chain = f"type filter hook input priority 0;\n{each}"
             table = f"table inet firewall {{\nchain input {{\n{chain}\n}}\n}}\n"
             run("ip", "netns", "exec", namespace, "nft", "-f", "-", text=table)
         try:

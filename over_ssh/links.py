@@ -3,35 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from over_ssh.hosts_file import Host
 from over_ssh.logs import WorkerLogs
 from over_ssh.preparing import PreparedHost, Wanted, new_session, prepare
 from over_ssh.session import HostError, Session
+from over_ssh.tasks import Task
 from perfedavg.terminal.console import say
 
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 30.0
 """Between two attempts to reach a lost host, at first and at last; doubled each time."""
 JOIN_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a host is to do.
-
-    workers: by their names on that host, their flags.  ranks: by the same names.
-    environment: variables that its processes get; where secrets stand.
-    silence_seconds: after which the host and this machine take each other for lost.
-    """
-
-    host: Host
-    workers: Mapping[str, Sequence[str]]
-    ranks: Mapping[str, int]
-    environment: Mapping[str, str]
-    silence_seconds: float
 
 
 class HostLink:
@@ -116,7 +99,7 @@ class HostLink:
         self.is_following = True
         where = {"python": prepared.python, "code": prepared.code, "folder": prepared.folder}
         session.ask("start", environment=task.environment, **where)
-        session.send({"workers": task.workers, "silence_seconds": task.silence_seconds})
+        session.send({"workers": task.workers, "keys": task.keys, "silence_seconds": task.silence_seconds})
         for fields in session.lines():
             if "output" in fields:
                 self._logs.add(self._log_name(fields["worker"]), fields["output"])

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import utils
 from launch.flags import ROOT, restart_command, to_argv
-from launch.settings import Cluster, Server, Worker
+from launch.settings import Cluster, Server
 from over_ssh.addresses import choose_address
 from over_ssh.check import check
 from over_ssh.hosts_file import Host, read_hosts
-from over_ssh.links import HostLink, Task
+from over_ssh.links import HostLink
 from over_ssh.logs import WorkerLogs
 from over_ssh.parallel import LOOK_SECONDS, StoppedError, in_parallel
 from over_ssh.ports import answering, explain, try_ports
 from over_ssh.preparing import PreparedHost, Wanted, new_session, prepare
 from over_ssh.session import HostError, Session, close_all
+from over_ssh.tasks import RunKeys, keys_of_workers, make_tasks, secrets_of_run
 from perfedavg.machine.processes import SERVER, TERMINATE_SECONDS, LocalProcesses, SignalWatch
 from perfedavg.recording.folders import make_default_folder, remove_empty
 from perfedavg.recording.runs import CONFIG_FILE
 from perfedavg.terminal.console import command_line, say
 from perfedavg.terminal.entry_point import EXIT_BAD_INPUT
 
-TOKEN_VARIABLE = "PERFEDAVG_TOKEN"
 BEATS = 4
 """Signs of life within the silence that counts as death."""
 MAX_BEAT_SECONDS = 1.0
@@ -58,11 +56,14 @@ def run(args: Cluster) -> int:
 def _run_with(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
     wanted = Wanted.by(args.experiment)
     with contextlib.ExitStack() as stack:
+        keys = stack.enter_context(RunKeys(args, hosts))
         sessions: list[Session] = []
         stack.callback(close_all, sessions)
         prepared, args = prepare_all(args, hosts, wanted, sessions, signals)
+        args = replace(args, keys=keys.folder())
         num_workers = sum(host.slots for host in hosts)
-        say(f"{len(hosts)} host(s) for {num_workers} worker(s) are ready; they reach this machine as {args.ip}")
+        how = "in plain text" if args.keys is None else "encrypted"
+        say(f"{len(hosts)} host(s) for {num_workers} worker(s) are ready; they reach {args.ip}:{args.port}, {how}")
         return _run_on(args, wanted, prepared, signals)
 
 
@@ -124,7 +125,7 @@ def _run_on(args: Cluster, wanted: Wanted, prepared: Sequence[PreparedHost], sig
     environment = secrets_of_run(args)
     os.environ.update(environment)
     logs = WorkerLogs(folder, resumes=args.resume is not None)
-    tasks = list(make_tasks(args, [host.session.host for host in prepared], environment))
+    tasks = list(make_tasks(args, [host.session.host for host in prepared], environment, keys_of_workers(args.keys)))
     links = [HostLink(task, wanted, host, logs, signals.wake) for task, host in zip(tasks, prepared, strict=True)]
     try:
         with LocalProcesses(EXIT_BAD_INPUT) as processes:
@@ -173,33 +174,3 @@ def _wait_for(links: Sequence[HostLink], silence_seconds: float) -> None:
     for link in links:
         if not link.is_stopped_within(max(0.0, deadline - time.monotonic())):
             say(f"{link.task.host.name} does not answer; what runs there ends by itself within {silence_seconds:.0f} s")
-
-
-def make_tasks(args: Cluster, hosts: Sequence[Host], environment: dict[str, str]) -> Iterator[Task]:
-    """What each host is to do. Ranks count from 1, in the order of the hosts."""
-    rank, world_size = 0, sum(host.slots for host in hosts) + 1
-    for host in hosts:
-        workers, ranks = {}, {}
-        for slot in range(host.slots):
-            rank += 1
-            own = {
-                "rank": rank,
-                "world_size": world_size,
-                "device": host.device_of(slot) or args.device,
-                "data_root": host.data_root or args.data_root,
-                "ethernet": host.ethernet or args.ethernet,
-            }
-            name = f"worker {rank}"
-            workers[name] = to_argv(replace(args, token_file=None), Worker, **own)
-            ranks[name] = rank
-        yield Task(host, workers, ranks, environment, args.worker_timeout_seconds)
-
-
-def secrets_of_run(args: Cluster) -> dict[str, str]:
-    """Variables with what the run's processes share and nobody else is to know; ssh brings it to the hosts.
-
-    A token: that of --token_file or the environment, or else a fresh one.
-    """
-    if args.token_file is not None:
-        return {TOKEN_VARIABLE: Path(args.token_file).read_text(encoding="utf-8").strip()}
-    return {TOKEN_VARIABLE: os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(32)}

@@ -207,6 +207,15 @@ def read_result(run_dir: Path) -> dict[str, Any]:
     return result
 
 
+def spoken_text(run_dir: Path) -> list[bytes]:
+    """Words of the control messages, and pieces of the final model, which the workers were given to score with."""
+    content = (run_dir / "model.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    weights = content[8 + size :]
+    places = range(0, len(weights) - 64, len(weights) // 20)
+    return [b"personalized-fedavg", b'"message"', b'"control"', *(weights[place : place + 64] for place in places)]
+
+
 def write_idx(path: Path, array: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
     """An IDX file of unsigned bytes: two zero bytes, the type (8), the number of dimensions, each size, the data."""
     path.parent.mkdir(parents=True, exist_ok=True)

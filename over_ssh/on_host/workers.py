@@ -6,12 +6,15 @@ stop, the workers are ended. Standard output takes what the workers print and wh
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import select
 import sys
+import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +52,12 @@ def main() -> None:
     def print_output(name: str, content: bytes) -> None:
         outlet.put({"worker": name, "output": content.decode(errors="surrogateescape")})
 
-    with LocalProcesses(EXIT_BAD_INPUT, lambda line: outlet.put({"said": line}), print_output) as processes:
+    with (
+        folder_of(task["keys"]) as keys,
+        LocalProcesses(EXIT_BAD_INPUT, lambda line: outlet.put({"said": line}), print_output) as processes,
+    ):
         for name, argv in task["workers"].items():
-            processes.start(name, script, argv, shows_output=False)
+            processes.start(name, script, [*argv, *keys], shows_output=False)
         status = processes.wait(signals, look, LOOK_SECONDS)
     if not signals.received:
         outlet.put({"ended": status})
@@ -59,6 +65,21 @@ def main() -> None:
     while not outlet.is_empty and time.monotonic() < deadline:
         outlet.flush(deadline - time.monotonic())
     end_process(status)
+
+
+@contextlib.contextmanager
+def folder_of(keys: Mapping[str, str]) -> Iterator[list[str]]:
+    """The flag of a worker that names a folder with these keys, for this user alone, which is gone at the end.
+
+    keys: by the names of their files; empty for no folder and no flag.
+    """
+    if not keys:
+        yield []
+        return
+    with tempfile.TemporaryDirectory(prefix="perfedavg-keys-") as folder:
+        for name, text in keys.items():
+            Path(folder, name).write_text(text, encoding="utf-8")
+        yield ["--keys", folder]
 
 
 class Outlet:

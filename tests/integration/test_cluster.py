@@ -43,10 +43,11 @@ def path(tmp_path: Path) -> Iterator[str]:
 
 def start(launched: Launched, path: str, folder: Path, hosts: str, *flags: str) -> Process:
     (folder / "hosts.txt").write_text(hosts)
+    (folder / "temporary").mkdir()
     return launched.start(
         *("cluster.py", "--hosts", folder / "hosts.txt", "--run_dir", folder / "run", "--device", "cpu"),
         *("--ip", "127.0.0.1", "--port", str(free_port()), *TINY, *flags),
-        env={**os.environ, "PATH": path},
+        env={**os.environ, "PATH": path, "TMPDIR": str(folder / "temporary")},
     )
 
 
@@ -61,6 +62,7 @@ def test_a_killed_host_comes_back_and_the_model_is_that_of_one_process(
     flags = ("--rounds", "20")
     single = launched.start("single_process.py", *TINY, *flags, "--run_dir", tmp_path / "single")
     process = start(launched, path, tmp_path, "beta slots=2\nlocalhost\n", *flags)
+    wait_for_line(process, ", encrypted")
     wait_for_line(process, "FedAvg round 2/20")
     (beta,) = [pid for pid in children_of(process.pid) if len(descendants_of(pid)) == 2]
     os.kill(beta, signal.SIGKILL)
@@ -88,6 +90,7 @@ def test_a_signal_ends_everything(launched: Launched, path: str, tmp_path: Path)
     assert "stopped by SIGINT" in errors
     for pid in processes:
         assert_ended(pid)
+    assert list((tmp_path / "temporary").iterdir()) == [], "the keys of a run are gone with it"
 
 
 def test_the_check_says_in_ten_lines_what_will_work(launched: Launched, path: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, Process, assert_one_clear_line, finish, read_result, wait_for_line
+from helpers import TINY, Launched, Process, assert_one_clear_line, finish, read_result, spoken_text, wait_for_line
 from ssh_hosts import SshHosts, lan_or_skip, ssh_hosts_or_skip
 
 from benchmarks.lan import HOSTS, Lan, run
@@ -91,6 +91,21 @@ def test_one_command_trains_the_model_of_one_process(
     assert len(copies) == 1, "gamma has no folder of this project, and got a copy"
     assert f"worker 3: joined {hosts.lan.address['alpha']}:3002" in logs["gamma-3.log"]
     wait_until_empty(hosts)
+
+
+def test_one_port_is_all_that_must_be_open_and_nobody_reads_along(
+    hosts: SshHosts, launched: Launched, digest: str, tmp_path: Path
+) -> None:
+    """But that of ssh. The keys are made for the run, and are nowhere afterwards."""
+    if shutil.which("nft") is None:
+        pytest.skip("needs the command nft (nftables)")
+    with hosts.lan.only_port(3002, of_others=22), hosts.lan.overhear() as heard:
+        status, _, errors = finish(start(hosts, launched, tmp_path, *FLAGS))
+    assert status == 0, errors
+    assert f"they reach {hosts.lan.address['alpha']}:3002, encrypted" in errors
+    assert read_result(tmp_path / "run")["model_sha256"] == digest
+    assert len(heard) > 1_000_000
+    assert not any(text in heard for text in spoken_text(tmp_path / "run"))
 
 
 def test_a_firewall_is_a_line_before_anything_is_started(hosts: SshHosts, launched: Launched, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, Launched, assert_one_clear_line, finish, read_result, wait_for_line
+from helpers import ROOT, TINY, Launched, assert_one_clear_line, finish, read_result, spoken_text, wait_for_line
 
 from benchmarks.lan import HOSTS, Lan
 
@@ -123,15 +123,6 @@ def test_three_hosts_train_the_model_of_one_process(launched: Launched, lan: Lan
     for worker in job.workers.values():
         status, _, errors = finish(worker)
         assert status == 0, errors
-
-
-def spoken_text(run_dir: Path) -> list[bytes]:
-    """Words of the control messages, and pieces of the final model, which the workers were given to score with."""
-    content = (run_dir / "model.safetensors").read_bytes()
-    size = int.from_bytes(content[:8], "little")
-    weights = content[8 + size :]
-    places = range(0, len(weights) - 64, len(weights) // 20)
-    return [b"personalized-fedavg", b'"message"', b'"control"', *(weights[place : place + 64] for place in places)]
 
 
 @pytest.mark.parametrize("with_keys", [False, True], ids=["plain", "keys"])

@@ -20,8 +20,8 @@ from over_ssh import addresses, preparing
 from over_ssh.hosts_file import Host
 from over_ssh.logs import WorkerLogs
 from over_ssh.preparing import Wanted, prepare
-from over_ssh.running import make_tasks
 from over_ssh.session import HostError, Session, command_of, remote_command
+from over_ssh.tasks import make_tasks
 from over_ssh.tree import Tree, own_tree, project_tree
 from utils import get_args
 
@@ -221,15 +221,15 @@ def test_each_worker_gets_a_rank_and_what_its_host_has(tmp_path: Path) -> None:
     argv = ["--hosts", str(tmp_path / "hosts"), "--ip", "10.0.0.1", "--port", "4000", "--device", "cpu", "--seed", "3"]
     args = get_args("cluster", [*argv, "--token_file", str(tmp_path / "token"), "--join_timeout_seconds", "77"])
     hosts = [Host("beta"), Host("gamma", 2, "cuda:0,cuda:1", "~/my data", ethernet="ib0")]
-    first, second = make_tasks(args, hosts, {"PERFEDAVG_TOKEN": "secret"})
+    first, second = make_tasks(args, hosts, {"PERFEDAVG_TOKEN": "secret"}, {"worker.key": "secret"})
     assert list(first.workers) == ["worker 1"]
     assert dict(second.ranks) == {"worker 2": 2, "worker 3": 3}
     assert "secret" not in json.dumps([*first.workers.values(), *second.workers.values()])
     workers = [get_args("worker", words) for words in (*first.workers.values(), *second.workers.values())]
     assert [worker.rank for worker in workers] == [1, 2, 3]
     assert [worker.device for worker in workers] == ["cpu", "cuda:0", "cuda:1"]
-    assert {(worker.ip, worker.port, worker.world_size, worker.token_file) for worker in workers} == {
-        ("10.0.0.1", 4000, 4, None)
+    assert {(worker.ip, worker.port, worker.world_size, worker.token_file, worker.keys) for worker in workers} == {
+        ("10.0.0.1", 4000, 4, None, None)
     }
     assert workers[0].data_root == args.data_root
     assert workers[1].data_root == Path(os.path.expanduser("~/my data"))
