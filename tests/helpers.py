@@ -202,6 +202,14 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+def digest_in_one_process(flags: Sequence[str], run_dir: Path) -> str:
+    """Of the model that single_process.py gives."""
+    with Launched() as launched:
+        status, _, errors = finish(launched.start("single_process.py", *flags, "--run_dir", run_dir))
+    assert status == 0, errors
+    return str(read_result(run_dir)["model_sha256"])
+
+
 def read_result(run_dir: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
     return result

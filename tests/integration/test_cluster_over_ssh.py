@@ -10,7 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, Process, assert_one_clear_line, finish, read_result, spoken_text, wait_for_line
+from helpers import (
+    TINY,
+    Launched,
+    Process,
+    assert_one_clear_line,
+    digest_in_one_process,
+    finish,
+    read_result,
+    spoken_text,
+    wait_for_line,
+)
 from ssh_hosts import SshHosts, lan_or_skip, ssh_hosts_or_skip
 
 from benchmarks.lan import HOSTS, Lan, run
@@ -50,11 +60,7 @@ def hosts(servers: SshHosts) -> Iterator[SshHosts]:
 @pytest.fixture(scope="module")
 def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of the model that the experiment gives in one process."""
-    run_dir = tmp_path_factory.mktemp("single") / "run"
-    with Launched() as launched:
-        status, _, errors = finish(launched.start("single_process.py", *FLAGS, "--run_dir", run_dir))
-    assert status == 0, errors
-    return str(read_result(run_dir)["model_sha256"])
+    return digest_in_one_process(FLAGS, tmp_path_factory.mktemp("single") / "run")
 
 
 def start(hosts: SshHosts, launched: Launched, folder: Path, *flags: str) -> Process:

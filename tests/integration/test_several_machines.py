@@ -5,19 +5,27 @@ A network namespace stands for a machine, a port of a bridge for its cable. The 
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import socket
 import struct
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, Launched, assert_one_clear_line, finish, read_result, spoken_text, wait_for_line
+from helpers import (
+    ROOT,
+    TINY,
+    Launched,
+    assert_one_clear_line,
+    digest_in_one_process,
+    finish,
+    read_result,
+    spoken_text,
+    wait_for_line,
+)
+from ssh_hosts import lan_or_skip
 
 from benchmarks.lan import HOSTS, Lan
 
@@ -33,15 +41,7 @@ SLACK_SECONDS = 20
 
 @pytest.fixture(scope="module")
 def wires() -> Iterator[Lan]:
-    if os.geteuid() != 0:
-        pytest.skip("network namespaces need root")
-    if shutil.which("ip") is None:
-        pytest.skip("network namespaces need the command ip (iproute2)")
-    with contextlib.ExitStack() as stack:
-        try:
-            lan = stack.enter_context(Lan())
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"network namespaces are not permitted here: {error.stderr.strip()}")
+    with lan_or_skip() as lan:
         yield lan
 
 
@@ -56,11 +56,7 @@ def lan(wires: Lan) -> Iterator[Lan]:
 @pytest.fixture(scope="module")
 def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of the model that the experiment gives in one process."""
-    run_dir = tmp_path_factory.mktemp("single") / "run"
-    with Launched() as launched:
-        status, _, errors = finish(launched.start("single_process.py", *FLAGS, "--run_dir", run_dir))
-    assert status == 0, errors
-    return str(read_result(run_dir)["model_sha256"])
+    return digest_in_one_process(FLAGS, tmp_path_factory.mktemp("single") / "run")
 
 
 class Job:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, finish, read_result
+from helpers import TINY, Launched, digest_in_one_process, finish, read_result
 
 from benchmarks.lan import HOSTS, Lan, LongLan
 
@@ -23,11 +23,7 @@ CABLES: dict[str, Callable[[], Lan]] = {"bridge": Lan, "relay of 100 ms": lambda
 @pytest.fixture(scope="module")
 def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of the model that the experiment gives in one process."""
-    run_dir = tmp_path_factory.mktemp("single") / "run"
-    with Launched() as launched:
-        status, _, errors = finish(launched.start("single_process.py", *TINY, "--run_dir", run_dir))
-    assert status == 0, errors
-    return str(read_result(run_dir)["model_sha256"])
+    return digest_in_one_process(TINY, tmp_path_factory.mktemp("single") / "run")
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, Launched, Process, assert_one_clear_line, finish, read_result, wait_for_line
+from helpers import (
+    TINY,
+    Launched,
+    Process,
+    assert_one_clear_line,
+    digest_in_one_process,
+    finish,
+    read_result,
+    wait_for_line,
+)
 from torch import nn
 
 import utils
@@ -48,11 +57,7 @@ def write_token(path: Path, token: str) -> Path:
 @pytest.fixture(scope="module")
 def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of the model that the experiment gives in one process."""
-    run_dir = tmp_path_factory.mktemp("single") / "run"
-    with Launched() as launched:
-        status, _, errors = finish(launched.start("single_process.py", *FLAGS, "--run_dir", run_dir))
-    assert status == 0, errors
-    return str(read_result(run_dir)["model_sha256"])
+    return digest_in_one_process(FLAGS, tmp_path_factory.mktemp("single") / "run")
 
 
 class Faulty(WorkerManager):

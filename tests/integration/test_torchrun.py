@@ -6,7 +6,17 @@ import os
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY, Launched, Process, assert_one_clear_line, finish, free_port, read_result
+from helpers import (
+    ROOT,
+    TINY,
+    Launched,
+    Process,
+    assert_one_clear_line,
+    digest_in_one_process,
+    finish,
+    free_port,
+    read_result,
+)
 
 TORCHRUN = ("-m", "torch.distributed.run")
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -15,11 +25,7 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 @pytest.fixture(scope="module")
 def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Of the model that the experiment gives in one process."""
-    run_dir = tmp_path_factory.mktemp("single") / "run"
-    with Launched() as launched:
-        status, _, errors = finish(launched.start("single_process.py", *TINY, "--run_dir", run_dir))
-    assert status == 0, errors
-    return str(read_result(run_dir)["model_sha256"])
+    return digest_in_one_process(TINY, tmp_path_factory.mktemp("single") / "run")
 
 
 def torchrun(launched: Launched, run_dir: Path, *options: str) -> Process:
