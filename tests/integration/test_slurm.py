@@ -1,11 +1,9 @@
-"""The batch script of docs/several-machines.md, as it stands there, on a real Slurm of four nodes that are all here."""
+"""The batch script, as it stands, on a real Slurm of four nodes that are all here."""
 
 from __future__ import annotations
 
 import os
-import re
 import secrets
-import shlex
 import shutil
 import socket
 import subprocess
@@ -15,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ENDS_WITHIN_SECONDS, ROOT, TINY, Launched, finish, free_port, read_result
+from helpers import ENDS_WITHIN_SECONDS, ROOT, TINY, Launched, digest_in_one_process, free_port, read_result
 
 pytestmark = pytest.mark.slow
 
@@ -74,10 +72,9 @@ class Cluster:
         answer = subprocess.run(command, env=self._environment, capture_output=True, text=True, cwd=cwd)
         return answer.stdout.strip()
 
-    def submit(self, script: str, folder: Path) -> str:
-        """Returns the job's number."""
-        (folder / "job.sh").write_text(script)
-        return self.ask("sbatch", "--parsable", "job.sh", cwd=folder)
+    def submit(self, folder: Path, *flags: str) -> str:
+        """Submit the script from a folder. Returns the job's number."""
+        return self.ask("sbatch", "--parsable", str(ROOT / "examples" / "slurm.sh"), *flags, cwd=folder)
 
     def state_of(self, job: str) -> str:
         return self.ask("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T")
@@ -157,24 +154,13 @@ def submit_folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def batch_script(flags: str) -> str:
-    """The page's, with other flags of the experiment in place of `--dataset mnist --run_dir ...`."""
-    page = (ROOT / "docs" / "several-machines.md").read_text()
-    (script,) = re.findall(r"^```sh\n(#!/bin/bash\n#SBATCH .*?)^```$", page, re.MULTILINE | re.DOTALL)
-    changed, times = re.subn(r'--dataset mnist --run_dir "runs/\$SLURM_JOB_ID"', lambda _: flags, script)
-    assert times == 1
-    return changed
-
-
 def test_the_batch_script_gives_the_model_of_one_process_also_where_time_is_up(
-    cluster: Cluster, submit_folder: Path, launched: Launched
+    cluster: Cluster, submit_folder: Path
 ) -> None:
     """A first job is told that its time is nearly up, and saves a checkpoint; a second one goes on with --resume."""
-    single = submit_folder / "single"
-    status, _, errors = finish(launched.start("single_process.py", *FLAGS, "--run_dir", single))
-    assert status == 0, errors
+    digest = digest_in_one_process(FLAGS, submit_folder / "single")
     run = submit_folder / "runs" / "first"
-    job = cluster.submit(batch_script(f"{shlex.join(FLAGS)} --run_dir runs/first"), submit_folder)
+    job = cluster.submit(submit_folder, *FLAGS, "--run_dir", "runs/first")
     said = submit_folder / f"slurm-{job}.out"
     deadline = time.monotonic() + ENDS_WITHIN_SECONDS
     while not (run / "metrics.jsonl").exists() or "\n" not in (run / "metrics.jsonl").read_text():
@@ -185,9 +171,9 @@ def test_the_batch_script_gives_the_model_of_one_process_also_where_time_is_up(
     cluster.wait_for_end(job)
     assert "stopped by SIGTERM" in said.read_text()
     assert not (run / "result.json").exists(), "the run was over before its time was up"
-    job = cluster.submit(batch_script("--resume runs/first"), submit_folder)
+    job = cluster.submit(submit_folder, "--resume", "runs/first")
     state = cluster.wait_for_end(job)
     said = submit_folder / f"slurm-{job}.out"
     assert state == "COMPLETED", said.read_text() + cluster.log_of_daemons()
-    assert read_result(run)["model_sha256"] == read_result(single)["model_sha256"]
+    assert read_result(run)["model_sha256"] == digest
     assert all(f"worker {rank} is ready" in said.read_text() for rank in range(1, NODES + 1))
