@@ -17,6 +17,7 @@ PLAIN = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "
 AVX2 = {**os.environ, "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 """The same for AVX2, with which there is no bfloat16 in hardware."""
 PORTABLE_FLAGS = "--dataset digits --client_num_in_total 10 --client_num_per_round 2 --rounds 2 --model mlp "
+PORTABLE_FLAGS += "--unseen_fraction 0.2 --local_test_fraction 0.2 "
 PORTABLE_FLAGS += "--fine_tune_rounds 2 --fine_tune_server_optimizer sgd --personalization_epochs 1 --eval_every 1"
 SINE = "--dataset sine --client_num_in_total 102 --client_num_per_round 5 --rounds 2 --local_epochs 1 "
 SINE += "--fine_tune_method none --personalization_epochs 1 --eval_every 2 --client_batching 1"
