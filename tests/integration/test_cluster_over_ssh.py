@@ -130,7 +130,6 @@ def test_a_firewall_is_a_line_before_anything_is_started(hosts: SshHosts, launch
         assert line.startswith("ports")
         assert said in line
         assert "gamma: does not reach" in output
-        assert "project   look   gamma: copied to " in output
         assert_one_clear_line(start(hosts, launched, tmp_path, *TINY), "gamma: does not reach")
         assert not (tmp_path / "run").exists()
     finally:

@@ -8,7 +8,20 @@ import pytest
 from helpers import Launched, finish, read_result
 
 EXPERIMENT = ["--dataset", "digits", "--model", "mlp", "--client_num_in_total", "100", "--client_num_per_round", "64"]
-EXPERIMENT += ["--rounds", "3", "--local_epochs", "1", "--fine_tune_method", "none", "--personalization_epochs", "1"]
+EXPERIMENT += [
+    "--unseen_fraction",
+    "0.2",
+    "--local_test_fraction",
+    "0.2",
+    "--rounds",
+    "3",
+    "--local_epochs",
+    "1",
+    "--fine_tune_method",
+    "none",
+    "--personalization_epochs",
+    "1",
+]
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_a_member_with_an_impossible_sum_is_sent_away_and_changes_nothing(
         return utils.get_model(config, dataset), dataset
 
     cpu = torch.device("cpu")
-    network = WorkerNetwork(NetworkSettings(("127.0.0.1", port), 3, None, "gloo", cpu, None), 2, 60.0, 5.0)
+    network = WorkerNetwork(NetworkSettings(("127.0.0.1", port), 3, None, "auto", cpu, None), 2, 60.0, 5.0)
     with pytest.raises(RunEndedError, match="an entry of its sum is beyond what weight"):
         Faulty(network, build_workload, cpu, 1).run()
     for process in (server, worker):

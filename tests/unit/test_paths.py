@@ -27,7 +27,7 @@ KINDS = {
 }
 READERS = {paths.path, paths.folder, paths.file}
 PATH_FLAGS = {"run_dir", "resume", "data_root", "token_file", "initial_model", "results", "runs", "output"}
-PATH_FLAGS |= {"models", "run", "images", "folder", "against", "hosts"}
+PATH_FLAGS |= {"models", "run", "images", "folder", "against", "hosts", "keys"}
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -31,7 +31,7 @@ from tuning.trial import DivergedError, Objective, OnPoint, Trials, num_rounds, 
 
 TINY = ["--dataset", "digits", "--model", "mlp", "--client_num_in_total", "20", "--client_num_per_round", "4"]
 TINY += ["--rounds", "4", "--local_epochs", "1", "--personalization_epochs", "1", "--fine_tune_method", "none"]
-TINY += ["--threads", "1"]
+TINY += ["--threads", "1", "--unseen_fraction", "0.2", "--local_test_fraction", "0.2"]
 BEST_RATE = 0.1
 
 
