@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, read_result
 
 import utils
 from experiments import runner
@@ -219,6 +219,22 @@ def test_the_committed_results_are_those_of_the_rows(table: str, tmp_path: Path)
     assert all(job.is_done for job in jobs if job.flags["seed"] == "0")
     there = {file.parent for file in (ROOT / "results" / table).glob("*/seed*/result.json")}
     assert there == {job.result_dir for job in jobs if job.is_done}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", COMPARED[:3])
+def test_a_row_of_the_committed_results_comes_out_the_same_again(
+    table: str, fashion_and_plays_root: Path, tmp_path: Path
+) -> None:
+    """The quickest one; on a processor that computes as that of the committed run did."""
+    (job,) = plan_jobs(select_rows(table, ["fedsgd"]), [0], tmp_path / "runs", tmp_path / "results")
+    subprocess.run(
+        job.command(["--data_root", str(fashion_and_plays_root), "--device", "cpu"]), check=True, capture_output=True
+    )
+    committed, again = (read_result(folder) for folder in (ROOT / "results" / table / "fedsgd" / "seed0", job.run_dir))
+    if again["kernels"] != committed["kernels"]:
+        pytest.skip(f"this processor computes with {again['kernels']}, the committed run's with {committed['kernels']}")
+    assert again["model_sha256"] == committed["model_sha256"]
 
 
 def test_a_flag_that_an_old_run_did_not_know_counts_as_its_default(tmp_path: Path) -> None:
