@@ -140,7 +140,8 @@ def search_rows(args: Tune, experiments: Mapping[str, Sequence[str]], others: Se
             left_out.append(name)
             continue
         if choice is not None:
-            study = {**choice.summary, "command": search_command(replace(args, rows=(name,)), others)}
+            space = tuple(f"{setting}={text}" for setting, text in choice.summary["space"].items())
+            study = {**choice.summary, "command": search_command(replace(args, rows=(name,), search=space), others)}
             path = write_chosen(args.chosen, args.table, name, choice.settings, study)
             show(f"it is in {paths.shown(path)}\n")
     if left_out:
@@ -194,7 +195,9 @@ def read_experiments(args: Tune, others: Sequence[str]) -> dict[str, list[str]]:
 
 
 def search_command(args: Tune, others: Sequence[str]) -> str:
-    """What repeats a search on any machine, as the summary of its study has it."""
+    """What repeats a search on any machine, as the summary of its study has it: with its space, because what methods
+    declare may change.
+    """
     own = differing_words(args, leave_out=("studies", "chosen"))
     experiment = _words({name: text for name, text in _given(others).items() if name not in _MACHINE})
     return command_line(["python", "tune.py", *own, *experiment])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -25,7 +26,7 @@ from perfedavg.settings import ExperimentConfig, Phase
 from tune import Tune, read_experiments, search_command, search_rows
 from tuning.chosen import read_chosen, write_chosen
 from tuning.search import Choice, Plan, search
-from tuning.space import read_space
+from tuning.space import default_texts, read_space
 from tuning.study import NUM_UNPRUNED_TRIALS, Study
 from tuning.trial import DivergedError, Objective, OnPoint, Trials, num_rounds, trial_words
 
@@ -434,6 +435,37 @@ def test_an_experiment_or_the_rows_of_a_table_are_searched() -> None:
     )
 
 
+@pytest.mark.parametrize("table", sorted(path.stem for path in rows.CHOSEN.glob("*.toml")))
+def test_the_committed_choices_are_those_of_the_rows(table: str) -> None:
+    """A row that changed after its search would have settings chosen for another one, from a command that repeats
+    nothing; and with unequal budgets rows could not be compared.
+    """
+    chosen_rows, studies = read_chosen(rows.CHOSEN / f"{table}.toml")
+    with_chosen = rows.select_rows(table)
+    assert list(chosen_rows) == list(studies) == sorted(with_chosen)
+    budgets = set()
+    for row, study in studies.items():
+        program, script, *words = shlex.split(study["command"])
+        args, others = read(*words)
+        assert (program, script, args.table, args.rows) == ("python", "tune.py", table, (row,))
+        budgets.add((args.trials, args.trial_rounds, args.points, args.seed))
+        words = trial_words(read_experiments(args, others)[row], args.seed, args.trial_rounds, args.points)
+        config = parse(SingleProcess, words).experiment
+        space = read_space(args.search, config, rows.fixed_settings(table, row))
+        assert study["space"] == {each.name: each.text for each in space}
+        assert study["default"] == default_texts({each.name: each.default for each in space})
+        assert study["rounds_by_phase"] == {phase.field: number for phase, number in num_rounds(config).items()}
+        assert study["rounds_per_trial"] == sum(study["rounds_by_phase"].values())
+        assert (study["trials"], study["points_per_trial"], study["seed"]) == (args.trials, args.points, args.seed)
+        assert study["trials"] == study["complete"] + study["pruned"] + study["failed"]
+        assert study["best_value"] >= study["default_value"]
+        assert list(chosen_rows[row]) == list(study["space"])
+        assert all(each.low <= chosen_rows[row][each.name] <= each.high for each in space)
+        is_as_it_was = {name: with_chosen[row][name] for name in study["default"]} == study["default"]
+        assert is_as_it_was == (study["best_trial"] == 1)
+    assert len(budgets) == 1
+
+
 def test_a_row_that_cannot_be_searched_keeps_no_other_from_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -473,7 +505,11 @@ def test_the_command_searches_rows_and_goes_on_where_it_was(tmp_path: Path, laun
     assert (status, errors) == (0, "")
     assert "[1/2] as it is: " in output
     written = (tmp_path / "sine.toml").read_bytes()
-    assert list(parse_toml(written.decode())["rows"]) == ["reptile"]
+    content = parse_toml(written.decode())
+    assert list(content["rows"]) == ["reptile"]
+    command, space = content["studies"]["reptile"]["command"], content["studies"]["reptile"]["space"]
+    assert space
+    assert f"--search {' '.join(f'{name}={text}' for name, text in space.items())} --table" in command
     status, output, errors = finish(launched.start(*words, *folders))
     assert (status, errors) == (0, "")
     assert "2 are done" in output
