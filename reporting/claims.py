@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from perfedavg.settings import Phase, Population
 from reporting.comparison import (
+    SHARED_CLIENTS,
     Reference,
     bootstrap_interval,
     mean_over_seeds,
@@ -116,6 +117,8 @@ def explain_claims(found: Sequence[Evidence]) -> str:
         "borne out where all of it is on the claim's side of 0, contradicted where all of it is on the other, else "
         "undecided."
     )
+    if any(one.population is Population.TRAINED for one in found):
+        said += f" {SHARED_CLIENTS} Number says how many these are."
     if fewest == 1:
         return f"{said} With one seed an interval covers the draw of clients alone, and nothing of chance in training."
     if fewest <= _FEW_SEEDS:

@@ -20,6 +20,9 @@ from reporting.tables import Lines, makes_table
 NUM_RESAMPLES = 2000
 LOWEST_PERCENT, HIGHEST_PERCENT = 2.5, 97.5
 """Between which lie 95 % of the resampled means."""
+SHARED_CLIENTS = (
+    "Of clients that trained, rows may have scored different ones: a difference is then over those that both scored."
+)
 _WORST_DECILE = 10
 _MOST_DRAWN_AT_ONCE = 2**20
 
@@ -201,6 +204,7 @@ def explain_comparison(rows: Sequence[Row], reference: Reference | None) -> str:
         f"{said}Differences are to {reference.row.label} ({reference.reason}), on the same clients of the same seeds; "
         f"in brackets their 95 % interval, by a bootstrap over seeds and the clients of each"
         + (" (with one seed, over clients alone)." if has_single_seed else ".")
+        + (f" {SHARED_CLIENTS}" if any(Population.TRAINED in row.populations for row in rows) else "")
     )
 
 

@@ -126,6 +126,12 @@ def test_few_seeds_are_said_to_be_few(num_seeds: int, said: str) -> None:
     assert "too narrow" not in explain_claims([Evidence(1, "", Population.UNSEEN, True, [np.ones(2)] * 10)])
 
 
+@pytest.mark.parametrize("population", Population)
+def test_that_rows_may_have_scored_other_trained_clients_is_said(population: Population) -> None:
+    said = explain_claims([Evidence(2, "", population, True, [np.ones(2)])])
+    assert ("those that both scored. Number says how many" in said) == (population is Population.TRAINED)
+
+
 def test_the_report_judges_the_claims_that_it_can() -> None:
     runs = [run(experiment(seed=seed), {8: (0.5, 0.6), 9: (0.5, 0.7 + seed / 10)}) for seed in range(3)]
     markdown = to_markdown(build_report(runs), with_plots=False)

@@ -31,6 +31,7 @@ from reporting.pictures.theme import LIGHT
 from reporting.rows import group_rows
 
 PLAIN = run(experiment(fine_tune=Reptile()), {8: (0.5, 0.6), 9: (0.7, 0.8)}, {1: (0.5, 0.5), 2: (0.9, 1.0)})
+UNSEEN_ALONE = {Population.UNSEEN: PLAIN.results[Population.UNSEEN]}
 DITTO = run(experiment(Ditto()), {8: (0.6, 0.6), 9: (0.7, 0.9)}, {2: (0.4, 0.8), 3: (0.0, 0.0)})
 
 
@@ -143,6 +144,10 @@ def test_the_table_of_both_populations() -> None:
     said = explain_comparison(rows, reference)
     assert f"Differences are to {reptile['row']} (FedAvg with fine-tuning; --against RUN names another row)" in said
     assert "(with one seed, over clients alone)" in said
+    assert said.endswith("a difference is then over those that both scored.")
+    assert "both scored" not in explain_comparison(
+        group_rows([dataclasses.replace(PLAIN, results=UNSEEN_ALONE)]), reference
+    )
     assert "There is no row of FedAvg with fine-tuning" in explain_comparison(group_rows([DITTO]), None)
 
 
