@@ -162,14 +162,19 @@ def run_jobs(
                     keep(run.title, run.job)
     finally:
         end_processes([run.process for run in running])
+    if not failed and not signals.received:
+        return 0
     for run in running:
         say(run.last_words(f"stopped by {signals.received.name}" if signals.received else "stopped", 1))
     for run in failed:
         say(run.explain_failure())
-    if not failed and not signals.received:
-        return 0
     say(f"go on with: {restart_command}")
-    return 128 + signals.received if signals.received else exit_status(failed[0].process)
+    return _early_status(signals, [run.process for run in failed])
+
+
+def _early_status(signals: SignalWatch, failed: Sequence[subprocess.Popen[bytes]]) -> int:
+    """128 + n after signal n, or that of the first process that failed."""
+    return 128 + signals.received if signals.received else exit_status(failed[0])
 
 
 class Run:
@@ -336,5 +341,5 @@ def write_tables(table: str, runs: Path, results: Path, signals: SignalWatch) ->
         finally:
             end_processes([process])
         if signals.received or process.returncode:
-            return 128 + signals.received if signals.received else exit_status(process)
+            return _early_status(signals, [process])
     return 0
