@@ -332,7 +332,9 @@ def write_tables(table: str, runs: Path, results: Path, signals: SignalWatch) ->
     folder = str(_from_root(results))
     scripts = [["report.py", folder, "--output", f"{folder}/report"]]
     if table == "sine":
-        scripts.append(["sine.py", folder, "--output", f"{folder}/report", "--models", str(_from_root(runs))])
+        scripts.append(
+            ["-m", "experiments.sine_table", folder, "--output", f"{folder}/report", "--models", str(_from_root(runs))]
+        )
     for script in scripts:
         process = start_process([sys.executable, *script])
         try:

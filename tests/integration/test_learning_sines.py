@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-import sine
 import single_process
 import utils
 from datasets.sources.sine import POINTS
-from experiments import sine_adaptation
+from experiments import sine_adaptation, sine_table
 from perfedavg.engine.executor import LocalExecutor
 from perfedavg.engine.experiment import ExperimentState, run_experiment
 from perfedavg.engine.scores import summarize
@@ -69,8 +68,8 @@ def test_the_report_shows_what_the_runs_measured(
         folder = runs / method / "seed0"
         monkeypatch.setattr("sys.argv", ["single_process.py", *SMALL, *flags, *few, "--run_dir", str(folder)])
         single_process.main()
-    monkeypatch.setattr("sys.argv", ["sine.py", str(runs), "--output", str(tmp_path), "--models", str(runs)])
-    sine.main()
+    monkeypatch.setattr("sys.argv", ["sine_table.py", str(runs), "--output", str(tmp_path), "--models", str(runs)])
+    sine_table.main()
     assert "| Joint training | 1 |" in capsys.readouterr().out
     for name in ("mse.png", "adaptation.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

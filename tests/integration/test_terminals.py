@@ -69,7 +69,6 @@ def test_an_error_without_a_terminal_keeps_its_status(launched: Launched, tmp_pa
     for script, flags in (
         ("server.py", ["--ip", "nowhere.invalid"]),
         ("report.py", [tmp_path]),
-        ("sine.py", [tmp_path]),
     ):
         assert finish(launched.start("sh", "-c", f"exec {entry_point(script, *flags)} >&- 2>&-"))[0] == 2
     assert finish(launched.start("sh", "-c", f"exec {entry_point('reproduce.py', '--help')} >&- 2>&-"))[0] == 0

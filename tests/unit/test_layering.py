@@ -21,7 +21,6 @@ OWN |= {
     "quick_start",
     "reproduce",
     "report",
-    "sine",
     "personalize",
     "tune",
 }
@@ -67,7 +66,7 @@ ROOMS = (
 COMPUTE_LATER = ("methods", "metrics")
 """Rooms whose modules are settings when they are imported, and import what they compute with when they compute."""
 MOST_MODULES = 12
-MOST_AT_ROOT = 14
+MOST_AT_ROOT = 13
 """Entry points, one for each thing that people do, and the two modules that all of them share."""
 ENTRY_POINTS_INSIDE = {ROOT / "datasets" / "describe.py", ROOT / "perfedavg" / "__init__.py"}
 """They import what lies above their package: the first when it is run, the second for those who import it."""

@@ -12,8 +12,8 @@ from helpers import TINY, Launched, assert_one_clear_line, finish, read_result
 import personalize
 import report
 import reproduce
-import sine
 import utils
+from experiments import sine_table
 from launch import paths
 from launch.settings import ENTRY_POINTS
 from perfedavg.fields import flags_by_name
@@ -23,7 +23,7 @@ KINDS = {
     "reproduce": reproduce.Reproduce,
     "report": report.Report,
     "personalize": personalize.Personalize,
-    "sine": sine.Sine,
+    "sine_table": sine_table.SineTable,
 }
 READERS = {paths.path, paths.folder, paths.file}
 PATH_FLAGS = {"run_dir", "resume", "data_root", "token_file", "initial_model", "results", "runs", "output"}

@@ -17,10 +17,10 @@ import pytest
 import torch
 from helpers import make_config
 
-import sine
 from datasets import DatasetRequest, load_federated_dataset
 from datasets.describe import describe, plot
 from datasets.sources.sine import NUM_GIVEN, NUM_POINTS, POINTS, SineTasks
+from experiments import sine_table
 from models import build_model
 from perfedavg.contracts import ClientData
 from reporting import sine_errors
@@ -232,17 +232,19 @@ def test_the_errors_are_drawn_without_models(
 ) -> None:
     """Results are kept where models are not; the plot that needs these is left out, and it is said."""
     write_run(tmp_path / "maml" / "seed0", falling(1.1, 0.1))
-    monkeypatch.setattr("sys.argv", ["sine.py", str(tmp_path), "--output", str(tmp_path / "out"), "--models", "gone"])
-    sine.main()
+    monkeypatch.setattr(
+        "sys.argv", ["sine_table.py", str(tmp_path), "--output", str(tmp_path / "out"), "--models", "gone"]
+    )
+    sine_table.main()
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["mse.png"]
     assert (tmp_path / "out" / "mse.png").read_bytes().startswith(b"\x89PNG")
     assert "gone has no" in capsys.readouterr().err
 
 
 def test_runs_that_the_table_cannot_show_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", ["sine.py", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["sine_table.py", str(tmp_path)])
     with pytest.raises(ValueError, match="holds no finished run of the sine task"):
-        sine.main()
+        sine_table.main()
     write_run(tmp_path / "a" / "short" / "seed0", falling(1.0, 1.0)[:11])
     with pytest.raises(ValueError, match=r"short/seed0 has no errors up to 32 steps; .*--personalization_curve 32"):
         sine_errors.read_rows(tmp_path / "a")

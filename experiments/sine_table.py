@@ -1,4 +1,4 @@
-"""Entry point: the table and the plots of the sine task, from its finished runs.
+"""The table and the plots of the sine task, from its finished runs; `python -m experiments.sine_table` makes them.
 
 Rows are the methods: MAML and FOMAML (Finn, Abbeel, Levine 2017, arXiv 1703.03400), Reptile (Nichol, Achiam, Schulman
 2018, arXiv 1803.02999), and joint training, the baseline that has no reason to end where adaptation is fast.
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from experiments.rows import select_rows
 from launch import paths
@@ -30,11 +31,12 @@ def _write(image: Callable[[], bytes], path: Path) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sine(Checked):
+class SineTable(Checked):
     """Print the errors of the sine task's finished runs as a Markdown table, and draw them (mse.png) and how the models
     adapt (adaptation.png).
     """
 
+    program: ClassVar[str] = "python -m experiments.sine_table"
     folder: Path = setting(
         MISSING, "with <method>/seed<k>/result.json in it, at any depth", parse=paths.folder, positional=True
     )
@@ -51,7 +53,7 @@ class Sine(Checked):
 
 
 def main() -> None:
-    args = parse(Sine)
+    args = parse(SineTable)
 
     from reporting import sine_errors
     from reporting.drawing import png
