@@ -73,9 +73,13 @@ def test_the_rest_of_the_fault_matrix(row: Row, whole_undisturbed: Result, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("transport", ["tcp", "keys"])
 @pytest.mark.parametrize("row", MATRIX, ids=[row.name for row in MATRIX])
-def test_the_fault_matrix_with_keys(row: Row, whole_undisturbed: Result, keys: Path, tmp_path: Path) -> None:
-    network = ["--keys", str(keys)]
+def test_the_fault_matrix_on_the_servers_one_port(
+    row: Row, transport: str, whole_undisturbed: Result, keys: Path, tmp_path: Path
+) -> None:
+    """In plain text and encrypted; gloo carried the tensors in the rows above."""
+    network = ["--keys", str(keys)] if transport == "keys" else ["--backend", transport]
     assert_same(run_row(row, tmp_path / "run", launch_fork, network=network), whole_undisturbed)
 
 
