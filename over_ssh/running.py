@@ -20,7 +20,7 @@ from over_ssh.parallel import LOOK_SECONDS, StoppedError, in_parallel
 from over_ssh.ports import answering, explain, try_ports
 from over_ssh.preparing import PreparedHost, Wanted, new_session, prepare
 from over_ssh.session import HostError, Session, close_all
-from over_ssh.tasks import RunKeys, keys_of_workers, make_tasks, secrets_of_run
+from over_ssh.tasks import keys_of_workers, make_tasks, run_keys, secrets_of_run
 from perfedavg.machine.processes import SERVER, TERMINATE_SECONDS, LocalProcesses, SignalWatch
 from perfedavg.recording.folders import make_default_folder, remove_empty
 from perfedavg.recording.runs import CONFIG_FILE
@@ -56,11 +56,11 @@ def run(args: Cluster) -> int:
 def _run_with(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
     wanted = Wanted.by(args.experiment)
     with contextlib.ExitStack() as stack:
-        keys = stack.enter_context(RunKeys(args, hosts))
+        keys = stack.enter_context(run_keys(args, hosts))
         sessions: list[Session] = []
         stack.callback(close_all, sessions)
         prepared, args = prepare_all(args, hosts, wanted, sessions, signals)
-        args = replace(args, keys=keys.folder())
+        args = replace(args, keys=keys())
         num_workers = sum(host.slots for host in hosts)
         how = "in plain text" if args.keys is None else "encrypted"
         say(f"{len(hosts)} host(s) for {num_workers} worker(s) are ready; they reach {args.ip}:{args.port}, {how}")

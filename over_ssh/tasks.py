@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch.flags import ROOT, to_argv
 from launch.settings import Cluster, Worker
 from over_ssh.hosts_file import Host
+from perfedavg.machine.private_folder import private_folder
 
 TOKEN_VARIABLE = "PERFEDAVG_TOKEN"
 
@@ -62,39 +63,33 @@ def make_tasks(
         yield Task(host, workers, ranks, environment, keys, args.worker_timeout_seconds)
 
 
-class RunKeys:
+@contextlib.contextmanager
+def run_keys(args: Cluster, hosts: Sequence[Host]) -> Iterator[Callable[[], Path | None]]:
     """The folder with the keys of a run, made while other things are done; gone at the end of the block.
 
     A run has those of --keys, or fresh ones, unless it is on this machine alone or goes by what cannot encrypt.
+    Yields what waits for the folder, which is None where nothing is encrypted. It raises ValueError where no keys could
+    be made.
     """
+    is_in_plain_text = args.needs_more_ports or all(host.is_this_machine for host in hosts)
+    if args.keys is not None or is_in_plain_text:
+        yield lambda: args.keys
+        return
+    with private_folder("perfedavg-keys-") as folder:
+        words = [sys.executable, "-W", "ignore", str(ROOT / "make_keys.py"), str(folder)]
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as making:
 
-    def __init__(self, args: Cluster, hosts: Sequence[Host]) -> None:
-        self._given: Path | None = args.keys
-        self._is_needed = args.keys is None and not args.needs_more_ports
-        self._is_needed &= not all(host.is_this_machine for host in hosts)
+            def made() -> Path:
+                _, errors = making.communicate()
+                if making.returncode != 0:
+                    reason = errors.strip().splitlines()[-1].removeprefix("error: ")
+                    raise ValueError(f"no keys could be made: {reason}")
+                return folder
 
-    def __enter__(self) -> RunKeys:
-        if self._is_needed:
-            self._folder = tempfile.TemporaryDirectory(prefix="perfedavg-keys-")
-            words = [sys.executable, "-W", "ignore", str(ROOT / "make_keys.py"), self._folder.name]
-            self._making = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        return self
-
-    def folder(self) -> Path | None:
-        """None where nothing is encrypted. Raises ValueError where no keys could be made."""
-        if not self._is_needed:
-            return self._given
-        _, errors = self._making.communicate()
-        if self._making.returncode != 0:
-            raise ValueError(f"no keys could be made: {errors.strip().splitlines()[-1].removeprefix('error: ')}")
-        return Path(self._folder.name)
-
-    def __exit__(self, *exception: object) -> None:
-        if self._is_needed:
-            if self._making.poll() is None:
-                self._making.kill()
-                self._making.communicate()
-            self._folder.cleanup()
+            try:
+                yield made
+            finally:
+                making.kill()
 
 
 def keys_of_workers(folder: Path | None) -> dict[str, str]:

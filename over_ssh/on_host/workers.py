@@ -12,13 +12,13 @@ import json
 import os
 import select
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from perfedavg.machine.forking import load
+from perfedavg.machine.private_folder import private_folder
 from perfedavg.machine.processes import LocalProcesses, SignalWatch
 from perfedavg.terminal.entry_point import EXIT_BAD_INPUT, end_process, prepare_process
 
@@ -76,10 +76,10 @@ def folder_of(keys: Mapping[str, str]) -> Iterator[list[str]]:
     if not keys:
         yield []
         return
-    with tempfile.TemporaryDirectory(prefix="perfedavg-keys-") as folder:
+    with private_folder("perfedavg-keys-") as folder:
         for name, text in keys.items():
-            Path(folder, name).write_text(text, encoding="utf-8")
-        yield ["--keys", folder]
+            (folder / name).write_text(text, encoding="utf-8")
+        yield ["--keys", str(folder)]
 
 
 class Outlet:

@@ -64,7 +64,7 @@ def test_a_killed_host_comes_back_and_the_model_is_that_of_one_process(
     process = start(launched, path, tmp_path, "beta slots=2\nlocalhost\n", *flags)
     wait_for_line(process, ", encrypted")
     wait_for_line(process, "FedAvg round 2/20")
-    (beta,) = [pid for pid in children_of(process.pid) if len(descendants_of(pid)) == 2]
+    (beta,) = [pid for pid in children_of(process.pid) if len(descendants_of(pid)) == 3]  # with what removes its keys
     os.kill(beta, signal.SIGKILL)
     wait_for_line(process, "beta: the connection ended (status -9); see that `ssh beta` works; trying beta again")
     status, output, errors = finish(process)
@@ -77,13 +77,14 @@ def test_a_killed_host_comes_back_and_the_model_is_that_of_one_process(
     logs = {file.name: file.read_text() for file in (tmp_path / "run" / "workers").iterdir()}
     assert set(logs) == {"beta-1.log", "beta-2.log", "localhost-3.log"}
     assert "worker 2: joined 127.0.0.1:" in logs["beta-2.log"]
+    assert list((tmp_path / "temporary").iterdir()) == [], "the keys of a host are gone with it"
 
 
 def test_a_signal_ends_everything(launched: Launched, path: str, tmp_path: Path) -> None:
     process = start(launched, path, tmp_path, "beta\n", "--rounds", "100000")
     wait_for_line(process, "FedAvg round 2/")
     processes = descendants_of(process.pid)
-    assert len(processes) == 3, "the server, the host's own and its worker"
+    assert len(processes) == 5, "the server, the host's own and its worker, and what removes the keys of both machines"
     process.send_signal(signal.SIGINT)
     status, _, errors = finish(process)
     assert status == 128 + signal.SIGINT
