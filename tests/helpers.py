@@ -56,6 +56,11 @@ Process = Started | Forked
 """What a test started: they have the same methods."""
 
 
+def network_flags(transport: str, keys: Path) -> list[str]:
+    """Of a server and its workers. transport: what carries tensors, as --backend takes it, or `keys`."""
+    return ["--keys", str(keys)] if transport == "keys" else ["--backend", transport]
+
+
 _held: list[socket.socket] = []
 
 

@@ -14,6 +14,7 @@ from helpers import (
     finish,
     free_port,
     launch_fork,
+    network_flags,
     read_result,
     wait_for_line,
 )
@@ -62,7 +63,7 @@ def test_a_fault_changes_nothing_with_keys_either(undisturbed: Result, keys: Pat
     """Death in the middle of a message that is encrypted and over the server's one port, and another worker in place
     of the first."""
     row = Row("worker sending", "fedavg", 1, "SIGKILL", "again")
-    assert_same(run_row(row, tmp_path / "run", launch_fork, LIGHT, ["--keys", str(keys)]), undisturbed)
+    assert_same(run_row(row, tmp_path / "run", launch_fork, LIGHT, network_flags("keys", keys)), undisturbed)
 
 
 @pytest.mark.slow
@@ -79,7 +80,7 @@ def test_the_fault_matrix_on_the_servers_one_port(
     row: Row, transport: str, whole_undisturbed: Result, keys: Path, tmp_path: Path
 ) -> None:
     """In plain text and encrypted; gloo carried the tensors in the rows above."""
-    network = ["--keys", str(keys)] if transport == "keys" else ["--backend", transport]
+    network = network_flags(transport, keys)
     assert_same(run_row(row, tmp_path / "run", launch_fork, network=network), whole_undisturbed)
 
 

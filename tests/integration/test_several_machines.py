@@ -10,7 +10,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from helpers import (
     assert_one_clear_line,
     digest_in_one_process,
     finish,
+    network_flags,
     read_result,
     spoken_text,
     wait_for_line,
@@ -69,11 +70,11 @@ class Job:
         run_dir: Path,
         *flags: str,
         server_wait: int = 60,
-        keys: Path | None = None,
+        network: Sequence[str] = (),
     ) -> None:
+        """network: flags of the server and its workers.  flags: of the server alone."""
         self._run_dir = run_dir
-        where: tuple[str | Path, ...] = ("--ip", lan.address["alpha"], "--port", PORT)
-        where += () if keys is None else ("--keys", keys)
+        where = ("--ip", lan.address["alpha"], "--port", PORT, *network)
         words = ("server.py", *where, *FLAGS, "--run_dir", run_dir, *flags)
         self.server = launched.start(*words, network_namespace=lan.namespace("alpha"))
         self.workers = {
@@ -129,7 +130,7 @@ def test_the_servers_port_is_all_that_must_be_open_and_with_keys_nobody_reads_al
     if shutil.which("nft") is None:
         pytest.skip("a firewall needs the command nft (nftables)")
     with lan.only_port(int(PORT)), lan.overhear() as heard:
-        job = Job(launched, lan, tmp_path / "run", keys=keys if with_keys else None)
+        job = Job(launched, lan, tmp_path / "run", network=network_flags("keys" if with_keys else "auto", keys))
         assert job.result() == digest
         for worker in job.workers.values():
             status, _, errors = finish(worker)
@@ -165,18 +166,13 @@ ON_EACH_TRANSPORT = pytest.mark.parametrize(
 )
 
 
-def transport_of(name: str, keys: Path) -> tuple[list[str], Path | None]:
-    """The server's flags for a transport, and the folder of keys, where it has some."""
-    return ([], keys) if name == "keys" else (["--backend", name], None)
-
-
 @ON_EACH_TRANSPORT
 def test_an_outage_below_the_timeout_loses_nobody(
     launched: Launched, lan: Lan, digest: str, keys: Path, tmp_path: Path, transport: str
 ) -> None:
     """A cable that is plugged in again at once must not cost a worker."""
-    flags, used = transport_of(transport, keys)
-    job = Job(launched, lan, tmp_path / "run", "--worker_timeout_seconds", "15", *flags, keys=used)
+    network = network_flags(transport, keys)
+    job = Job(launched, lan, tmp_path / "run", "--worker_timeout_seconds", "15", network=network)
     wait_for_line(job.server, MIDDLE)
     lan.unplug("gamma")
     time.sleep(2)  # the length of the outage
@@ -194,8 +190,8 @@ def test_after_an_outage_above_the_timeout_all_join_anew(
     launched: Launched, lan: Lan, digest: str, keys: Path, tmp_path: Path, transport: str
 ) -> None:
     """The server's own cable: it loses all its workers, waits, and goes on with them in the middle of the round."""
-    flags, used = transport_of(transport, keys)
-    job = Job(launched, lan, tmp_path / "run", "--worker_timeout_seconds", str(TIMEOUT_SECONDS), *flags, keys=used)
+    timeout, network = ("--worker_timeout_seconds", str(TIMEOUT_SECONDS)), network_flags(transport, keys)
+    job = Job(launched, lan, tmp_path / "run", *timeout, network=network)
     wait_for_line(job.server, MIDDLE)
     lan.unplug("alpha")
     wait_for_line(job.server, "; 0 left")

@@ -22,6 +22,7 @@ from helpers import (
     assert_one_clear_line,
     digest_in_one_process,
     finish,
+    network_flags,
     read_result,
     wait_for_line,
 )
@@ -30,7 +31,7 @@ from torch import nn
 import utils
 from multi_process.messages import Message, PartialSum
 from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection
-from multi_process.transport.handshake import Hello, JoinAccepted, JoinRequest, receive_hello
+from multi_process.transport.handshake import AttachRequest, Hello, JoinAccepted, JoinRequest, receive_hello
 from multi_process.transport.network import MAX_PENDING_HANDSHAKES, NetworkSettings, WorkerNetwork
 from multi_process.transport.peer import RunEndedError
 from multi_process.transport.wire import Wire
@@ -145,12 +146,16 @@ class Strangers:
         return not received
 
 
+def line(fields: dict[str, object]) -> bytes:
+    return json.dumps(fields).encode() + b"\n"
+
+
 def application(**changes: object) -> bytes:
     """The line that a worker without a proof would send."""
-    spoken = asdict(JoinRequest(PROTOCOL_VERSION, "0" * 64, 2, "", "0" * 64))
-    return json.dumps({**spoken, **changes}).encode() + b"\n"
+    return line({**asdict(JoinRequest(PROTOCOL_VERSION, "0" * 64, 2, "", "0" * 64)), **changes})
 
 
+SILENT = "no sign of life for 10 s"
 STRANGERS = {
     "127.0.0.11": ((random.Random(0).randbytes(2**20),), "is not a line of JSON"),
     "127.0.0.12": ((b"A" * 2**20,), "bytes without the end of a line"),
@@ -160,19 +165,25 @@ STRANGERS = {
     "127.0.0.16": ((application(),), "does not know the server's token"),
     "127.0.0.17": ((application(proof="\u00e4\ud800"),), "does not know the server's token"),
     "127.0.0.18": ((application(rank="1"),), 'rank is "1", must be a whole number'),
-    "127.0.0.19": ((), "no sign of life for 10 s"),
-    "127.0.0.20": ((b"{",) * 100, "no sign of life for 10 s"),
+    "127.0.0.19": ((), SILENT),
+    "127.0.0.20": ((b"{",) * 100, SILENT),
     "127.0.0.21": ((b"\n",) * 100, "is not a line of JSON"),
+    "127.0.0.22": ((line(asdict(AttachRequest(PROTOCOL_VERSION, "0" * 64, "0" * 64, ""))),), "know the server's token"),
 }
-"""Their addresses, what they send, and why the server drops them."""
+"""Their addresses, what they send, and why the server drops them where it has no keys."""
+TLS_ALERT_BYTES = 7
 SCANNER, IDLERS = "127.0.0.31", "127.0.0.32"
 
 
+@pytest.mark.parametrize(
+    "transport",
+    ["auto", pytest.param("tcp", marks=pytest.mark.slow), pytest.param("keys", marks=pytest.mark.slow)],
+)
 def test_strangers_neither_disturb_a_run_nor_learn_of_it(
-    launched: Launched, token_file: Path, digest: str, tmp_path: Path
+    launched: Launched, token_file: Path, digest: str, keys: Path, tmp_path: Path, transport: str
 ) -> None:
     """In the middle of a round, which cannot end meanwhile because one of its workers is stopped."""
-    known = ("--token_file", token_file)
+    known = ("--token_file", token_file, *network_flags(transport, keys))
     server, port = launched.start_server(tmp_path / "run", 3, *FLAGS, *known, "--worker_timeout_seconds", "100")
     workers = [launched.start_worker(port, 3, rank, *known) for rank in (1, 2)]
     wait_for_line(server, "FedAvg round")
@@ -193,16 +204,20 @@ def test_strangers_neither_disturb_a_run_nor_learn_of_it(
 
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "lost worker" not in log
-    for host, (_, reason) in STRANGERS.items():
-        (line,) = [line for line in log.splitlines() if f"dropped a connection from {host} " in line]
-        assert reason in line
+    for host, (content, reason) in STRANGERS.items():
+        (dropped,) = [said for said in log.splitlines() if f"dropped a connection from {host} " in said]
+        assert ("is not TLS of this run" if transport == "keys" and content else reason) in dropped
     assert log.count(f"dropped a connection from {SCANNER}") == NUM_SCANS.bit_length(), "the 1st, 2nd, 4th, 8th .."
     assert (
         f"dropped a connection from {IDLERS} (number 1): {MAX_PENDING_HANDSHAKES} others came during its handshake"
         in log
     )
     for host in STRANGERS:
-        assert_only_the_hello(b"".join(strangers.heard.get(host, [])))
+        heard = b"".join(strangers.heard.get(host, []))
+        if transport == "keys":
+            assert len(heard) <= TLS_ALERT_BYTES
+        else:
+            assert_only_the_hello(heard)
 
 
 def assert_only_the_hello(heard: bytes) -> None:
