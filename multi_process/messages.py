@@ -236,18 +236,19 @@ def to_package(message: Message, packs_sums: bool = False) -> BytePackage:
 def from_package(code: MessageCode, content: list[Tensor] | None, most_bytes: int = 2**62) -> Message:
     """The message that a package carries. Raises ValueError where it is not one of this protocol's.
 
-    most_bytes: that what is packed may come to.
+    most_bytes: that all of it that is packed may come to.
     """
     try:
         header, body = content or []
         place = 0
 
         def unpacked(num_entries: int, num_bytes: int) -> Tensor:
-            nonlocal place
+            nonlocal place, most_bytes
             if not (
                 type(num_entries) is type(num_bytes) is int and 0 <= 8 * num_entries <= most_bytes and num_bytes > 0
             ):
                 raise ValueError("what is packed has no such size")
+            most_bytes -= 8 * num_entries
             packed = body[place : place + num_bytes]
             place += num_bytes + -num_bytes % 8
             return unpack(packed, num_entries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -57,3 +58,15 @@ def test_what_is_not_packed_is_refused() -> None:
     content = package(torch.arange(32, dtype=torch.int8), 8, 32)
     with pytest.raises(ValueError, match="cannot be unpacked"):
         from_package(MessageCode.GradientUpdate, content, 1000)
+
+
+@pytest.mark.parametrize("most_bytes", [127, 128])
+def test_what_is_packed_may_not_add_up_to_more_than_the_message_may_have(most_bytes: int) -> None:
+    """A thousand vectors of zeros take next to no bytes, and each may be as long as the message."""
+    packed = pack(torch.zeros(8, dtype=torch.int64))
+    marks = {name: {"$packed": [8, len(packed)]} for name in "ab"}
+    header = json.dumps({"kind": "KeptStates", "values": {"states": {"1": marks}}}).encode()
+    sent = BytePackage(MessageCode.ParameterUpdate, header, [packed, packed])
+    content = split_content(sent.slices, sent.content)
+    with pytest.raises(ValueError, match="no such size") if most_bytes < 128 else contextlib.nullcontext():
+        from_package(MessageCode.ParameterUpdate, content, most_bytes)
