@@ -75,12 +75,15 @@ def _one_a_method(rows: Sequence[Row]) -> list[Row]:
 def _published_as(source: Mapping[str, Any], row: Row) -> str:
     """What a table of published figures calls a row: by clients a round and E, or by its method.
 
-    Empty where a setting is none of those that the table is for.
+    Empty where a setting is none of those that the table is for, and of FedSGD, of which none has a figure.
     """
     settings = flat_settings(row.settings)
     for name, expected in source["settings"].items():
-        if settings.get(name, expected) not in (expected if isinstance(expected, list) else [expected]):
+        fitting = expected if isinstance(expected, list) else [expected]
+        if name in settings and settings[name] not in fitting:
             return ""
+    if row.is_fedsgd:
+        return ""
     if source["by"] == "method":
         return str(row.settings["fedavg"]["method"]["name"]) if settings["fedavg"] else "local"
     cohort_size, epochs = row.cohort_and_epochs
