@@ -32,7 +32,10 @@ class FedBABU(PersonalLayers):
     name: ClassVar[str] = "fedbabu"
     keeps_state: ClassVar[bool] = False
     personalization_trains: str = setting(
-        "all", "what of the model a client trains to personalize", choices=("all", "head", "body")
+        "all",
+        "what of the model a client trains to personalize",
+        choices=("all", "head", "body"),
+        search="all,head,body",
     )
 
     def update(
