@@ -47,8 +47,8 @@ class ProgressDisplay:
     """An observer that shows phase, round, time to go and the latest accuracies of the clients of the curve.
 
     On a terminal it is one line that is redrawn; elsewhere (a file, a pipe) a line for each point of the curve, and one
-    where there was none for a while. Before
-    them it says which methods are dear. Nothing that it fails at ends the run. Used with `with`.
+    where there was none for a while. First it says which methods take long. Nothing that it fails at ends the run. Used
+    with `with`.
     """
 
     def __init__(self, config: ExperimentConfig, clients: ClientDirectory, stream: TextIO | None = None) -> None:
