@@ -27,7 +27,8 @@ def main() -> None:
             f"{ServerOrWorker.script} with every rank"
         )
 
-    from multi_process.transport.network import NetworkSettings, WorkerNetwork
+    from multi_process.transport.settings import NetworkSettings
+    from multi_process.transport.worker_network import WorkerNetwork
     from multi_process.worker import WorkerManager
     from perfedavg.training.compute import resolve_device, use_reproducible_kernels
 

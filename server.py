@@ -22,7 +22,8 @@ def main() -> None:
     utils.check_num_workers(args, args.world_size - 1)
 
     from multi_process.server import WorkerPool
-    from multi_process.transport.network import NetworkSettings, ServerNetwork
+    from multi_process.transport.server_network import ServerNetwork
+    from multi_process.transport.settings import NetworkSettings
     from perfedavg.metrics import find_metrics
     from perfedavg.recorded_run import run_and_record
     from perfedavg.training.client_batching import choose_group_size

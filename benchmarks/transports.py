@@ -28,7 +28,9 @@ import torch  # noqa: E402
 
 from multi_process.messages import GroupTrained, StartTraining  # noqa: E402
 from multi_process.transport.keys import make_keys  # noqa: E402
-from multi_process.transport.network import NetworkSettings, ServerNetwork, WorkerNetwork  # noqa: E402
+from multi_process.transport.server_network import ServerNetwork  # noqa: E402
+from multi_process.transport.settings import NetworkSettings  # noqa: E402
+from multi_process.transport.worker_network import WorkerNetwork  # noqa: E402
 from perfedavg.machine.processes import hold_free_port  # noqa: E402
 
 NUM_PARAMETERS = 12_500_000

@@ -25,8 +25,9 @@ from multi_process.messages import (
     StartTraining,
 )
 from multi_process.pace import Pace
-from multi_process.transport.network import REMINDER_SECONDS, ConnectedWorker, ServerNetwork
 from multi_process.transport.peer import PeerLostError
+from multi_process.transport.server_network import ConnectedWorker, ServerNetwork
+from multi_process.transport.settings import REMINDER_SECONDS
 from multi_process.work_item import Worker, WorkItem
 from perfedavg.contracts import FederatedDataset, RoundStates, example_data
 from perfedavg.engine.client_states import ClientState, check_kept, max_batch_bytes

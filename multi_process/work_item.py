@@ -23,7 +23,7 @@ from multi_process.messages import (
 from multi_process.pace import LEAST_SECONDS, Pace
 from multi_process.schedule import Schedule
 from multi_process.transport.handshake import FinishedError
-from multi_process.transport.network import ConnectedWorker
+from multi_process.transport.server_network import ConnectedWorker
 from perfedavg.contracts import RoundStates
 from perfedavg.engine.client_states import ClientState, ClientStates, in_batches
 from perfedavg.terminal.console import LOGGER

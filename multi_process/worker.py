@@ -31,8 +31,8 @@ from multi_process.messages import (
     StartTraining,
 )
 from multi_process.transport.handshake import FinishedError
-from multi_process.transport.network import WorkerNetwork
 from multi_process.transport.peer import PeerLostError, RunEndedError
+from multi_process.transport.worker_network import WorkerNetwork
 from multi_process.travelling_states import TravellingStates
 from perfedavg.contracts import FederatedDataset
 from perfedavg.engine.client_states import max_batch_bytes

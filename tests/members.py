@@ -31,8 +31,8 @@ from multi_process.messages import (
     from_package,
 )
 from multi_process.server import WorkerPool
-from multi_process.transport.network import ConnectedWorker
 from multi_process.transport.peer import PeerLostError
+from multi_process.transport.server_network import ConnectedWorker
 from perfedavg.aggregation.exact_mean import ExactMean
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask

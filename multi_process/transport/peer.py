@@ -59,6 +59,8 @@ MAX_PLAIN_BYTES = 2**20
 """In a message without parameters."""
 MAX_REPORT_BYTES = 1024
 """In a message with parameters, for what it says of one client: about four times what a refusal takes."""
+PEER_DESCRIPTORS = 8
+"""Of a peer: its control connection, gloo's connection (and ours to it), port, poll and pipe, and one to spare."""
 MAX_UNRECEIVED = 10_000
 """Messages that wait to be received. An honest peer sends one for each thing that it was asked to do."""
 MAX_UNSENT_BYTES = 2**30

@@ -12,8 +12,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from multi_process.transport.control import ProtocolError
+from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.process_group import GroupConnection
+from multi_process.transport.settings import NetworkSettings
 from multi_process.transport.tensors import (
     FORMATION_SECONDS,
     SENDING_SECONDS,
@@ -138,6 +139,26 @@ class EitherConnection(TensorConnection):
 
     def _receive(self, part: Tensor, deadline: float, is_content: bool = False) -> None:
         self._chosen._receive(part, deadline, is_content)
+
+
+def tensor_connection(
+    settings: NetworkSettings,
+    backend: str,
+    control: ControlConnection,
+    side: int,
+    name: str,
+    dial: Callable[[], Wire] | None = None,
+) -> TensorConnection:
+    """Of a peer with a control connection.
+
+    backend: of `settings.BACKENDS`.
+    name: of the peer.
+    dial: see `StreamConnection`.
+    """
+    if backend == "tcp":
+        return StreamConnection(side, dial)
+    group = GroupConnection(control, side, settings.ethernet, settings.nccl_device)
+    return EitherConnection(side, group, StreamConnection(side, dial), name) if backend == "auto" else group
 
 
 def _bytes_of(part: Tensor) -> memoryview:

@@ -32,9 +32,11 @@ import utils
 from multi_process.messages import Message, PartialSum
 from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection
 from multi_process.transport.handshake import AttachRequest, Hello, JoinAccepted, JoinRequest, receive_hello
-from multi_process.transport.network import MAX_PENDING_HANDSHAKES, NetworkSettings, WorkerNetwork
 from multi_process.transport.peer import RunEndedError
+from multi_process.transport.server_network import MAX_PENDING_HANDSHAKES
+from multi_process.transport.settings import NetworkSettings
 from multi_process.transport.wire import Wire
+from multi_process.transport.worker_network import WorkerNetwork
 from multi_process.worker import WorkerManager
 from perfedavg.contracts import FederatedDataset
 from perfedavg.settings import ExperimentConfig

@@ -22,20 +22,14 @@ from helpers import free_port
 from torch import device
 
 from multi_process.messages import Finish, Join, KeptStates, Message
-from multi_process.transport import addresses, network
+from multi_process.transport import server_network
 from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection
 from multi_process.transport.handshake import FinishedError, Hello, JoinRequest, receive_hello
-from multi_process.transport.network import (
-    BEATS,
-    MAX_BEAT_SECONDS,
-    PEER_DESCRIPTORS,
-    ConnectedWorker,
-    NetworkSettings,
-    ServerNetwork,
-    WorkerNetwork,
-)
-from multi_process.transport.peer import PeerLostError, RunEndedError
+from multi_process.transport.peer import PEER_DESCRIPTORS, PeerLostError, RunEndedError
+from multi_process.transport.server_network import BEATS, MAX_BEAT_SECONDS, ConnectedWorker, ServerNetwork
+from multi_process.transport.settings import NetworkSettings, gpu_identity, listen_on, resolve
 from multi_process.transport.wire import Wire
+from multi_process.transport.worker_network import WorkerNetwork
 from perfedavg.machine.interfaces import own_addresses
 
 CPU = device("cpu")
@@ -101,7 +95,8 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, keys: P
     monkeypatch.delenv("PERFEDAVG_TOKEN", raising=False)
     transport = getattr(request, "param", "gloo")
     opened = Run("auto", keys) if transport == "keys" else Run(transport)
-    monkeypatch.setattr(network, "say", opened.said.append)
+    for module in ("server_network", "worker_network"):
+        monkeypatch.setattr(f"multi_process.transport.{module}.say", opened.said.append)
     yield opened
     opened.close()
 
@@ -293,7 +288,7 @@ def test_no_more_than_so_many_handshakes_are_pending_and_the_first_ones_have_to_
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each takes a thread. Whoever kept all the places would keep the workers out."""
-    monkeypatch.setattr(network, "MAX_PENDING_HANDSHAKES", 2)
+    monkeypatch.setattr(server_network, "MAX_PENDING_HANDSHAKES", 2)
     server = run.server()
     early = [run.stranger() for _ in range(2)]
     for stranger in early:
@@ -320,7 +315,7 @@ def test_handshakes_are_limited_while_they_see_to_themselves(run: Run, monkeypat
             self.clear()
             return found
 
-    monkeypatch.setattr(network, "MAX_PENDING_HANDSHAKES", 1)
+    monkeypatch.setattr(server_network, "MAX_PENDING_HANDSHAKES", 1)
     server = run.server()
     server._handshakes = Vanishing({cast(Any, "a connection"): "its host"})
     server._limit_handshakes()
@@ -396,7 +391,7 @@ def test_an_address_or_port_that_cannot_be_had(run: Run) -> None:
     with pytest.raises(ValueError, match=rf"--port {run.address[1]} \(Address already in use\)"):
         run.server()
     with pytest.raises(ValueError, match=r"--ip 203\.0\.113\.77 .*use an address of this machine"):
-        addresses.listen_on(("203.0.113.77", run.address[1]))
+        listen_on(("203.0.113.77", run.address[1]))
 
 
 def settings(world_size: int | None = 2, ethernet: str | None = None, backend: str = "gloo") -> NetworkSettings:
@@ -424,23 +419,25 @@ def test_settings_that_cannot_be_are_named_before_anything_is_opened(make: Calla
 )
 def test_addresses_mean_what_they_say(name: str, host: str) -> None:
     """Who gives a loopback address as such, or `localhost`, wants this machine alone."""
-    assert addresses.resolve((name, 5)) == (host, 5)
+    assert resolve((name, 5)) == (host, 5)
 
 
 def test_a_name_that_means_the_loopback_network_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Debian gives a machine's own name 127.0.1.1: a server there waits for workers that cannot come."""
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
-    monkeypatch.setattr(addresses, "own_addresses", lambda: {"10.1.2.3": "eth0", "192.168.0.7": "eth1"})
+    monkeypatch.setattr(
+        "multi_process.transport.settings.own_addresses", lambda: {"10.1.2.3": "eth0", "192.168.0.7": "eth1"}
+    )
     text = r"--ip node7 means 127\.0\.1\.1 on this machine.*this machine has 10\.1\.2\.3, 192\.168\.0\.7\), or 127\."
     with pytest.raises(ValueError, match=text):
-        addresses.resolve(("node7", 5))
+        resolve(("node7", 5))
 
 
 def test_names_and_addresses_that_lead_nowhere_are_refused() -> None:
     with pytest.raises(ValueError, match=r"--ip no\.such\.host\.invalid is neither"):
-        addresses.resolve(("no.such.host.invalid", 5))
+        resolve(("no.such.host.invalid", 5))
     with pytest.raises(ValueError, match=r"--ip 0\.0\.0\.0 is not an address that workers can reach"):
-        addresses.resolve(("0.0.0.0", 5))
+        resolve(("0.0.0.0", 5))
 
 
 def test_own_addresses_are_those_that_others_may_reach() -> None:
@@ -495,7 +492,9 @@ def test_a_worker_is_refused_where_file_descriptors_run_short(run: Run, monkeypa
     server = run.server()
     run.joined(1)
     spare = [1000, PEER_DESCRIPTORS - 1]  # the worker's own look at it, and the server's
-    monkeypatch.setattr(network, "num_spare", lambda: spare.pop(0) if len(spare) > 1 else spare[0])
+    for module in ("server_network", "worker_network"):
+        name = f"multi_process.transport.{module}.num_spare"
+        monkeypatch.setattr(name, lambda: spare.pop(0) if len(spare) > 1 else spare[0])
     with pytest.raises(ValueError, match="refuses worker 2: the server has no file descriptors left"):
         run.worker(2).init_network_connection()
     assert (server.num_refused_for_room, len(server.present)) == (1, 1)
@@ -505,7 +504,7 @@ def test_a_worker_is_refused_where_file_descriptors_run_short(run: Run, monkeypa
 
 def test_hosts_without_number_do_not_fill_the_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine alone has 16 million loopback addresses to come from."""
-    monkeypatch.setattr(network, "MAX_COUNTED_HOSTS", 3)
+    monkeypatch.setattr(server_network, "MAX_COUNTED_HOSTS", 3)
     server = run.server()
     for number in range(100):
         server._log_dropped(f"127.0.1.{number}", "it said \x1b[31mnothing")
@@ -561,4 +560,4 @@ def wait_until_settled() -> tuple[int, int]:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_has_an_identity() -> None:
-    assert network.gpu_identity(device("cuda", 0))
+    assert gpu_identity(device("cuda", 0))

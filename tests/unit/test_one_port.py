@@ -17,12 +17,12 @@ import torch
 from test_network import CPU, Run, beside, join_message, next_event, resources, wait_until
 
 from multi_process.messages import StartTraining
-from multi_process.transport import network
+from multi_process.transport import server_network, worker_network
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.handshake import RefusedError, receive_hello, request_to_attach
 from multi_process.transport.keys import OF_WORKERS, make_keys, tls_context
-from multi_process.transport.network import NetworkSettings
 from multi_process.transport.process_group import GroupConnection
+from multi_process.transport.settings import NetworkSettings
 from multi_process.transport.wire import UnknownKeyError, Wire
 
 SOON = 60.0
@@ -46,7 +46,7 @@ def either(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
 def opened_run(monkeypatch: pytest.MonkeyPatch, run: Run) -> Iterator[Run]:
     monkeypatch.delenv("PERFEDAVG_TOKEN", raising=False)
-    for module in ("network", "stream"):
+    for module in ("server_network", "worker_network", "stream"):
         monkeypatch.setattr(f"multi_process.transport.{module}.say", run.said.append)
     yield run
     run.close()
@@ -144,7 +144,8 @@ def test_keys_that_were_not_made_together_are_refused_by_both_sides(with_keys: R
 
 
 def test_a_side_without_keys_is_told_that_the_other_has_some(with_keys: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "HANDSHAKE_SECONDS", 0.5)
+    for module in (server_network, worker_network):
+        monkeypatch.setattr(module, "HANDSHAKE_SECONDS", 0.5)
     monkeypatch.setattr("multi_process.transport.handshake.HANDSHAKE_SECONDS", 0.5)
     server = with_keys.server()
     with_keys.keys, keys = None, with_keys.keys
@@ -161,7 +162,7 @@ def test_whoever_has_no_key_learns_nothing_and_leaves_nothing_behind(
     with_keys: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Garbage, a scanner that leaves, a request of ours in plain text, half a greeting, silence."""
-    monkeypatch.setattr(network, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(server_network, "HANDSHAKE_SECONDS", 0.5)
     server = with_keys.server()
     worker = with_keys.joined(1)
     greeting = overheard_greeting(with_keys)
@@ -194,7 +195,7 @@ def overheard_greeting(run: Run) -> bytes:
 def test_an_idle_connection_is_dropped_before_it_has_proven_a_key(
     with_keys: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network, "HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr(server_network, "HANDSHAKE_SECONDS", 0.5)
     with_keys.server()
     with socket.create_connection(with_keys.address, timeout=SOON) as wire:
         assert not wire.recv(100)

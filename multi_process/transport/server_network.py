@@ -1,6 +1,6 @@
-"""How server and workers find each other: FedLab's networks, each with its peers.
+"""The server's network: lets workers in, and puts what they say into one queue.
 
-The server listens on --ip's address only. Each connection has a thread of its own, in which it becomes a worker's or is
+It listens on --ip's address only. Each connection has a thread of its own, in which it becomes a worker's or is
 dropped; neither disturbs the run.
 """
 
@@ -14,45 +14,32 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
-
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from multi_process.boundary import clean_text
 from multi_process.fedlab_adapter import Network
 from multi_process.messages import KeptStates, Message, with_own_tensors
 from multi_process.transport import handshake
-from multi_process.transport.addresses import check_interface, listen_on, resolve
-from multi_process.transport.control import ControlConnection, ProtocolError
+from multi_process.transport.control import ControlConnection
 from multi_process.transport.handshake import (
     HANDSHAKE_SECONDS,
     MAX_SILENCE_SECONDS,
     AttachRequest,
     Hello,
     JoinRequest,
-    RefusedError,
     read_token,
     refuse,
 )
 from multi_process.transport.keys import tls_context
-from multi_process.transport.peer import Peer, RunEndedError
-from multi_process.transport.process_group import GroupConnection
-from multi_process.transport.stream import EitherConnection, StreamConnection
-from multi_process.transport.tensors import SERVER, WORKER, TensorConnection
-from multi_process.transport.wire import UnknownKeyError, Wire
+from multi_process.transport.peer import PEER_DESCRIPTORS, Peer
+from multi_process.transport.settings import POLL_SECONDS, NetworkSettings, listen_on
+from multi_process.transport.stream import tensor_connection
+from multi_process.transport.tensors import SERVER
+from multi_process.transport.wire import Wire
 from perfedavg.machine.descriptors import num_spare
-from perfedavg.machine.kernels import PORTABLE_KERNELS, UnpinnedKernelsError, kernels_are_pinned
 from perfedavg.terminal.console import LOGGER, say
 
-BACKENDS = ("auto", "gloo", "tcp", "nccl")
-"""What may carry tensors: gloo where that works and else tcp, gloo, the server's port, nccl beside gloo."""
-POLL_SECONDS = 0.05
-REMINDER_SECONDS = 10.0
-CONNECT_SECONDS = 5.0
-"""For one attempt to connect, at most."""
 MAX_RANK = 2**31 - 1
 MAX_PENDING_HANDSHAKES = 64
 """Connections that may be in their handshake at the same time; for a further one, the oldest has to go."""
@@ -62,71 +49,11 @@ MAX_WAITING_STATES = 16
 """Events behind which a message with states of clients waits in its own thread, so that they do not fill the memory."""
 MAX_EVENTS = 10_000
 """That wait for the experiment's thread, before the workers that say more have to wait."""
-PEER_DESCRIPTORS = 8
-"""Of a peer: its control connection, gloo's connection (and ours to it), port, poll and pipe, and one to spare."""
 CLOSING_SECONDS = 1.0
 """For those in their handshake to hear that the run is over."""
 BEATS = 4
 """Signs of life within the silence that counts as death, so that a lost one does not matter."""
 MAX_BEAT_SECONDS = 1.0
-
-
-@dataclass(frozen=True)
-class NetworkSettings:
-    """What a server and a worker both need. Raises ValueError where it cannot be.
-
-    address: (host, port) of the server.
-    world_size: the server and the workers to start with; None for a worker that takes whatever it is.
-    ethernet: interface for tensors, or None for the one by which the other side is reached.
-    backend: what carries tensors, of BACKENDS; a worker takes the server's, and one that it names must be the same.
-    device: with nccl, whose memory tensors are sent from.
-    token_file: see `handshake.read_token`.
-    keys: folder of the run's keys, see `keys.tls_context`; None for plain text.
-    """
-
-    address: tuple[str, int]
-    world_size: int | None
-    ethernet: str | None
-    backend: str
-    device: torch.device
-    token_file: Path | None
-    keys: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.world_size is not None and self.world_size < 2:
-            raise ValueError(
-                f"--world_size {self.world_size} leaves no worker; it counts the server too, so use 2 or more"
-            )
-        check_interface(self.ethernet)
-        if self.keys is not None and self.backend in ("gloo", "nccl"):
-            raise ValueError(
-                f"--backend {self.backend} sends tensors in plain text, which --keys is there to prevent; leave one of "
-                "the two out"
-            )
-        if self.ethernet is not None and (self.keys is not None or self.backend == "tcp"):
-            raise ValueError(
-                f"--ethernet {self.ethernet} has no effect with {'--keys' if self.keys else '--backend tcp'}, which "
-                "sends tensors to --ip too; leave it out"
-            )
-        if self.backend == "nccl" and self.device.type != "cuda":
-            raise ValueError(
-                f"--backend nccl needs a GPU for each process, this one computes on {self.device} "
-                f"(GPUs found: {torch.cuda.device_count()}); use --backend gloo"
-            )
-
-    @property
-    def chosen_backend(self) -> str:
-        """The server's choice. With keys all goes over TLS."""
-        return "tcp" if self.keys is not None else self.backend
-
-    @property
-    def nccl_device(self) -> torch.device | None:
-        return self.device if self.backend == "nccl" else None
-
-    @property
-    def gpu(self) -> str:
-        """The identity of the GPU from which nccl sends, empty with gloo."""
-        return "" if self.nccl_device is None else gpu_identity(self.nccl_device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -388,178 +315,3 @@ class ServerNetwork(Network):
             times = self._num_dropped[host]
         if times & (times - 1) == 0:
             say(f"server: dropped a connection from {host} (number {times}): {clean_text(reason)}")
-
-
-class WorkerNetwork(Network):
-    """A worker's network: finds the server, and finds it again.
-
-    rank: this worker's own, 1 or more.
-    join_seconds: how long the server is tried for at first.
-    server_wait_seconds: how long after it was lost.
-    """
-
-    def __init__(self, settings: NetworkSettings, rank: int, join_seconds: float, server_wait_seconds: float) -> None:
-        super().__init__(settings.address, settings.world_size, rank, settings.ethernet, settings.backend)
-        if rank < 1:
-            raise ValueError(f"--rank {rank} is not a worker's; use 1 or more (0 is the server)")
-        self._settings = settings
-        self._token = read_token(settings.token_file)
-        self._tls = None if settings.keys is None else tls_context(settings.keys, is_server=False)
-        self._join_seconds = join_seconds
-        self._server_wait_seconds = server_wait_seconds
-        self._peer: Peer | None = None
-        self.ticket = ""
-
-    @property
-    def peer(self) -> Peer:
-        """The server, as it was joined last."""
-        assert self._peer is not None, "the network is connected before it is used"
-        return self._peer
-
-    def init_network_connection(self) -> None:
-        """Join the server, trying for as long as is due.
-
-        Raises ValueError where it does not want this worker, FinishedError where the run is over, ConnectionError
-        where it cannot be reached, UnpinnedKernelsError where this process must start again with portable kernels.
-        """
-        if self._peer is None:
-            seconds, flag = self._join_seconds, "--join_timeout_seconds"
-        else:
-            seconds, flag = self._server_wait_seconds, "--server_wait_seconds"
-            self._peer.close("this worker joins anew")
-        where = f"{self.address[0]}:{self.address[1]}"
-        deadline = time.monotonic() + seconds
-        next_reminder = time.monotonic()
-        while True:
-            try:
-                self._peer = self._join(min(CONNECT_SECONDS, max(POLL_SECONDS, deadline - time.monotonic())))
-                return
-            except RefusedError as error:
-                raise ValueError(f"the server at {where} refuses worker {self.rank}: {error}") from error
-            except (ConnectionError, ProtocolError) as error:
-                reason = str(error)
-            now = time.monotonic()
-            if now >= deadline:
-                raise ConnectionError(
-                    f"no server at {where} within {seconds:g} s ({reason}); start server.py there first, or check "
-                    f"--ip, --port, {flag} and the firewall"
-                )
-            if now >= next_reminder:
-                say(f"worker {self.rank}: no server at {where} yet ({reason}); trying for {deadline - now:.0f} s more")
-                next_reminder = now + REMINDER_SECONDS
-            time.sleep(POLL_SECONDS)
-
-    def close_network_connection(self) -> None:
-        if self._peer is not None:
-            self.send_volume_intotal, self.recv_volume_intotal = self._peer.bytes_sent, self._peer.bytes_received
-            self._peer.close("the run is over")
-
-    def _join(self, connect_seconds: float) -> Peer:
-        """One attempt.
-
-        Raises FinishedError, RefusedError, ProtocolError or ConnectionError, and ValueError as `resolve` does or where
-        there are not enough file descriptors.
-        """
-        if num_spare() < PEER_DESCRIPTORS:
-            raise ValueError(f"worker {self.rank} has too few file descriptors left; raise its limit with ulimit -n")
-        control, hello = self._connect(connect_seconds)
-        try:
-            settings = self._settings_for(hello)
-            accepted = handshake.request_to_join(control, self._token, hello, self.rank, settings.gpu)
-            dial = partial(self._connect_for_tensors, accepted.ticket)
-            tensors = tensor_connection(settings, hello.backend, control, WORKER, "the server", dial)
-            peer = Peer(control, tensors, WORKER, "the server", hello.beat_seconds, hello.silence_seconds)
-        except Exception:
-            control.close()
-            raise
-        try:
-            peer.connect()
-        except RunEndedError as error:
-            raise RefusedError(str(error)) from error
-        except ConnectionError as error:
-            peer.close(str(error))
-            raise
-        self.ticket = accepted.ticket
-        return peer
-
-    def _connect(self, connect_seconds: float) -> tuple[ControlConnection, Hello]:
-        """A connection to the server, and what it says first. Raises as `_join` does."""
-        try:
-            address = resolve(self.address)
-        except ValueError as error:
-            if self._peer is None:
-                raise
-            raise ConnectionError(str(error)) from error  # it was known before, so names are out of order for a while
-        try:
-            control = ControlConnection(Wire(socket.create_connection(address, timeout=connect_seconds), self._tls))
-        except OSError as error:
-            raise ConnectionError(error.strerror or "no answer") from error
-        try:
-            return control, self._receive_hello(control)
-        except Exception:
-            control.close()
-            raise
-
-    def _connect_for_tensors(self, ticket: str) -> Wire:
-        control, hello = self._connect(CONNECT_SECONDS)
-        try:
-            return handshake.request_to_attach(control, self._token, hello, ticket)
-        except Exception:
-            control.close()
-            raise
-
-    def _receive_hello(self, control: ControlConnection) -> Hello:
-        """Raises ProtocolError where it is no server's, RefusedError where it has other keys or another version."""
-        try:
-            control.begin(HANDSHAKE_SECONDS)
-            return handshake.receive_hello(control)
-        except UnknownKeyError as error:
-            raise RefusedError(f"{error}; give both the keys that make_keys.py made together, by --keys") from error
-        except (ConnectionError, ProtocolError) as error:
-            hint = (
-                " (or it has --keys, and this worker has none)"
-                if self._tls is None and isinstance(error, ConnectionError)
-                else ""
-            )
-            raise ProtocolError(f"what answers there is not a server of this project: {error}{hint}") from error
-
-    def _settings_for(self, hello: Hello) -> NetworkSettings:
-        """This worker's, with the server's backend.
-
-        Raises ProtocolError where there are no such terms, RefusedError or UnpinnedKernelsError where they differ.
-        """
-        for name, own, other in (
-            ("--world_size", self.world_size, hello.world_size),
-            ("--backend", None if self._settings.backend == "auto" else self._settings.backend, hello.backend),
-        ):
-            if own is not None and own != other:
-                raise RefusedError(f"its {name} is {clean_text(other)}, this worker's {own}; make them equal")
-        if hello.backend not in BACKENDS:
-            raise ProtocolError("what answers there asks for a backend that there is not")
-        if hello.portable_kernels not in PORTABLE_KERNELS:
-            raise ProtocolError("what answers there asks for kernels that there are not")
-        if not kernels_are_pinned(hello.portable_kernels):
-            raise UnpinnedKernelsError(hello.portable_kernels)
-        try:
-            return replace(self._settings, backend=hello.backend)
-        except ValueError as error:
-            raise RefusedError(f"it asks for --backend {hello.backend}, but {error}") from error
-
-
-def tensor_connection(
-    settings: NetworkSettings,
-    backend: str,
-    control: ControlConnection,
-    side: int,
-    name: str,
-    dial: Callable[[], Wire] | None = None,
-) -> TensorConnection:
-    """Of a peer with a control connection. backend: of BACKENDS.  name: of the peer.  dial: see `StreamConnection`."""
-    if backend == "tcp":
-        return StreamConnection(side, dial)
-    group = GroupConnection(control, side, settings.ethernet, settings.nccl_device)
-    return EitherConnection(side, group, StreamConnection(side, dial), name) if backend == "auto" else group
-
-
-def gpu_identity(device: torch.device) -> str:
-    return str(torch.cuda.get_device_properties(device).uuid)
