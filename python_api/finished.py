@@ -98,7 +98,8 @@ class Run:
     def rounds(self) -> pd.DataFrame:
         """A row a round: phase, round_number, train_loss, update_norm, seconds, and the curve's points where there are.
 
-        initial_METRIC, personalized_METRIC: means over the unseen clients of the curve; NaN in rounds without a point.
+        initial_METRIC, personalized_METRIC: means over the clients of the curve, unseen ones or in a run without any
+            those that trained; NaN in rounds without a point.
         """
         import pandas as pd
 

@@ -46,8 +46,8 @@ class ValidationView(View):
         super().__init__(dataset)
         if num_scored < 1:
             raise ValueError(
-                "--validation true holds the share of --unseen_fraction out of the training clients, and with 0 nobody "
-                "to be scored; give a share above 0"
+                "--unseen_fraction 0 gives no validation clients, which are as large a share of the training clients; "
+                "give a share above 0"
             )
         num_train = len(dataset.train_client_ids) - num_scored
         if num_train < 1:

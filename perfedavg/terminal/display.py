@@ -213,7 +213,8 @@ def _result_rows(
     """A line a phase. widths: of the columns, by metric."""
     lines = []
     for phase, key in _result_keys(result, population).items():
-        row, label = result[key], f"after {config.phase_label(phase)}"
+        row = result[key]
+        label = f"after {config.phase_label(phase)}" if config.phases[phase].num_rounds else "untrained"
         numbers = "".join(
             f"{_accuracy(row, kind) if metric == 'accuracy' else format(row[kind][metric], '.4f'):>{width}}"
             for kind in KINDS

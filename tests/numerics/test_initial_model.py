@@ -102,7 +102,9 @@ def test_its_run_folder_is_whole_and_names_the_initial_model(
     assert "after_fine_tune" not in result
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == b"", "there was no round"
     assert len((tmp_path / "run" / "clients.csv").read_text().splitlines()) == 3
-    assert "after FedAvg" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "\nuntrained " in output
+    assert "after FedAvg" not in output
 
 
 def test_phase_2_starts_from_the_initial_weights() -> None:
