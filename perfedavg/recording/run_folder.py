@@ -58,7 +58,7 @@ class RunFolder:
     client_states/     what the method lets each client keep that has trained; only where it does
     model.safetensors  the final global model
     result.json        the summary, written when all that was measured is there: without it, the run is unfinished
-    plots/             the accuracy curve, and the accuracy of unseen clients before and after; drawn by `reporting`
+    plots/             the accuracy curve, and the clients' accuracies before and after; drawn by `reporting`
     tensorboard/       the same curve and what is known of each round, written as the round ends
     log.txt            what was logged
     workers/           what each worker printed, where they were started over ssh; written by `over_ssh`
