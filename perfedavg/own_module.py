@@ -19,12 +19,16 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 PROJECT = Path(__file__).resolve().parents[1]
-_PACKAGES = "benchmarks datasets examples experiments launch models multi_process over_ssh perfedavg python_api"
-_PACKAGES += " reporting tests tuning"
-_MODULES = "client_worker cluster compat make_keys personalize quick_start report reproduce server server_or_worker"
-_MODULES += " single_process tune utils"
-PROJECT_MODULES = frozenset(f"{_PACKAGES} {_MODULES}".split())
-"""Names by which this project's modules are imported; they come before a user's and before installed ones."""
+_NAMES = """
+benchmarks datasets examples experiments launch models multi_process over_ssh perfedavg python_api reporting tests
+tuning client_worker cluster compat make_keys personalize quick_start report reproduce server server_or_worker
+single_process tune utils
+"""
+PROJECT_MODULES = frozenset(_NAMES.split())
+"""Names by which this project's modules are imported; they come before a user's and before installed ones.
+
+They are not read from the folder, because a user's own modules may lie there too.
+"""
 
 Result = TypeVar("Result")
 

@@ -38,7 +38,7 @@ def refusal(name: str) -> str:
 def test_every_name_that_this_project_imports_by_is_known_as_its_own() -> None:
     """Otherwise a clash with a new module of this project would be told as an error of the user's."""
     packages = {path.parent.name for path in ROOT.glob("*/*.py")}
-    assert {path.stem for path in ROOT.glob("*.py")} | packages <= PROJECT_MODULES
+    assert {path.stem for path in ROOT.glob("*.py")} | packages == PROJECT_MODULES
 
 
 @pytest.mark.parametrize(
