@@ -48,10 +48,16 @@ class Host:
 
 
 def read_hosts(path: Path) -> list[Host]:
-    """The hosts that a file names, in its order. Raises ValueError with the file and the line, OSError."""
+    """The hosts that a file names, in its order. Raises ValueError with the file and the line."""
     hosts: list[Host] = []
     line_numbers: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"--hosts {path} cannot be read ({getattr(error, 'strerror', 'not text')}); name a file with a host a line"
+        ) from error
+    for number, line in enumerate(lines, start=1):
         words = re.sub(r"(^|\s)#.*", "", line).split()
         if not words:
             continue

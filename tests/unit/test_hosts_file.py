@@ -57,3 +57,11 @@ def test_a_wrong_line_is_named_with_its_number(text: str, said: str, tmp_path: P
     with pytest.raises(ValueError, match=re.escape(said)) as refusal:
         read_hosts(path)
     assert str(refusal.value).startswith(f"--hosts {path}")
+
+
+def test_a_file_that_cannot_be_read_is_said_with_its_flag(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"--hosts {tmp_path / 'none'} cannot be read (No such file or dir")):
+        read_hosts(tmp_path / "none")
+    (tmp_path / "image").write_bytes(b"\xff\xd8")
+    with pytest.raises(ValueError, match=re.escape("cannot be read (not text); name a file with a host a line")):
+        read_hosts(tmp_path / "image")
