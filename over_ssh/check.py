@@ -132,7 +132,7 @@ def look_there(host: Host, args: Cluster, wanted: Wanted, sessions: list[Session
         words = {"python": python, "code": code, "folder": folder, "argv": _probe_argv(args, host)}
         _take_probe(machine, session.ask("run", module="over_ssh.on_host.probe", **words), args)
     except HostError as error:
-        machine.faults[subject] = str(error).removeprefix(f"{host.name}: ")
+        machine.faults[subject] = error.said
     return machine
 
 
@@ -206,7 +206,7 @@ def look_at_ports(
                     f"{ip}:{args.port} {'and those for tensors are' if args.needs_more_ports else 'is'} reached"
                 )
             else:
-                machine.faults["ports"] = str(fault).removeprefix(f"{machine.name}: ")
+                machine.faults["ports"] = fault.said
 
         in_parallel(look, reached, signals, beat)
 

@@ -43,15 +43,12 @@ class WorkerLogs:
         lines = self._last.get(name, b"").decode(errors="replace").strip().splitlines()
         return lines[-1].strip() if lines else ""
 
-    def path(self, name: str) -> Path:
-        return self._folder / f"{name}.log"
-
     def _write(self) -> None:
         if self._is_anothers or not self._config.exists():
             return
         for name, content in list(self._kept.items()):
             with contextlib.suppress(OSError):  # a full disk costs these lines, not the run
                 self._folder.mkdir(exist_ok=True)
-                with open(self.path(name), "ab") as file:
+                with open(self._folder / f"{name}.log", "ab") as file:
                     file.write(content)
             del self._kept[name]

@@ -51,16 +51,13 @@ class PreparedHost:
     """A host with all that it needs.
 
     session: the connection to it.
-    python: its interpreter.  versions: of its Python and packages.
-    code: folder of the project there.  copied: whether that was copied by now.
+    python: its interpreter.  code: folder of the project there.
     folder: in which its workers start, where it is there.
     """
 
     session: Session
     python: str
-    versions: Mapping[str, str]
     code: str
-    copied: bool
     folder: str
 
 
@@ -78,12 +75,12 @@ def pythons(host: Host) -> list[str]:
 
 def prepare(session: Session, wanted: Wanted) -> PreparedHost:
     """Find what is there, copy the code that is not. Raises HostError with what is missing and how to get it."""
-    code, copied = place_tree(session, wanted.project)
-    python, versions = find_python(session, wanted.versions, code)
+    code, _ = place_tree(session, wanted.project)
+    python, _ = find_python(session, wanted.versions, code)
     folder = str(wanted.folder)
     if wanted.own is not None:
         folder, _ = place_tree(session, wanted.own)
-    return PreparedHost(session, python, versions, code, copied, folder)
+    return PreparedHost(session, python, code, folder)
 
 
 def place_tree(session: Session, tree: Tree) -> tuple[str, bool]:

@@ -30,13 +30,12 @@ _FIND_PYTHON = 'for p do command -v "$p" >/dev/null && exec "$p" -c "$0"; done; 
 
 
 class HostError(Exception):
-    """A host cannot do what it is to do, or is lost. mend: the way out, as a clause, or empty."""
+    """A host cannot do what it is to do, or is lost. said: why and the way out, without the name of the host."""
 
     def __init__(self, host: Host, reason: str, mend: str = "") -> None:
-        super().__init__(f"{host.name}: {reason}{'; ' if mend else ''}{mend}")
-        self.host = host
-        self.reason = reason
-        self.mend = mend
+        """mend: the way out, as a clause, or empty."""
+        self.said = f"{reason}{'; ' * bool(mend)}{mend}"
+        super().__init__(f"{host.name}: {self.said}")
 
 
 class Session:
@@ -141,20 +140,17 @@ class Session:
         finally:
             self._writing.release()
 
-    def close(self, seconds: float = CONNECT_SECONDS) -> bool:
-        """End what runs there, and wait for it so long. False where there was no answer."""
+    def close(self, seconds: float = CONNECT_SECONDS) -> None:
+        """End what runs there; where it does not end within so many seconds, the connection is given up."""
         self.end_input()
-        has_ended = True
         try:
             self._process.wait(seconds)
         except subprocess.TimeoutExpired:
-            has_ended = False
             self._process.kill()
             self._process.wait()
         if self._process.stdout is not None:
             self._process.stdout.close()
         self._errors.close()
-        return has_ended
 
     def _send(self, content: bytes) -> None:
         assert self._process.stdin is not None

@@ -18,8 +18,6 @@ from benchmarks.lan import HOSTS, Lan
 
 READY_SECONDS = 60
 SSHD = "/usr/sbin/sshd"
-
-
 HIDE = """
 mkdir -p ~/.cache && mount --bind "$1" ~/.cache &&
 mount --bind "$2" "$3" &&
@@ -87,16 +85,8 @@ class SshHosts:
 
     def _wait_until_ready(self, host: str) -> None:
         deadline = time.monotonic() + READY_SECONDS
-        words = [
-            "ip",
-            "netns",
-            "exec",
-            self.lan.namespace(host),
-            "sh",
-            "-c",
-            f": < /dev/tcp/{self.lan.address[host]}/22",
-        ]
-        words[4] = "bash"
+        connect = f": < /dev/tcp/{self.lan.address[host]}/22"
+        words = ["ip", "netns", "exec", self.lan.namespace(host), "bash", "-c", connect]
         while subprocess.run(words, capture_output=True).returncode:
             assert time.monotonic() < deadline, (self._folder / f"{host}.log").read_text()
             time.sleep(0.05)

@@ -59,7 +59,7 @@ def find_tree(root: str, files: list[str], digest: str) -> Json:
     for place in (root, _copy_of(digest)):
         if tree_digest(place, files) == digest:
             return {"at": place}
-    return {"at": None, "is_there": os.path.isdir(root)}
+    return {"at": None}
 
 
 def unpack_tree(files: list[str], digest: str, size: int) -> Json:
