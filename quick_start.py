@@ -17,7 +17,6 @@ from launch.settings import QuickStart, Server, Worker
 from perfedavg.machine.forking import load
 from perfedavg.machine.kernels import pin_kernels_or_restart
 from perfedavg.machine.processes import ENDS_WITH_INPUT, SERVER, LocalProcesses, SignalWatch, hold_free_port
-from perfedavg.recording.folders import make_default_folder, remove_empty
 from perfedavg.terminal.console import command_line
 from perfedavg.terminal.entry_point import EXIT_BAD_INPUT, end_process, prepare_process, report
 
@@ -35,15 +34,12 @@ def main() -> int:
         pin_kernels_or_restart(args.experiment.portable_kernels, ROOT / "quick_start.py", sys.argv[1:])
     except ValueError as error:
         return report(error)
-    made = None
-    if args.resume is None and args.run_dir is None:
-        made = make_default_folder(ROOT / "runs", args.experiment.dataset)
-        args = replace(args, run_dir=made)
     restart = os.environ[utils.RESTART_VARIABLE] = restart_command(args)
     os.environ.setdefault("PERFEDAVG_TOKEN", secrets.token_hex(32))  # so that no other user of this machine can join
     signals = SignalWatch(0 if os.environ.pop(ENDS_WITH_INPUT, None) else None)
     load(load_everything)
     with contextlib.ExitStack() as stack:
+        args = stack.enter_context(utils.with_run_folder(args))
         if args.port is None:
             held, port = hold_free_port()
             stack.enter_context(held)
@@ -57,8 +53,6 @@ def main() -> int:
         print(f"the paper's experiment: {restart} --dataset emnist")
     elif status > 128 and not signals.received and (run / "config.json").exists():  # the server could not say it
         print(f"continue with: {restart} --resume {command_line([run])}", file=sys.stderr)
-    if made is not None:
-        remove_empty([made])  # where nothing came of it
     return status
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from launch.settings import ENTRY_POINTS
 from perfedavg.contracts import input_shape
 from perfedavg.fields import label
 from perfedavg.own_files import is_own_code, shown_dataset
-from perfedavg.recording.folders import make_default_folder
+from perfedavg.recording.folders import make_default_folder, remove_empty
 from perfedavg.recording.runs import read_unfinished_run
 from perfedavg.settings import UNREAD, ClientsConfig, ExperimentConfig, brings_model, num_unseen_clients
 from perfedavg.terminal.console import say
@@ -223,6 +224,22 @@ def open_run_folder(args: Any) -> RunFolder:
     run_folder = new_run_folder(args)
     at_early_end(lambda reason: run_folder.discard_unless_begun())
     return run_folder
+
+
+@contextlib.contextmanager
+def with_run_folder(args: Any) -> Iterator[Any]:
+    """The flags of what starts other processes, with the run's folder in them.
+
+    One that had to be made is removed at the end of the block where nothing came of it.
+    """
+    if args.resume is not None or args.run_dir is not None:
+        yield args
+        return
+    made = make_default_folder(ROOT / "runs", args.experiment.dataset)
+    try:
+        yield replace(args, run_dir=made)
+    finally:
+        remove_empty([made])
 
 
 def new_run_folder(args: Any, parent: Path = ROOT / "runs") -> RunFolder:

@@ -22,7 +22,6 @@ from over_ssh.preparing import PreparedHost, Wanted, new_session, prepare
 from over_ssh.session import HostError, Session, close_all
 from over_ssh.tasks import keys_of_workers, make_tasks, run_keys, secrets_of_run
 from perfedavg.machine.processes import SERVER, TERMINATE_SECONDS, LocalProcesses, SignalWatch
-from perfedavg.recording.folders import make_default_folder, remove_empty
 from perfedavg.recording.runs import CONFIG_FILE
 from perfedavg.terminal.console import command_line, say
 from perfedavg.terminal.entry_point import EXIT_BAD_INPUT
@@ -55,12 +54,13 @@ def run(args: Cluster) -> int:
 
 def _run_with(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
     wanted = Wanted.by(args.experiment)
+    os.environ[utils.RESTART_VARIABLE] = restart_command(args)
     with contextlib.ExitStack() as stack:
         keys = stack.enter_context(run_keys(args, hosts))
         sessions: list[Session] = []
         stack.callback(close_all, sessions)
         prepared, args = prepare_all(args, hosts, wanted, sessions, signals)
-        args = replace(args, keys=keys())
+        args = stack.enter_context(utils.with_run_folder(replace(args, keys=keys())))
         num_workers = sum(host.slots for host in hosts)
         how = "in plain text" if args.keys is None else "encrypted"
         say(f"{len(hosts)} host(s) for {num_workers} worker(s) are ready; they reach {args.ip}:{args.port}, {how}")
@@ -90,7 +90,6 @@ def prepare_all(
             session.beat()
 
     prepared = _without_faults(in_parallel(prepare_one, hosts, signals, beat))
-    os.environ[utils.RESTART_VARIABLE] = restart_command(args)
     ip = choose_address(args.ip, sessions)
     with answering(ip, args.port), answering(ip, 0) as tensor_port:
 
@@ -116,10 +115,6 @@ def _without_faults(results: Sequence[PreparedHost | HostError]) -> list[Prepare
 
 def _run_on(args: Cluster, wanted: Wanted, prepared: Sequence[PreparedHost], signals: SignalWatch) -> int:
     """Run on hosts that are ready for it."""
-    made = None
-    if args.resume is None and args.run_dir is None:
-        made = make_default_folder(ROOT / "runs", args.experiment.dataset)
-        args = replace(args, run_dir=made)
     folder = args.resume or args.run_dir
     assert folder is not None
     environment = secrets_of_run(args)
@@ -155,8 +150,6 @@ def _run_on(args: Cluster, wanted: Wanted, prepared: Sequence[PreparedHost], sig
         logs.flush()
     if status > 128 and not signals.received and (folder / CONFIG_FILE).exists():  # the server could not say it
         say(f"continue with: {os.environ[utils.RESTART_VARIABLE]} --resume {command_line([folder])}")
-    if made is not None:
-        remove_empty([made])  # where nothing came of it
     return status
 
 
