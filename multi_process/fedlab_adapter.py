@@ -4,11 +4,17 @@ What does not fit in FedLab 1.3.0: its trainer and its handler copy the model th
 client to one worker for good; a package holds tensors of one type, and its slices travel as int32.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
+
+from compat import import_fedlab
+
+import_fedlab("fedlab.core")
 
 import torch
 from fedlab.core.client.manager import PassiveClientManager

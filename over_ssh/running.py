@@ -45,6 +45,8 @@ def run(args: Cluster) -> int:
     hosts = [] if args.hosts is None else read_hosts(args.hosts)
     num_workers = sum(host.slots for host in hosts)
     utils.check_num_workers(args, max(1, num_workers))
+    secrets_of_run(args)  # and the keys: what is wrong with them is said before any host is asked
+    keys_of_workers(args.keys)
     signals = SignalWatch()
     try:
         return check(args, hosts, signals) if args.check else _run_with(args, hosts, signals)
@@ -60,7 +62,7 @@ def _run_with(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int
         sessions: list[Session] = []
         stack.callback(close_all, sessions)
         prepared, args = prepare_all(args, hosts, wanted, sessions, signals)
-        args = stack.enter_context(utils.with_run_folder(replace(args, keys=keys())))
+        args = stack.enter_context(utils.with_run_folder(replace(args, keys=keys)))
         num_workers = sum(host.slots for host in hosts)
         how = "in plain text" if args.keys is None else "encrypted"
         say(f"{len(hosts)} host(s) for {num_workers} worker(s) are ready; they reach {args.ip}:{args.port}, {how}")

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.flags import ROOT, to_argv
+from launch.flags import to_argv
 from launch.settings import Cluster, Worker
+from multi_process.transport.keys import OF_WORKERS, TOKEN_VARIABLE, make_keys, read_token, tls_context
 from over_ssh.hosts_file import Host
 from perfedavg.machine.private_folder import private_folder
-
-TOKEN_VARIABLE = "PERFEDAVG_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -64,46 +60,32 @@ def make_tasks(
 
 
 @contextlib.contextmanager
-def run_keys(args: Cluster, hosts: Sequence[Host]) -> Iterator[Callable[[], Path | None]]:
-    """The folder with the keys of a run, made while other things are done; gone at the end of the block.
+def run_keys(args: Cluster, hosts: Sequence[Host]) -> Iterator[Path | None]:
+    """The folder with the keys of a run: those of --keys, or fresh ones, which are gone at the end of the block.
 
-    A run has those of --keys, or fresh ones, unless it is on this machine alone or goes by what cannot encrypt.
-    Yields what waits for the folder, which is None where nothing is encrypted. It raises ValueError where no keys could
-    be made.
+    None where nothing is encrypted: on this machine alone, or over gloo, which cannot.
     """
-    is_in_plain_text = args.needs_more_ports or all(host.is_this_machine for host in hosts)
-    if args.keys is not None or is_in_plain_text:
-        yield lambda: args.keys
+    if args.keys is not None or args.needs_more_ports or all(host.is_this_machine for host in hosts):
+        yield args.keys
         return
     with private_folder("perfedavg-keys-") as folder:
-        words = [sys.executable, "-W", "ignore", str(ROOT / "make_keys.py"), str(folder)]
-        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as making:
-
-            def made() -> Path:
-                _, errors = making.communicate()
-                if making.returncode != 0:
-                    reason = errors.strip().splitlines()[-1].removeprefix("error: ")
-                    raise ValueError(f"no keys could be made: {reason}")
-                return folder
-
-            try:
-                yield made
-            finally:
-                making.kill()
+        make_keys(folder)
+        yield folder
 
 
 def keys_of_workers(folder: Path | None) -> dict[str, str]:
-    """By their names, the files that a worker needs of a run's keys: its own, and the server's certificate."""
+    """By their names, the files that a worker needs of a run's keys. Raises ValueError where they cannot be used."""
     if folder is None:
         return {}
-    return {name: (folder / name).read_text(encoding="utf-8") for name in ("worker.key", "worker.crt", "server.crt")}
+    for is_server in (True, False):
+        tls_context(folder, is_server)
+    return {name: (folder / name).read_text(encoding="utf-8") for name in OF_WORKERS}
 
 
 def secrets_of_run(args: Cluster) -> dict[str, str]:
     """Variables with what the run's processes share and nobody else is to know; ssh brings it to the hosts.
 
-    A token: that of --token_file or the environment, or else a fresh one.
+    A token: that of --token_file or the environment, or else a fresh one. Raises ValueError where it is none.
     """
-    if args.token_file is not None:
-        return {TOKEN_VARIABLE: Path(args.token_file).read_text(encoding="utf-8").strip()}
-    return {TOKEN_VARIABLE: os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(32)}
+    token = read_token(args.token_file)
+    return {TOKEN_VARIABLE: secrets.token_hex(32) if token is None else token.decode()}

@@ -17,25 +17,19 @@ import contextlib
 import hashlib
 import hmac
 import json
-import os
 import secrets
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from multi_process.boundary import clean_text
 from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection, ProtocolError
 from multi_process.transport.wire import Wire
 from perfedavg.plain_values import from_plain
-from perfedavg.terminal.console import command_line
 
 HANDSHAKE_SECONDS = 10.0
 """For each line of it. A peer that takes longer is dropped."""
 MAX_SILENCE_SECONDS = 24 * 3600.0
-TOKEN_VARIABLE = "PERFEDAVG_TOKEN"
 _SERVICE = "personalized-fedavg"
-_MIN_TOKEN_CHARACTERS = 16
 
 Handshake = TypeVar("Handshake", "Hello", "JoinRequest", "AttachRequest", "JoinAccepted")
 
@@ -103,7 +97,7 @@ class JoinAccepted:
 def receive_request(control: ControlConnection, token: bytes | None, hello: Hello) -> JoinRequest | AttachRequest:
     """Server: say hello to whoever connected, and return what it asks for once it has proven who it is.
 
-    token: from `read_token`; None where every worker is welcome.
+    token: from `keys.read_token`; None where every worker is welcome.
     Raises RefusedError, having told the other side, where it is a worker that cannot join, ProtocolError or
     ConnectionError where it is none.
     """
@@ -203,29 +197,6 @@ def request_to_attach(control: ControlConnection, token: bytes | None, hello: He
     if fields != {"attached": True}:
         raise ProtocolError("it said what is not of this protocol")
     return control.release()
-
-
-def read_token(token_file: Path | None) -> bytes | None:
-    """The token in a file, else in the environment's PERFEDAVG_TOKEN; None where there is neither.
-
-    Raises ValueError where the file cannot be read or the token is too short to be a secret.
-    """
-    if token_file is not None:
-        source = f"--token_file {token_file}"
-        try:
-            token = token_file.read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{source} cannot be read ({getattr(error, 'strerror', 'not text')})") from error
-    elif TOKEN_VARIABLE in os.environ:
-        source, token = TOKEN_VARIABLE, os.environ[TOKEN_VARIABLE].strip()
-    else:
-        return None
-    if len(token) < _MIN_TOKEN_CHARACTERS:
-        raise ValueError(
-            f"the token in {source} has {len(token)} characters, fewer than {_MIN_TOKEN_CHARACTERS}; make one with: "
-            f"{command_line([sys.executable, '-c', 'import secrets; print(secrets.token_hex(32))'])}"
-        )
-    return token.encode()
 
 
 def _worker_proof(token: bytes, hello: Hello, request: JoinRequest | AttachRequest) -> str:

@@ -1,4 +1,6 @@
-"""Keys of a run: with them everything between server and workers is encrypted, and each side knows the other.
+"""What the processes of a run know and nobody else: its keys, its token. Imports nothing heavy.
+
+With keys everything between server and workers is encrypted, and each side knows the other; a token keeps others out.
 
 The server has a key and the workers have one, which they share. Each side takes nothing but the other's very
 certificate, so names, addresses and dates in it do not matter, and nobody else's signature does either.
@@ -8,12 +10,17 @@ from __future__ import annotations
 
 import os
 import ssl
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
+
+from perfedavg.terminal.console import command_line
 
 SERVER_NAME, WORKER_NAME = "server", "worker"
 OF_WORKERS = (f"{WORKER_NAME}.key", f"{WORKER_NAME}.crt", f"{SERVER_NAME}.crt")
 """What a worker's machine needs. With no more than that, nobody can pose as the server."""
+TOKEN_VARIABLE = "PERFEDAVG_TOKEN"
+_MIN_TOKEN_CHARACTERS = 16
 
 
 def make_keys(folder: Path) -> list[Path]:
@@ -55,6 +62,29 @@ def tls_context(folder: Path, is_server: bool) -> ssl.SSLContext:
         reason = getattr(error, "reason", None) or error.strerror or "not in PEM"
         raise ValueError(f"--keys {folder} cannot be used ({reason}); make new ones with make_keys.py") from error
     return context
+
+
+def read_token(token_file: Path | None) -> bytes | None:
+    """The token in a file, else in the environment's PERFEDAVG_TOKEN; None where there is neither.
+
+    Raises ValueError where the file cannot be read or the token is too short to be a secret.
+    """
+    if token_file is not None:
+        source = f"--token_file {token_file}"
+        try:
+            token = token_file.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{source} cannot be read ({getattr(error, 'strerror', 'not text')})") from error
+    elif TOKEN_VARIABLE in os.environ:
+        source, token = TOKEN_VARIABLE, os.environ[TOKEN_VARIABLE].strip()
+    else:
+        return None
+    if len(token) < _MIN_TOKEN_CHARACTERS:
+        raise ValueError(
+            f"the token in {source} has {len(token)} characters, fewer than {_MIN_TOKEN_CHARACTERS}; make one with: "
+            f"{command_line([sys.executable, '-c', 'import secrets; print(secrets.token_hex(32))'])}"
+        )
+    return token.encode()
 
 
 def _key_and_certificate(name: str) -> tuple[bytes, bytes]:

@@ -28,10 +28,9 @@ from multi_process.transport.handshake import (
     AttachRequest,
     Hello,
     JoinRequest,
-    read_token,
     refuse,
 )
-from multi_process.transport.keys import tls_context
+from multi_process.transport.keys import read_token, tls_context
 from multi_process.transport.peer import PEER_DESCRIPTORS, Peer
 from multi_process.transport.settings import POLL_SECONDS, NetworkSettings, listen_on
 from multi_process.transport.stream import tensor_connection

@@ -28,7 +28,7 @@ class NetworkSettings:
     ethernet: interface for tensors, or None for the one by which the other side is reached.
     backend: what carries tensors, of BACKENDS; a worker takes the server's, and one that it names must be the same.
     device: with nccl, whose memory tensors are sent from.
-    token_file: see `handshake.read_token`.
+    token_file: see `keys.read_token`.
     keys: folder of the run's keys, see `keys.tls_context`; None for plain text.
     """
 

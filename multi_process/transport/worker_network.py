@@ -11,8 +11,8 @@ from multi_process.boundary import clean_text
 from multi_process.fedlab_adapter import Network
 from multi_process.transport import handshake
 from multi_process.transport.control import ControlConnection, ProtocolError
-from multi_process.transport.handshake import HANDSHAKE_SECONDS, Hello, RefusedError, read_token
-from multi_process.transport.keys import tls_context
+from multi_process.transport.handshake import HANDSHAKE_SECONDS, Hello, RefusedError
+from multi_process.transport.keys import read_token, tls_context
 from multi_process.transport.peer import PEER_DESCRIPTORS, Peer, RunEndedError
 from multi_process.transport.settings import BACKENDS, POLL_SECONDS, REMINDER_SECONDS, NetworkSettings, resolve
 from multi_process.transport.stream import tensor_connection

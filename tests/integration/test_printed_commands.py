@@ -19,7 +19,7 @@ from PIL import Image
 import reproduce
 import utils
 from launch.flags import parse, restart_command, worker_command
-from multi_process.transport.handshake import read_token
+from multi_process.transport.keys import read_token
 from perfedavg.terminal.console import command_line
 
 LONG = ["--dataset", "folder", "--model", "mlp", "--client_num_per_round", "2", "--rounds", "6"]

@@ -23,11 +23,11 @@ from multi_process.transport.handshake import (
     JoinRequest,
     RefusedError,
     accept,
-    read_token,
     receive_hello,
     receive_request,
     request_to_join,
 )
+from multi_process.transport.keys import TOKEN_VARIABLE, read_token
 from multi_process.transport.wire import Wire
 
 TOKEN, OTHER = b"a secret of 16 or more", b"another secret of 16 or more"
@@ -271,9 +271,9 @@ def test_the_address_is_that_of_this_end(pair: Pair) -> None:
 
 
 def test_the_token_comes_from_the_file_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(handshake.TOKEN_VARIABLE, raising=False)
+    monkeypatch.delenv(TOKEN_VARIABLE, raising=False)
     assert read_token(None) is None
-    monkeypatch.setenv(handshake.TOKEN_VARIABLE, OTHER.decode())
+    monkeypatch.setenv(TOKEN_VARIABLE, OTHER.decode())
     assert read_token(None) == OTHER
     file = tmp_path / "token"
     file.write_bytes(b"\n" + TOKEN + b"\r\n")
@@ -292,6 +292,6 @@ def test_a_token_that_is_no_secret_is_refused(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match=r"cannot be read \(Is a directory\)"):
         read_token(tmp_path)
     for value in ("", "short"):
-        monkeypatch.setenv(handshake.TOKEN_VARIABLE, value)
+        monkeypatch.setenv(TOKEN_VARIABLE, value)
         with pytest.raises(ValueError, match=f"in PERFEDAVG_TOKEN has {len(value)} characters"):
             read_token(None)

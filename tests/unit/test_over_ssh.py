@@ -20,6 +20,7 @@ from over_ssh import addresses, preparing
 from over_ssh.hosts_file import Host
 from over_ssh.logs import WorkerLogs
 from over_ssh.preparing import Wanted, prepare
+from over_ssh.running import run
 from over_ssh.session import HostError, Session, command_of, remote_command
 from over_ssh.tasks import make_tasks
 from over_ssh.tree import Tree, own_tree, project_tree
@@ -234,6 +235,23 @@ def test_each_worker_gets_a_rank_and_what_its_host_has(tmp_path: Path) -> None:
     assert workers[1].data_root == Path(os.path.expanduser("~/my data"))
     assert workers[1].ethernet == "ib0"
     assert workers[0].join_timeout_seconds == 77
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--keys", "{folder}"], "--keys {folder} has no server.key; make_keys.py makes keys"),
+        (["--token_file", "{folder}/hosts"], "the token in --token_file {folder}/hosts has 4 characters"),
+    ],
+)
+def test_keys_and_tokens_that_cannot_be_used_are_said_before_any_host_is_asked(
+    flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hosts").write_text("beta")
+    monkeypatch.setattr("over_ssh.session.command_of", lambda *told: pytest.fail("it was asked"))
+    argv = ["--hosts", str(tmp_path / "hosts"), *(flag.format(folder=tmp_path) for flag in flags)]
+    with pytest.raises(ValueError, match=re.escape(said.format(folder=tmp_path))):
+        run(get_args("cluster", argv))
 
 
 def test_logs_wait_for_the_run_to_begin(tmp_path: Path) -> None:
