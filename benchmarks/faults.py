@@ -32,12 +32,15 @@ from typing import IO, Protocol
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from pages import commit, split_page, write_into  # noqa: E402
 
 from perfedavg.machine.forking import ForkedProcess, load  # noqa: E402
 from perfedavg.machine.processes import hold_free_port  # noqa: E402
 from quick_start import load_everything  # noqa: E402
 
+NAME = Path(__file__).name
 POLL_SECONDS = 0.02
 ENDS_WITHIN_SECONDS = 150
 SILENCE_SECONDS = 2
@@ -310,8 +313,6 @@ def read_result(processes: Processes, seconds: float, noticed_s: float | None = 
     return Result(digest, [(line["phase"], line["round_number"]) for line in lines], scores, seconds, noticed_s)
 
 
-BEGIN, END = "<!-- Written by benchmarks/faults.py --write. -->\n", "<!-- End of what benchmarks/faults.py wrote. -->\n"
-"""Lines of a page between which `--write` puts what was measured."""
 FOLLOWS = {"again": "starts again", "others": "others go on", "continued": "continued"}
 HEADER = "| process, doing | in | gets | then | noticed after | time lost | same model |\n|---|---|---|---|---|---|---|"
 
@@ -322,8 +323,10 @@ def main() -> None:
     parser.add_argument("--write", type=Path, metavar="PAGE", help="a page that takes in the table of all rows")
     parser.add_argument("network", nargs="*", metavar="-- FLAG", help="of the server and its workers")
     args = parser.parse_args()
-    if args.write and (args.rows or BEGIN not in args.write.read_text()):
-        parser.error(f"--write {args.write}: it takes all rows, and a page with the line {BEGIN.strip()}")
+    if args.write and args.rows:
+        parser.error("--write takes all rows; leave --rows out")
+    if args.write:
+        split_page(args.write, NAME)  # before it takes minutes
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves no process behind
     rows = [row for row in MATRIX if args.rows in row.name]
     load(load_everything)
@@ -343,7 +346,8 @@ def main() -> None:
     if not all(entry["same"] for entry in summary):
         sys.exit("a fault changed the result")
     if args.write:
-        write_into(args.write, normal_s, lines)
+        said = f"The run takes {normal_s:.1f} s when nothing happens, start-up included (on commit {commit()})."
+        write_into(args.write, NAME, [said, "", HEADER, *lines])
 
 
 def line_of(row: Row, result: Result, lost_s: float, same: bool) -> str:
@@ -351,16 +355,6 @@ def line_of(row: Row, result: Result, lost_s: float, same: bool) -> str:
     assert result.noticed_s is not None, "a fault is noticed"
     measured = f"{result.noticed_s:.2f} s | {lost_s:.1f} s | {'yes' if same else 'NO'}"
     return f"| {row.point} | {when} | {row.signal} | {FOLLOWS[row.then]} | {measured} |"
-
-
-def write_into(page: Path, normal_s: float, lines: list[str]) -> None:
-    """Put what was measured in place of what the page has between BEGIN and END."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+changes"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    said = f"The run takes {normal_s:.1f} s when nothing happens, start-up included (on commit {commit})."
-    page.write_text("\n".join([before + BEGIN + said, "", HEADER, *lines, END + after]))
 
 
 if __name__ == "__main__":

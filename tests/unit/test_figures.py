@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import figures
+import pages
 import round as round_benchmark
 
 
@@ -29,3 +31,15 @@ def test_a_row_against_others_claims_no_more_than_was_measured() -> None:
     row = {"round_s": 1.454, "ours_is_faster": 1.05, "peak_mb": 515.2, "bytes_a_round": 0}
     text = round_benchmark.table("4 clients", {"BlazeFL": {**row, "first_round_after_s": 1.123, "first_round_s": 2.83}})
     assert text.splitlines()[-1] == "| BlazeFL | 1.5 | equal | 520 | 0 | 1.1 | 2.8 |"
+
+
+@pytest.mark.parametrize(("name", "benchmark"), [("guarantees.md", "faults.py"), ("performance.md", "networks.py")])
+def test_a_page_takes_in_what_was_measured_and_nothing_else_changes(name: str, benchmark: str, tmp_path: Path) -> None:
+    page = tmp_path / name
+    page.write_text((ROOT / "docs" / name).read_text())
+    before, after = pages.split_page(page, benchmark)
+    for lines in (["| a | b |", "|---|---|"], ["another"]):
+        pages.write_into(page, benchmark, lines)
+        assert page.read_text() == "\n".join([before + lines[0], *lines[1:], after])
+    with pytest.raises(SystemExit, match="needs the lines"):
+        pages.split_page(page, "scale.py")
