@@ -8,11 +8,14 @@ import random
 import select
 import signal
 import socket
+import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from helpers import (
@@ -31,7 +34,14 @@ from torch import nn
 import utils
 from multi_process.messages import Message, PartialSum
 from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection
-from multi_process.transport.handshake import AttachRequest, Hello, JoinAccepted, JoinRequest, receive_hello
+from multi_process.transport.handshake import (
+    HANDSHAKE_SECONDS,
+    AttachRequest,
+    Hello,
+    JoinAccepted,
+    JoinRequest,
+    receive_hello,
+)
 from multi_process.transport.peer import RunEndedError
 from multi_process.transport.server_network import MAX_PENDING_HANDSHAKES
 from multi_process.transport.settings import NetworkSettings
@@ -129,7 +139,7 @@ class Strangers:
     def wait(self) -> None:
         """Until the server has ended every connection of those that came."""
         for thread in self._threads:
-            thread.join(60)
+            thread.join(120)
             assert not thread.is_alive(), "a stranger was never dropped"
 
     def close(self) -> None:
@@ -220,6 +230,67 @@ def test_strangers_neither_disturb_a_run_nor_learn_of_it(
             assert len(heard) <= TLS_ALERT_BYTES
         else:
             assert_only_the_hello(heard)
+
+
+def tls_greeting() -> bytes:
+    """What a TLS client that has no key of the run says first."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    said = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), said).do_handshake()
+    return said.read()
+
+
+NUM_OF_A_CROWD = 2500
+CROWDS: dict[str, tuple[tuple[bytes, ...], bool]] = {
+    "127.0.0.41": ((), False),
+    "127.0.0.42": ((tls_greeting(),), False),
+    "127.0.0.43": ((b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n",), True),
+    "127.0.0.44": ((application(),), True),
+}
+"""Their addresses, what each of them sends, and whether it waits for an answer."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["gloo", "tcp", "keys"])
+def test_ten_thousand_strangers_leave_no_thread_and_no_descriptor_behind(
+    launched: Launched, token_file: Path, digest: str, keys: Path, tmp_path: Path, transport: str
+) -> None:
+    """One of the workers stands still meanwhile, so that the run has as many of both before them as after."""
+    known = ("--token_file", token_file, *network_flags(transport, keys))
+    server, port = launched.start_server(tmp_path / "run", 3, *FLAGS, *known, "--worker_timeout_seconds", "300")
+    workers = [launched.start_worker(port, 3, rank, *known) for rank in (1, 2)]
+    wait_for_line(server, "FedAvg round")
+    workers[0].send_signal(signal.SIGSTOP)
+    before = settled(server.pid)
+    strangers = Strangers(port)
+    for host, (content, waits) in CROWDS.items():
+        strangers.come(host, *content, times=NUM_OF_A_CROWD, waits=waits)
+    strangers.wait()
+    assert settled(server.pid) == before
+    workers[0].send_signal(signal.SIGCONT)
+    for process in (server, *workers):
+        status, _, errors = finish(process)
+        assert status == 0, errors
+        assert "Traceback" not in errors, errors
+    assert read_result(tmp_path / "run")["model_sha256"] == digest
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "lost worker" not in log
+    for host in CROWDS:
+        assert log.count(f"dropped a connection from {host} ") == NUM_OF_A_CROWD.bit_length()
+
+
+def settled(pid: int) -> tuple[int, int]:
+    """Threads and descriptors of a process, once it has had the same for longer than a handshake may take."""
+    process = psutil.Process(pid)
+    counted, since = (0, 0), time.monotonic()
+    while time.monotonic() - since < HANDSHAKE_SECONDS + 1:
+        now = process.num_threads(), process.num_fds()
+        if now != counted:
+            counted, since = now, time.monotonic()
+        time.sleep(0.05)
+    return counted
 
 
 def assert_only_the_hello(heard: bytes) -> None:
