@@ -141,11 +141,19 @@ def test_the_servers_port_is_all_that_must_be_open_and_with_keys_nobody_reads_al
     assert not any(is_heard) if with_keys else all(is_heard[:3]) and any(is_heard[3:])
 
 
+ON_EACH_TRANSPORT = pytest.mark.parametrize(
+    "transport",
+    ["gloo", pytest.param("tcp", marks=pytest.mark.slow), pytest.param("keys", marks=pytest.mark.slow)],
+)
+
+
+@ON_EACH_TRANSPORT
 def test_a_host_that_is_cut_off_for_good_is_done_without(
-    launched: Launched, lan: Lan, digest: str, tmp_path: Path
+    launched: Launched, lan: Lan, digest: str, keys: Path, tmp_path: Path, transport: str
 ) -> None:
     """Nothing closes the connection of a host that falls silent: without signs of life both would wait for ever."""
-    job = Job(launched, lan, tmp_path / "run", "--worker_timeout_seconds", str(TIMEOUT_SECONDS), server_wait=5)
+    timeout, network = ("--worker_timeout_seconds", str(TIMEOUT_SECONDS)), network_flags(transport, keys)
+    job = Job(launched, lan, tmp_path / "run", *timeout, server_wait=5, network=network)
     wait_for_line(job.server, MIDDLE)
     lan.unplug("gamma")
     unplugged = time.monotonic()
@@ -158,12 +166,6 @@ def test_a_host_that_is_cut_off_for_good_is_done_without(
     assert job.result() == digest
     status, _, errors = finish(job.workers[1])
     assert status == 0, errors
-
-
-ON_EACH_TRANSPORT = pytest.mark.parametrize(
-    "transport",
-    ["gloo", pytest.param("tcp", marks=pytest.mark.slow), pytest.param("keys", marks=pytest.mark.slow)],
-)
 
 
 @ON_EACH_TRANSPORT
