@@ -7,8 +7,9 @@ The flags may be --backend tcp or --keys FOLDER, which send everything over the 
 Each row is a run of real processes, a server and two workers, forked as quick_start.py forks them, with one fault
 planted at an exact point (`planted_fault.py`). Every row must end with the model, the metrics and the scores of the
 undisturbed run, and leave no process behind. Prints for each row how long it took until the fault was noticed, and how
-much longer than the undisturbed run (median of three) the whole took, start-up of new processes included. The last line
-is JSON. `--write PAGE` puts the table, the undisturbed run's seconds and the commit into that page.
+much longer than the undisturbed run (median of three) the whole took, start-up of new processes included; then what all
+rows have in common. The last line is JSON. `--write PAGE` puts the table, the undisturbed run's seconds and the commit
+into that page.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import psutil
 
@@ -342,7 +343,8 @@ def main() -> None:
             lines.append(line_of(row, result, lost_s, same))
             print(lines[-1], flush=True)
             summary.append({"row": row.name, "noticed_s": result.noticed_s, "lost_s": lost_s, "same": same})
-    print(json.dumps({"benchmark": "faults", "undisturbed_s": normal_s, "rows": summary}))
+    print("\n" + in_short(rows, summary))
+    print(json.dumps({"benchmark": "faults", "flags": args.network, "undisturbed_s": normal_s, "rows": summary}))
     if not all(entry["same"] for entry in summary):
         sys.exit("a fault changed the result")
     if args.write:
@@ -355,6 +357,21 @@ def line_of(row: Row, result: Result, lost_s: float, same: bool) -> str:
     assert result.noticed_s is not None, "a fault is noticed"
     measured = f"{result.noticed_s:.2f} s | {lost_s:.1f} s | {'yes' if same else 'NO'}"
     return f"| {row.point} | {when} | {row.signal} | {FOLLOWS[row.then]} | {measured} |"
+
+
+def in_short(rows: list[Row], summary: list[dict[str, Any]]) -> str:
+    """How many rows ended as they must, and what they cost: medians and maxima."""
+    deaths, stops, lost = "a death is noticed after", "a stop is noticed after", "time lost"
+    figures: dict[str, list[float]] = {deaths: [], stops: [], lost: []}
+    for row, entry in zip(rows, summary, strict=True):
+        figures[stops if row.signal == "SIGSTOP" else deaths].append(entry["noticed_s"])
+        figures[lost].append(entry["lost_s"])
+    said = [
+        f"{what} {statistics.median(all_s):.2f} s (median), {max(all_s):.2f} s at most"
+        for what, all_s in figures.items()
+        if all_s
+    ]
+    return "; ".join([f"{sum(entry['same'] for entry in summary)} of {len(rows)} rows end with the same model", *said])
 
 
 if __name__ == "__main__":
