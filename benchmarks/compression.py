@@ -10,7 +10,7 @@ and so on, so that alike bytes stand together. `used planes` sends those that ar
 
 Prints a Markdown table: the bytes that are left; the milliseconds of one core that a million bytes take to encode and
 to decode, medians over the messages; and the milliseconds until the million is there, with both, over lines of
-10 Mbit/s, 1 Gbit/s, and 20 Gbit/s, which is what gloo reaches between processes of one machine. The last line is JSON.
+10 Mbit/s, 1 Gbit/s, and 20 Gbit/s, which is more than `transports.py` finds on one machine. The last line is JSON.
 """
 
 from __future__ import annotations
