@@ -151,9 +151,10 @@ def adapt_client_of_run(args: Personalize, text: str) -> None:
 def figures_table(rows: Mapping[str, Mapping[str, float | None]]) -> str:
     """A row each, with a column a metric. What is no number is left out."""
     metrics = [name for name, value in next(iter(rows.values())).items() if value is not None and math.isfinite(value)]
-    lines = ["", f"{'':22}{''.join(f'{name:>20}' for name in metrics)}"]
+    widths = {name: max(24, len(name) + 2) for name in metrics}
+    lines = ["", f"{'':18}{''.join(f'{name:>{width}}' for name, width in widths.items())}"]
     for label, values in rows.items():
-        lines.append(f"{label:22}{''.join(f'{values.get(name)!r:>20}' for name in metrics)}")
+        lines.append(f"{label:18}{''.join(f'{values.get(name)!r:>{width}}' for name, width in widths.items())}")
     return "\n".join([*lines, ""])
 
 

@@ -27,7 +27,7 @@ class Reproduce(Compute, Data, Checked):
     script: ClassVar[str] = "reproduce.py"
     heading = "options"
     table: str = setting(MISSING, "whose rows", choices=table_names(), aliases=("dataset",))
-    rows: tuple[str, ...] = setting(("all",), "rows, or main, extra, all", metavar="NAME", many=True)
+    rows: tuple[str, ...] = setting(("all",), "rows, groups of them such as main, or all", metavar="NAME", many=True)
     seeds: tuple[int, ...] = setting((0, 1, 2), "a run each", metavar="N", many=True)
     results: Path = setting(
         ROOT / "results",

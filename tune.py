@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from experiments.rows import CHOSEN, fixed_settings, select_rows, table_names
 from launch import paths
-from launch.flags import ROOT, build_parser, differing_words, parse
+from launch.flags import ROOT, build_parser, differing_words, flag_words, parse
 from launch.settings import Checked, SingleProcess
 from perfedavg.fields import flags_by_name, setting
 from perfedavg.machine.kernels import pin_kernels_or_restart
@@ -191,7 +191,7 @@ def read_experiments(args: Tune, others: Sequence[str]) -> dict[str, list[str]]:
     if "dataset" in given:
         raise ValueError(f"--dataset {given['dataset']} does not go with --table, whose rows name theirs; leave it out")
     rows = select_rows(args.table, args.rows, with_chosen=False)
-    return {name: [*_words(flags), *others] for name, flags in rows.items()}
+    return {name: [*flag_words(flags), *others] for name, flags in rows.items()}
 
 
 def search_command(args: Tune, others: Sequence[str]) -> str:
@@ -199,7 +199,7 @@ def search_command(args: Tune, others: Sequence[str]) -> str:
     declare may change.
     """
     own = differing_words(args, leave_out=("studies", "chosen"))
-    experiment = _words({name: text for name, text in _given(others).items() if name not in _MACHINE})
+    experiment = flag_words({name: text for name, text in _given(others).items() if name not in _MACHINE})
     return command_line(["python", "tune.py", *own, *experiment])
 
 
@@ -210,10 +210,6 @@ def _given(words: Sequence[str]) -> dict[str, str]:
     if unknown_words:
         parse_own.refuse(unknown_words[0], flags_by_name(SingleProcess))
     return vars(namespace)
-
-
-def _words(flags: Mapping[str, str]) -> list[str]:
-    return [word for name, text in flags.items() for word in (f"--{name}", text)]
 
 
 if __name__ == "__main__":

@@ -325,6 +325,11 @@ def worker_command(settings: Any) -> str:
     return command_line([sys.executable, ROOT / Worker.script, *_words(flags, _differing(settings))])
 
 
+def flag_words(texts: Mapping[str, str]) -> list[str]:
+    """The words that give flags these values. texts: by flag, without dashes."""
+    return [word for name, text in texts.items() for word in (f"--{name}", text)]
+
+
 def _differing(settings: Any) -> dict[str, Any]:
     """What is not the default of its field; the environment may be another one then."""
     flags = flags_by_name(type(settings))

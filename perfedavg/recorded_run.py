@@ -9,7 +9,13 @@ from typing import Any
 from torch import nn
 
 from perfedavg.contracts import ClientDirectory, Executor, Observer
-from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, RoundRecord, experiment_rounds
+from perfedavg.engine.experiment import (
+    ExperimentOutcome,
+    ExperimentState,
+    RoundRecord,
+    check_clients,
+    experiment_rounds,
+)
 from perfedavg.recording.model_file import ModelFacts
 from perfedavg.recording.results import summarize_run
 from perfedavg.recording.run_folder import RunFolder
@@ -64,6 +70,7 @@ def recorded_rounds(
     observers: besides the folder.
     take_result: is given the content of result.json, also where there is no room for the file.
     """
+    check_clients(config, clients)  # before there is anything in the folder
     state = folder.begin(config, clients, run_settings, executor.kernels)
     if state is None:
         num_buffer_entries = count_buffer_entries(model)

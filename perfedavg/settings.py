@@ -46,7 +46,7 @@ _FITTING_RATES = f"{STEP:g}; {GRADIENT_STEP:g} for gradients; with adam, yogi an
 _FEDAVG_SERVER = {"name": "momentum", "learning_rate": STEP, "epsilon": 0.001}
 _DIGEST = re.compile("[0-9a-f]{64}")
 _LONGEST_FRACTION = 20
-_PHASE_3 = "phase 3, personalization of unseen clients"
+_PHASE_3 = "phase 3, personalization of the clients that are scored"
 
 
 class Phase(IntEnum):
@@ -332,7 +332,7 @@ class ExperimentConfig(ClientsConfig):
     )
     num_personalization_epochs: int = setting(
         5,
-        "local epochs by which an unseen client adapts, as in phase 1",
+        "local epochs by which a client adapts before it is scored, as in phase 1",
         flag="personalization_epochs",
         aliases=("pers_round",),
         title=_PHASE_3,

@@ -96,7 +96,14 @@ class Row:
     @property
     def title(self) -> str:
         """Its methods, as people call them: `FedAvg + Reptile`."""
-        return _title(self.settings)
+        fedavg, fine_tune = self.settings["fedavg"], self.settings["fine_tune"]
+        parts = []
+        if self.settings["joint"] and fedavg["num_rounds"]:
+            parts.append("Joint training")
+        elif fedavg["num_rounds"]:
+            parts.append("FedSGD" if self.is_fedsgd else method_title(fedavg["method"]))
+        parts += [] if fine_tune is None else [method_title(fine_tune["method"])]
+        return " + ".join(parts) or ("Local only" if self.is_local_only else "Initial model only")
 
     @property
     def is_fedavg(self) -> bool:
@@ -289,17 +296,6 @@ def method_title(choice: Settings) -> str:
         return name.rpartition(":")[2]
     assert issubclass(method, Method)
     return method.title or method.__name__
-
-
-def _title(settings: Settings) -> str:
-    fedavg, fine_tune = settings["fedavg"], settings["fine_tune"]
-    parts = []
-    if fedavg["num_rounds"]:
-        is_fedsgd = fedavg["method"]["name"] == FedAvg.name and fedavg["num_local_steps"] == 1
-        name = "FedSGD" if is_fedsgd else method_title(fedavg["method"])
-        parts.append("Joint training" if settings["joint"] else name)
-    parts += [] if fine_tune is None else [method_title(fine_tune["method"])]
-    return " + ".join(parts) or ("Local only" if settings["initial_model"] is None else "Initial model only")
 
 
 def _name(settings: Settings) -> str:

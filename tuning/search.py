@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.flags import parse
+from launch.flags import flag_words, parse
 from launch.settings import SingleProcess
 from perfedavg.fields import to_plain
 from perfedavg.terminal.console import command_line, duration, quiet, show
@@ -119,7 +119,7 @@ class _Search:
 
         value, state, end = None, "complete", ""
         try:
-            args = parse(SingleProcess, [*self._words, *_as_words(trial.settings)])
+            args = parse(SingleProcess, [*self._words, *flag_words(trial.settings)])
             with contextlib.nullcontext() if is_first else quiet():
                 summary = self._trials.run(args, self._study.states_folder, on_point)
             value = self._objective.of(summary)
@@ -207,11 +207,7 @@ class _Search:
 
 def run_command(words: Sequence[str], settings: Mapping[str, str]) -> str:
     """What runs the experiment with the chosen settings, for a shell in this project's folder."""
-    return command_line([".venv/bin/python", "single_process.py", *words, *_as_words(settings)])
-
-
-def _as_words(settings: Mapping[str, str]) -> list[str]:
-    return [word for name, text in settings.items() for word in (f"--{name}", text)]
+    return command_line([".venv/bin/python", "single_process.py", *words, *flag_words(settings)])
 
 
 def _shown(dimension: Dimension) -> str:

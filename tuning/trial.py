@@ -16,7 +16,7 @@ from datasets.registry import find
 from launch.flags import parse
 from launch.settings import SingleProcess
 from perfedavg.fields import label
-from perfedavg.metrics import BASIC_METRICS, find_metrics, name_in_results
+from perfedavg.metrics import BASIC_METRICS, find_metrics
 from perfedavg.settings import ClientsConfig, ExperimentConfig, Phase, Population
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Objective:
         is_regression = dataset.client_data(scored_clients(dataset)[0]).test_labels.is_floating_point()
         text = text or f"personalized_{'loss' if is_regression else 'accuracy'}"
         better = {**BASIC_METRICS, **{name: m.higher_is_better for name, m in find_metrics(config.own_metrics).items()}}
-        known = [name_in_results(name) for name in better if not (is_regression and name == "accuracy")]
+        known = [name for name in better if not (is_regression and name == "accuracy")]
         found = _OBJECTIVE.fullmatch(text)
         if found is None or found["metric"] not in known:
             named = ", ".join(f"{kind}_{metric}" for kind in ("personalized", "initial") for metric in known)

@@ -250,10 +250,21 @@ def experiment_rounds(
 
     Time that the caller takes between two rounds does not count.
     """
+    check_clients(config, clients)
+    return _Run(config, executor, clients, state, observers).go_on()
+
+
+def check_clients(config: ExperimentConfig, clients: ClientDirectory) -> None:
+    """Raises ValueError where a round asks for more clients than there are to train, or nobody would be scored."""
     config.check_cohort_size(len(clients.train_client_ids))
-    run = _Run(config, executor, clients, state, observers)
-    run.check_scored()
-    return run.go_on()
+    if len(clients.unseen_client_ids) or draw_trained_clients(config, clients):
+        return
+    count = config.num_trained_scored
+    raise ValueError(
+        "there are no unseen clients and "
+        + (f"{flag('num_trained_scored')} 0 scores no others" if count == 0 else "no training client to be scored")
+        + f"; use {'a higher number, or ' if count == 0 else ''}{flag('unseen_fraction')} above 0"
+    )
 
 
 @dataclass(frozen=True)
@@ -265,17 +276,6 @@ class _Run:
     clients: ClientDirectory
     state: ExperimentState
     observers: Sequence[Observer]
-
-    def check_scored(self) -> None:
-        """Raises ValueError where nobody would be scored."""
-        if len(self.clients.unseen_client_ids) or self._main_clients:
-            return
-        count = self.config.num_trained_scored
-        raise ValueError(
-            "there are no unseen clients and "
-            + (f"{flag('num_trained_scored')} 0 scores no others" if count == 0 else "no training client to be scored")
-            + f"; use {'a higher number, or ' if count == 0 else ''}{flag('unseen_fraction')} above 0"
-        )
 
     def go_on(self) -> Iterator[RoundRecord]:
         """From where the state stands to the end."""

@@ -128,12 +128,18 @@ def test_where_nobody_trains_all_are_scored(tmp_path: Path) -> None:
     assert [path.name for path in (folder.path / "plots").iterdir()] == ["clients.png"]
 
 
-def test_somebody_must_be_scored() -> None:
-    config, data, net = config_of(num_trained_scored=0), dataset(), model()
-    with pytest.raises(
-        ValueError, match=r"no unseen clients and --trained_clients_scored 0 .* --unseen_fraction above 0"
-    ):
-        run_experiment(config, LocalExecutor(config, net, data), data, ExperimentState.fresh(config, flatten(net)))
+def test_somebody_must_be_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that cannot be leaves no folder, and no other line than the error's."""
+    config, data, net, folder = config_of(num_trained_scored=0), dataset(), model(), RunFolder(tmp_path / "run")
+    executor = LocalExecutor(config, net, data)
+    reason = r"no unseen clients and --trained_clients_scored 0 .* --unseen_fraction above 0"
+    with pytest.raises(ValueError, match=reason):
+        run_experiment(config, executor, data, ExperimentState.fresh(config, flatten(net)))
+    with pytest.raises(ValueError, match=reason):
+        run_and_record(config, executor, data, net, folder, {"world_size": 1})
+    folder.discard_unless_begun()
+    assert not folder.path.exists()
+    assert capsys.readouterr().err == ""
     with pytest.raises(ValueError, match="--joint true pools the training clients"):
         JointView(data)
     with pytest.raises(ValueError, match="--unseen_fraction 0 gives no validation clients"):

@@ -155,3 +155,10 @@ def test_a_client_is_found_by_its_name_and_else_by_its_number() -> None:
         find_client(data, "ben")
     with pytest.raises(ValueError, match=r"use a number from 0 to 4, as clients\.csv has them"):
         find_client(data, "zoe and others")
+
+
+def test_figures_of_any_length_stand_apart() -> None:
+    figures = {"loss": 1.2345678901234567e-05, "accuracy": 0.011111111111111112}
+    table = personalize.figures_table({"when it was saved": figures}).splitlines()
+    assert table[1].split() == list(figures)
+    assert table[2].split()[-2:] == list(map(repr, figures.values()))

@@ -12,12 +12,14 @@ import pytest
 import torch
 from helpers import ROOT
 
+from launch.flags import parse
 from launch.settings import ENTRY_POINTS
 from perfedavg.fields import flags_by_name
 
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "results" / "README.md"]
 SCRIPTS = {
     "quick_start.sh": "quick_start",
+    "quick_start.py": "quick_start",
     "single_process.py": "single",
     "server.py": "server",
     "client_worker.py": "worker",
@@ -80,7 +82,16 @@ def test_commands_have_flags_that_exist_under_their_present_names(page: Path) ->
         assert given <= known, f"{page.name}: {shlex.join(words)} of {role}"
 
 
-def test_the_test_above_reads_commands() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_are_of_experiments_that_can_be(page: Path) -> None:
+    """A default that changes, such as how many clients train, can make one that is refused."""
+    for role, words in commands(page):
+        stands_for_another = re.search(r"(^| )([A-Z]+|\.\.\.|my_\w+:\S+|--help|--resume)( |$)", " ".join(words))
+        if not stands_for_another:
+            parse(ENTRY_POINTS[role], words)
+
+
+def test_the_tests_above_read_commands() -> None:
     assert len(list(commands(ROOT / "README.md"))) >= 7
     assert len(list(commands(ROOT / "docs" / "several-machines.md"))) >= 7
 
