@@ -259,11 +259,14 @@ def check_clients(config: ExperimentConfig, clients: ClientDirectory) -> None:
     config.check_cohort_size(len(clients.train_client_ids))
     if len(clients.unseen_client_ids) or draw_trained_clients(config, clients):
         return
-    count = config.num_trained_scored
+    if config.num_trained_scored == 0:
+        raise ValueError(
+            f"there are no unseen clients and {flag('num_trained_scored')} 0 scores no others; use a higher number, or "
+            f"{flag('unseen_fraction')} above 0"
+        )
     raise ValueError(
-        "there are no unseen clients and "
-        + (f"{flag('num_trained_scored')} 0 scores no others" if count == 0 else "no training client to be scored")
-        + f"; use {'a higher number, or ' if count == 0 else ''}{flag('unseen_fraction')} above 0"
+        "there are no unseen clients, and no client that took part in training has a test part to be scored on; give "
+        "clients a test part, or let some be unseen"
     )
 
 

@@ -129,7 +129,7 @@ def test_where_nobody_trains_all_are_scored(tmp_path: Path) -> None:
 
 
 def test_somebody_must_be_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that cannot be leaves no folder, and no other line than the error's."""
+    """A run that cannot be leaves no folder, and no line on what to save of it."""
     config, data, net, folder = config_of(num_trained_scored=0), dataset(), model(), RunFolder(tmp_path / "run")
     executor = LocalExecutor(config, net, data)
     reason = r"no unseen clients and --trained_clients_scored 0 .* --unseen_fraction above 0"
@@ -137,9 +137,12 @@ def test_somebody_must_be_scored(tmp_path: Path, capsys: pytest.CaptureFixture[s
         run_experiment(config, executor, data, ExperimentState.fresh(config, flatten(net)))
     with pytest.raises(ValueError, match=reason):
         run_and_record(config, executor, data, net, folder, {"world_size": 1})
+    data.has_test_part = lambda client_id: False  # as a user's own clients that only train may be
+    with pytest.raises(ValueError, match="no client that took part in training has a test part"):
+        run_and_record(config_of(), executor, data, net, folder, {"world_size": 1})
     folder.discard_unless_begun()
     assert not folder.path.exists()
-    assert capsys.readouterr().err == ""
+    assert "nothing to save" not in capsys.readouterr().err
     with pytest.raises(ValueError, match="--joint true pools the training clients"):
         JointView(data)
     with pytest.raises(ValueError, match="--unseen_fraction 0 gives no validation clients"):
