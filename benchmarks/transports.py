@@ -1,4 +1,5 @@
-"""What carries tensors, compared: how fast a model reaches a worker, and how soon the worker's death is noticed.
+"""What carries tensors, compared: how fast a model reaches a worker, what of a core that takes, and how soon the
+worker's death is noticed.
 
 python benchmarks/transports.py [--repeats N]
 
@@ -6,7 +7,8 @@ A server's network in this process and a worker's in another one, over the loopb
 server's one port in plain text (`tcp`), and over the same with keys. The server sends models of 50 MB, each when the
 worker has said that the last one is there; then the worker is killed. Every transport has its turn in every repeat.
 
-Prints a Markdown table of medians, with the rate as a share of gloo's. The last line is JSON.
+Prints a Markdown table of medians: the rate, also as a share of gloo's, and milliseconds of a core, of both processes
+together, for a million bytes. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from multi_process.messages import GroupTrained, StartTraining  # noqa: E402
@@ -39,8 +42,8 @@ NUM_MODELS = 9
 JOIN_SECONDS, SILENCE_SECONDS = 60.0, 30.0
 
 
-def measure(transport: str, keys: Path) -> tuple[float, float]:
-    """Bytes a second, and seconds until the worker's death is noticed."""
+def measure(transport: str, keys: Path) -> tuple[float, float, float]:
+    """Bytes a second, seconds of a core a byte, and seconds until the worker's death is noticed."""
     held, port = hold_free_port()
     backend, used = ("tcp", keys) if transport == "keys" else (transport, None)
     settings = NetworkSettings(("127.0.0.1", port), 2, None, backend, torch.device("cpu"), None, used)
@@ -52,11 +55,14 @@ def measure(transport: str, keys: Path) -> tuple[float, float]:
     worker, _ = server.events.get(timeout=JOIN_SECONDS)
     model = StartTraining(1, 1, 1, torch.zeros(NUM_PARAMETERS))
     seconds = []
-    for _ in range(NUM_MODELS + 1):
+    for number in range(NUM_MODELS + 1):
+        if number == 1:
+            busy_before = busy_seconds(process.pid)
         began = time.perf_counter()
         worker.peer.send(model)
         answer(server)
         seconds.append(time.perf_counter() - began)
+    busy = busy_seconds(process.pid) - busy_before
     process.kill()
     killed = time.perf_counter()
     with contextlib.suppress(ConnectionError):
@@ -65,7 +71,14 @@ def measure(transport: str, keys: Path) -> tuple[float, float]:
     process.join()
     server.close_network_connection()
     held.close()
-    return model.parameters.nbytes / statistics.median(seconds[1:]), noticed
+    num_bytes = model.parameters.nbytes
+    return num_bytes / statistics.median(seconds[1:]), busy / (NUM_MODELS * num_bytes), noticed
+
+
+def busy_seconds(pid: int | None) -> float:
+    """Of cores, that this process and another one have had so far."""
+    times = psutil.Process(pid).cpu_times()
+    return float(time.process_time() + times.user + times.system)
 
 
 def answer(server: ServerNetwork) -> None:
@@ -89,19 +102,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="turns of each transport (default: 3)")
     args = parser.parse_args()
-    measured: dict[str, list[tuple[float, float]]] = {"gloo": [], "tcp": [], "keys": []}
+    measured: dict[str, list[tuple[float, float, float]]] = {"gloo": [], "tcp": [], "keys": []}
     with tempfile.TemporaryDirectory() as name:
         make_keys(Path(name))
         for _ in range(args.repeats):
             for transport, rows in measured.items():
                 rows.append(measure(transport, Path(name)))
     summary = {}
-    print("| transport | MB/s | of gloo's | death noticed after |\n|---|---|---|---|")
+    print("| transport | MB/s | of gloo's | of a core | death noticed after |\n|---|---|---|---|---|")
     for transport, rows in measured.items():
-        rate, noticed = map(statistics.median, zip(*rows, strict=True))
-        summary[transport] = {"bytes_per_s": rate, "noticed_s": noticed}
+        rate, busy, noticed = map(statistics.median, zip(*rows, strict=True))
+        summary[transport] = {"bytes_per_s": rate, "core_s_per_byte": busy, "noticed_s": noticed}
         share = rate / summary["gloo"]["bytes_per_s"]
-        print(f"| {transport} | {rate / 1e6:.0f} | {share:.0%} | {1000 * noticed:.0f} ms |")
+        print(f"| {transport} | {rate / 1e6:.0f} | {share:.0%} | {1e9 * busy:.1f} ms a MB | {1000 * noticed:.0f} ms |")
     print(json.dumps({"benchmark": "transports", **summary}))
 
 
