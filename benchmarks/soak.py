@@ -1,6 +1,8 @@
 """The soak: random faults on real runs, for as long as is asked for; every end must be that of an undisturbed run.
 
-python benchmarks/soak.py [--minutes N] [--seed N]
+python benchmarks/soak.py [--minutes N] [--seed N] [-- FLAGS of server and workers]
+
+The flags may be --backend tcp or --keys FOLDER, which send everything over the server's port.
 
 Runs a server and two workers on digits, again and again (the experiment of `faults.py`). All the while one thing after
 another happens to them: workers and server are killed, stopped and continued, or asked to end, and come back; strangers
@@ -22,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -44,6 +46,7 @@ from faults import (  # noqa: E402
 
 from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection, ProtocolError  # noqa: E402
 from multi_process.transport.handshake import JoinRequest, receive_hello  # noqa: E402
+from multi_process.transport.keys import tls_context  # noqa: E402
 from multi_process.transport.wire import Wire  # noqa: E402
 from perfedavg.machine.forking import ForkedProcess, load  # noqa: E402
 from quick_start import load_everything  # noqa: E402
@@ -86,13 +89,19 @@ def events(seed: int) -> Iterator[Event]:
 
 
 def run_disturbed(
-    folder: Path, happening: Iterator[Event], done: Counter[str], launch: Launch = ForkedProcess
+    folder: Path,
+    happening: Iterator[Event],
+    done: Counter[str],
+    launch: Launch = ForkedProcess,
+    network: Sequence[str] = (),
 ) -> Result:
     """One run, disturbed until its server has ended. Counts in `done` what was done.
 
+    network: flags of the server and of each worker.
+
     Raises AssertionError, with what the processes said, where a process does not end as it should.
     """
-    with processes_in(folder, launch) as processes:
+    with processes_in(folder, launch, network=network) as processes:
         started = time.monotonic()
         for name in (SERVER, *WORKERS):
             processes.start(name)
@@ -100,7 +109,7 @@ def run_disturbed(
             assert time.monotonic() - started < 4 * ENDS_WITHIN_SECONDS, f"no end\n{processes.account()}"
             event = next(happening)
             _pause(processes, event.pause_seconds)
-            if not _is_over(processes) and _strike(processes, event):
+            if not _is_over(processes) and _strike(processes, event, network):
                 done[f"{event.target.split()[0]} {event.action}"] += 1
         try:
             statuses = processes.wait_until_ended([SERVER, *WORKERS])
@@ -126,11 +135,11 @@ def _pause(processes: Processes, seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _strike(processes: Processes, event: Event) -> bool:
+def _strike(processes: Processes, event: Event, network: Sequence[str]) -> bool:
     """Let it happen. False where its target has ended already."""
     if event.target == STRANGER:
         with contextlib.suppress(OSError, ProtocolError):
-            _knock(processes.port, event.action)
+            _knock(processes.port, event.action, network)
         return True
     if processes.status(event.target) is not None:
         return False
@@ -147,7 +156,7 @@ def _strike(processes: Processes, event: Event) -> bool:
     return True
 
 
-def _knock(port: int, action: str) -> None:
+def _knock(port: int, action: str, network: Sequence[str]) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
         if action == "garbage":
             connection.sendall(random.Random(0).randbytes(10_000))
@@ -156,7 +165,9 @@ def _knock(port: int, action: str) -> None:
         elif action == "reset":
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes([1, 0, 0, 0, 0, 0, 0, 0]))
         else:
-            control = ControlConnection(Wire(connection))
+            keys = Path(network[network.index("--keys") + 1]) if "--keys" in network else None
+            control = ControlConnection(Wire(connection, None if keys is None else tls_context(keys, is_server=False)))
+            control.begin(5)
             receive_hello(control)
             control.send(**asdict(JoinRequest(PROTOCOL_VERSION, "0" * 64, MEMBERS_RANK, "", "")))
             control.receive(5)
@@ -167,6 +178,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=15.0, help="how long to begin new runs (default: 15)")
     parser.add_argument("--seed", type=int, default=0, help="of what happens (default: 0)")
+    parser.add_argument("network", nargs="*", metavar="-- FLAG", help="of the server and its workers")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # leaves no process behind
     done: Counter[str] = Counter()
@@ -175,13 +187,13 @@ def main() -> None:
     load(load_everything)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        undisturbed = run_undisturbed(folder / "undisturbed")
+        undisturbed = run_undisturbed(folder / "undisturbed", network=args.network)
         print(f"undisturbed: {undisturbed.seconds:.1f} s, model {undisturbed.model_sha256}\n")
         print(f"| {'run':>3} | {'seconds':>7} | {'faults':>6} | same model |\n|---|---|---|---|")
         started = time.monotonic()
         while not outcomes or time.monotonic() - started < 60 * args.minutes:
             before = done.total()
-            result = run_disturbed(folder / str(len(outcomes)), happening, done)
+            result = run_disturbed(folder / str(len(outcomes)), happening, done, network=args.network)
             outcomes.append(is_same(result, undisturbed))
             print(
                 f"| {len(outcomes):>3} | {result.seconds:>7.1f} | {done.total() - before:>6} "
@@ -189,11 +201,8 @@ def main() -> None:
                 flush=True,
             )
     print("\n" + "\n".join(f"{count:>4} times: {what}" for what, count in sorted(done.items())))
-    print(
-        json.dumps(
-            {"benchmark": "soak", "seed": args.seed, "runs": len(outcomes), "faults": dict(sorted(done.items()))}
-        )
-    )
+    summary = {"benchmark": "soak", "flags": args.network, "seed": args.seed, "runs": len(outcomes)}
+    print(json.dumps({**summary, "faults": dict(sorted(done.items()))}))
     if not all(outcomes):
         sys.exit("a fault changed the result")
 

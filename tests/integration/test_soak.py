@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from helpers import launch_fork
+from helpers import launch_fork, network_flags
 
 from benchmarks.soak import (
     MAX_PAUSE_SECONDS,
@@ -35,9 +35,13 @@ def test_what_happens_follows_from_the_seed() -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_disturbed_all_the_while_ends_as_one_that_was_left_alone(tmp_path: Path) -> None:
-    undisturbed = run_undisturbed(tmp_path / "undisturbed", launch_fork)
+@pytest.mark.parametrize("transport", ["auto", "tcp", "keys"])
+def test_a_run_that_is_disturbed_all_the_while_ends_as_one_that_was_left_alone(
+    transport: str, keys: Path, tmp_path: Path
+) -> None:
+    network = network_flags(transport, keys)
+    undisturbed = run_undisturbed(tmp_path / "undisturbed", launch_fork, network=network)
     done: Counter[str] = Counter()
-    result = run_disturbed(tmp_path / "disturbed", events(0), done, launch_fork)
+    result = run_disturbed(tmp_path / "disturbed", events(0), done, launch_fork, network)
     assert is_same(result, undisturbed)
     assert done.total() > 0
