@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, digest_in_one_process, finish, read_result
+from helpers import TINY, Launched, digest_in_one_process, finish, network_flags, read_result
 
 from benchmarks.lan import HOSTS, Lan, LongLan
 
@@ -27,11 +27,28 @@ def digest(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("cables", "megabits", "percent_lost"),
-    [("bridge", 10, 0), ("bridge", None, 1), ("bridge", None, 5), ("bridge", 10, 5), ("relay of 100 ms", None, 0)],
+    ("cables", "megabits", "percent_lost", "transport"),
+    [
+        ("bridge", 10, 0, "auto"),
+        ("bridge", None, 1, "auto"),
+        ("bridge", None, 5, "auto"),
+        ("bridge", 10, 5, "auto"),
+        ("relay of 100 ms", None, 0, "auto"),
+        ("bridge", 10, 5, "tcp"),
+        ("relay of 100 ms", None, 0, "tcp"),
+        ("bridge", 10, 5, "keys"),
+        ("relay of 100 ms", None, 0, "keys"),
+    ],
 )
 def test_the_model_is_that_of_one_process(
-    cables: str, megabits: float | None, percent_lost: int, launched: Launched, digest: str, tmp_path: Path
+    cables: str,
+    megabits: float | None,
+    percent_lost: int,
+    transport: str,
+    launched: Launched,
+    digest: str,
+    keys: Path,
+    tmp_path: Path,
 ) -> None:
     """And nobody is taken for dead, because signs of life get through."""
     missing = {command for command in ("ip", "tc", "nft") if shutil.which(command) is None}
@@ -47,7 +64,7 @@ def test_the_model_is_that_of_one_process(
         except (subprocess.CalledProcessError, OSError) as error:
             pytest.skip(f"networks cannot be made here: {getattr(error, 'stderr', None) or error}")
         server, *workers = HOSTS
-        where = ("--ip", lan.address[server], "--port", "3002")
+        where = ("--ip", lan.address[server], "--port", "3002", *network_flags(transport, keys))
         processes = [
             launched.start(
                 *("server.py", *where, "--world_size", "3", *TINY, "--run_dir", tmp_path / "run"),
