@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import utils
 from experiments.rows import Flags
-from launch.flags import ROOT
+from launch.flags import ROOT, flag_words
 from perfedavg.fields import values_of
 from perfedavg.machine.processes import SignalWatch, end_processes, exit_status
 from perfedavg.recording.files import replace_file
@@ -47,7 +47,7 @@ class Job:
 
     @property
     def argv(self) -> list[str]:
-        return [word for name, value in self.flags.items() for word in (f"--{name}", value)]
+        return flag_words(self.flags)
 
     @property
     def experiment(self) -> ExperimentConfig:
