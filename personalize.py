@@ -88,8 +88,8 @@ class Personalize(Data, Checked):
         super().__post_init__()
         if (self.images is None) == (self.client is None):
             raise ValueError("name either a folder of images or, with --client, a client of the run")
-        of_images = {"epochs": None, "batch_size": None, "local_lr": None, "seed": 0, "test_fraction": Fraction(1, 5)}
-        given = [name for name, default in of_images.items() if getattr(self, name) != default]
+        of_images = ("epochs", "batch_size", "local_lr", "seed", "test_fraction")
+        given = [name for name in of_images if getattr(self, name) != getattr(Personalize, name)]  # its default
         if self.client is not None and given:
             raise ValueError(
                 f"--{given[0]} {getattr(self, given[0])} is for images; a client of the run adapts as it did there"
