@@ -114,9 +114,13 @@ def find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple
         if not wrong:
             return entry["path"], versions
         faults.append(f"{entry['path']} has {', '.join(wrong)}")
-    asked = [*candidates, *([] if host.python else [os.path.join(answer["cache"], ".venv/bin/python")])]
+    if host.python is not None and not faults:
+        raise HostError(host, f"python={host.python} is not there", "mend it in the file of --hosts, or leave it out")
+    asked = [*candidates, os.path.join(answer["cache"], ".venv/bin/python")]
     reason = "; ".join(faults) or f"there is none of {', '.join(asked)}"
-    raise HostError(host, f"no Python with this project's packages: {reason}", f"run: {_install(host, answer, code)}")
+    other = "another" if host.python else "one"
+    mend = f"name {other} by python=PATH behind the host, or run: {_install(host, answer, code)}"
+    raise HostError(host, f"no Python with this project's packages: {reason}", mend)
 
 
 def _install(host: Host, answer: Mapping[str, str], code: str) -> str:

@@ -167,7 +167,7 @@ class Session:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         status = self._process.returncode
-        reason = lines[-1].strip() if lines else f"the connection ended (status {status})"
+        reason = lines[-1].strip().rstrip(".") if lines else f"the connection ended (status {status})"
         mend = "" if self.host.is_this_machine else _mend(self.host, lines)
         return HostError(self.host, reason, mend)
 

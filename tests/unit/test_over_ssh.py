@@ -98,7 +98,7 @@ def test_what_a_host_prints_besides_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_what_ssh_says_comes_with_the_way_out(said: str, mend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["sh", "-c", f"echo first >&2; echo {shlex.quote(said)} >&2; exit 255"]
     monkeypatch.setattr("over_ssh.session.command_of", lambda *told: words)
-    with pytest.raises(HostError, match=re.escape(f"beta: {said}; {mend}")):
+    with pytest.raises(HostError, match=re.escape(f"beta: {said.rstrip('.')}; {mend}")):
         Session(Host("beta"), [], LONG).__enter__()
 
 
@@ -145,7 +145,15 @@ def test_what_an_environment_lacks_is_said_with_the_command_that_mends_it(sessio
         prepare(session, wanted)
     assert f"{sys.executable} has torch " in str(fault.value)
     assert "(here 1.0), not-there missing (here 2)" in str(fault.value)
-    assert str(fault.value).endswith(f"run: sh {ROOT}/quick_start.sh --help")
+    assert str(fault.value).endswith(
+        f"; name one by python=PATH behind the host, or run: sh {ROOT}/quick_start.sh --help"
+    )
+
+
+def test_a_python_that_is_not_there_is_said_without_a_command_that_needs_it(session: Session) -> None:
+    session.host = Host("localhost", python="/nowhere/python")
+    with pytest.raises(HostError, match="localhost: python=/nowhere/python is not there; mend it in the file of --h"):
+        preparing.find_python(session, {"torch": "1.0"}, str(ROOT))
 
 
 def test_the_command_for_a_copy_sets_up_an_environment_beside_it() -> None:
