@@ -23,6 +23,7 @@ from over_ssh.ports import answering, explain, try_ports
 from over_ssh.preparing import PACKAGES, Wanted, find_python, new_session, place_tree
 from over_ssh.session import HostError, Session, close_all
 from perfedavg.machine.interfaces import own_addresses
+from perfedavg.machine.kernels import KernelLog
 from perfedavg.machine.processes import SignalWatch
 from perfedavg.own_files import shown_dataset
 from perfedavg.terminal.console import show
@@ -41,6 +42,7 @@ class Machine:
 
     facts: what is there, by subject, as a text that two machines have in common where they do not differ.
     faults: what is missing for a run, by subject, with the way out.  warnings: what is not as one may expect.
+    kernels: what it computes with, see `compute.describe_kernels`.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Machine:
     facts: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,10 @@ def look_here(args: Cluster, wanted: Wanted) -> Machine:
     machine = Machine(HERE)
     machine.facts["project"] = f"version {wanted.project.digest[:12]}"
     machine.facts["packages"] = _packages(platform.python_version(), {name: version(name) for name in PACKAGES})
-    answer = program.run(sys.executable, str(ROOT), "over_ssh.on_host.probe", _probe_argv(args, None), str(Path.cwd()))
-    _take_probe(machine, answer, args)
+    trains = args.hosts is None
+    argv = to_argv(args, SingleProcess, run_dir=None, **({} if trains else {"device": "cpu"}))
+    answer = program.run(sys.executable, str(ROOT), "over_ssh.on_host.probe", argv, str(Path.cwd()))
+    _take_probe(machine, answer, args, trains)
     return machine
 
 
@@ -129,7 +134,9 @@ def look_there(host: Host, args: Cluster, wanted: Wanted, sessions: list[Session
         machine.facts[subject] = _packages(versions.pop("python"), versions)
         subject = "data"
         folder = str(wanted.folder) if wanted.own is None else place_tree(session, wanted.own)[0]
-        words = {"python": python, "code": code, "folder": folder, "argv": _probe_argv(args, host)}
+        own = {"data_root": host.data_root or args.data_root, "device": host.device_of(0) or args.device}
+        argv = to_argv(args, SingleProcess, run_dir=None, **own)
+        words = {"python": python, "code": code, "folder": folder, "argv": argv}
         _take_probe(machine, session.ask("run", module="over_ssh.on_host.probe", **words), args)
     except HostError as error:
         machine.faults[subject] = error.said
@@ -138,12 +145,6 @@ def look_there(host: Host, args: Cluster, wanted: Wanted, sessions: list[Session
 
 def _packages(python: str, versions: dict[str, str]) -> str:
     return f"Python {python}, {', '.join(f'{name} {version}' for name, version in versions.items())}"
-
-
-def _probe_argv(args: Cluster, host: Host | None) -> list[str]:
-    own = {} if host is None else {"data_root": host.data_root or args.data_root, "device": host.device_of(0)}
-    more = {name: value for name, value in own.items() if value is not None}
-    return to_argv(args, SingleProcess, run_dir=None, **more)
 
 
 def _compare_clocks(machine: Machine, asked: float, theirs: float, answered: float) -> None:
@@ -155,7 +156,8 @@ def _compare_clocks(machine: Machine, asked: float, theirs: float, answered: flo
         machine.warnings["clocks"] = f"{seconds:.0f} s from this machine's; set it, as by timedatectl set-ntp true"
 
 
-def _take_probe(machine: Machine, answer: dict[str, Any], args: Cluster) -> None:
+def _take_probe(machine: Machine, answer: dict[str, Any], args: Cluster, trains: bool = True) -> None:
+    """trains: whether it will; a server only steps and adds."""
     if answer["status"] != 0:
         machine.faults["data"] = answer["last"].removeprefix(_ERROR) or f"the look at it ended with {answer['status']}"
         return
@@ -167,7 +169,11 @@ def _take_probe(machine: Machine, answer: dict[str, Any], args: Cluster) -> None
         machine.facts["data"] = f"{shown_dataset(args.experiment.dataset)}, fingerprint {data[:12]}"
     if device.startswith(_ERROR):
         machine.faults["devices"] = device.removeprefix(_ERROR)
+    elif isinstance(kernels, str):
+        machine.faults["kernels"] = kernels.removeprefix(_ERROR)
     else:
+        machine.kernels = kernels if trains else found["server_kernels"]
+    if trains and machine.kernels:
         machine.facts["devices"] = (
             f"{found['cores']} cores, GPUs: {', '.join(found['gpus']) or 'none'}; trains on {device}"
         )
@@ -240,15 +246,19 @@ def make_lines(here: Machine, there: Sequence[Machine]) -> list[Line]:
 
 
 def _compare(here: Machine, there: Sequence[Machine]) -> None:
-    """Note in what hosts must not differ from this machine, or should not."""
+    """Note in what hosts must not differ from this machine, or should not from any other."""
+    kernels = KernelLog()
+    kernels.add(here.kernels)
     for machine in there:
         if "data" in machine.facts and "data" in here.facts and machine.facts["data"] != here.facts["data"]:
             machine.faults["data"] = (
                 f"{machine.facts['data']}, and here {here.facts['data'].rpartition(' ')[2]}; give both the same files, "
                 "with data_root=FOLDER behind the host where they are elsewhere"
             )
-        if "kernels" in machine.facts and machine.facts["kernels"] != here.facts.get("kernels"):
+        differences = kernels.differences(machine.kernels)
+        kernels.add(machine.kernels)
+        if differences:
             machine.warnings["kernels"] = (
-                "computes otherwise than this machine: the last bits of the model will depend on who trains which "
-                "client; see --portable_kernels"
+                f"{', '.join(differences)}: the last bits of the model will depend on who trains which client; see "
+                "--portable_kernels"
             )

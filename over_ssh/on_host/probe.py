@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -15,40 +16,57 @@ from typing import Any
 import utils
 from launch.settings import SingleProcess
 from perfedavg.machine.cores import usable_cores
+from perfedavg.machine.kernels import pin_kernels
 from perfedavg.terminal.console import reason_of
+from perfedavg.terminal.entry_point import run_entry_point
 
 GIGABYTE = 10**9
 
 
 def main() -> None:
+    run_entry_point(look)
+
+
+def look() -> None:
     with redirect_stdout(sys.stderr):
         found = probe(utils.get_args("single", sys.argv[1:]))
     print(json.dumps(found))
 
 
 def probe(args: SingleProcess) -> dict[str, Any]:
-    """By name; a text that begins with `error: ` stands for what cannot be had."""
+    """By name; a text that begins with `error: ` stands for what cannot be had.
+
+    kernels: of a process that trains here.  server_kernels: of one that only steps and adds.
+    """
+    pinning = _tried(lambda: pin_kernels(args.experiment.portable_kernels))  # before torch is loaded
+
     import psutil
     import torch
 
-    from perfedavg.training.compute import describe_kernels, resolve_device
+    from perfedavg.training.compute import check_portable, describe_kernels, resolve_device
 
-    found: dict[str, Any] = {
+    def kernels() -> dict[str, str]:
+        device = resolve_device(args.device)
+        check_portable(args.experiment, device)
+        return describe_kernels(device)
+
+    return {
         "cores": usable_cores(),
         "memory_gb": psutil.virtual_memory().available / GIGABYTE,
         "disk_gb": _free_gb(args.data_root),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "device": _tried(lambda: str(resolve_device(args.device))),
+        "kernels": pinning or _tried(kernels),
+        "server_kernels": describe_kernels(None),
+        "data": _tried(lambda: utils.get_datasets(args.experiment, args.data_root).fingerprint),
     }
-    for name, find in (
-        ("device", lambda: str(resolve_device(args.device))),
-        ("kernels", lambda: describe_kernels(resolve_device(args.device))),
-        ("data", lambda: utils.get_datasets(args.experiment, args.data_root).fingerprint),
-    ):
-        try:
-            found[name] = find()
-        except (ValueError, OSError) as error:
-            found[name] = f"error: {reason_of(error)}"
-    return found
+
+
+def _tried(find: Callable[[], Any]) -> Any:
+    try:
+        return find()
+    except (ValueError, OSError) as error:
+        return f"error: {reason_of(error)}"
 
 
 def _free_gb(folder: Path) -> float:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from typing import Any
 
 import pytest
-from helpers import free_port
+from helpers import ROOT, free_port
 
 from over_ssh.check import FAILS, LOOK, OK, Line, Machine, _compare_clocks, _take_probe, make_lines
 from over_ssh.hosts_file import Host
@@ -23,14 +25,15 @@ FOUND: dict[str, Any] = {
     "gpus": [],
     "device": "cpu",
     "kernels": {"torch": "2.13.0", "MKL": "GenuineIntel AVX2"},
+    "server_kernels": {"torch": "2.13.0"},
     "data": "0123456789abcdef",
 }
 
 
-def machine(name: str, **changes: Any) -> Machine:
+def machine(name: str, trains: bool = True, **changes: Any) -> Machine:
     """One whose look at itself gave FOUND, with changes."""
     found = Machine(name, facts={"project": "version 1"})
-    _take_probe(found, {"status": 0, "output": json.dumps({**FOUND, **changes}), "last": ""}, ARGS)
+    _take_probe(found, {"status": 0, "output": json.dumps({**FOUND, **changes}), "last": ""}, ARGS, trains)
     return found
 
 
@@ -57,7 +60,8 @@ def test_machines_that_are_alike_are_named_together() -> None:
         ({"data": "ffff"}, "data", FAILS, "beta: digits, fingerprint ffff, and here 0123456789ab; give both the same"),
         ({"data": "error: no files; get them"}, "data", FAILS, "beta: no files; get them"),
         ({"device": "error: no GPU; use cpu", "kernels": "error: "}, "devices", FAILS, "beta: no GPU; use cpu"),
-        ({"kernels": {"MKL": "other"}}, "kernels", LOOK, "beta: computes otherwise than this machine"),
+        ({"kernels": {"MKL": "other"}}, "kernels", LOOK, "beta: MKL is other, not GenuineIntel AVX2: the last bits"),
+        ({"kernels": "error: it has no AVX2; leave it out"}, "kernels", FAILS, "beta: it has no AVX2; leave it out"),
         ({"memory_gb": 0.4}, "room", LOOK, "beta: that is little"),
     ],
 )
@@ -68,6 +72,30 @@ def test_what_differs_or_is_missing_stands_in_its_line(
     assert found[subject].verdict == verdict
     assert found[subject].said[0].startswith(said)
     assert {line.verdict for name, line in found.items() if name != subject} == {OK}
+
+
+def test_a_machine_that_only_serves_needs_not_compute_as_those_that_train() -> None:
+    """It steps and adds. Those that train are compared with each other."""
+    here = machine("this machine", trains=False, kernels={"torch": "2.13.0", "MKL": "AuthenticAMD AVX2"})
+    found = lines(here, machine("beta"), machine("gamma"))
+    assert (found["kernels"].verdict, found["kernels"].said) == (OK, ["all: torch 2.13.0, MKL GenuineIntel AVX2"])
+    assert found["devices"].said == ["all: 8 cores, GPUs: none; trains on cpu"]
+    other = machine("gamma", kernels={"MKL": "AuthenticAMD AVX2"})
+    said = lines(here, machine("beta"), other)["kernels"].said
+    assert said[0].startswith("gamma: MKL is AuthenticAMD AVX2, not GenuineIntel AVX2")
+    old = machine("this machine", trains=False, server_kernels={"torch": "1.0"})
+    assert lines(old, machine("beta"))["kernels"].said[0].startswith("beta: torch is 2.13.0, not 1.0")
+
+
+def test_portable_kernels_are_looked_at_as_they_will_be() -> None:
+    """Or the check would warn of what they are there for. They have to be known before torch is loaded."""
+    code = "from over_ssh.on_host.probe import main; main()"
+    words = [sys.executable, "-c", code, "--dataset", "digits", "--device", "cpu", "--fine_tune_method", "none"]
+    words += ["--portable_kernels", "any_vendor"]
+    answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert json.loads(answer.stdout)["kernels"]["MKL"] == "COMPATIBLE", answer.stderr
+    refused = subprocess.run([*words, "--rounds", "x"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.stderr.splitlines()[-1].startswith("error: --rounds x")
 
 
 def test_a_look_that_fails_says_why() -> None:
