@@ -36,7 +36,6 @@ from numpy.typing import NDArray  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import utils  # noqa: E402
-from launch.paths import DEFAULT_DATA_ROOT  # noqa: E402
 from perfedavg.engine.executor import LocalExecutor  # noqa: E402
 from perfedavg.engine.experiment import ExperimentState, run_experiment  # noqa: E402
 from perfedavg.engine.scores import ClientScore  # noqa: E402
@@ -220,7 +219,7 @@ def run(rounds: int, flags: list[str]) -> RecordingExecutor:
     use_reproducible_kernels()
     own = ["--rounds", str(rounds), "--fine_tune_method", "none", "--eval_every", "1000000", "--device", "cpu"]
     args = utils.get_args("single", [*flags, *own])
-    dataset = utils.get_datasets(args.experiment, args.data_root or DEFAULT_DATA_ROOT)
+    dataset = utils.get_datasets(args.experiment, args.data_root)
     model = utils.get_model(args.experiment, dataset)
     config = choose_group_size(args.experiment, model, dataset, [describe_device(torch.device("cpu"), 1)])
     executor = RecordingExecutor(LocalExecutor(config, model, dataset, torch.device("cpu"), 1))

@@ -97,7 +97,7 @@ class Resource:
 class Node:
     """Who passes on models and merges sums: the server, or a node between it and its workers.
 
-    children: workers or nodes that it serves.  num_waited_for: of their sums, before its own goes on.
+    num_children: workers or nodes that it serves.  sums: those of them that are there, until all are.
     """
 
     parent: Node | None = None
@@ -309,6 +309,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if min(args.clients, args.parameters, args.fan_in - 1, *args.workers) < 1 or min(args.gigabits) <= 0:
         parser.error("numbers must be 1 or more, --fan_in 2 or more, and lines have some speed")
+    if max(args.workers) > args.clients:
+        parser.error(f"--workers {max(args.workers)} are more than the clients of a round, which no run may have")
     return args
 
 
