@@ -128,8 +128,10 @@ class _Output(io.TextIOWrapper):
             return cls(open(descriptor, "wb", closefd=False), errors="backslashreplace", line_buffering=True)
         if not isinstance(stream, io.TextIOWrapper):
             return stream
-        encoding, line_buffering = stream.encoding, stream.line_buffering
-        return cls(stream.detach(), encoding, "backslashreplace", line_buffering=line_buffering)
+        encoding, line_buffering, write_through = stream.encoding, stream.line_buffering, stream.write_through
+        return cls(
+            stream.detach(), encoding, "backslashreplace", line_buffering=line_buffering, write_through=write_through
+        )
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError, ValueError):  # ValueError: it has been closed

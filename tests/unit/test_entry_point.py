@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import ROOT, Launched, Process, finish, wait_for_line
@@ -108,3 +111,20 @@ def test_a_process_opens_as_many_files_as_it_may(launched: Launched) -> None:
     command = ("bash", "-c", 'ulimit -Sn 100 && exec "$@"', "bash", sys.executable, "-c")
     process = launched.start(*command, PROGRAM.format(root=str(ROOT), body=body))
     assert finish(process) == (0, "True\n", "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_line_on_standard_error_is_there_at_once(unbuffered: str, tmp_path: Path) -> None:
+    """Also where PYTHONUNBUFFERED asks for it, as in containers: a line's end is then no reason to write."""
+    code = """if True:
+        import sys
+        from perfedavg.terminal.entry_point import prepare_process
+        prepare_process()
+        print("a line", file=sys.stderr)
+        print(open(sys.argv[1]).read(), end="")
+    """
+    with open(tmp_path / "errors", "w") as errors:
+        command = [sys.executable, "-c", code, tmp_path / "errors"]
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=ROOT)
+    assert answer.stdout == "a line\n"
