@@ -74,12 +74,14 @@ def test_the_rest_of_the_fault_matrix(row: Row, whole_undisturbed: Result, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("transport", ["tcp", "keys"])
+@pytest.mark.parametrize(
+    "transport", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ("tcp", "keys")]
+)
 @pytest.mark.parametrize("row", MATRIX, ids=[row.name for row in MATRIX])
 def test_the_fault_matrix_on_the_servers_one_port(
     row: Row, transport: str, whole_undisturbed: Result, keys: Path, tmp_path: Path
 ) -> None:
-    """In plain text and encrypted; gloo carried the tensors in the rows above."""
+    """In plain text and encrypted; gloo carried the tensors in the rows above. Each has its own test process."""
     network = network_flags(transport, keys)
     assert_same(run_row(row, tmp_path / "run", launch_fork, network=network), whole_undisturbed)
 

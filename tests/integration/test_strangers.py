@@ -11,7 +11,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -195,27 +195,15 @@ def test_strangers_neither_disturb_a_run_nor_learn_of_it(
     launched: Launched, token_file: Path, digest: str, keys: Path, tmp_path: Path, transport: str
 ) -> None:
     """In the middle of a round, which cannot end meanwhile because one of its workers is stopped."""
-    known = ("--token_file", token_file, *network_flags(transport, keys))
-    server, port = launched.start_server(tmp_path / "run", 3, *FLAGS, *known, "--worker_timeout_seconds", "100")
-    workers = [launched.start_worker(port, 3, rank, *known) for rank in (1, 2)]
-    wait_for_line(server, "FedAvg round")
-    workers[0].send_signal(signal.SIGSTOP)
-    strangers = Strangers(port)
-    strangers.come(SCANNER, times=NUM_SCANS, waits=False)
-    for host, (content, _) in STRANGERS.items():
-        strangers.come(host, *content, pause_seconds=0.3 if len(content) > 1 else 0.0)
-    strangers.wait()
-    strangers.leave_open(IDLERS, NUM_LEFT_OPEN)
-    workers[0].send_signal(signal.SIGCONT)
-    for process in (server, *workers):
-        status, _, errors = finish(process)
-        assert status == 0, errors
-        assert "Traceback" not in errors, errors
+    with standing_still(launched, tmp_path / "run", token_file, network_flags(transport, keys)) as (_, port):
+        strangers = Strangers(port)
+        strangers.come(SCANNER, times=NUM_SCANS, waits=False)
+        for host, (content, _) in STRANGERS.items():
+            strangers.come(host, *content, pause_seconds=0.3 if len(content) > 1 else 0.0)
+        strangers.wait()
+        strangers.leave_open(IDLERS, NUM_LEFT_OPEN)
     strangers.close()
-    assert read_result(tmp_path / "run")["model_sha256"] == digest
-
-    log = (tmp_path / "run" / "log.txt").read_text()
-    assert "lost worker" not in log
+    log = log_of_undisturbed(tmp_path / "run", digest)
     for host, (content, reason) in STRANGERS.items():
         (dropped,) = [said for said in log.splitlines() if f"dropped a connection from {host} " in said]
         assert ("is not TLS of this run" if transport == "keys" and content else reason) in dropped
@@ -258,27 +246,45 @@ def test_ten_thousand_strangers_leave_no_thread_and_no_descriptor_behind(
     launched: Launched, token_file: Path, digest: str, keys: Path, tmp_path: Path, transport: str
 ) -> None:
     """One of the workers stands still meanwhile, so that the run has as many of both before them as after."""
-    known = ("--token_file", token_file, *network_flags(transport, keys))
-    server, port = launched.start_server(tmp_path / "run", 3, *FLAGS, *known, "--worker_timeout_seconds", "300")
+    with standing_still(launched, tmp_path / "run", token_file, network_flags(transport, keys)) as (pid, port):
+        before = settled(pid)
+        strangers = Strangers(port)
+        for host, (content, waits) in CROWDS.items():
+            strangers.come(host, *content, times=NUM_OF_A_CROWD, waits=waits)
+        strangers.wait()
+        assert settled(pid) == before
+    log = log_of_undisturbed(tmp_path / "run", digest)
+    for host in CROWDS:
+        assert log.count(f"dropped a connection from {host} ") == NUM_OF_A_CROWD.bit_length()
+
+
+@contextlib.contextmanager
+def standing_still(
+    launched: Launched, run: Path, token_file: Path, network: Sequence[str | Path]
+) -> Iterator[tuple[int, int]]:
+    """A run that stands in the middle of a round, as one of its two workers is stopped, and then goes on to its end.
+
+    Yields the server's process id, and its port.
+    """
+    known = ("--token_file", token_file, *network)
+    server, port = launched.start_server(run, 3, *FLAGS, *known, "--worker_timeout_seconds", "300")
     workers = [launched.start_worker(port, 3, rank, *known) for rank in (1, 2)]
     wait_for_line(server, "FedAvg round")
     workers[0].send_signal(signal.SIGSTOP)
-    before = settled(server.pid)
-    strangers = Strangers(port)
-    for host, (content, waits) in CROWDS.items():
-        strangers.come(host, *content, times=NUM_OF_A_CROWD, waits=waits)
-    strangers.wait()
-    assert settled(server.pid) == before
+    yield server.pid, port
     workers[0].send_signal(signal.SIGCONT)
     for process in (server, *workers):
         status, _, errors = finish(process)
         assert status == 0, errors
         assert "Traceback" not in errors, errors
-    assert read_result(tmp_path / "run")["model_sha256"] == digest
-    log = (tmp_path / "run" / "log.txt").read_text()
+
+
+def log_of_undisturbed(run: Path, digest: str) -> str:
+    """The log of a run that ended with this model, and lost nobody."""
+    assert read_result(run)["model_sha256"] == digest
+    log = (run / "log.txt").read_text()
     assert "lost worker" not in log
-    for host in CROWDS:
-        assert log.count(f"dropped a connection from {host} ") == NUM_OF_A_CROWD.bit_length()
+    return log
 
 
 def settled(pid: int) -> tuple[int, int]:
