@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import functools
 import json
 import os
-import socket
 import struct
 import subprocess
 import sys
@@ -61,7 +61,9 @@ def network_flags(transport: str, keys: Path) -> list[str]:
     return ["--keys", str(keys)] if transport == "keys" else ["--backend", transport]
 
 
-_held: list[socket.socket] = []
+_held = contextlib.ExitStack()
+"""The sockets that keep `free_port`'s for the one who asked, until the process that runs tests ends."""
+atexit.register(_held.close)
 
 
 def free_port() -> int:
@@ -70,7 +72,7 @@ def free_port() -> int:
     So tests side by side do not get in each other's way.
     """
     held, port = hold_free_port()
-    _held.append(held)
+    _held.enter_context(held)
     return port
 
 
