@@ -6,7 +6,8 @@ import os
 from typing import TYPE_CHECKING
 
 import utils
-from launch.flags import ROOT, to_argv
+from launch.commands import to_argv
+from launch.paths import ROOT
 from launch.settings import LAUNCHER_RANK, ServerOrWorker, Worker
 from perfedavg.machine.kernels import UnpinnedKernelsError, restart_pinned
 from perfedavg.terminal.console import say

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import utils
-from launch.flags import ROOT, restart_command, to_argv
+from launch.commands import restart_command, to_argv
+from launch.paths import ROOT
 from launch.settings import QuickStart, Server, Worker
 from perfedavg.machine.forking import load
 from perfedavg.machine.kernels import pin_kernels_or_restart

@@ -9,7 +9,9 @@ from typing import ClassVar
 from experiments.rows import select_rows, table_names
 from experiments.runner import list_jobs, plan_jobs, run_jobs, write_tables
 from launch import paths
-from launch.flags import ROOT, parse, restart_command
+from launch.commands import restart_command
+from launch.flags import parse
+from launch.paths import ROOT
 from launch.settings import Checked, Data
 from perfedavg.fields import setting
 from perfedavg.machine.cores import usable_cores

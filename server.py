@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from functools import partial
 
 import utils
-from launch.flags import ROOT, worker_command
+from launch.commands import worker_command
+from launch.paths import ROOT
 from launch.settings import LAUNCHER_ADDRESS, LAUNCHER_PORT, LAUNCHER_RANK, LAUNCHER_SIZE, Server, ServerOrWorker
 from perfedavg.machine.kernels import pin_kernels_or_restart
 from perfedavg.terminal.entry_point import run_entry_point

@@ -10,7 +10,8 @@ from dataclasses import replace
 import client_worker
 import server
 import utils
-from launch.flags import ROOT, to_argv
+from launch.commands import to_argv
+from launch.paths import ROOT
 from launch.settings import LAUNCHER_PORT, LAUNCHER_RANK, LAUNCHER_SIZE, Server, ServerOrWorker, Worker
 from perfedavg.machine.processes import hold_free_port
 from perfedavg.terminal.entry_point import run_entry_point

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 import utils
-from launch.flags import ROOT
+from launch.paths import ROOT
 from perfedavg.machine.kernels import pin_kernels_or_restart
 from perfedavg.terminal.entry_point import run_entry_point
 

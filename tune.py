@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING
 
 from experiments.rows import CHOSEN, fixed_settings, select_rows, table_names
 from launch import paths
-from launch.flags import ROOT, build_parser, differing_words, flag_words, parse
+from launch.commands import differing_words, flag_words
+from launch.flags import parse
+from launch.parser import build_parser
+from launch.paths import ROOT
 from launch.settings import Checked, SingleProcess
 from perfedavg.fields import flags_by_name, setting
 from perfedavg.machine.kernels import pin_kernels_or_restart

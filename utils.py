@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datasets.registry import DatasetRequest, find, load_federated_dataset, meaningless
-from launch.flags import ROOT, parse, restart_command
+from launch.commands import restart_command
+from launch.flags import parse
+from launch.paths import ROOT
 from launch.settings import ENTRY_POINTS
 from perfedavg.contracts import input_shape
 from perfedavg.fields import label

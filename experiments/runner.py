@@ -14,7 +14,8 @@ from typing import IO, Any
 
 import utils
 from experiments.rows import Flags
-from launch.flags import ROOT, flag_words
+from launch.commands import flag_words
+from launch.paths import ROOT
 from perfedavg.fields import values_of
 from perfedavg.machine.processes import SignalWatch, end_processes, exit_status
 from perfedavg.recording.files import replace_file

@@ -14,7 +14,8 @@ from typing import ClassVar
 
 from experiments.rows import select_rows
 from launch import paths
-from launch.flags import ROOT, parse
+from launch.flags import parse
+from launch.paths import ROOT
 from launch.settings import Checked
 from perfedavg.fields import setting
 from perfedavg.terminal.console import command_line, optional, say, show

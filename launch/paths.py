@@ -1,4 +1,4 @@
-"""The paths that users name, in flags and in PERFEDAVG_DATA: every entry point reads them in the same way.
+"""The project's root; and the paths that users name, which every entry point reads in the same way.
 
 The functions raise ValueError with what is wrong, to be read behind the path. A path becomes absolute, so that it means
 the same wherever it is printed, kept or used; `~` is the home folder also where the shell left it.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-DEFAULT_DATA_ROOT = Path(__file__).resolve().parents[1] / "datasets" / "data"
+ROOT = Path(__file__).resolve().parents[1]
+DEFAULT_DATA_ROOT = ROOT / "datasets" / "data"
 
 
 def path(text: str) -> Path:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.flags import ROOT, default_words, help_words
+from launch.parser import default_words, help_words
+from launch.paths import ROOT
 from launch.settings import ENTRY_POINTS, ServerOrWorker
 from perfedavg.fields import Flag, flags_by_name
 

@@ -13,7 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from launch.flags import ROOT, to_argv
+from launch.commands import to_argv
+from launch.paths import ROOT
 from launch.settings import Cluster, SingleProcess
 from over_ssh.addresses import choose_address
 from over_ssh.hosts_file import Host

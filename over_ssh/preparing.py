@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from launch.flags import ROOT
+from launch.paths import ROOT
 from over_ssh.hosts_file import Host
 from over_ssh.session import HostError, Session
 from over_ssh.tree import Tree, own_tree, project_tree

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import utils
-from launch.flags import ROOT, restart_command, to_argv
+from launch.commands import restart_command, to_argv
+from launch.paths import ROOT
 from launch.settings import Cluster, Server
 from over_ssh.addresses import choose_address
 from over_ssh.check import check

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch.flags import to_argv
+from launch.commands import to_argv
 from launch.settings import Cluster, Worker
 from multi_process.transport.keys import OF_WORKERS, TOKEN_VARIABLE, make_keys, read_token, tls_context
 from over_ssh.hosts_file import Host

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from launch.flags import ROOT
+from launch.paths import ROOT
 from over_ssh.on_host.program import tree_digest
 from perfedavg.own_module import PROJECT_MODULES
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import utils
-from launch.flags import ROOT
+from launch.paths import ROOT
 from launch.settings import QuickStart
 from perfedavg.machine.processes import ENDS_WITH_INPUT, TERMINATE_SECONDS
 from perfedavg.plain_values import parse_json

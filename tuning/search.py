@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.flags import flag_words, parse
+from launch.commands import flag_words
+from launch.flags import parse
 from launch.settings import SingleProcess
 from perfedavg.fields import to_plain
 from perfedavg.terminal.console import command_line, duration, quiet, show

@@ -18,7 +18,8 @@ from PIL import Image
 
 import reproduce
 import utils
-from launch.flags import parse, restart_command, worker_command
+from launch.commands import restart_command, worker_command
+from launch.flags import parse
 from multi_process.transport.keys import read_token
 from perfedavg.terminal.console import command_line
 

@@ -16,7 +16,8 @@ from helpers import ROOT
 
 import utils
 from datasets.registry import DATA_SETS
-from launch.flags import FIRST, build_parser, to_argv
+from launch.commands import to_argv
+from launch.parser import FIRST, build_parser
 from launch.settings import ENTRY_POINTS, Server, Worker
 from launch.table import PAGE, to_markdown
 from perfedavg.fields import flags_by_name

@@ -13,7 +13,8 @@ import torch
 from helpers import TINY
 
 import utils
-from launch.flags import build_parser, default_words, to_argv
+from launch.commands import to_argv
+from launch.parser import build_parser, default_words
 from launch.settings import Server, SingleProcess
 from perfedavg import own_module
 from perfedavg.engine.experiment import ExperimentState
