@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Sequence
 
 from over_ssh.session import Session
@@ -17,7 +18,11 @@ def choose_address(given: str | None, sessions: Sequence[Session]) -> str:
     """
     if given is not None:
         return given
-    seen = {session.host.name: session.facts["seen_from"] for session in sessions if not session.host.is_this_machine}
+    seen = {
+        session.host.name: session.facts["seen_from"]
+        for session in sessions
+        if not session.host.is_this_machine and not _is_loopback(session.facts["seen_from"])  # by another name of it
+    }
     if not seen:
         return LOOPBACK
     own = own_addresses()
@@ -34,3 +39,7 @@ def choose_address(given: str | None, sessions: Sequence[Session]) -> str:
         raise ValueError(f"the hosts see this machine under different addresses ({said}); choose with --ip ({here})")
     (address,) = set(seen.values())
     return str(address)
+
+
+def _is_loopback(address: str) -> bool:
+    return address != "" and ipaddress.ip_address(address.partition("%")[0]).is_loopback

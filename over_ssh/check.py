@@ -21,7 +21,7 @@ from over_ssh.hosts_file import Host
 from over_ssh.on_host import program
 from over_ssh.parallel import in_parallel
 from over_ssh.ports import answering, explain, try_ports
-from over_ssh.preparing import PACKAGES, Wanted, find_python, new_session, place_tree
+from over_ssh.preparing import PACKAGES, Wanted, find_python, open_session, place_tree
 from over_ssh.session import HostError, Session, close_all
 from perfedavg.machine.interfaces import own_addresses
 from perfedavg.machine.kernels import KernelLog
@@ -118,13 +118,11 @@ def look_there(host: Host, args: Cluster, wanted: Wanted, sessions: list[Session
     machine = Machine(host.name)
     subject = "ssh"
     try:
-        asked = time.time()
-        session = new_session(host, args.worker_timeout_seconds)
-        sessions.append(session)
-        session.open()
-        machine.session = session
+        session = machine.session = open_session(host, args.worker_timeout_seconds, sessions.append)
         machine.facts[subject] = "this machine, without ssh" if host.is_this_machine else "reached"
-        _compare_clocks(machine, asked, session.facts["time"], time.time())
+        asked = time.time()
+        theirs = session.ask("begin", silence_seconds=args.worker_timeout_seconds)["time"]
+        _compare_clocks(machine, asked, theirs, time.time())
         subject = "project"
         code, copied = place_tree(session, wanted.project)
         machine.facts[subject] = f"version {wanted.project.digest[:12]}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -52,16 +53,16 @@ def read_hosts(path: Path) -> list[Host]:
     hosts: list[Host] = []
     line_numbers: dict[str, int] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # with or without Windows' mark at the beginning
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"--hosts {path} cannot be read ({getattr(error, 'strerror', 'not text')}); name a file with a host a line"
         ) from error
     for number, line in enumerate(lines, start=1):
-        words = re.sub(r"(^|\s)#.*", "", line).split()
-        if not words:
-            continue
         try:
+            words = shlex.split(re.sub(r"(^|\s)#.*", "", line))
+            if not words:
+                continue
             host = _parse(words)
         except ValueError as error:
             raise ValueError(f"--hosts {path}, line {number}: {error}") from error

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 
 from over_ssh.logs import WorkerLogs
-from over_ssh.preparing import PreparedHost, Wanted, new_session, prepare
+from over_ssh.preparing import PreparedHost, Wanted, open_session, prepare
 from over_ssh.session import HostError, Session
 from over_ssh.tasks import Task
 from perfedavg.terminal.console import say
@@ -87,11 +87,15 @@ class HostLink:
     def _take_prepared(self) -> PreparedHost:
         prepared, self._prepared = self._prepared, None
         if prepared is None:
-            self._session = new_session(self.task.host, self.task.silence_seconds)
-            self._session.open()
-            prepared = prepare(self._session, self._wanted)
+            session = open_session(self.task.host, self.task.silence_seconds, self._take_session)
+            prepared = prepare(session, self._wanted)
             say(f"{self.task.host.name}: reached again; starting {_count(self.task)}")
         return prepared
+
+    def _take_session(self, session: Session) -> None:
+        self._session = session
+        if self._stopping.is_set():
+            session.kill()
 
     def _follow(self, prepared: PreparedHost) -> None:
         """Start the workers there, and note what comes of them until they end. Raises HostError where it is lost."""

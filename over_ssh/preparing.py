@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
 from launch.paths import ROOT
 from over_ssh.hosts_file import Host
-from over_ssh.session import HostError, Session
+from over_ssh.session import MAX_CONNECTING, HostError, Session
 from over_ssh.tree import Tree, own_tree, project_tree
 from perfedavg.fields import values_of
 from perfedavg.settings import ExperimentConfig
@@ -19,6 +20,9 @@ from perfedavg.terminal.console import command_line
 
 PACKAGES = ("torch", "torchvision", "fedlab", "numpy")
 """Those whose versions decide what comes out, or whether the processes understand each other."""
+OF_ANY_VERSION = ("psutil", "tqdm", "safetensors", "filelock", "pillow", "pyarrow", "scikit-learn", "pooch")
+"""What else a worker may import."""
+_connecting = threading.BoundedSemaphore(MAX_CONNECTING)
 _OWN_CODE = ("dataset", "model", "method", "fine_tune_method", "metrics")
 """Flags whose values may name modules of the user's own."""
 
@@ -61,9 +65,16 @@ class PreparedHost:
     folder: str
 
 
-def new_session(host: Host, silence_seconds: float) -> Session:
-    """A connection to a host, which is yet to be opened."""
-    return Session(host, [] if (host.python or "").startswith("~") else pythons(host), silence_seconds)
+def open_session(host: Host, silence_seconds: float, take: Callable[[Session], None]) -> Session:
+    """A connection to a host, as soon as not too many others are being made.
+
+    take: is given it before it is opened, for whoever may have to end it.  Raises HostError.
+    """
+    with _connecting:
+        session = Session(host, pythons(host), silence_seconds)
+        take(session)
+        session.open()
+    return session
 
 
 def pythons(host: Host) -> list[str]:
@@ -89,10 +100,14 @@ def place_tree(session: Session, tree: Tree) -> tuple[str, bool]:
     place = session.ask("find_tree", root=str(tree.root), files=files, digest=digest)["at"]
     if place is not None:
         return place, False
-    place = session.ask("unpack_tree", tree.archive, files=files, digest=digest, size=len(tree.archive))["at"]
-    if place is None:
-        raise HostError(session.host, f"the copy of {tree.root} there is not what was sent", "try again")
-    return place, True
+    answer = session.ask("unpack_tree", tree.archive, files=files, digest=digest, size=len(tree.archive))
+    if answer["at"] is None:
+        raise HostError(
+            session.host,
+            f"{tree.root} could not be copied there ({answer['reason']})",
+            "let that folder be writable, or bring this version to the same path there",
+        )
+    return answer["at"], True
 
 
 def find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple[str, dict[str, str]]:
@@ -102,7 +117,8 @@ def find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple
     """
     host = session.host
     candidates = pythons(host)
-    answer = session.ask("find_python", candidates=candidates, packages=list(wanted), with_cache=host.python is None)
+    packages = [*wanted, *OF_ANY_VERSION]
+    answer = session.ask("find_python", candidates=candidates, packages=packages, with_cache=host.python is None)
     faults = []
     for entry in answer["found"]:
         versions = entry["versions"]
@@ -111,8 +127,9 @@ def find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple
             for name, ours in wanted.items()
             if public(versions.get(name) or "") != ours
         ]
+        wrong += [f"{name} missing" for name in OF_ANY_VERSION if versions.get(name) is None]
         if not wrong:
-            return entry["path"], versions
+            return entry["path"], {name: versions[name] for name in ("python", *wanted)}
         faults.append(f"{entry['path']} has {', '.join(wrong)}")
     if host.python is not None and not faults:
         raise HostError(host, f"python={host.python} is not there", "mend it in the file of --hosts, or leave it out")

@@ -19,7 +19,7 @@ from over_ssh.links import HostLink
 from over_ssh.logs import WorkerLogs
 from over_ssh.parallel import LOOK_SECONDS, StoppedError, in_parallel
 from over_ssh.ports import answering, explain, try_ports
-from over_ssh.preparing import PreparedHost, Wanted, new_session, prepare
+from over_ssh.preparing import PreparedHost, Wanted, open_session, prepare
 from over_ssh.session import HostError, Session, close_all
 from over_ssh.tasks import keys_of_workers, make_tasks, run_keys, secrets_of_run
 from perfedavg.machine.processes import SERVER, TERMINATE_SECONDS, LocalProcesses, SignalWatch
@@ -81,10 +81,7 @@ def prepare_all(
 
     def prepare_one(host: Host) -> PreparedHost | HostError:
         try:
-            session = new_session(host, args.worker_timeout_seconds)
-            sessions.append(session)
-            session.open()
-            return prepare(session, wanted)
+            return prepare(open_session(host, args.worker_timeout_seconds, sessions.append), wanted)
         except HostError as error:
             return error
 

@@ -9,6 +9,7 @@ import select
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,23 @@ from perfedavg.terminal.console import command_line
 
 CONNECT_SECONDS = 10
 CLOSE_SECONDS = 2.0
+MAX_CONNECTING = 8
+"""Connections that are made at a time. An sshd, as it is installed, refuses some where ten wait to be let in, and all
+may go by the same one, a jump host's."""
 WRITE_SECONDS = 2.0
 """For a write in another thread to end, before the connection counts as stuck."""
 SIGNS_OF_LIFE = 3
 """That ssh asks for, without an answer, before it gives the connection up."""
-_READ_PROGRAM = 'import os;exec(b"".join(iter(lambda:os.read(0,1)or os._exit(1),bytes(1))))'
+OLDEST_PYTHON = (3, 10)
+_READ_PROGRAM = (
+    f'import os,sys;sys.version_info<{OLDEST_PYTHON}and sys.exit("Python "+sys.version.split()[0]+" there is too old");'
+    'exec(b"".join(iter(lambda:os.read(0,1)or os._exit(1),bytes(1))))'
+)
 """Runs what standard input brings up to a zero byte."""
-_FIND_PYTHON = 'for p do command -v "$p" >/dev/null && exec "$p" -c "$0"; done; echo "no python3 there" >&2; exit 127'
+_FIND_PYTHON = (
+    'for p do case $p in "~/"*) p=$HOME/${p#??};; esac; command -v "$p" >/dev/null && exec "$p" -c "$0"; done; '
+    'echo "no python3 there" >&2; exit 127'
+)
 """Both without what a login shell other than sh takes for more than a character: quotes, backslashes, `!`."""
 
 
@@ -44,13 +55,15 @@ class Session:
     def __init__(self, host: Host, pythons: Sequence[str], silence_seconds: float) -> None:
         """Begin to connect; `open` waits for it.
 
-        pythons: paths there, of which the first that is there runs on_host/program.py; without any, python3 does.
+        pythons: paths there, absolute or from `~`, of which the first that is there runs on_host/program.py; without
+            any, python3 does.
         silence_seconds: after which each end takes the other for lost.
         """
         self.host = host
         self.facts: dict[str, Any] = {}
         self._silence_seconds = silence_seconds
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed in close
+        self._greeting_bytes = 0
         self._writing = threading.Lock()
         self._process = subprocess.Popen(
             command_of(host, remote_command(pythons), silence_seconds),
@@ -64,6 +77,7 @@ class Session:
         """Have the program run at the other end; `facts` is what it says first. Raises HostError."""
         self._send(Path(program.__file__).read_bytes() + b"\0")
         self.facts = self.ask("begin", silence_seconds=self._silence_seconds)
+        self._greeting_bytes = os.fstat(self._errors.fileno()).st_size  # such as sshd's Banner, no reason for an end
 
     def __enter__(self) -> Session:
         try:
@@ -117,8 +131,11 @@ class Session:
         if not self._writing.acquire(blocking=False):
             return
         try:
-            if not self._process.stdin.closed and select.select([], [self._process.stdin], [], 0)[1]:
-                os.write(self._process.stdin.fileno(), b"\n")
+            if not self._process.stdin.closed:
+                ready = select.poll()  # not select.select, which takes no descriptor above 1023
+                ready.register(self._process.stdin, select.POLLOUT)
+                if ready.poll(0):
+                    os.write(self._process.stdin.fileno(), b"\n")
         except OSError:
             pass  # what reads sees the end
         finally:
@@ -164,7 +181,7 @@ class Session:
     def lost(self) -> HostError:
         """Why the connection has ended, as ssh says in its last line."""
         self._process.wait()
-        self._errors.seek(0)
+        self._errors.seek(self._greeting_bytes)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         status = self._process.returncode
         reason = lines[-1].strip().rstrip(".") if lines else f"the connection ended (status {status})"
@@ -176,8 +193,9 @@ def close_all(sessions: Sequence[Session]) -> None:
     """End what runs at their other ends; those that are not even connected yet are given up."""
     for session in sessions:
         session.end_input()
+    deadline = time.monotonic() + CLOSE_SECONDS
     for session in sessions:
-        session.close(CLOSE_SECONDS)
+        session.close(max(0.0, deadline - time.monotonic()))
 
 
 def _mend(host: Host, lines: list[str]) -> str:
@@ -188,6 +206,9 @@ def _mend(host: Host, lines: list[str]) -> str:
         return f"let `ssh {host.name}` work without a question, by a key in ssh-agent or one without a passphrase"
     if "resolve" in said or "not known" in said:
         return "mend its name in the file of --hosts, or give it a HostName in ~/.ssh/config"
+    if said.endswith(("no python3 there", "there is too old")):
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        return f"name one of version {oldest} or later by python=PATH behind the host"
     return f"see that `ssh {host.name}` works"
 
 

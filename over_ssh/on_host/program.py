@@ -7,7 +7,6 @@ neither a request nor an empty line, which is a sign of life, has come for a whi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -19,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import tempfile
 import time
 from typing import Any
 
@@ -69,17 +69,22 @@ def unpack_tree(files: list[str], digest: str, size: int) -> Json:
         content.write(_read(size - content.tell()))
     content.seek(0)
     place = _copy_of(digest)
-    unfinished = f"{place}.{os.getpid()}"
     try:
-        with tarfile.open(fileobj=content) as archive:
-            safely: Json = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
-            archive.extractall(unfinished, **safely)
-        shutil.rmtree(place, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another process was faster
-            os.rename(unfinished, place)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return {"at": place if tree_digest(place, files) == digest else None}
+        os.makedirs(CACHE, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            unfinished = os.path.join(folder, "tree")
+            with tarfile.open(fileobj=content) as archive:
+                safely: Json = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+                archive.extractall(unfinished, **safely)
+            try:
+                os.rename(unfinished, place)
+            except OSError:  # there is one, perhaps since now, of another host with the same home
+                if tree_digest(place, files) != digest:
+                    shutil.rmtree(place, ignore_errors=True)
+                    os.rename(unfinished, place)
+    except OSError as error:
+        return {"at": None, "reason": f"{CACHE}: {error.strerror}"}
+    return {"at": place if tree_digest(place, files) == digest else None, "reason": "it is not what was sent"}
 
 
 def find_python(candidates: list[str], packages: list[str], with_cache: bool) -> Json:

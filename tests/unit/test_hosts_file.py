@@ -33,6 +33,11 @@ localhost python=~/env/bin/python ethernet=ib0
     assert second.file_name == "anna_beta", "it becomes a part of a file's name"
 
 
+def test_a_file_from_windows_and_a_path_with_spaces_are_understood(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_bytes(b'\xef\xbb\xbfalpha\r\nbeta data_root="/my data"\r\n# don\'t\r\n')
+    assert read_hosts(tmp_path / "hosts") == [Host("alpha"), Host("beta", data_root="/my data")]
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -50,6 +55,7 @@ localhost python=~/env/bin/python ethernet=ib0
         ("alpha device=gpu0", "device=gpu0 is none; use auto, cpu, cuda or cuda:i"),
         ("alpha data_root=data", "'data' is no path from the root or from ~/"),
         ("alpha ethernet=", "a value is missing"),
+        ("alpha data_root='/my data", "line 1: No closing quotation"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_number(text: str, said: str, tmp_path: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,16 @@ from over_ssh.hosts_file import Host
 from over_ssh.logs import WorkerLogs
 from over_ssh.preparing import Wanted, prepare
 from over_ssh.running import run
-from over_ssh.session import HostError, Session, command_of, remote_command
+from over_ssh.session import (
+    _READ_PROGRAM,
+    CLOSE_SECONDS,
+    MAX_CONNECTING,
+    HostError,
+    Session,
+    close_all,
+    command_of,
+    remote_command,
+)
 from over_ssh.tasks import make_tasks
 from over_ssh.tree import Tree, own_tree, project_tree
 from utils import get_args
@@ -78,6 +89,88 @@ def test_a_host_without_python_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(HostError, match="localhost: no python3 there"):
         Session(HERE, [], LONG).__enter__()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my python").symlink_to(sys.executable)
+    with Session(HERE, ["~/my python"], LONG) as session:
+        assert session.facts["python"], "python= may be in the user's home"
+
+
+def test_a_host_whose_python_is_too_old_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = f"import sys; sys.version_info = (3, 6, 8); sys.version = '3.6.8 (default)'; {_READ_PROGRAM}"
+    monkeypatch.setattr("over_ssh.session.command_of", lambda *told: [sys.executable, "-c", old])
+    said = "beta: Python 3.6.8 there is too old; name one of version 3.10 or later by python=PATH"
+    with pytest.raises(HostError, match=re.escape(said)):
+        Session(Host("beta"), [], LONG).__enter__()
+
+
+def test_what_a_host_greets_with_is_not_why_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = f"echo 'Authorized use only' >&2; {remote_command([sys.executable])}"
+    monkeypatch.setattr("over_ssh.session.command_of", lambda *told: ["sh", "-c", command])
+    with Session(Host("beta"), [], LONG) as opened:
+        opened.kill()
+        assert opened.lost().said == "the connection ended (status -9); see that `ssh beta` works"
+
+
+def test_a_sign_of_life_goes_over_any_descriptor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three hundred hosts take more than the 1,024 that `select` knows."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(2048, limits[1]), limits[1]))
+    held = [os.dup(0) for _ in range(1024)]
+    try:
+        with Session(HERE, [sys.executable], LONG) as opened:
+            opened.beat()
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+class Connecting:
+    """Stands for sessions that are being opened: counts them, and lets each wait for as many as may be there."""
+
+    def __init__(self) -> None:
+        self.lock, self.num_open, self.most_open = threading.Lock(), 0, 0
+        self.all_there = threading.Barrier(MAX_CONNECTING)
+
+    def __call__(self, *told: object) -> Connecting:
+        return self
+
+    def open(self) -> None:
+        with self.lock:
+            self.num_open += 1
+            self.most_open = max(self.most_open, self.num_open)
+        self.all_there.wait(LONG)
+        with self.lock:
+            self.num_open -= 1
+
+
+def test_hosts_are_connected_to_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or their sshd, or that of a jump host, refuses some of them."""
+    connecting, taken = Connecting(), []
+    monkeypatch.setattr(preparing, "Session", connecting)
+    threads = [
+        threading.Thread(target=preparing.open_session, args=(Host("beta"), LONG, taken.append), daemon=True)
+        for _ in range(3 * MAX_CONNECTING)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LONG)
+    assert len(taken) == 3 * MAX_CONNECTING
+    assert connecting.most_open == MAX_CONNECTING
+
+
+def test_hosts_that_do_not_answer_are_given_up_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, given = [100.0], []
+
+    def close(seconds: float) -> None:
+        given.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr("over_ssh.session.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    silent = SimpleNamespace(end_input=lambda: None, close=close)
+    close_all(cast("list[Session]", 3 * [silent]))
+    assert given == [CLOSE_SECONDS, 0.0, 0.0]
 
 
 def test_what_a_host_prints_besides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +212,21 @@ def test_code_is_found_or_copied_once(session: Session, tmp_path: Path) -> None:
     (Path(copy) / "package" / "it's.py").write_text("x = 3\n")
     assert session.ask("find_tree", root="/nowhere", **asked)["at"] is None, "a copy that was changed is none"
     assert session.ask("unpack_tree", content, size=len(content), **asked)["at"] == copy
+    (Path(copy) / "used by another host").touch()
+    assert session.ask("unpack_tree", content, size=len(content), **asked)["at"] == copy
+    assert (Path(copy) / "used by another host").exists(), "a home may be shared"
+    assert list(Path(copy).parent.iterdir()) == [Path(copy)]
+
+
+def test_a_home_in_which_nothing_can_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    tree = some_tree(tmp_path / "here")
+    assert tree.digest
+    assert tree.archive
+    tree.root.rename(tmp_path / "nowhere")
+    said = f"{tree.root} could not be copied there (/dev/null/personalized-fedavg: Not a directory); let that folder be"
+    with Session(HERE, [sys.executable], LONG) as opened, pytest.raises(HostError, match=re.escape(said)):
+        preparing.place_tree(opened, tree)
 
 
 def test_a_host_with_this_folder_and_environment_needs_nothing(session: Session) -> None:
@@ -148,6 +256,15 @@ def test_what_an_environment_lacks_is_said_with_the_command_that_mends_it(sessio
     assert str(fault.value).endswith(
         f"; name one by python=PATH behind the host, or run: sh {ROOT}/quick_start.sh --help"
     )
+
+
+def test_a_package_of_any_version_must_be_there(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "OF_ANY_VERSION", ("psutil", "not-there"))
+    with pytest.raises(HostError, match=f"{re.escape(sys.executable)} has not-there missing; name one by python=PATH"):
+        preparing.find_python(session, {}, str(ROOT))
+    required = {line.partition("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines()}
+    monkeypatch.undo()
+    assert required >= {*preparing.PACKAGES, *preparing.OF_ANY_VERSION}
 
 
 def test_a_python_that_is_not_there_is_said_without_a_command_that_needs_it(session: Session) -> None:
@@ -216,6 +333,8 @@ def test_the_address_is_the_one_that_the_hosts_see(monkeypatch: pytest.MonkeyPat
     assert addresses.choose_address(None, sessions(beta="10.0.0.1", gamma="10.0.0.1", localhost="")) == "10.0.0.1"
     assert addresses.choose_address("192.168.0.1", sessions(beta="10.0.0.1")) == "192.168.0.1"
     assert addresses.choose_address(None, sessions(localhost="")) == "127.0.0.1"
+    assert addresses.choose_address(None, sessions(alpha="127.0.0.1", beta="10.0.0.1")) == "10.0.0.1"
+    assert addresses.choose_address(None, sessions(alpha="::1")) == "127.0.0.1"
     for seen, said in (
         ({"beta": "203.0.113.9"}, "beta sees ssh come from 203.0.113.9, which is no IPv4 address of this machine"),
         ({"beta": ""}, "there is no SSH_CONNECTION there"),
