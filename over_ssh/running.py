@@ -22,7 +22,7 @@ from over_ssh.ports import answering, explain, try_ports
 from over_ssh.preparing import PreparedHost, Wanted, open_session, prepare
 from over_ssh.session import HostError, Session, close_all
 from over_ssh.tasks import keys_of_workers, make_tasks, run_keys, secrets_of_run
-from perfedavg.machine.processes import SERVER, TERMINATE_SECONDS, LocalProcesses, SignalWatch
+from perfedavg.machine.processes import END_SECONDS, SERVER, TERMINATE_SECONDS, LocalProcesses, SignalWatch
 from perfedavg.recording.runs import CONFIG_FILE
 from perfedavg.terminal.console import command_line, say
 from perfedavg.terminal.entry_point import EXIT_BAD_INPUT
@@ -30,8 +30,6 @@ from perfedavg.terminal.entry_point import EXIT_BAD_INPUT
 BEATS = 4
 """Signs of life within the silence that counts as death."""
 MAX_BEAT_SECONDS = 1.0
-END_SECONDS = 5.0
-"""For workers to end by themselves when the run is over."""
 
 
 def run(args: Cluster) -> int:

@@ -23,6 +23,8 @@ GRACE_SECONDS = 0.5
 """From a worker that gave up to what is done about it, so that the end of the server is seen as its cause."""
 TERMINATE_SECONDS = 40.0
 """How long a process has to end by itself after SIGTERM: the server writes a checkpoint."""
+END_SECONDS = 5.0
+"""For workers to end by themselves when the run is over."""
 MAX_RESTARTS = 3
 """Of a worker that died. One that ended with a clear line of its own is not started again."""
 ENDS_WITH_INPUT = "PERFEDAVG_ENDS_WITH_INPUT"
@@ -73,6 +75,7 @@ class LocalProcesses:
         self._say = say
         self._on_output = on_output
         self._running: dict[str, LocalProcess] = {}
+        self._deadline: float | None = None  # for those that still run when the run is over
 
     def __enter__(self) -> LocalProcesses:
         return self
@@ -90,9 +93,10 @@ class LocalProcesses:
         """Wait until every process has ended well, or the run has failed, or a signal came; return the exit status.
 
         A worker that dies is started again, a few times; without the server or without any worker the run has failed.
+        When the server has ended well, the run is over whatever becomes of a worker, as of one that came back too late.
         look: is called so often, and at every end of a process; returns 0, or the status that the run is to end with.
         """
-        while self._running:
+        while self._running and (self._deadline is None or time.monotonic() < self._deadline):
             if signals.received:
                 self._say(f"stopped by {signals.received.name}")
                 return 128 + signals.received
@@ -105,7 +109,7 @@ class LocalProcesses:
                 if status:
                     return status
             if not ended:
-                signals.wait(every_seconds)
+                signals.wait(every_seconds if self._deadline is None else max(0.0, self._deadline - time.monotonic()))
         return 0
 
     def take_output(self) -> None:
@@ -129,9 +133,13 @@ class LocalProcesses:
         status = entry.process.returncode
         if status == 0:
             self._forget(name)
+            if name == SERVER:
+                self._deadline = time.monotonic() + END_SECONDS
             return 0
         self._explain(name)
         self._forget(name)
+        if self._deadline is not None:
+            return 0  # the run is over
         if name != SERVER and status != self._final_status and entry.num_restarts < MAX_RESTARTS:
             self._say(f"{name} is started again ({entry.num_restarts + 1} of {MAX_RESTARTS} times)")
             self.start(name, entry.script, entry.flags, False, entry.num_restarts + 1)

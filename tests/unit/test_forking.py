@@ -121,6 +121,38 @@ child.terminate()  # nothing to a process that has ended
     assert finish(process) == (0, "None\n-9 -9\n", "")
 
 
+RUN = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from perfedavg.machine import processes
+processes.END_SECONDS = float(sys.argv[3])
+with processes.LocalProcesses(2) as running:
+    running.start("server", Path(sys.argv[1]), [], True)
+    running.start("worker 1", Path(sys.argv[2]), [str(running._running["server"].process.pid)], False)
+    print(running.wait(processes.SignalWatch()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("worker", "end_seconds"),
+    [
+        ("import signal\nsignal.pause()", "0.1"),
+        ("import os, sys, time\nwhile os.path.exists('/proc/' + sys.argv[1]): time.sleep(0.01)\nsys.exit(2)", "600"),
+    ],
+    ids=["tries to join", "has given up"],
+)
+def test_a_run_whose_server_has_ended_well_is_over_whatever_a_late_worker_does(
+    worker: str, end_seconds: str, launched: Launched, tmp_path: Path
+) -> None:
+    """Or a worker that died in the last round, and was back too late, would turn a finished run into a failed one."""
+    scripts = [write_script(tmp_path / f"{name}.py", text) for name, text in (("server", ""), ("worker", worker))]
+    process = launched.start(write_script(tmp_path / "run.py", RUN), *scripts, end_seconds)
+    status, output, errors = finish(process)
+    assert (status, output) == (0, "0\n"), errors
+    assert "is started again" not in errors
+
+
 def test_what_is_loaded_before_the_forks_touches_no_gpu_and_leaves_one_thread(launched: Launched) -> None:
     """A fork has none of the other threads, and cannot use a GPU that its parent has asked for anything."""
     program = f"""
