@@ -1,17 +1,20 @@
 """Run an entry point with a fault planted: at an exact point the process gets a signal from itself.
 
-python benchmarks/planted_fault.py POINT PHASE ROUND SIGNAL NOTE server.py|client_worker.py|single_process.py [flags]
+python benchmarks/planted_fault.py POINT PHASE ROUND SIGNAL NOTE server.py|client_worker.py|... [flags]
 
-POINT: see POINTS.  PHASE: fedavg or fine_tune, and ROUND a round of it, in which the point is to be reached (ignored
-by points before the first round).  SIGNAL: such as SIGKILL.  NOTE: file that gets the time just before the signal.
-Of the server's points, single_process.py reaches those of stepping, saving and keeping.
+POINT: see POINTS.  PHASE: fedavg or fine_tune, and ROUND a round of it, in which the point is to be reached, or in the
+first one after it that has the point (ignored by points before the first round).  SIGNAL: such as SIGKILL.  NOTE: file
+that gets the time just before the signal.
+Of the server's points, single_process.py reaches those of stepping, saving and keeping. quick_start.py and cluster.py
+reach none themselves, but what they fork does: the first process to reach the point. planted_fault.py may be the entry
+point too, with another fault.
 The code that runs is the project's own; only the functions at the point are wrapped.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
+import runpy
 import signal
 import sys
 import time
@@ -26,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from perfedavg.settings import Phase  # noqa: E402
-from perfedavg.terminal.entry_point import run_entry_point  # noqa: E402
+from perfedavg.terminal.entry_point import prepare_process  # noqa: E402
 
 
 @dataclass
@@ -41,16 +44,19 @@ class Fault:
 
     @property
     def is_due(self) -> bool:
-        return self.doing == (self.phase, self.round_number)
+        return self.doing is not None and self.doing >= (self.phase, self.round_number)
 
     def strike_if_due(self) -> None:
         if self.is_due:
             self.strike()
 
     def strike(self) -> None:
-        if not self.note.exists():
-            self.note.write_text(str(time.time()))
-            os.kill(os.getpid(), self.signal)
+        try:
+            with open(self.note, "x") as note:
+                note.write(str(time.time()))
+        except FileExistsError:  # it has happened, here or in another process
+            return
+        os.kill(os.getpid(), self.signal)
 
 
 def before(owner: Any, name: str, action: Callable[..., None]) -> None:
@@ -236,12 +242,12 @@ POINTS: dict[str, Callable[[Fault], None]] = {
 
 
 def main() -> None:
+    prepare_process()
     point, phase, round_number, number, note, entry_point, *flags = sys.argv[1:]
-    fault = Fault(Phase.of_field(phase), int(round_number), signal.Signals[number], Path(note))
+    POINTS[point](Fault(Phase.of_field(phase), int(round_number), signal.Signals[number], Path(note)))
     sys.argv = [entry_point, *flags]
-    POINTS[point](fault)
-    importlib.import_module(entry_point.removesuffix(".py")).main()
+    runpy.run_path(str(ROOT / entry_point), run_name="__main__")
 
 
 if __name__ == "__main__":
-    run_entry_point(main)
+    main()

@@ -143,7 +143,9 @@ class Launched:
         return self.start("server.py", *words, *flags, fresh=fresh), port
 
     def start_worker(self, port: int, world_size: int, rank: int, *flags: str | Path, fresh: bool = False) -> Process:
+        """It tries to reach its server for as long as that may need to start from nothing."""
         words = ("--port", str(port), "--world_size", str(world_size), "--rank", str(rank))
+        words += ("--join_timeout_seconds", str(ENDS_WITHIN_SECONDS))
         return self.start("client_worker.py", *words, "--device", "cpu", *flags, fresh=fresh)
 
     def start_struck(
@@ -178,15 +180,37 @@ def assert_one_clear_line(process: Process, *parts: str) -> None:
         assert part in last, errors
 
 
-def wait_for_line(process: Process, text: str) -> None:
-    """Read a process's standard error up to the line that holds a text."""
+def wait_for_line(process: Process, *texts: str) -> None:
+    """Read a process's standard error until each text has been in a line, in whatever order they come."""
     assert process.stderr is not None
-    seen = []
+    seen, missing = [], set(texts)
     for line in process.stderr:
         seen.append(line)
-        if text in line:
+        missing = {text for text in missing if text not in line}
+        if not missing:
             return
-    raise AssertionError(f"{text!r} never came; the process said: {''.join(seen)}")
+    raise AssertionError(f"{missing} never came; the process said: {''.join(seen)}")
+
+
+def stop_in_round(number: int, folder: Path) -> list[str]:
+    """What to put before an entry point whose server is to stop itself (SIGSTOP) in this round of the first phase.
+
+    So what a test does then happens in the middle of the run, however fast that is. folder: takes a file.
+    """
+    note = str(folder / f"stopped in round {number}")
+    return ["benchmarks/planted_fault.py", "server stepping", "fedavg", str(number), "SIGSTOP", note]
+
+
+def wait_until_stopped(process: Process) -> int:
+    """Until the server that a process has started has stopped itself. Returns its process id."""
+    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+    while True:
+        for pid in children_of(process.pid):
+            if Path(f"/proc/{pid}/comm").read_text().strip() == "server" and _state(pid) == "T":
+                return pid
+        assert process.poll() is None, "it ended before"
+        assert time.monotonic() < deadline, "the server never stopped"
+        time.sleep(0.02)
 
 
 def assert_ended(pid: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,9 @@ from helpers import (
     finish,
     free_port,
     read_result,
+    stop_in_round,
     wait_for_line,
+    wait_until_stopped,
 )
 
 SSH = """#!/bin/sh
@@ -42,11 +44,12 @@ def path(tmp_path: Path) -> Iterator[str]:
     return f"{program.parent}:{os.environ['PATH']}"
 
 
-def start(launched: Launched, path: str, folder: Path, hosts: str, *flags: str) -> Process:
+def start(launched: Launched, path: str, folder: Path, hosts: str, *flags: str, before: Sequence[str] = ()) -> Process:
+    """before: see `stop_in_round`."""
     (folder / "hosts.txt").write_text(hosts)
     (folder / "temporary").mkdir()
     return launched.start(
-        *("cluster.py", "--hosts", folder / "hosts.txt", "--run_dir", folder / "run", "--device", "cpu"),
+        *(*before, "cluster.py", "--hosts", folder / "hosts.txt", "--run_dir", folder / "run", "--device", "cpu"),
         *("--ip", "127.0.0.1", "--port", str(free_port()), *TINY, *flags),
         env={**os.environ, "PATH": path, "TMPDIR": str(folder / "temporary")},
     )
@@ -60,13 +63,16 @@ def descendants_of(pid: int) -> list[int]:
 def test_a_killed_host_comes_back_and_the_model_is_that_of_one_process(
     launched: Launched, path: str, tmp_path: Path
 ) -> None:
-    flags = ("--rounds", "60")
+    flags = ("--rounds", "20")
     single = launched.start("single_process.py", *TINY, *flags, "--run_dir", tmp_path / "single")
-    process = start(launched, path, tmp_path, "beta slots=2\n", *flags)  # without which the run cannot go on
+    stop = stop_in_round(3, tmp_path)
+    process = start(launched, path, tmp_path, "beta slots=2\n", *flags, before=stop)  # without which it cannot go on
     wait_for_line(process, ", encrypted")
-    wait_for_line(process, "FedAvg round 2/60")
+    server = wait_until_stopped(process)
     (beta,) = [pid for pid in children_of(process.pid) if len(descendants_of(pid)) == 3]  # with what removes its keys
+    on_beta = descendants_of(beta)
     os.kill(beta, signal.SIGKILL)
+    os.kill(server, signal.SIGCONT)
     wait_for_line(process, "beta: the connection ended (status -9); see that `ssh beta` works; trying beta again")
     status, output, errors = finish(process)
     assert status == 0, errors
@@ -80,6 +86,8 @@ def test_a_killed_host_comes_back_and_the_model_is_that_of_one_process(
     logs = {file.name: file.read_text() for file in (tmp_path / "run" / "workers").iterdir()}
     assert set(logs) == {"beta-1.log", "beta-2.log"}
     assert "joined 127.0.0.1:" in "".join(logs.values())
+    for pid in on_beta:
+        assert_ended(pid)
     assert list((tmp_path / "temporary").iterdir()) == [], "the keys of a host are gone with it"
 
 
@@ -106,7 +114,9 @@ def test_the_check_says_in_ten_lines_what_will_work(launched: Launched, path: st
     assert " ".join(line.split()[0] for line in lines) == (
         "ssh project packages address ports data kernels devices room clocks"
     )
-    assert {line.split()[1] for line in lines} == {"ok"}
+    verdicts = {line.split()[0]: line.split()[1] for line in lines}
+    assert verdicts.pop("room") in ("ok", "look"), "how much memory others use at the moment is theirs to say"
+    assert set(verdicts.values()) == {"ok"}
     assert last == "a run will work"
     assert not (tmp_path / "run").exists()
 

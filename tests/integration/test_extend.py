@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from helpers import ENDS_WITHIN_SECONDS, ROOT, Launched, Process, finish, free_port, read_result
+from helpers import ROOT, Launched, finish, free_port, read_result, stop_in_round, wait_until_stopped
 
 PAGE = (ROOT / "docs" / "extend.md").read_text()
 
@@ -35,26 +35,20 @@ def flags() -> list[str]:
     return words[:place] + words[place + 2 :]
 
 
-def wait_for_rounds(run: Path, number: int, process: Process) -> None:
-    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
-    metrics = run / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < number:
-        assert process.poll() is None, "it ended before"
-        assert time.monotonic() < deadline, f"no round {number}"
-        time.sleep(0.02)
-
-
 def test_the_pages_code_runs_whatever_happens_to_its_processes(launched: Launched, folder: Path) -> None:
     """The same model and scores as in one process, after a worker's death and a resumption."""
     expected, run = folder / "expected", folder / "run"
     alone = launched.start("single_process.py", *flags(), "--run_dir", expected, cwd=folder)
     words = ["--workers", "3", "--checkpoint_every", "4"]
-    first = launched.start("quick_start.py", *flags(), *words, "--run_dir", run, cwd=folder)
-    wait_for_rounds(run, 5, first)
+    stops = [*stop_in_round(6, folder), *stop_in_round(10, folder)]
+    first = launched.start(*stops, "quick_start.py", *flags(), *words, "--run_dir", run, cwd=folder)
+    server = wait_until_stopped(first)
     by_name = {child.name(): child for child in psutil.Process(first.pid).children()}
     by_name["worker 2"].kill()
-    wait_for_rounds(run, 9, first)
+    os.kill(server, signal.SIGCONT)
+    wait_until_stopped(first)
     first.send_signal(signal.SIGTERM)
+    os.kill(server, signal.SIGCONT)
     assert finish(first)[0] == 128 + signal.SIGTERM
     assert finish(alone)[0] == 0
     second = launched.start("quick_start.py", "--resume", run, "--workers", "3", cwd=folder)
