@@ -14,7 +14,7 @@ from pathlib import Path
 import utils
 from launch.commands import restart_command, to_argv
 from launch.paths import ROOT
-from launch.settings import QuickStart, Server, Worker
+from launch.settings import JoinTimeout, QuickStart, Server, Worker
 from perfedavg.machine.forking import load
 from perfedavg.machine.kernels import pin_kernels_or_restart
 from perfedavg.machine.processes import ENDS_WITH_INPUT, SERVER, LocalProcesses, SignalWatch, hold_free_port
@@ -60,6 +60,7 @@ def main() -> int:
 def programs(args: QuickStart) -> Iterator[tuple[str, Path, list[str], bool]]:
     """(name, script, its flags, whether its output is shown) of the server and each worker."""
     network = {"ip": "127.0.0.1", "world_size": args.workers + 1}
+    network |= {"join_timeout_seconds": JoinTimeout.join_timeout_seconds}  # of the workers too: the server will come
     yield SERVER, ROOT / Server.script, to_argv(args, Server, **network), True
     for rank in range(1, args.workers + 1):
         yield f"worker {rank}", ROOT / Worker.script, to_argv(args, Worker, **network, rank=rank), False

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from helpers import ROOT
 
+import quick_start
 import utils
 from datasets.registry import DATA_SETS
 from launch.commands import to_argv
@@ -273,6 +274,15 @@ def test_quick_start_passes_every_flag_on() -> None:
     assert (server.run_dir, server.data_root) == (Path("/tmp/x"), Path("/tmp/y"))
     worker = utils.get_args("worker", to_argv(args, Worker, rank=1))
     assert (worker.device, worker.threads, worker.data_root) == ("cpu", 3, Path("/tmp/y"))
+
+
+def test_workers_that_quick_start_starts_try_to_join_for_as_long_as_the_server_waits() -> None:
+    """Where many processes start on a slow machine, the server may need longer than a worker would try by default."""
+    (*_, argv, _), *workers = quick_start.programs(utils.get_args("quick_start", ["--workers", "3"]))
+    server = utils.get_args("server", argv)
+    assert len(workers) == 3
+    for *_, argv, _ in workers:
+        assert utils.get_args("worker", argv).join_timeout_seconds == server.join_timeout_seconds
 
 
 def begun_run(path: Path, *argv: str, **settled: object) -> Path:
