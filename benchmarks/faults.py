@@ -59,7 +59,7 @@ EXPERIMENT = [
 ]
 EXPERIMENT += ["--rounds", "5", "--local_epochs", "6", "--fine_tune_rounds", "4", "--fine_tune_local_epochs", "6"]
 EXPERIMENT += ["--eval_every", "2", "--eval_clients", "4"]
-"""Long enough that a worker that is started again in round 2 is there before the end."""
+"""Long enough that a worker that is started again in round 2 is there before the end, and nobody waits for it."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,11 @@ Launch = Callable[[str, Path, list[str], IO[bytes]], Process]
 
 
 class Processes:
-    """The processes of one run, each with its standard error in a file of its own."""
+    """The processes of one run, each with its standard error in a file of its own.
+
+    num_awaited: workers without which the server does not end. One that comes back when it has would seek it in vain,
+    on a machine where the run takes no longer than that.
+    """
 
     def __init__(self, folder: Path, launch: Launch, experiment: list[str], network: Sequence[str]) -> None:
         self._folder = folder
@@ -169,6 +173,7 @@ class Processes:
         self._held, self.port = hold_free_port()
         self.run_dir = folder / "run"
         self.note = folder / "struck"
+        self.num_awaited = 0
         self._running: dict[str, Process] = {}
 
     def start(self, name: str, row: Row | None = None, resume: bool = False) -> None:
@@ -183,6 +188,8 @@ class Processes:
         if row is not None:
             fault = [row.point, row.phase, str(row.round_number), row.signal, str(self.note)]
             words = ["benchmarks/planted_fault.py", *fault, *words]
+        if name == "server" and self.num_awaited:
+            words = ["benchmarks/patient_server.py", str(self.num_awaited), *words]
         script, *argv = words
         with open(self.error_file(name), "ab") as errors:
             self._running[name] = self._launch(name, ROOT / script, [*argv, *address], errors)
@@ -254,14 +261,15 @@ def _run(folder: Path, launch: Launch, experiment: list[str], network: Sequence[
     with processes_in(folder, launch, experiment, network) as processes:
         started = time.monotonic()
         struck = None if row is None else ("server" if row.process == "server" else "worker 2")
+        expected = ["server", "worker 1", "worker 2"]
+        if row is not None and row.then == "others":
+            expected.remove("worker 2")
+        processes.num_awaited = len(expected) - 1
         for name in ("server", "worker 1", "worker 2"):
             processes.start(name, row if name == struck else None)
         noticed_s = None
         if row is not None and struck is not None:
             noticed_s = _follow_up(processes, struck, row)
-        expected = ["server", "worker 1", "worker 2"]
-        if row is not None and row.then == "others":
-            expected.remove("worker 2")
         try:
             statuses = processes.wait_until_ended(expected)
         except subprocess.TimeoutExpired as error:

@@ -201,15 +201,15 @@ def stop_in_round(number: int, folder: Path) -> list[str]:
     return ["benchmarks/planted_fault.py", "server stepping", "fedavg", str(number), "SIGSTOP", note]
 
 
-def wait_until_stopped(process: Process) -> int:
-    """Until the server that a process has started has stopped itself. Returns its process id."""
+def wait_until_stopped(process: Process, child: str = "") -> int:
+    """Until a process, or its child of this name, has stopped itself. Returns its process id."""
     deadline = time.monotonic() + ENDS_WITHIN_SECONDS
     while True:
-        for pid in children_of(process.pid):
-            if Path(f"/proc/{pid}/comm").read_text().strip() == "server" and _state(pid) == "T":
+        for pid in children_of(process.pid) if child else [process.pid]:
+            if _state(pid) == "T" and (not child or Path(f"/proc/{pid}/comm").read_text().strip() == child):
                 return pid
         assert process.poll() is None, "it ended before"
-        assert time.monotonic() < deadline, "the server never stopped"
+        assert time.monotonic() < deadline, "it never stopped"
         time.sleep(0.02)
 
 

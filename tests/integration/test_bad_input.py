@@ -156,12 +156,11 @@ def test_an_unknown_interface(launched: Launched, tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_not_there(launched: Launched) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    worker = launched.start_worker(port, 2, 1, "--join_timeout_seconds", "2")
-    wait_for_line(worker, f"no server at 127.0.0.1:{port} yet")
-    assert_one_clear_line(worker, f"no server at 127.0.0.1:{port} within 2 s", "Connection refused")
+    port = free_port()
+    patient = launched.start_worker(port, 2, 1)
+    wait_for_line(patient, f"no server at 127.0.0.1:{port} yet")
+    worker = launched.start_worker(port, 2, 1, "--join_timeout_seconds", "1")
+    assert_one_clear_line(worker, f"no server at 127.0.0.1:{port} within 1 s", "Connection refused")
 
 
 def test_something_else_at_the_servers_port(launched: Launched) -> None:
@@ -191,7 +190,26 @@ def test_wrong_world_size_wrong_rank_and_a_rank_in_use(launched: Launched, tmp_p
 
 
 def test_workers_that_never_come(launched: Launched, tmp_path: Path) -> None:
-    server, port = launched.start_server(tmp_path / "run", 3, *TINY, "--join_timeout_seconds", "3")
+    """The server's clock makes a leap when worker 2 has joined, so that this is sure to be in time."""
+    (tmp_path / "leaping_server.py").write_text(
+        f"""
+import runpy, sys, time, types
+sys.path.insert(0, {str(ROOT)!r})
+from multi_process import server
+take_join, passed = server.WorkerPool._take_join, [0]
+
+def take_join_and_leap(pool, *args):
+    take_join(pool, *args)
+    passed.append(301)
+
+server.WorkerPool._take_join = take_join_and_leap
+server.time = types.SimpleNamespace(monotonic=lambda: time.monotonic() + sum(passed))
+runpy.run_path({str(ROOT / "server.py")!r}, run_name="__main__")
+"""
+    )
+    port = free_port()
+    flags = ("--port", str(port), "--world_size", "3", "--run_dir", str(tmp_path / "run"), *TINY)
+    server = launched.start(tmp_path / "leaping_server.py", *flags, "--join_timeout_seconds", "300")
     worker = launched.start_worker(port, 3, 2)
-    assert_one_clear_line(server, "worker 1 did not join within 3 s", f"--port {port}", "--rank 1")
+    assert_one_clear_line(server, "worker 1 did not join within 300 s", f"--port {port}", "--rank 1")
     assert_one_clear_line(worker, "the server ended the run: worker 1 did not join")

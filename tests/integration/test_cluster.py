@@ -68,7 +68,7 @@ def test_a_killed_host_comes_back_and_the_model_is_that_of_one_process(
     stop = stop_in_round(3, tmp_path)
     process = start(launched, path, tmp_path, "beta slots=2\n", *flags, before=stop)  # without which it cannot go on
     wait_for_line(process, ", encrypted")
-    server = wait_until_stopped(process)
+    server = wait_until_stopped(process, "server")
     (beta,) = [pid for pid in children_of(process.pid) if len(descendants_of(pid)) == 3]  # with what removes its keys
     on_beta = descendants_of(beta)
     os.kill(beta, signal.SIGKILL)

@@ -154,7 +154,7 @@ def test_a_firewall_is_a_line_before_anything_is_started(hosts: SshHosts, launch
 
 def test_a_killed_host_is_started_again(hosts: SshHosts, launched: Launched, digest: str, tmp_path: Path) -> None:
     process = start(hosts, launched, tmp_path, *FLAGS, before=stop_in_round(3, tmp_path))
-    server = wait_until_stopped(process)
+    server = wait_until_stopped(process, "server")
     for pid in hosts.pids("gamma"):
         with contextlib.suppress(ProcessLookupError):  # it ended with what had started it
             os.kill(pid, signal.SIGKILL)
@@ -169,7 +169,7 @@ def test_a_host_that_is_cut_off_is_done_without_and_ends_its_workers(
     hosts: SshHosts, launched: Launched, digest: str, tmp_path: Path
 ) -> None:
     process = start(hosts, launched, tmp_path, *FLAGS, *SHORT_SILENCE, before=stop_in_round(3, tmp_path))
-    server = wait_until_stopped(process)
+    server = wait_until_stopped(process, "server")
     hosts.lan.unplug("gamma")
     os.kill(server, signal.SIGCONT)
     wait_for_line(process, "server: lost worker ")
@@ -183,7 +183,7 @@ def test_a_host_that_was_cut_off_for_a_while_takes_part_again(
     hosts: SshHosts, launched: Launched, tmp_path: Path
 ) -> None:
     process = start(hosts, launched, tmp_path, *LONG, *SHORT_SILENCE)
-    wait_for_line(process, "FedAvg round ")
+    wait_for_line(process, "FedAvg round 2/")
     hosts.lan.unplug("gamma")
     wait_for_line(process, "trying gamma again")
     wait_until_empty(hosts, "gamma")  # or its first workers might be back, and ready, before they end
@@ -197,7 +197,7 @@ def test_a_host_that_was_cut_off_for_a_while_takes_part_again(
 
 def test_a_worker_that_dies_is_started_again(hosts: SshHosts, launched: Launched, tmp_path: Path) -> None:
     process = start(hosts, launched, tmp_path, *LONG)
-    wait_for_line(process, "FedAvg round ")
+    wait_for_line(process, "FedAvg round 2/")
     (worker,) = [pid for pid in hosts.pids("beta") if Path(f"/proc/{pid}/comm").read_text().strip() == "worker 1"]
     os.kill(worker, signal.SIGKILL)
     told = ("beta: worker 1 ended by signal SIGKILL", "beta: worker 1 is started again (1 of 3 times)")
@@ -213,7 +213,7 @@ def test_the_end_of_the_command_leaves_nothing(
 ) -> None:
     """SIGKILL leaves it no time to end anything: what runs elsewhere notices by itself."""
     process = start(hosts, launched, tmp_path, *LONG)
-    wait_for_line(process, "FedAvg round ")
+    wait_for_line(process, "FedAvg round 2/")
     process.send_signal(number)
     status, _, _ = finish(process)
     assert status == (-number if number == signal.SIGKILL else 128 + number)

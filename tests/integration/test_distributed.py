@@ -116,7 +116,7 @@ def test_quick_start_shows_the_result_and_what_comes_next(launched: Launched, tm
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_to_quick_start_leaves_no_process(number: signal.Signals, launched: Launched, tmp_path: Path) -> None:
     process = launched.start("quick_start.py", *TINY, "--rounds", "100000", "--run_dir", tmp_path / "run")
-    wait_for_line(process, "FedAvg round")
+    wait_for_line(process, "FedAvg round 2/")
     children = children_of(process.pid)
     assert len(children) == 3
     process.send_signal(number)
@@ -131,7 +131,7 @@ def test_a_signal_to_quick_start_leaves_no_process(number: signal.Signals, launc
 def test_what_quick_start_starts_are_forks_that_do_not_outlive_it(launched: Launched, tmp_path: Path) -> None:
     """They share the memory of what it has loaded, and SIGKILL leaves it no time to end them."""
     process = launched.start("quick_start.py", *TINY, "--rounds", "100000", "--run_dir", tmp_path / "run")
-    wait_for_line(process, "FedAvg round")
+    wait_for_line(process, "FedAvg round 2/")
     children = children_of(process.pid)
     names = [Path(f"/proc/{pid}/comm").read_text().strip() for pid in children]
     assert names == ["server", "worker 1", "worker 2"]
@@ -155,7 +155,7 @@ def _shared_megabytes(pid: int) -> float:
 
 def test_quick_start_starts_a_dead_worker_again(launched: Launched, tmp_path: Path) -> None:
     process = launched.start("quick_start.py", *TINY, "--rounds", "100000", "--run_dir", tmp_path / "run")
-    wait_for_line(process, "FedAvg round")
+    wait_for_line(process, "FedAvg round 2/")
     server, first, second = children_of(process.pid)
     os.kill(first, signal.SIGKILL)
     wait_for_line(process, "worker 1 is started again (1 of 3 times)")
@@ -171,7 +171,7 @@ def test_quick_start_ends_with_its_server_and_can_be_resumed(launched: Launched,
     flags = [*TINY, "--checkpoint_every", "1"]
     stop = stop_in_round(2, tmp_path)
     process = launched.start(*stop, "quick_start.py", *flags, "--run_dir", tmp_path / "run")
-    server = wait_until_stopped(process)
+    server = wait_until_stopped(process, "server")
     children = children_of(process.pid)
     os.kill(server, signal.SIGKILL)
     status, _, errors = finish(process)

@@ -42,11 +42,11 @@ def test_the_pages_code_runs_whatever_happens_to_its_processes(launched: Launche
     words = ["--workers", "3", "--checkpoint_every", "4"]
     stops = [*stop_in_round(6, folder), *stop_in_round(10, folder)]
     first = launched.start(*stops, "quick_start.py", *flags(), *words, "--run_dir", run, cwd=folder)
-    server = wait_until_stopped(first)
+    server = wait_until_stopped(first, "server")
     by_name = {child.name(): child for child in psutil.Process(first.pid).children()}
     by_name["worker 2"].kill()
     os.kill(server, signal.SIGCONT)
-    wait_until_stopped(first)
+    wait_until_stopped(first, "server")
     first.send_signal(signal.SIGTERM)
     os.kill(server, signal.SIGCONT)
     assert finish(first)[0] == 128 + signal.SIGTERM

@@ -17,6 +17,7 @@ from helpers import (
     network_flags,
     read_result,
     wait_for_line,
+    wait_until_stopped,
 )
 
 from benchmarks.faults import EXPERIMENT, MATRIX, Result, Row, run_row, run_undisturbed
@@ -31,7 +32,7 @@ ALWAYS = (
 of what follows in which the struck process comes back."""
 REST = [row for row in MATRIX if row not in ALWAYS]
 LIGHT = [*EXPERIMENT, "--model", "mlp", "--local_epochs", "12", "--fine_tune_local_epochs", "12"]
-"""The experiment with a smaller model; a worker that is started again still has the time to come back."""
+"""The experiment with a smaller model; a worker that is started again has work to do when it comes back."""
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +128,14 @@ def test_a_fault_changes_nothing_in_what_clients_keep(
 def test_a_worker_more_is_taken_in_and_then_the_first_ones_may_leave(launched: Launched, tmp_path: Path) -> None:
     """world_size is the number to start with; ranks beyond it may join, and the run may go over to them.
 
-    The first worker stands still until the other is there, so that the run cannot end before.
+    The first worker stops itself and stands still until the other is there, so that the run cannot end before.
     """
     flags = [*TINY, "--rounds", "10"]
     server, port = launched.start_server(tmp_path / "run", 2, *flags, "--worker_timeout_seconds", "300")
-    first = launched.start_worker(port, 2, 1)
-    wait_for_line(server, "FedAvg round 2/")
-    first.send_signal(signal.SIGSTOP)
+    fault = ("worker training", "fedavg", "3", "SIGSTOP", tmp_path / "stopped")
+    words = ("client_worker.py", "--port", str(port), "--rank", "1", "--device", "cpu")
+    first = launched.start("benchmarks/planted_fault.py", *fault, *words)
+    wait_until_stopped(first)
     launched.start_worker(port, 2, 7)
     wait_for_line(server, "worker 7 is ready")
     first.send_signal(signal.SIGTERM)
@@ -150,7 +152,7 @@ def test_without_workers_the_run_is_saved_and_ends(launched: Launched, tmp_path:
     flags = ("--rounds", "100000", "--checkpoint_every", "100000", "--worker_wait_seconds", "2")
     server, port = launched.start_server(tmp_path / "run", 2, *TINY, *flags)
     worker = launched.start_worker(port, 2, 1)
-    wait_for_line(server, "FedAvg round")
+    wait_for_line(server, "FedAvg round 2/")
     worker.kill()
     wait_for_line(server, "lost worker 1")
     wait_for_line(server, "saved; continue with: ")
@@ -198,12 +200,29 @@ class Client:
 
 
 def test_a_run_begins_with_the_workers_for_which_there_are_descriptors(launched: Launched, tmp_path: Path) -> None:
-    """gloo ends the process that runs out of them; the workers for which there are none are refused with a line."""
+    """gloo ends the process that runs out of them; the workers for which there are none are refused with a line.
+
+    The run begins when all have asked, or one might come when it is over.
+    """
     (tmp_path / "server_with_few.py").write_text(
         f"""
-import resource, runpy, sys
+import resource, runpy, sys, threading
 sys.path.insert(0, {str(ROOT)!r})
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+from multi_process.server import WorkerPool
+from multi_process.transport.server_network import ServerNetwork
+asked, check, setup = threading.Semaphore(0), ServerNetwork._check_descriptors, WorkerPool.setup
+
+def count_and_check(network, control):
+    asked.release()
+    check(network, control)
+
+def set_up_when_all_have_asked(pool):
+    for _ in range(5):
+        asked.acquire()
+    setup(pool)
+
+ServerNetwork._check_descriptors, WorkerPool.setup = count_and_check, set_up_when_all_have_asked
+resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
 runpy.run_path({str(ROOT / "server.py")!r}, run_name="__main__")
 """
     )

@@ -90,7 +90,9 @@ def test_a_fork_ends_as_a_new_process_does(script: Path, launched: Launched) -> 
 
 
 def test_signals_reach_a_fork(script: Path, launched: Launched) -> None:
-    script.write_text(TELL.format(body="print('ready', file=sys.stderr); signal.pause()"))
+    # Not signal.pause, before which a signal may have come that Python has not answered yet.
+    body = "import time; print('ready', file=sys.stderr)\nwhile True: time.sleep(0.01)"
+    script.write_text(TELL.format(body=body))
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         process = launched.start(script)
         wait_for_line(process, "ready")
