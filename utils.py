@@ -16,11 +16,10 @@ from launch.flags import parse
 from launch.paths import ROOT
 from launch.settings import ENTRY_POINTS
 from perfedavg.contracts import input_shape
-from perfedavg.fields import label
 from perfedavg.own_files import is_own_code, shown_dataset
 from perfedavg.recording.folders import make_default_folder, remove_empty
 from perfedavg.recording.runs import read_unfinished_run
-from perfedavg.settings import UNREAD, ClientsConfig, ExperimentConfig, brings_model, num_unseen_clients
+from perfedavg.settings import UNREAD, ClientsConfig, ExperimentConfig, brings_model, flag, num_unseen_clients
 from perfedavg.terminal.console import say
 from perfedavg.terminal.entry_point import at_early_end
 
@@ -49,7 +48,7 @@ class LocalRun(NamedTuple):
 def get_args(role: str, argv: Sequence[str] | None = None) -> Any:
     """The settings of an entry point, from `argv` or the command line; with --resume, the experiment is the run's.
 
-    role: `server`, `worker`, `single`, `quick_start` or `describe`. See `launch.settings`.
+    role: a name in `launch.settings.ENTRY_POINTS`.
     Raises ValueError, in a line for the user.
     """
     return parse(ENTRY_POINTS[role], argv)
@@ -104,7 +103,7 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
     from perfedavg.seeding import Purpose, seed_sequence, torch_seeds
     from perfedavg.training.layout import check_methods, count_buffer_entries
 
-    whose = f"{label(config, 'architecture')} {config.architecture}"
+    whose = f"{flag('architecture')} {config.architecture}"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seeds(seed_sequence(config.seed, Purpose.INITIAL_MODEL), 1)[0])
         if brings_model(config, dataset):
@@ -118,7 +117,7 @@ def get_model(config: ExperimentConfig, dataset: FederatedDataset) -> nn.Module:
     check_methods(config, model)
     if config.buffers == "local" and not count_buffer_entries(model):
         raise ValueError(
-            f"{label(config, 'buffers')} local has no meaning for {whose}: that model has no buffers, such as "
+            f"{flag('buffers')} local has no meaning for {whose}: that model has no buffers, such as "
             "BatchNorm's statistics; leave it out"
         )
     return model
@@ -132,13 +131,12 @@ def build_architecture(name: str, shape: tuple[int, ...], num_classes: int) -> n
     from models import build_model
     from perfedavg.own_model import build_own_model
 
-    flag = label(ExperimentConfig, "architecture")
     if ":" in name:
-        return build_own_model(flag, name, shape, num_classes)
+        return build_own_model(flag("architecture"), name, shape, num_classes)
     try:
         return build_model(name, shape, num_classes)
     except ValueError as error:
-        raise ValueError(f"{flag} {name} does not fit the data: {error}; name another one") from error
+        raise ValueError(f"{flag('architecture')} {name} does not fit the data: {error}; name another one") from error
 
 
 def check_num_workers(args: Any, num_workers: int) -> None:

@@ -399,9 +399,8 @@ def values_of(settings: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not MISSING}
 
 
-def label(settings: Any, path: str) -> str:
+def label(kind: Any, path: str) -> str:
     """What an error calls a setting of a dataclass or of its parts. path: its fields, such as `fedavg.method`."""
-    kind: Any = settings if isinstance(settings, type) else type(settings)
     return flags_of(kind)[tuple(path.split("."))].label
 
 
@@ -480,10 +479,8 @@ def _flags(
             own_name = field.name if described.flag is None else described.flag
             name = None if own_name == NO_FLAG else name_of(own_name)
             aliases = [alias for alias in map(name_of, described.aliases) if alias is not None]
-            help, kind_of_value = (
-                described.help.replace("{of}", of).replace("{choices}", ", ".join(choices or ())),
-                str if described.kinds else _kind_of_value(hints[field.name]),
-            )
+            help = described.help.replace("{of}", of).replace("{choices}", ", ".join(choices or ()))
+            kind_of_value = str if described.kinds else _kind_of_value(hints[field.name])
             search = searches.get(field.name, described.search)
             yield Flag(name, place, kind_of_value, default, heading, help, described, choices, aliases, search=search)
             for chosen, kind_of_choice in (described.kinds or {}).items():

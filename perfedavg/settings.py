@@ -388,15 +388,15 @@ class ExperimentConfig(ClientsConfig):
             self.check_cohort_size(1 if self.joint else self.num_clients - num_unseen)
         if self.joint and self.num_trained_scored:
             raise ValueError(
-                f"{label(self, 'num_trained_scored')} {self.num_trained_scored} does not go with "
-                f"{label(self, 'joint')}, which has one training client without a test part; leave one of them out"
+                f"{flag('num_trained_scored')} {self.num_trained_scored} does not go with "
+                f"{flag('joint')}, which has one training client without a test part; leave one of them out"
             )
         if self.fine_tune is not None and self.fine_tune.num_rounds == 0:
-            raise ValueError(f"{label(self, 'fine_tune.num_rounds')} 0 must be 1 or more; leave the phase out instead")
+            raise ValueError(f"{flag('fine_tune.num_rounds')} 0 must be 1 or more; leave the phase out instead")
         if self.fine_tune is not None and self.fedavg.num_rounds > 0 and not self.fedavg.method.goes_on:
             raise ValueError(
-                f"{label(self, 'fine_tune.method')} {self.fine_tune.method.name} cannot go on from "
-                f"{label(self, 'fedavg.method')} {self.fedavg.method.name}, whose result is not the global model but "
+                f"{flag('fine_tune.method')} {self.fine_tune.method.name} cannot go on from "
+                f"{flag('fedavg.method')} {self.fedavg.method.name}, whose result is not the global model but "
                 f"what it makes of each client's; use {NONE}"
             )
         for name, phase in (("fedavg", self.fedavg), ("fine_tune", self.fine_tune)):
@@ -406,23 +406,23 @@ class ExperimentConfig(ClientsConfig):
     def _check_phase(self, name: str, phase: PhaseConfig) -> None:
         client = phase.client_optimizer.name
         if phase.client_optimizer.learning_rate is None:
-            raise ValueError(f"{label(self, f'{name}.client_optimizer.learning_rate')} must be given")
+            raise ValueError(f"{flag(f'{name}.client_optimizer.learning_rate')} must be given")
         problem = phase.method.problem_with(phase.client_optimizer)
         if problem is not None:
             raise ValueError(
-                f"{label(self, f'{name}.method')} {phase.method.name} does not go with "
-                f"{label(self, f'{name}.client_optimizer.name')} {client}: {problem}"
+                f"{flag(f'{name}.method')} {phase.method.name} does not go with "
+                f"{flag(f'{name}.client_optimizer.name')} {client}: {problem}"
             )
         if phase.method.needs_float32 and self.precision != "float32":
             raise ValueError(
-                f"{label(self, 'precision')} {self.precision} is too coarse for {label(self, f'{name}.method')} "
+                f"{flag('precision')} {self.precision} is too coarse for {flag(f'{name}.method')} "
                 f"{phase.method.name} with its settings; use float32"
             )
         for whose, optimizer in (("client_optimizer", client), ("server_optimizer", phase.server_optimizer.name)):
             if self.portable_kernels == "any_vendor" and optimizer not in ("sgd", "momentum"):
                 raise ValueError(
-                    f"{label(self, 'portable_kernels')} any_vendor does not go with "
-                    f"{label(self, f'{name}.{whose}.name')} {optimizer}, whose square roots MKL takes from an "
+                    f"{flag('portable_kernels')} any_vendor does not go with "
+                    f"{flag(f'{name}.{whose}.name')} {optimizer}, whose square roots MKL takes from an "
                     "approximation that each vendor's processors make otherwise; use sgd or momentum"
                 )
 
@@ -430,7 +430,7 @@ class ExperimentConfig(ClientsConfig):
         """Raises ValueError where a round asks for more clients than there are to train."""
         if self.cohort_size > num_train_clients:
             raise ValueError(
-                f"{label(self, 'cohort_size')} {self.cohort_size} exceeds the {num_train_clients} training clients; "
+                f"{flag('cohort_size')} {self.cohort_size} exceeds the {num_train_clients} training clients; "
                 f"lower it to {num_train_clients} or less"
             )
 
@@ -444,8 +444,8 @@ class ExperimentConfig(ClientsConfig):
         num_groups = -(-self.cohort_size // group_size)
         if num_groups >= num_workers:
             return
-        clients = f"{label(self, 'cohort_size')} {self.cohort_size}"
-        batching = label(self, "client_batching")
+        clients = f"{flag('cohort_size')} {self.cohort_size}"
+        batching = flag("client_batching")
         enough = (num_workers - 1) * group_size + 1
         groups = (
             f" makes {num_groups} group(s) of {batching} {group_size}, fewer than"
@@ -463,8 +463,8 @@ class ExperimentConfig(ClientsConfig):
         if num_clients % step:
             below, above = num_clients // step * step, (num_clients // step + 1) * step
             raise ValueError(
-                f"{label(self, 'num_clients')} {num_clients} does not divide into whole training and unseen clients at "
-                f"{label(self, 'unseen_fraction')} {self.unseen_fraction}; use a multiple of {step}, such as "
+                f"{flag('num_clients')} {num_clients} does not divide into whole training and unseen clients at "
+                f"{flag('unseen_fraction')} {self.unseen_fraction}; use a multiple of {step}, such as "
                 f"{f'{below} or ' if below else ''}{above}"
             )
 

@@ -15,9 +15,8 @@ import utils
 from datasets.registry import find
 from launch.flags import parse
 from launch.settings import SingleProcess
-from perfedavg.fields import label
 from perfedavg.metrics import BASIC_METRICS, find_metrics
-from perfedavg.settings import ClientsConfig, ExperimentConfig, Phase, Population
+from perfedavg.settings import ClientsConfig, ExperimentConfig, Phase, Population, flag
 
 if TYPE_CHECKING:
     from perfedavg.contracts import FederatedDataset
@@ -135,26 +134,22 @@ def trial_words(words: Sequence[str], seed: int, trial_rounds: int | None, num_p
     Where clients are drawn anew with each seed, those of another seed are as good as validation clients.
     Raises ValueError where the words make no experiment.
     """
-    words = [*words, f"{_flag('seed')}={seed}"]
-    words += [f"{_flag(field)}=0" for field in ("num_trained_scored", "num_curve_epochs")]  # which no trial needs
+    words = [*words, f"{flag('seed')}={seed}"]
+    words += [f"{flag(field)}=0" for field in ("num_trained_scored", "num_curve_epochs")]  # which no trial needs
     config: ExperimentConfig = parse(SingleProcess, words).experiment
     if "validation" not in find(config.dataset).meaningless:
-        words.append(f"{_flag('validation')}=true")
-    rounds = {phase: settings.num_rounds for phase, settings in config.phases.items()}
+        words.append(f"{flag('validation')}=true")
+    rounds = num_rounds(config)
     total = sum(rounds.values())
     if trial_rounds is not None and trial_rounds < total:
         left, left_before = trial_rounds, total
         for phase, number in rounds.items():
             rounds[phase] = max(1, round(left * number / left_before)) if number else 0
             left, left_before = left - rounds[phase], left_before - number
-            words.append(f"{_flag(f'{phase.field}.num_rounds')}={rounds[phase]}")
-    return [*words, f"{_flag('eval_every')}={max(1, sum(rounds.values()) // num_points)}"]
+            words.append(f"{flag(f'{phase.field}.num_rounds')}={rounds[phase]}")
+    return [*words, f"{flag('eval_every')}={max(1, sum(rounds.values()) // num_points)}"]
 
 
 def num_rounds(config: ExperimentConfig) -> dict[Phase, int]:
     """Of a trial, by phase."""
     return {phase: settings.num_rounds for phase, settings in config.phases.items()}
-
-
-def _flag(path: str) -> str:
-    return label(ExperimentConfig, path)

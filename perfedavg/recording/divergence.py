@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from perfedavg.contracts import ClientDirectory, client_label
 from perfedavg.engine.experiment import RoundRecord
 from perfedavg.engine.scores import PhaseScores
-from perfedavg.settings import Phase
+from perfedavg.settings import Phase, flag
 from perfedavg.terminal.console import say
 
 NUM_NAMED = 10
@@ -41,13 +41,13 @@ def say_divergence_in_scores(phase: Phase, by_population: PhaseScores, clients: 
             named = _labels(diverged[:NUM_NAMED], clients) + (", ..." if len(diverged) > NUM_NAMED else "")
             say(
                 f"after {phase.label}: the loss of {len(diverged)} of {len(scores)} {population.value} clients is "
-                f"infinite or not a number (clients {named}), and so is the mean; they adapt at --local_lr, which a "
-                "lower one may mend"
+                f"infinite or not a number (clients {named}), and so is the mean; they adapt at "
+                f"{_rate_flag(Phase.FEDAVG)}, which a lower one may mend"
             )
 
 
 def _rate_flag(phase: Phase) -> str:
-    return "--local_lr" if phase is Phase.FEDAVG else "--fine_tune_local_lr"
+    return flag(f"{phase.field}.client_optimizer.learning_rate")
 
 
 def _labels(client_ids: Iterable[int], clients: ClientDirectory) -> str:

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from perfedavg.fields import label
-from perfedavg.settings import ExperimentConfig
+from perfedavg.settings import ExperimentConfig, flag
 
 NORMALIZATIONS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """`_NormBase` is that of BatchNorm and InstanceNorm."""
@@ -139,8 +138,8 @@ def check_methods(config: ExperimentConfig, model: nn.Module) -> None:
     for phase, settings in config.phases.items():
         problem = settings.method.problem_with_model(layout)
         if problem is not None:
-            name = label(config, f"{phase.field}.method")
-            raise ValueError(f"{name} {settings.method.name} does not go with the model: {problem}")
+            chosen = f"{flag(f'{phase.field}.method')} {settings.method.name}"
+            raise ValueError(f"{chosen} does not go with the model: {problem}")
 
 
 def _names(model: nn.Module, layers: Collection[nn.Module]) -> tuple[str, ...]:
