@@ -15,7 +15,7 @@ import utils
 from datasets.registry import find
 from launch.flags import parse
 from launch.settings import SingleProcess
-from perfedavg.metrics import BASIC_METRICS, find_metrics
+from perfedavg.metrics import better_when_higher
 from perfedavg.settings import ClientsConfig, ExperimentConfig, Phase, Population, flag
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Objective:
         """
         is_regression = dataset.client_data(scored_clients(dataset)[0]).test_labels.is_floating_point()
         text = text or f"personalized_{'loss' if is_regression else 'accuracy'}"
-        better = {**BASIC_METRICS, **{name: m.higher_is_better for name, m in find_metrics(config.own_metrics).items()}}
+        better = better_when_higher(config.own_metrics)
         known = [name for name in better if not (is_regression and name == "accuracy")]
         found = _OBJECTIVE.fullmatch(text)
         if found is None or found["metric"] not in known:

@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from perfedavg.metrics.base import Metric
+from perfedavg.metrics.base import Metric as Metric
 from perfedavg.metrics.macro_f1 import MACRO_F1
 from perfedavg.own_module import explained, import_own
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["BASIC_METRICS", "METRICS", "Metric", "find_metrics", "name_in_results", "problem_with"]
 
 BASIC_METRICS = {"loss": False, "accuracy": True}
 """What every client is scored by, as it is counted batch by batch, and whether higher is better."""
@@ -42,6 +40,11 @@ def problem_with(names: Sequence[str]) -> str | None:
 def find_metrics(names: Sequence[str]) -> dict[str, Metric]:
     """The metrics, by what results call them. Raises ValueError where a user's own cannot be had."""
     return {name_in_results(name): METRICS[name] if name in METRICS else _users_own(name) for name in names}
+
+
+def better_when_higher(names: Sequence[str]) -> dict[str, bool]:
+    """Of all that clients are scored by, with metrics of these names: whether higher is better, by results' names."""
+    return BASIC_METRICS | {name: metric.higher_is_better for name, metric in find_metrics(names).items()}
 
 
 def _is_metric(found: object) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from perfedavg.contracts import ClientDirectory, client_name
 from perfedavg.engine.experiment import ExperimentOutcome
 from perfedavg.engine.scores import RunScores, summarize
-from perfedavg.metrics import BASIC_METRICS, find_metrics
+from perfedavg.metrics import better_when_higher
 from perfedavg.recording.runs import KINDS, result_key
 from perfedavg.settings import ExperimentConfig, Population
 
@@ -26,8 +26,7 @@ def summarize_run(config: ExperimentConfig, outcome: ExperimentOutcome, facts: M
         "seed": config.seed,
         "rounds": config.fedavg.num_rounds,
         **facts,
-        "higher_is_better": BASIC_METRICS
-        | {name: metric.higher_is_better for name, metric in find_metrics(config.own_metrics).items()},
+        "higher_is_better": better_when_higher(config.own_metrics),
         "model_sha256": outcome.model_sha256,
         "seconds": outcome.seconds,
         "phases": {
