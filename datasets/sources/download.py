@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from time import sleep
 
@@ -14,6 +16,20 @@ PAUSES_SECONDS = (1.0, 2.0, 4.0)
 
 SILENCE_SECONDS = 60.0
 """A server that sends nothing for so long has failed."""
+
+
+@contextlib.contextmanager
+def incoming_folder(place: Path, name: str) -> Iterator[Path]:
+    """An empty folder, `.<name>-incoming`, that is renamed once all is in it, so that nothing half-written is taken for
+    data. What is left of it when the block ends is removed; so is what a process that was killed had left.
+    """
+    folder = place / f".{name}-incoming"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def download(urls: Sequence[str], md5: str, folder: Path) -> Path:

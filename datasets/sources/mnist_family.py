@@ -6,7 +6,6 @@ import contextlib
 import gzip
 import os
 import re
-import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from datasets.clients.partitioned import ImageSplits
 from datasets.sources.class_names import BALANCED, BYCLASS, DIGITS, FASHION, LETTERS
-from datasets.sources.download import download
+from datasets.sources.download import download, incoming_folder
 from datasets.sources.idx import map_idx
 from datasets.storage import built_once, locked_place, places_for, tell
 
@@ -281,26 +280,19 @@ def _refuse_link_out_of(data_root: Path, path: Path) -> None:
 
 
 def _download_missing(name: str, source: Source, data_root: Path) -> None:
-    """Download into a folder beside the final one and rename it, so that nothing half-written is taken for data.
-
-    Where data_root cannot be written, into the user's cache folder.
-    """
+    """Where data_root cannot be written, into the user's cache folder."""
     publication = source.publication
     try:
         with locked_place(places_for(data_root), publication.folder, f"--dataset {name}") as place:
             if len(_files_in(source.raw(place), source)) == len(source.file_names):  # another process was faster
                 return
             tell(f"downloading {name} to {place}")
-            incoming = place / f".{publication.folder}-incoming"
-            shutil.rmtree(incoming, ignore_errors=True)  # of a process that was killed
-            try:
-                (incoming / "raw").mkdir(parents=True)
+            with incoming_folder(place, publication.folder) as incoming:
+                (incoming / "raw").mkdir()
                 for archive, md5 in publication.archives.items():
                     urls = [f"{mirror}{archive}" for mirror in publication.mirrors]
                     _unpack(download(urls, md5, incoming), incoming / "raw")
                 _move_missing(incoming / "raw", source.raw(place))
-            finally:
-                shutil.rmtree(incoming, ignore_errors=True)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{name} is not in {data_root} and could not be downloaded ({error}); put its files, "

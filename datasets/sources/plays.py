@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datasets.clients.stored import NamedClient, NewClients, StoredClients, stored_clients
-from datasets.sources.download import download
+from datasets.sources.download import download, incoming_folder
 from datasets.sources.leaf import SEQUENCE_LENGTH, VOCABULARY, files_in
 from datasets.storage import locked_place, places_for, tell
 
@@ -222,15 +221,10 @@ def _download(data_root: Path) -> Path:
         with locked_place(places_for(data_root), PLAYS, f"--dataset {PLAYS}") as place:
             if not any((place / PLAYS).glob("*.txt")):  # otherwise another process was faster
                 tell(f"downloading {PLAYS} to {place}")
-                incoming = place / f".{PLAYS}-incoming"
-                shutil.rmtree(incoming, ignore_errors=True)  # of a process that was killed
-                try:
-                    incoming.mkdir()
+                with incoming_folder(place, PLAYS) as incoming:
                     for name, md5 in FILES.items():
                         download([f"{mirror}{name}" for mirror in MIRRORS], md5, incoming)
                     os.replace(incoming, place / PLAYS)
-                finally:
-                    shutil.rmtree(incoming, ignore_errors=True)
             return place
     except (OSError, ValueError) as error:
         raise ValueError(
