@@ -56,7 +56,7 @@ class SplitDataset:
         self.class_names = clients.class_names
         self.about = clients.about
         if clients.has_targets:
-            self.loss_function = mean_squared_error
+            self.loss_function = F.mse_loss
         self._clients = clients
         self._seed = seed
         self._local_split = local_split
@@ -132,11 +132,6 @@ def cut_examples(raw: NDArray[Any], labels: NDArray[Any], num_train: int, num_dr
         inputs = images.to(torch.float32).div_(255)
     test = num_train + num_dropped
     return ClientData(inputs[:num_train], targets[:num_train], inputs[test:], targets[test:])
-
-
-def mean_squared_error(outputs: Tensor, labels: Tensor) -> Tensor:
-    """The loss where labels are targets; both (num_examples, num_targets)."""
-    return F.mse_loss(outputs, labels)
 
 
 def count_train(num_examples: int, test_fraction: Fraction = TEST_FRACTION) -> int:

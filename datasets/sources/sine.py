@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 from perfedavg.contracts import ClientData
 from perfedavg.seeding import Purpose, data_stream
@@ -61,6 +60,7 @@ class SineTasks:
     name = "sine"
     num_classes = 1
     """Outputs of a model: the value at x."""
+    loss_function = staticmethod(F.mse_loss)
 
     def __init__(self, num_train: int, num_unseen: int, seed: int) -> None:
         """Raises ValueError where there is no training client or no unseen client."""
@@ -72,11 +72,6 @@ class SineTasks:
         self.train_client_ids = range(num_train)
         self.unseen_client_ids = range(num_train, num_train + num_unseen)
         self._seed = seed
-
-    @staticmethod
-    def loss_function(outputs: Tensor, labels: Tensor) -> Tensor:
-        """The mean squared error."""
-        return F.mse_loss(outputs, labels)
 
     def num_train_examples(self, client_id: int) -> int:
         return NUM_GIVEN if client_id in self.unseen_client_ids else NUM_POINTS
