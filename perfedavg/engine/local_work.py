@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
 from perfedavg.aggregation.base import RefusedUpdateError, check_buffers
 from perfedavg.aggregation.exact_mean import ExactMean
+from perfedavg.contracts import ClientData
 from perfedavg.engine.client_reader import ClientReader
 from perfedavg.engine.client_states import ClientState, check_kept, keep_buffers, with_own_buffers
 from perfedavg.engine.cohorts import draw_cohort, draw_next_cohort
@@ -36,6 +36,13 @@ class Workplace:
     reader: ClientReader
     metrics: Mapping[str, Metric]
     num_buffer_entries: int = 0
+
+    def client(self, client_id: int, data: ClientData, purpose: Purpose, task: CohortTask | ScoringTask) -> Client:
+        """A client as its method sees it, with what it kept. purpose: that its seeds are for."""
+        seeds = seed_sequence(
+            self.config.seed, purpose, phase=task.phase, round_number=task.round_number, client_id=client_id
+        )
+        return Client(data.train_inputs, data.train_labels, seeds, task.states.get(client_id))
 
     def keeps_buffers(self, clients: Sequence[Client]) -> bool:
         """Whether buffers are each client's own. In a group of several they are constants, the same for all."""
@@ -87,14 +94,17 @@ class CohortTraining:
     def _train(self, slot: TrainingSlot, group: Sequence[int]) -> list[ClientReport]:
         started = time.monotonic()
         models = slot.models(len(group), self._method.differentiates_training)
-        clients = [self._client(client_id) for client_id in group]
-        start = self._place.start_of(clients, self._start)
+        place = self._place
+        clients = [
+            place.client(each, place.reader.client_data(each), Purpose.LOCAL_TRAINING, self._task) for each in group
+        ]
+        start = place.start_of(clients, self._start)
         updates, losses = self._method.update(models, start, clients, self._training)
-        num_buffer_entries = self._place.num_buffer_entries
+        num_buffer_entries = place.num_buffer_entries
         if num_buffer_entries and self._method.sends_gradients:
             buffers = slice(-num_buffer_entries, None)
             updates[:, buffers] = models.parameters[:, buffers] - start[buffers]
-        if self._place.keeps_buffers(clients):
+        if place.keeps_buffers(clients):
             keep_buffers(self._start, start, updates[0], clients[0].state, num_buffer_entries)
         if slot not in self._sums:
             self._sums[slot] = self._aggregation.begin(len(self._start), self._task.capacity, self._start.device)
@@ -110,11 +120,6 @@ class CohortTraining:
                 self._keep(client_id, client.state)
         self._reports += reports
         return reports
-
-    def _client(self, client_id: int) -> Client:
-        data = self._place.reader.client_data(client_id)
-        seeds = _seeds(self._place.config, Purpose.LOCAL_TRAINING, self._task, client_id)
-        return Client(data.train_inputs, data.train_labels, seeds, self._task.states.get(client_id))
 
     def _keep(self, client_id: int, state: ClientState) -> None:
         """Of copies, because a value may be a part of the slot's models."""
@@ -188,12 +193,7 @@ class ClientScoring:
         device = self._start.device
         tests = [(data.test_inputs.to(device), data.test_labels.to(device)) for data in parts]
         clients = [
-            Client(
-                data.train_inputs,
-                data.train_labels,
-                _seeds(self._place.config, Purpose.PERSONALIZATION, self._task, client_id),
-                self._task.states.get(client_id),
-            )
+            self._place.client(client_id, data, Purpose.PERSONALIZATION, self._task)
             for client_id, data in zip(group, parts, strict=True)
         ]
         measured: list[dict[int, dict[str, float]]] = [{} for _ in group]
@@ -222,9 +222,3 @@ class ClientScoring:
             )
             for client_id, data, scores in zip(group, parts, measured, strict=True)
         ]
-
-
-def _seeds(
-    config: ExperimentConfig, purpose: Purpose, task: CohortTask | ScoringTask, client_id: int
-) -> np.random.SeedSequence:
-    return seed_sequence(config.seed, purpose, phase=task.phase, round_number=task.round_number, client_id=client_id)
