@@ -80,7 +80,6 @@ class _Search:
         self._rounds = num_rounds(self._config)
         self._study = Study(
             plan.folder,
-            "--studies",
             self._space,
             self._identity(args.initial_model),
             plan.seed,

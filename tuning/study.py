@@ -68,14 +68,13 @@ class Study:
     def __init__(
         self,
         folder: Path,
-        flag: str,
         dimensions: Sequence[Dimension],
         identity: Mapping[str, Any],
         seed: int,
         higher_is_better: bool,
         num_warmup_rounds: int,
     ) -> None:
-        """flag: that named the folder.  identity: what the search is, which a study in the folder must be too.
+        """identity: what the search is, which a study in the folder must be too.
         num_warmup_rounds: before which no trial is pruned.
 
         Raises ValueError where the folder cannot be used, or holds the study of another search.
@@ -87,7 +86,7 @@ class Study:
         self._seed = seed
         self.folder = folder
         self.higher_is_better = higher_is_better
-        try:
+        with _naming(folder):
             make_folder(folder)
             self._lock = filelock.FileLock(folder / "lock", timeout=_SECONDS_TO_WAIT, thread_local=False)
             with self._lock:
@@ -103,17 +102,7 @@ class Study:
                     direction="maximize" if higher_is_better else "minimize",
                     load_if_exists=True,
                 )
-                self._check_identity(flag, identity)
-        except filelock.Timeout as error:
-            raise ValueError(f"{flag} {folder} is locked by another process; end that, or name another") from error
-        except OSError as error:
-            raise ValueError(f"{flag} {folder} cannot be written ({error.strerror}); name another folder") from error
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] not in ("sqlalchemy", "optuna", "alembic"):
-                raise
-            raise ValueError(
-                f"{flag} {folder}: {_STUDY_FILE} is damaged ({reason_of(error)}); move that folder away"
-            ) from error
+                self._check_identity(identity)
 
     @property
     def states_folder(self) -> Path:
@@ -178,7 +167,7 @@ class Study:
         values = {each.name: each.default_value for each in self._dimensions}
         return {} if None in values.values() else values
 
-    def _check_identity(self, flag: str, identity: Mapping[str, Any]) -> None:
+    def _check_identity(self, identity: Mapping[str, Any]) -> None:
         recorded = self._study.user_attrs.get("identity")
         if recorded is None:
             self._study.set_user_attr("identity", dict(identity))
@@ -186,7 +175,7 @@ class Study:
         differing = differences(json.loads(json.dumps(identity)), recorded)
         if differing:
             raise ValueError(
-                f"{flag} {self.folder} holds another search: {differing[0]}; move it away, or name another folder"
+                f"--studies {self.folder} holds another search: {differing[0]}; move it away, or name another folder"
             )
 
     def _claim_place(self) -> tuple[str, filelock.BaseFileLock]:
@@ -261,14 +250,27 @@ def _sampler_seed(seed: int, place: int) -> int:
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def _naming(folder: Path) -> Iterator[None]:
+    """Let whatever is wrong with a study be a ValueError that names its folder."""
+    import filelock
+
+    try:
         yield
+    except filelock.Timeout as error:
+        raise ValueError(f"--studies {folder} is locked by another process; end that, or name another") from error
+    except OSError as error:
+        raise ValueError(f"--studies {folder} cannot be written ({error.strerror}); name another folder") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("sqlalchemy", "optuna", "alembic"):
+            raise
+        raise ValueError(
+            f"--studies {folder}: {_STUDY_FILE} is damaged ({reason_of(error)}); move that folder away"
+        ) from error
 
 
 def _import_optuna() -> Any:
-    with _without_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         import optuna
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     return optuna

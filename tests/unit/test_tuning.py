@@ -178,7 +178,7 @@ def test_two_searchers_share_a_study_and_repeat_what_a_dead_one_left(tmp_path: P
     dimensions = read_space(["local_lr=0.001..1:log"], experiment())
 
     def searcher() -> Study:
-        return Study(tmp_path, "--studies", dimensions, {}, 100, True, 0)
+        return Study(tmp_path, dimensions, {}, 100, True, 0)
 
     first, second, third = searcher(), searcher(), searcher()
     trials = [study.begin(4) for study in (first, second, third)]
