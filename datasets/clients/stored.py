@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ class NamedClient:
 class NewClients:
     """All clients of a data set on their way into the cache.
 
-    clients: in their order. Whatever it raises leaves no cache behind.
+    clients: in their order; read only where the cache is built. Whatever it raises leaves no cache behind.
     class_names: label i stands for the i-th; None where labels are targets of a regression.
     overlap, is_ordered: see RawClients.
     about: what was made of the files, in a line for the user; empty for nothing.
@@ -92,21 +92,6 @@ def _mapped(file: Path, kind: str, shape: tuple[int, ...]) -> NDArray[Any]:
     if 0 in shape:  # nothing of it can be mapped, as of examples without features
         return np.zeros(shape, dtype=kind)
     return np.memmap(file, dtype=kind, mode="r", shape=shape)
-
-
-def cached_clients(
-    cache: Path,
-    name: str,
-    sources: Iterable[Path],
-    clients: Iterator[NamedClient],
-    class_names: Sequence[str],
-    overlap: int = 0,
-) -> StoredClients:
-    """As `stored_clients`, of clients whose classes are known before they are read.
-
-    clients: is exhausted only where the cache is built.
-    """
-    return stored_clients(cache, name, sources, lambda: NewClients(clients, class_names, overlap))
 
 
 def stored_clients(cache: Path, name: str, sources: Iterable[Path], read: Callable[[], NewClients]) -> StoredClients:

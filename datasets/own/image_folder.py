@@ -15,8 +15,6 @@ from datasets.storage import tell
 from perfedavg.own_files import UNTOLD, OwnFiles, sides
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".gif")
-
-
 MOST_UNASKED = 256
 """Pixels of a side of images that are read in their own size without being told so; models grow with it."""
 

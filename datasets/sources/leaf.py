@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datasets.clients.stored import NamedClient, StoredClients, cached_clients
+from datasets.clients.stored import NamedClient, NewClients, StoredClients, stored_clients
 from datasets.sources.class_names import BYCLASS
 from datasets.sources.femnist_parquet import clients_of_parquet
 from datasets.storage import tell
@@ -78,7 +78,8 @@ def load_femnist(data_root: Path) -> StoredClients:
     if not (sources or parquet_files):
         raise _missing(folder, "all_data_*.json of LEAF's FEMNIST, or the *.parquet of the femnist data set")
     clients = _clients(sources, _images, _image_labels) if sources else clients_of_parquet(parquet_files)
-    return cached_clients(data_root / "cache", "femnist", _paths(sources) or parquet_files, clients, BYCLASS)
+    files, new = _paths(sources) or parquet_files, NewClients(clients, BYCLASS)
+    return stored_clients(data_root / "cache", "femnist", files, lambda: new)
 
 
 def load_shakespeare(data_root: Path) -> StoredClients:
@@ -99,8 +100,8 @@ def load_shakespeare(data_root: Path) -> StoredClients:
         )
     clients = _clients(sources, _sequences, _next_characters)
     # LEAF's windows begin at every character, so that one and its label end where the window 80 places on begins.
-    overlap = SEQUENCE_LENGTH
-    return cached_clients(data_root / "cache", "shakespeare", _paths(sources), clients, VOCABULARY, overlap)
+    new = NewClients(clients, VOCABULARY, overlap=SEQUENCE_LENGTH)
+    return stored_clients(data_root / "cache", "shakespeare", _paths(sources), lambda: new)
 
 
 def _paths(sources: Sequence[_LeafFile]) -> list[Path]:

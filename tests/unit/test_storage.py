@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from datasets.clients.stored import NamedClient, StoredClients, cached_clients
+from datasets.clients.stored import NamedClient, NewClients, StoredClients, stored_clients
 from datasets.storage import user_cache_folder
 
 ReadOnly = Callable[[Path], None]
@@ -37,7 +37,11 @@ def client(grey: int) -> NamedClient:
 
 def load(root: Path, grey: int = 7) -> StoredClients:
     """The client of a data root, from its cache or else with images of that grey."""
-    return cached_clients(root / "cache", "some", [root / "file"], iter([client(grey)]), "ab")
+    return stored(root, [client(grey)])
+
+
+def stored(root: Path, clients: Iterable[NamedClient]) -> StoredClients:
+    return stored_clients(root / "cache", "some", [root / "file"], lambda: NewClients(clients, "ab"))
 
 
 def not_read() -> Iterator[NamedClient]:
@@ -56,7 +60,7 @@ def names(folder: Path) -> list[str]:
 def test_a_finished_cache_beside_the_data_is_used(root: Path, user_cache: Path, make_read_only: ReadOnly) -> None:
     load(root)
     make_read_only(root)
-    again = cached_clients(root / "cache", "some", [root / "file"], not_read(), "ab")
+    again = stored(root, not_read())
     assert grey_of(again) == 7
     assert not user_cache.exists()
 
@@ -70,7 +74,7 @@ def test_else_it_is_built_in_the_users_cache_folder_which_is_said(
     said = capfd.readouterr().err
     expected = f"the cache of --dataset some cannot be written to {root / 'cache'} (Read-only file system); {place} is"
     assert expected in said
-    assert grey_of(cached_clients(root / "cache", "some", [root / "file"], not_read(), "ab")) == 7
+    assert grey_of(stored(root, not_read())) == 7
     assert capfd.readouterr().err == "", "what is built already need not be said"
 
 
@@ -101,7 +105,7 @@ def test_a_finished_cache_is_known_wherever_the_data_are_mounted(root: Path, tmp
     load(root)
     root.rename(tmp_path / "elsewhere")
     moved = tmp_path / "elsewhere"
-    assert grey_of(cached_clients(moved / "cache", "some", [moved / "file"], not_read(), "ab")) == 7
+    assert grey_of(stored(moved, not_read())) == 7
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "no meta"])
@@ -158,11 +162,11 @@ def test_clients_whose_images_are_all_blank_are_pointed_out(root: Path, capfd: p
     blank = np.stack([np.full((28, 28), grey, dtype=np.uint8) for grey in (0, 255)])
     drawn = blank.copy()
     drawn[1, 3, 3] = 0
-    clients: Sequence[NamedClient] = [
+    clients = [
         NamedClient("blank", blank, np.array([0, 1])),
         NamedClient("drawn", drawn, np.array([0, 1])),
     ]
     for _ in range(2):  # also when they come from the cache
-        cached_clients(root / "cache", "some", [root / "file"], iter(clients), "ab")
+        stored(root, clients)
         said = capfd.readouterr().err
         assert "some: each image of 1 client(s), such as blank, has one and the same grey all over" in said
