@@ -281,7 +281,7 @@ def _run(folder: Path, launch: Launch, experiment: list[str], network: Sequence[
 def _follow_up(processes: Processes, struck: str, row: Row) -> float:
     """Wait for the fault, and do what is to follow it. Returns the seconds until another process told of it."""
     is_stop = row.signal == "SIGSTOP"
-    _wait_for(lambda: processes.note.exists(), "the fault", processes)
+    _wait_for(processes.note.exists, "the fault", processes)
     if is_stop:
         _wait_for(lambda: processes.is_stopped(struck), "the process to stop", processes)
     else:
@@ -295,8 +295,7 @@ def _follow_up(processes: Processes, struck: str, row: Row) -> float:
     return noticed_s
 
 
-def _wait_for(condition: object, what: str, processes: Processes) -> None:
-    assert callable(condition), "a condition is asked again and again"
+def _wait_for(condition: Callable[[], bool], what: str, processes: Processes) -> None:
     deadline = time.monotonic() + ENDS_WITHIN_SECONDS
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}\n{processes.account()}"

@@ -18,7 +18,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 HOSTS = ("alpha", "beta", "gamma")
@@ -36,11 +36,11 @@ class Lan:
     address: of each host.
     """
 
-    def __init__(self, hosts: Sequence[str] = HOSTS) -> None:
+    def __init__(self) -> None:
         suffix = secrets.token_hex(3)
         self._switch = f"pfa-{suffix}-switch"
-        self._namespaces = {host: f"pfa-{suffix}-{host}" for host in hosts}
-        self.address = {host: f"10.77.0.{number}" for number, host in enumerate(hosts, start=1)}
+        self._namespaces = {host: f"pfa-{suffix}-{host}" for host in HOSTS}
+        self.address = {host: f"10.77.0.{number}" for number, host in enumerate(HOSTS, start=1)}
 
     def __enter__(self) -> Lan:
         with contextlib.ExitStack() as undo:
@@ -143,8 +143,8 @@ class Lan:
 class LongLan(Lan):
     """The same hosts, between which every packet is on its way for a while: a relay in this process holds it."""
 
-    def __init__(self, delay_seconds: float, hosts: Sequence[str] = HOSTS) -> None:
-        super().__init__(hosts)
+    def __init__(self, delay_seconds: float) -> None:
+        super().__init__()
         self._delay_seconds = delay_seconds
         self._ports: dict[bytes, int] = {}  # descriptors of the hosts' interfaces, by address
         self._end, self._ending = os.pipe()

@@ -22,7 +22,7 @@ from torch import Tensor
 from perfedavg.contracts import ClientDirectory, ClientStateStore, Executor, Observer
 from perfedavg.engine.client_states import StatesInMemory
 from perfedavg.engine.cohorts import draw_cohort, draw_eval_clients, draw_trained_clients
-from perfedavg.engine.scores import ClientScore, RunScores, check_summary, mean, summarize
+from perfedavg.engine.scores import ClientScore, RunScores, check_evaluation, mean, summarize
 from perfedavg.engine.tasks import CohortTask, ScoringTask
 from perfedavg.plain_values import from_plain, shown
 from perfedavg.seeding import Purpose, seed_sequence
@@ -72,7 +72,7 @@ class RoundRecord:
             raise ValueError(f"phase is {shown(fields.get('phase'))}, must be {' or '.join(names)}")
         record = from_plain(cls, {**fields, "phase": names[fields["phase"]]})
         if record.evaluation is not None:
-            check_summary(record.evaluation, "evaluation")
+            check_evaluation(record.evaluation)
         return record
 
 

@@ -86,15 +86,15 @@ def confidence_95(deviation: float, num_clients: int) -> float:
     return _STANDARD_ERRORS_OF_95_PERCENT * deviation / math.sqrt(num_clients)
 
 
-def check_summary(summary: Any, name: str) -> None:
-    """Raises ValueError where a value, as JSON gave it, is not what `summarize` returns. name: as an error calls it."""
-    fields = from_plain(dict[str, Any], summary, name)
+def check_evaluation(summary: Any) -> None:
+    """Raises ValueError where a round's `evaluation`, as JSON gave it, is not what `summarize` returns."""
+    fields = from_plain(dict[str, Any], summary, "evaluation")
     for kind in ("initial", "personalized"):
-        spread = from_plain(dict[str, float | None], fields.get(kind), f"{name}.{kind}")
+        spread = from_plain(dict[str, float | None], fields.get(kind), f"evaluation.{kind}")
         missing = [metric for metric in BASIC_METRICS if metric not in spread]
         if missing:
-            raise ValueError(f"it lacks {name}.{kind}.{missing[0]}")
-    from_plain(float, fields.get("fraction_hurt"), f"{name}.fraction_hurt")
+            raise ValueError(f"it lacks evaluation.{kind}.{missing[0]}")
+    from_plain(float, fields.get("fraction_hurt"), "evaluation.fraction_hurt")
 
 
 def _spread(scores: Sequence[Mapping[str, float]], percentiles: Sequence[int]) -> dict[str, float]:

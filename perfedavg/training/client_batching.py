@@ -84,7 +84,7 @@ def say_idle_slots(config: ExperimentConfig, num_slots: int) -> None:
 
 
 def default_num_slots(config: ExperimentConfig, device_kind: str, num_cores: int) -> int:
-    """Lanes of a process (see `LocalExecutor`) that has so many cores for itself: one each.
+    """Training slots of a process (see `LocalExecutor`) that has so many cores for itself: one each.
 
     A GPU that trains groups gets one: they fill it, and each further slot would take a group's memory.
     """
