@@ -233,43 +233,58 @@ def to_package(message: Message, packs_sums: bool = False) -> BytePackage:
     return BytePackage(message.code, header.encode(), tensors)
 
 
+class _Body:
+    """What travels behind a header: each tensor's bytes in their order, filled up to a multiple of 8.
+
+    most_bytes: that all of it that is packed may come to.
+    """
+
+    def __init__(self, content: Tensor, most_bytes: int) -> None:
+        self._content = content
+        self._most_bytes = most_bytes
+        self._place = 0
+
+    @property
+    def is_taken(self) -> bool:
+        """Whether nothing is left."""
+        return self._place == self._content.numel()
+
+    def with_tensor(self, value: dict[str, Any]) -> Any:
+        """An object of the header; or the next tensor, where it stands for one. Raises ValueError, among others."""
+        if set(value) == {_PACKED}:
+            return self._unpacked(*value[_PACKED])
+        return self._plain(value[_TENSOR]) if set(value) == {_TENSOR} else value
+
+    def _plain(self, described: Any) -> Tensor:
+        type_name, shape = described
+        dtype = _DTYPES[type_name]
+        if not all(type(size) is int and size >= 0 for size in shape):
+            raise ValueError("a tensor has no such shape")
+        return self._take(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+
+    def _unpacked(self, num_entries: int, num_bytes: int) -> Tensor:
+        are_whole = type(num_entries) is type(num_bytes) is int
+        if not (are_whole and 0 <= 8 * num_entries <= self._most_bytes and num_bytes > 0):
+            raise ValueError("what is packed has no such size")
+        self._most_bytes -= 8 * num_entries
+        return unpack(self._take(num_bytes), num_entries)
+
+    def _take(self, num_bytes: int) -> Tensor:
+        taken = self._content[self._place : self._place + num_bytes]
+        self._place += num_bytes + -num_bytes % 8
+        return taken
+
+
 def from_package(code: MessageCode, content: list[Tensor] | None, most_bytes: int = 2**62) -> Message:
     """The message that a package carries. Raises ValueError where it is not one of this protocol's.
 
     most_bytes: that all of it that is packed may come to.
     """
     try:
-        header, body = content or []
-        place = 0
-
-        def unpacked(num_entries: int, num_bytes: int) -> Tensor:
-            nonlocal place, most_bytes
-            if not (
-                type(num_entries) is type(num_bytes) is int and 0 <= 8 * num_entries <= most_bytes and num_bytes > 0
-            ):
-                raise ValueError("what is packed has no such size")
-            most_bytes -= 8 * num_entries
-            packed = body[place : place + num_bytes]
-            place += num_bytes + -num_bytes % 8
-            return unpack(packed, num_entries)
-
-        def with_tensors(value: dict[str, Any]) -> Any:
-            nonlocal place
-            if set(value) == {_PACKED}:
-                return unpacked(*value[_PACKED])
-            if set(value) != {_TENSOR}:
-                return value
-            type_name, shape = value[_TENSOR]
-            dtype = _DTYPES[type_name]
-            if not all(type(size) is int and size >= 0 for size in shape):
-                raise ValueError("a tensor has no such shape")
-            num_bytes = math.prod(shape) * dtype.itemsize
-            tensor = body[place : place + num_bytes].view(dtype).view(shape)
-            place += num_bytes + -num_bytes % 8
-            return tensor
-
-        fields = json.loads(header.numpy().tobytes(), object_hook=with_tensors)
-        if place != body.numel():
+        header, tensors = content or []
+        body = _Body(tensors, most_bytes)
+        fields = json.loads(header.numpy().tobytes(), object_hook=body.with_tensor)
+        if not body.is_taken:
             raise ValueError("it has other tensors than it says")
         kind = _PACKAGED[fields["kind"]]
         message = from_plain(kind, fields["values"])
