@@ -14,8 +14,9 @@ from datasets.registry import find
 from launch import paths
 from launch.parser import SWITCH, Parser, build_parser, default_of
 from launch.settings import ENTRY_POINTS
-from perfedavg.fields import NONE, Flag, OpenKinds, build, by_any_name, flags_by_name, flags_of, renamed, values_of
+from perfedavg.fields import NONE, Flag, build, by_any_name, flags_by_name, flags_of, renamed, values_of
 from perfedavg.methods import METHODS, Method
+from perfedavg.own_kinds import OpenKinds
 from perfedavg.plain_values import parse_toml
 from perfedavg.recording.runs import CONFIG_FILE, RecordedRun, read_unfinished_run
 from perfedavg.settings import ExperimentConfig

@@ -16,7 +16,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from perfedavg.fields import Kinds, OpenKinds, kinds_of, stand_in
+from perfedavg.fields import Kinds, kinds_of
+from perfedavg.own_kinds import OpenKinds, stand_in
 
 Value = TypeVar("Value")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from perfedavg.fields import OpenKinds
 from perfedavg.methods.apfl import APFL
 from perfedavg.methods.base import Method
 from perfedavg.methods.ditto import Ditto
@@ -18,6 +17,7 @@ from perfedavg.methods.personal_layers.fedrep import FedRep
 from perfedavg.methods.personal_layers.lg_fedavg import LGFedAvg
 from perfedavg.methods.pfedme import PFedMe
 from perfedavg.methods.reptile import Reptile
+from perfedavg.own_kinds import OpenKinds
 
 __all__ = ["FOMAML", "MAML", "METHODS", "FedAvg", "FedBABU", "FedBN", "FedPer", "FedProx", "FedRep", "LGFedAvg"]
 __all__ += ["APFL", "Ditto", "Method", "PFedMe", "PerFedAvg", "Reptile"]

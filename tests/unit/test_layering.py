@@ -43,6 +43,7 @@ ROOMS = (
     "machine",
     "own_module",
     "fields",
+    "own_kinds",
     "own_files",
     "plain_values",
     "seeding",
