@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from helpers import Difference, QuadraticClients, half_squared_norm, make_config
 from torch import Tensor
 
 from perfedavg.engine.executor import LocalExecutor
-from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, run_experiment
+from perfedavg.engine.experiment import ExperimentOutcome, ExperimentState, experiment_rounds, run_experiment
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import CohortTask, CohortUpdate, ScoringTask
 from perfedavg.recorded_run import run_and_record
@@ -404,7 +405,11 @@ def test_no_instant_of_a_run_has_a_torn_state(tmp_path: Path) -> None:
     thread = threading.Thread(target=save_all_the_time)
     thread.start()
     try:
-        reference = run_experiment(CONFIG, local_executor(CONFIG), CLIENTS, state)
+        for _ in experiment_rounds(CONFIG, local_executor(CONFIG), CLIENTS, state):
+            num_saved = len(folders)
+            while len(folders) == num_saved and thread.is_alive():  # a thread may be kept waiting for long
+                time.sleep(0.001)
+        reference = ExperimentOutcome.of(state)
     finally:
         running.clear()
         thread.join()

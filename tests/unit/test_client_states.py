@@ -253,6 +253,7 @@ def test_who_brings_more_than_may_wait_waits(disk: Disk, tmp_path: Path, monkeyp
     store = StateFiles(tmp_path)
     bringing = threading.Thread(target=put_round, args=(store, 1, 1, 2))
     bringing.start()
+    assert disk.is_asked.wait(60)
     bringing.join(0.2)
     assert bringing.is_alive()
     assert len(store._unwritten) == 1

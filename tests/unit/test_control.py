@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
 import secrets
 import socket
 import threading
@@ -229,23 +230,28 @@ def test_objects_arrive_whole_in_whatever_pieces(pair: Pair) -> None:
     assert pair.server.receive(5) == {"three": 3}
 
 
-def test_signs_of_life_keep_a_silent_worker_alive(pair: Pair) -> None:
-    stop = threading.Event()
+def test_signs_of_life_keep_a_silent_worker_alive(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each starts the time anew."""
+    wire = pair.server._wire
+    receive = wire.receive
+    waits: queue.SimpleQueue[tuple[float, float]] = queue.SimpleQueue()
 
-    def beat() -> None:
-        while not stop.wait(0.05):
-            pair.worker.beat()
+    def recorded(most_bytes: int, deadline: float) -> bytes:
+        waits.put((time.monotonic(), deadline))
+        return receive(most_bytes, deadline)
 
-    started = time.monotonic()
-    with beside(lambda: pair.server.receive(1)) as received, beside(beat):
-        deadline = time.monotonic() + 1.5
-        while time.monotonic() < deadline:
-            time.sleep(0.05)
+    monkeypatch.setattr(wire, "receive", recorded)
+    asked = time.monotonic()
+    with beside(lambda: pair.server.receive(60)) as received:
+        for _ in range(5):
+            now, deadline = waits.get(timeout=120)
+            assert asked + 60 <= deadline <= now + 60
             assert not received
+            asked = time.monotonic()
+            pair.worker.beat()
         pair.worker.send(at="last")
-        stop.set()
     assert received == [{"at": "last"}]
-    assert pair.server.last_heard > started
+    assert pair.server.last_heard > asked
 
 
 def test_silence_and_an_end_are_told_apart(pair: Pair) -> None:

@@ -192,8 +192,10 @@ def test_a_worker_that_comes_before_its_server_waits_for_it(run: Run) -> None:
     with beside(lambda: run.joined(1)):
         wait_until(lambda: bool(run.said))
         run.server()
-    where = f"127.0.0.1:{run.address[1]}"
-    assert run.said[0] == f"worker 1: no server at {where} yet (Connection refused); trying for 20 s more"
+    start = f"worker 1: no server at 127.0.0.1:{run.address[1]} yet (Connection refused); trying for "
+    found = re.fullmatch(re.escape(start) + r"(\d+) s more", run.said[0])
+    assert found is not None
+    assert 0 < int(found[1]) <= 20
 
 
 def test_a_worker_that_lost_its_server_waits_for_it_for_another_time(run: Run) -> None:
@@ -227,10 +229,12 @@ def test_no_attempt_to_connect_takes_longer_than_is_left(run: Run, monkeypatch: 
 
 def test_a_rank_in_use_is_refused_and_that_of_a_silent_worker_is_not(run: Run) -> None:
     """A machine that was switched off and on again comes back before anybody has missed it."""
-    server = run.server(silence=1.0)
+    server = run.server()
     run.joined(1)
     with pytest.raises(ValueError, match="refuses worker 1: --rank 1 is taken by another worker"):
         run.joined(1)
+    server.close_network_connection()
+    server = run.server(silence=1.0)
     run.silent_worker(2)
     run.joined(2)
     ends = []
@@ -461,7 +465,8 @@ def test_a_paused_worker_keeps_its_rank_for_as_long_as_the_timeout_asked_for(run
     with beside(join):
         listen_for(paused, seconds=6.0)  # more than four signs of life take, of which it gives one in a second
         assert connected.peer.lost_reason is None
-        paused.beat()
+        assert not errors
+        wait_until(lambda: paused.beat() or bool(errors))  # type: ignore[func-returns-value]
     assert "--rank 1 is taken by another worker" in errors[0]
 
 

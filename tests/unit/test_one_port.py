@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import shutil
 import socket
 import stat
@@ -144,13 +145,14 @@ def test_keys_that_were_not_made_together_are_refused_by_both_sides(with_keys: R
 
 
 def test_a_side_without_keys_is_told_that_the_other_has_some(with_keys: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (server_network, worker_network):
-        monkeypatch.setattr(module, "HANDSHAKE_SECONDS", 0.5)
-    monkeypatch.setattr("multi_process.transport.handshake.HANDSHAKE_SECONDS", 0.5)
     server = with_keys.server()
     with_keys.keys, keys = None, with_keys.keys
-    with pytest.raises(ConnectionError, match="or it has --keys, and this worker has none"):
-        with_keys.worker(1, join=0.1).init_network_connection()
+    with monkeypatch.context() as patch:  # where both wait for the other to speak
+        for module in (server_network, worker_network):
+            patch.setattr(module, "HANDSHAKE_SECONDS", 0.5)
+        patch.setattr("multi_process.transport.handshake.HANDSHAKE_SECONDS", 0.5)
+        with pytest.raises(ConnectionError, match="or it has --keys, and this worker has none"):
+            with_keys.worker(1, join=0.1).init_network_connection()
     server.close_network_connection()
     with_keys.server()
     with_keys.keys = keys
@@ -255,7 +257,7 @@ def test_an_end_wakes_whoever_sends_and_receives_and_nothing_goes_on_in_plain_te
         beside(lambda: attempt(lambda: pair.worker.send(memoryview(secret), deadline))),
         beside(lambda: attempt(lambda: pair.worker.receive(100, deadline))),
     ):
-        time.sleep(0.2)  # for the sender to fill what the connection holds
+        wait_until(lambda: not select.select([], [pair.worker._descriptor], [], 0)[1])  # the connection holds no more
         pair.worker.end()
     assert len(errors) == 2
     with pytest.raises(ConnectionError):

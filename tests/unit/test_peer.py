@@ -250,7 +250,7 @@ def test_tensors_are_whole_while_signs_of_life_go_on(connect: Connect) -> None:
 
 
 def test_an_end_that_is_closed_ends_the_other(connect: Connect) -> None:
-    ends = connect()
+    ends = connect(server_beat=NEVER)  # or it might learn of it by that
     with beside(lambda: hear_of_the_end(ends.server)):
         ends.worker.close("it had enough")
     assert str(ends.worker.lost_reason) == "the server is gone: it had enough"
@@ -263,7 +263,9 @@ def test_an_end_that_is_closed_ends_the_other(connect: Connect) -> None:
 
 def test_a_peer_without_signs_of_life_is_gone(connect: Connect) -> None:
     """Nothing closes the connections of a host that is cut off."""
-    ends = connect(worker_beat=NEVER, silence=2.0)
+    ends = connect(worker_beat=NEVER, silence=60.0)
+    ends.server._silence_seconds = 2.0  # from the next message on, now that they are connected
+    ends.worker.send(GroupTrained(5))
     started = time.monotonic()
     error = hear_of_the_end(ends.server)
     assert str(error) == "worker 1 is gone: no sign of life for 2 s"
@@ -274,9 +276,10 @@ def test_a_peer_without_signs_of_life_is_gone(connect: Connect) -> None:
 def test_a_peer_that_falls_silent_in_the_middle_of_a_message_is_gone(connect: Connect, side: int) -> None:
     """Nothing interrupts gloo's receive, so whoever waits for the message must not wait in there."""
     server_beat, worker_beat = ((0.1, NEVER), (NEVER, 0.1))[side]
-    ends = connect(server_beat=server_beat, worker_beat=worker_beat, silence=2.0)  # in which they connect
+    ends = connect(server_beat=server_beat, worker_beat=worker_beat, silence=60.0)
     receiver, sender = ((ends.server, ends.worker_control), (ends.worker, ends.server_control))[side]
-    sender.send(message="Finish", num_bytes=100)  # of which nothing comes
+    receiver._silence_seconds = 2.0  # from the next message on, now that they are connected
+    sender.send(message="Finish", num_bytes=2**20)  # of which nothing comes; by its size, it may take minutes
     started = time.monotonic()
     with pytest.raises(PeerLostError, match=r"no sign of life for 2 s"):
         receiver.receive()
@@ -413,13 +416,16 @@ def test_who_leaves_while_the_group_is_formed_is_not_waited_for(connect_gloo: Co
 
 def test_signs_of_life_come_through_while_a_large_message_is_stuck(connect: Connect) -> None:
     """100 MB may take minutes on a slow line; whoever sends them must not be taken for dead meanwhile."""
-    ends = connect(silence=1.0)
+    ends = connect(silence=60.0)
     ends.server.num_parameters = 13_000_000
     ends.worker.send(PartialSum(1, 1, [REPORT], torch.zeros(13_000_000, dtype=torch.int64)))
-    started = time.monotonic()
-    while time.monotonic() < started + 2.0:  # nobody receives it, and the silence that counts as death goes by twice
-        time.sleep(0.05)
-        assert ends.server.lost_reason is None
+    while not ends.server._num_coming:  # it has been announced, and nobody receives it
+        time.sleep(0.01)
+    for _ in range(20):
+        heard = ends.server.last_heard
+        while ends.server.last_heard == heard:
+            assert ends.server.lost_reason is None
+            time.sleep(0.01)
     assert isinstance(ends.server.receive(), PartialSum)
 
 

@@ -22,7 +22,7 @@ import torch
 from multi_process.fedlab_adapter import sizes_of
 from multi_process.messages import AssignGroups, Finish, KeptStates, Message, PartialSum, StartTraining, to_package
 from multi_process.transport import peer as peer_module
-from multi_process.transport import process_group
+from multi_process.transport import process_group, store
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError
 from multi_process.transport.process_group import GroupConnection
@@ -45,20 +45,20 @@ for _ in range(int(sys.argv[2])):  # closed at this end at once: gloo keeps its 
 """
 
 
-def group_peer(control: ControlConnection, side: int, name: str, silence: float) -> Peer:
-    return Peer(control, GroupConnection(control, side, None, None), side, name, 0.1, silence)
+def group_peer(control: ControlConnection, side: int, name: str) -> Peer:
+    return Peer(control, GroupConnection(control, side, None, None), side, name, 0.1, 30.0)
 
 
 class Ends:
     """A server's peer and a worker's, in this process."""
 
-    def __init__(self, silence: float = 30.0) -> None:
+    def __init__(self) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.worker_wire = socket.create_connection(listener.getsockname())
             server_wire, _ = listener.accept()
         self.worker_control = ControlConnection(Wire(self.worker_wire))
-        self.server = group_peer(ControlConnection(Wire(server_wire)), SERVER, "worker 1", silence)
-        self.worker = group_peer(self.worker_control, WORKER, "the server", silence)
+        self.server = group_peer(ControlConnection(Wire(server_wire)), SERVER, "worker 1")
+        self.worker = group_peer(self.worker_control, WORKER, "the server")
         self.server.num_parameters = self.worker.num_parameters = NUM_PARAMETERS
 
     def form(self) -> Ends:
@@ -77,11 +77,11 @@ class Ends:
 
 
 @pytest.fixture
-def connect() -> Iterator[Callable[..., Ends]]:
+def connect() -> Iterator[Callable[[], Ends]]:
     opened: list[Ends] = []
 
-    def build(silence: float = 30.0) -> Ends:
-        opened.append(Ends(silence))
+    def build() -> Ends:
+        opened.append(Ends())
         return opened[-1]
 
     yield build
@@ -89,7 +89,7 @@ def connect() -> Iterator[Callable[..., Ends]]:
         ends.close()
 
 
-Connect = Callable[..., Ends]
+Connect = Callable[[], Ends]
 
 
 def listening_ports() -> set[int]:
@@ -143,7 +143,7 @@ def test_gloo_listens_no_longer_than_it_takes_to_form_the_pair(connect: Connect)
         patch.setattr(GroupConnection, "stop_listening", watched)
         ends.form()
     assert len(seen) == 2, "each side had a port"
-    assert listening_ports() == before
+    assert listening_ports() <= before
     for port in seen:
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port))
@@ -151,11 +151,16 @@ def test_gloo_listens_no_longer_than_it_takes_to_form_the_pair(connect: Connect)
     assert isinstance(ends.worker.receive(), StartTraining)
 
 
-def test_who_floods_gloos_port_while_the_pair_is_formed_ends_the_formation_and_nothing_else(connect: Connect) -> None:
+def test_who_floods_gloos_port_while_the_pair_is_formed_ends_the_formation_and_nothing_else(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The peer was admitted and never comes, so that the port stays open; the process has few descriptors.
 
     The flood is another process's, as it would be: here, it would keep the thread that watches from running.
     """
+    limits = ((peer_module, "FORMATION_SECONDS"), (process_group, "FORMATION_SECONDS"), (store, "WAIT_SECONDS"))
+    for module, name in limits:
+        monkeypatch.setattr(module, name, 240.0)  # the flood comes before, however late
     ends = connect()
     before = listening_ports()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -179,7 +184,7 @@ def test_who_floods_gloos_port_while_the_pair_is_formed_ends_the_formation_and_n
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert "file descriptors run short" in str(errors[0])
-    assert listening_ports() == before
+    assert listening_ports() <= before
 
 
 def test_a_link_that_ends_leaves_no_descriptor_and_no_thread(connect: Connect) -> None:
@@ -222,7 +227,11 @@ def test_a_message_that_was_announced_and_never_comes_is_waited_for_so_long_as_i
 ) -> None:
     """Its sender gives signs of life, so the silence that counts as death never comes."""
     monkeypatch.setattr(peer_module, "SLOWEST_BYTES_PER_SECOND", 1000)
-    ends = connect(silence=0.5).form()
+    ends = connect().form()
+    control = ends.server._control
+    receive = control.receive
+    monkeypatch.setattr(control, "receive", lambda seconds: receive(60.0))  # or a late sign of life would end it
+    ends.server._silence_seconds = 0.5
     ends.worker_control.send(message="Finish", num_bytes=500)
     started = time.monotonic()
     with pytest.raises(PeerLostError, match=r"a message of 500 bytes was announced and did not arrive within 1 s"):
@@ -331,6 +340,13 @@ def test_links_that_are_formed_at_once_share_the_looks_at_the_descriptors(
             waits.append(timeout)
         return wait(futures, timeout, *how)
 
+    form = GroupConnection.form
+
+    def form_late(connection: GroupConnection) -> None:
+        wait_until(lambda: bool(waits))
+        form(connection)
+
+    monkeypatch.setattr(GroupConnection, "form", form_late)
     monkeypatch.setattr(peer_module, "wait", recorded)
     monkeypatch.setattr(peer_module, "_connecting", {cast(Any, number) for number in range(100)})
     connect().form()
