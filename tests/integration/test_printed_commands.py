@@ -23,9 +23,8 @@ from launch.flags import parse
 from multi_process.transport.keys import read_token
 from perfedavg.terminal.console import command_line
 
-LONG = ["--dataset", "folder", "--model", "mlp", "--client_num_per_round", "2", "--rounds", "6"]
-LONG += ["--local_epochs", "40", "--fine_tune_method", "none", "--personalization_epochs", "1", "--eval_every", "1"]
-"""A round takes long enough to be stopped in its middle."""
+SHORT = ["--dataset", "folder", "--model", "mlp", "--client_num_per_round", "2", "--rounds", "3"]
+SHORT += ["--local_epochs", "1", "--fine_tune_method", "none", "--personalization_epochs", "1", "--eval_every", "1"]
 
 
 def write_images(folder: Path) -> None:
@@ -50,7 +49,9 @@ def test_a_stopped_run_prints_the_command_that_ends_it(script: str, launched: La
     write_images(tmp_path / "my images")
     run = Path("runs") / os.fsdecode(b"it's \xff")
     flags = ["--data_root", "my images", "--run_dir", run, "--checkpoint_every", "4", "--device", "cpu"]
-    first = launched.start(script, *LONG, *flags, cwd=tmp_path)
+    hold = tmp_path / "hold"
+    hold.touch()
+    first = launched.start("tests/held_run.py", hold, "1", script, *SHORT, *flags, cwd=tmp_path)
     deadline = time.monotonic() + ENDS_WITHIN_SECONDS
     metrics = tmp_path / run / "metrics.jsonl"
     while not metrics.exists() or not metrics.read_bytes():
@@ -67,7 +68,7 @@ def test_a_stopped_run_prints_the_command_that_ends_it(script: str, launched: La
     elsewhere.mkdir()
     status, _, errors = finish(launched.start("sh", "-c", command, cwd=elsewhere))
     assert status == 0, errors
-    assert read_result(tmp_path / run)["rounds"] == 6
+    assert read_result(tmp_path / run)["rounds"] == 3
     assert "client?" in (tmp_path / run / "clients.csv").read_text()
     assert command in (tmp_path / run / "log.txt").read_text() or b"\xff" in os.fsencode(run)
 

@@ -25,8 +25,14 @@ NEEDED = {
 NODES = 4
 CORES = 16
 """Of each node, as the script asks for; these need not be there."""
-FLAGS = [*TINY, "--rounds", "60", "--eval_every", "20"]
-"""An experiment that lasts some seconds, so that a job is stopped in the middle of it."""
+FLAGS = [*TINY, "--rounds", "6", "--eval_every", "3"]
+HELD_SERVER = f"""
+import runpy, sys
+sys.argv[:0] = ["{ROOT}/tests/held_run.py", "{{hold}}", "1"]
+sys.argv[3] = "server.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""A server.py whose run waits behind its first round, so that the job is stopped in the middle of it."""
 
 
 class Cluster:
@@ -147,9 +153,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def submit_folder(tmp_path: Path) -> Path:
-    """Has what the script needs of this project's folder, and takes in the runs."""
-    for name in ("server.py", "client_worker.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
+    """Has what the script needs of this project's folder, and takes in the runs. These wait while `hold` is there."""
+    (tmp_path / "hold").touch()
+    (tmp_path / "server.py").write_text(HELD_SERVER.format(hold=tmp_path / "hold"))
+    (tmp_path / "client_worker.py").symlink_to(ROOT / "client_worker.py")
     (tmp_path / ".venv").symlink_to(sys.prefix)
     return tmp_path
 
@@ -170,7 +177,7 @@ def test_the_batch_script_gives_the_model_of_one_process_also_where_time_is_up(
     cluster.signal_batch(job, "TERM")
     cluster.wait_for_end(job)
     assert "stopped by SIGTERM" in said.read_text()
-    assert not (run / "result.json").exists(), "the run was over before its time was up"
+    (submit_folder / "hold").unlink()
     job = cluster.submit(submit_folder, "--resume", "runs/first")
     state = cluster.wait_for_end(job)
     said = submit_folder / f"slurm-{job}.out"
