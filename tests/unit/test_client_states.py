@@ -334,6 +334,7 @@ def run_or_go_on(path: Path, config: ExperimentConfig, checkpoint_every: int = 2
     try:
         run_and_record(config, executor, CLIENTS, Difference(START), folder, {"world_size": 1})
     finally:
+        folder.client_states._writer.shutdown()  # no thread outlives a process, whose place the next run takes
         folder.close()
 
 

@@ -49,7 +49,7 @@ class Run:
         self.said: list[str] = []
         self._opened: list[Any] = []
 
-    def server(self, world_size: int = 3, silence: float = 8.0, token_file: Path | None = None) -> ServerNetwork:
+    def server(self, world_size: int = 3, silence: float = 60.0, token_file: Path | None = None) -> ServerNetwork:
         server = ServerNetwork(self._settings(world_size, token_file), silence)
         server.listen()
         self._opened.append(server.close_network_connection)

@@ -42,6 +42,8 @@ from perfedavg.engine.tasks import ClientReport
 REPORT = ClientReport(5, 16, 0.25, 1.5)
 NEVER = 1000.0
 """Seconds between signs of life of an end that falls silent."""
+SILENCE = 60.0
+"""Seconds of it after which an end is lost. Far above what holds one up on a busy machine."""
 
 
 def wires(keys: Path | None) -> tuple[Wire, Wire]:
@@ -68,7 +70,6 @@ class Ends:
         keys: Path,
         server_beat: float,
         worker_beat: float,
-        silence: float,
         is_connected: bool,
         ethernet: str | None,
     ) -> None:
@@ -89,8 +90,8 @@ class Ends:
                 return worker_end
 
             server_tensors, worker_tensors = StreamConnection(SERVER, None), StreamConnection(WORKER, dial)
-        self.server = Peer(self.server_control, server_tensors, SERVER, "worker 1", server_beat, silence)
-        self.worker = Peer(self.worker_control, worker_tensors, WORKER, "the server", worker_beat, silence)
+        self.server = Peer(self.server_control, server_tensors, SERVER, "worker 1", server_beat, SILENCE)
+        self.worker = Peer(self.worker_control, worker_tensors, WORKER, "the server", worker_beat, SILENCE)
         self.server.num_parameters = self.worker.num_parameters = 100_000
         if is_connected:
             with beside(lambda: self.server.connect()):
@@ -110,11 +111,10 @@ def connecting(transport: str, keys: Path) -> Iterator[Connect]:
     def build(
         server_beat: float = 0.1,
         worker_beat: float = 0.1,
-        silence: float = 10.0,
         is_connected: bool = True,
         ethernet: str | None = None,
     ) -> Ends:
-        opened.append(Ends(transport, keys, server_beat, worker_beat, silence, is_connected, ethernet))
+        opened.append(Ends(transport, keys, server_beat, worker_beat, is_connected, ethernet))
         return opened[-1]
 
     yield build
@@ -263,7 +263,7 @@ def test_an_end_that_is_closed_ends_the_other(connect: Connect) -> None:
 
 def test_a_peer_without_signs_of_life_is_gone(connect: Connect) -> None:
     """Nothing closes the connections of a host that is cut off."""
-    ends = connect(worker_beat=NEVER, silence=60.0)
+    ends = connect(worker_beat=NEVER)
     ends.server._silence_seconds = 2.0  # from the next message on, now that they are connected
     ends.worker.send(GroupTrained(5))
     started = time.monotonic()
@@ -276,7 +276,7 @@ def test_a_peer_without_signs_of_life_is_gone(connect: Connect) -> None:
 def test_a_peer_that_falls_silent_in_the_middle_of_a_message_is_gone(connect: Connect, side: int) -> None:
     """Nothing interrupts gloo's receive, so whoever waits for the message must not wait in there."""
     server_beat, worker_beat = ((0.1, NEVER), (NEVER, 0.1))[side]
-    ends = connect(server_beat=server_beat, worker_beat=worker_beat, silence=60.0)
+    ends = connect(server_beat=server_beat, worker_beat=worker_beat)
     receiver, sender = ((ends.server, ends.worker_control), (ends.worker, ends.server_control))[side]
     receiver._silence_seconds = 2.0  # from the next message on, now that they are connected
     sender.send(message="Finish", num_bytes=2**20)  # of which nothing comes; by its size, it may take minutes
@@ -416,7 +416,7 @@ def test_who_leaves_while_the_group_is_formed_is_not_waited_for(connect_gloo: Co
 
 def test_signs_of_life_come_through_while_a_large_message_is_stuck(connect: Connect) -> None:
     """100 MB may take minutes on a slow line; whoever sends them must not be taken for dead meanwhile."""
-    ends = connect(silence=60.0)
+    ends = connect()
     ends.server.num_parameters = 13_000_000
     ends.worker.send(PartialSum(1, 1, [REPORT], torch.zeros(13_000_000, dtype=torch.int64)))
     while not ends.server._num_coming:  # it has been announced, and nobody receives it
