@@ -13,13 +13,12 @@ from perfedavg.settings import Phase, Population
 from reporting.comparison import (
     SHARED_CLIENTS,
     Reference,
-    bootstrap_interval,
-    mean_over_seeds,
     paired_differences,
     scores_by_seed,
     with_interval,
 )
 from reporting.figures import Measure
+from reporting.intervals import confidence_interval, mean_over_seeds
 from reporting.rows import Row
 from reporting.tables import Lines, makes_table
 
@@ -32,7 +31,6 @@ CLAIMS = (
 )
 """Their numbers in tables count from 1."""
 DATA_OF_CLAIM_4 = ("femnist", "shakespeare", "plays")
-_FEW_SEEDS = 5
 _INITIAL, _PERSONALIZED = 0, 1
 
 
@@ -54,7 +52,7 @@ class Evidence:
     @cached_property
     def mean_and_interval(self) -> tuple[float, float, float]:
         columns = [values[:, None] for values in self.differences]
-        (mean,), (low,), (high,) = mean_over_seeds(columns), *bootstrap_interval(columns)
+        (mean,), (low,), (high,) = mean_over_seeds(columns), *confidence_interval(columns)
         return float(mean), float(low), float(high)
 
 
@@ -110,19 +108,16 @@ def claims_table(found: Sequence[Evidence], measure: Measure) -> Lines:
 
 def explain_claims(found: Sequence[Evidence]) -> str:
     """How the table's verdicts come about, in words."""
-    fewest = min(len(one.differences) for one in found)
     said = (
         "Each difference is of the same clients of the same seeds: the mean over seeds of the mean over clients, in "
-        "brackets its 95 % interval by the bootstrap of the table above. A verdict follows from the interval alone: "
-        "borne out where all of it is on the claim's side of 0, contradicted where all of it is on the other, else "
-        "undecided."
+        "brackets its 95 % interval, as in the table above. A verdict follows from the interval alone: borne out where "
+        "all of it is on the claim's side of 0, contradicted where all of it is on the other, else undecided. Verdicts "
+        "are not adjusted for their number: where there is no difference, one in twenty is none the less decided."
     )
     if any(one.population is Population.TRAINED for one in found):
         said += f" {SHARED_CLIENTS} Number says how many these are."
-    if fewest == 1:
-        return f"{said} With one seed an interval covers the draw of clients alone, and nothing of chance in training."
-    if fewest <= _FEW_SEEDS:
-        return f"{said} With {fewest} seeds intervals are rather too narrow: read them with the seeds that agree."
+    if any(len(one.differences) == 1 for one in found):
+        said += " With one seed an interval covers the draw of clients alone, and nothing of chance in training."
     return said
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,17 +14,13 @@ from perfedavg.methods import Reptile
 from perfedavg.recording.runs import KINDS, FinishedRun
 from perfedavg.settings import ClientsConfig, Phase, Population
 from reporting.figures import NO_NUMBER, Measure, SeedMean, percent, seed_mean
+from reporting.intervals import confidence_interval, mean_over_seeds
 from reporting.rows import Row, common_settings, flat_settings
 from reporting.tables import Lines, makes_table
 
-NUM_RESAMPLES = 2000
-LOWEST_PERCENT, HIGHEST_PERCENT = 2.5, 97.5
-"""Between which lie 95 % of the resampled means."""
 SHARED_CLIENTS = (
     "Of clients that trained, rows may have scored different ones: a difference is then over those that both scored."
 )
-_WORST_DECILE = 10
-_MOST_DRAWN_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -91,37 +87,6 @@ def paired_differences(
     return found
 
 
-def bootstrap_interval(differences: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """The 95 % percentile interval of the mean over seeds of the mean over clients, (2, kinds): lower, upper bound.
-
-    differences: for each seed, of each client, (num_clients, kinds). They are paired: a client is compared with itself,
-    so that how clients differ from each other does not widen the interval.
-
-    A seed is a cluster: its clients share one model, one draw of clients and one course of training, and are not
-    independent of each other. So both levels are drawn with replacement, first seeds, then clients within each drawn
-    seed (Davison and Hinkley 1997, Bootstrap Methods and their Application, section 3.8). With one seed, clients alone
-    are drawn, and the interval says nothing of the chance in training; with a few, it is rather too narrow.
-    Always the same for the same differences.
-    """
-    return _bootstrap(tuple((values.shape[1], values.astype(np.float64).tobytes()) for values in differences)).copy()
-
-
-@functools.cache
-def _bootstrap(values_of_seeds: tuple[tuple[int, bytes], ...]) -> NDArray[np.float64]:
-    """By the values, because a report has most intervals in several tables and pictures."""
-    differences = [np.frombuffer(data, dtype=np.float64).reshape(-1, kinds) for kinds, data in values_of_seeds]
-    generator = np.random.default_rng(0)
-    drawn_seeds = generator.integers(len(differences), size=(NUM_RESAMPLES, len(differences)))
-    means = np.empty((*drawn_seeds.shape, differences[0].shape[1]))
-    for seed, values in enumerate(differences):
-        places = np.argwhere(drawn_seeds == seed)
-        for part in np.array_split(places, -(-len(places) * len(values) // _MOST_DRAWN_AT_ONCE) or 1):
-            drawn_clients = generator.integers(len(values), size=(len(part), len(values)))
-            means[part[:, 0], part[:, 1]] = values[drawn_clients].mean(axis=1)
-    interval: NDArray[np.float64] = np.percentile(means.mean(axis=1), [LOWEST_PERCENT, HIGHEST_PERCENT], axis=0)
-    return interval
-
-
 def scores_by_seed(
     row: Row, measure: Measure, population: Population, phase: Phase | None = None
 ) -> list[NDArray[np.float64]]:
@@ -130,12 +95,6 @@ def scores_by_seed(
     """
     scores = [_scores(run, measure, population, phase) for run in row.runs]
     return [one for one in scores if one is not None and len(one)]
-
-
-def mean_over_seeds(values: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """The mean over seeds of the mean over clients, (kinds,). values: for each seed, (num_clients, kinds)."""
-    mean: NDArray[np.float64] = np.mean([of_seed.mean(axis=0) for of_seed in values], axis=0)
-    return mean
 
 
 @makes_table("row")
@@ -178,10 +137,13 @@ def _cells_of(row: Row, population: Population, measure: Measure) -> dict[str, s
     *_, results = row.results_of(population).values()
     initial, personalized = (measure.values(results, kind) for kind in KINDS)
     changes = [None if a is None or b is None else b - a for a, b in zip(initial, personalized, strict=True)]
+    worst = [_worst_tenth(scores[:, -1], measure) for scores in scores_by_seed(row, measure, population)]
+    worst = worst if len(worst) == len(results) else []
     return {
         **{kind: measure.mean(results, kind) for kind in KINDS},
         "change": measure.difference(seed_mean(changes)),
-        "bottom decile": measure.text(seed_mean(_worst_deciles(row, measure, population))),
+        "bottom decile": measure.text(seed_mean([edge for edge, _ in worst])),
+        "worst tenth": measure.text(seed_mean([mean for _, mean in worst])),
         "hurt": percent(seed_mean([result.fraction_hurt for result in results]), digits=1),
     }
 
@@ -190,7 +152,8 @@ def explain_comparison(rows: Sequence[Row], reference: Reference | None) -> str:
     """What the table's columns mean, in words."""
     said = (
         "Each row after its last phase. Change is what personalization adds, hurt the share of clients that fare worse "
-        "after it; the bottom decile is the personalized score that a tenth of the clients are at or worse than. "
+        "after it; the bottom decile is the personalized score that a tenth of the clients are at or worse than, the "
+        "worst tenth the mean over the tenth that fares worst. "
     )
     if any(Population.TRAINED in row.populations for row in rows):
         said += (
@@ -200,10 +163,13 @@ def explain_comparison(rows: Sequence[Row], reference: Reference | None) -> str:
     if reference is None:
         return f"{said}There is no row of FedAvg with fine-tuning to compare with; --against RUN names another one."
     has_single_seed = any(len(row.runs) == 1 for row in rows)
+    has_accuracy = any(row.has_accuracy for row in rows)
     return (
-        f"{said}Differences are to {reference.row.label} ({reference.reason}), on the same clients of the same seeds; "
-        f"in brackets their 95 % interval, by a bootstrap over seeds and the clients of each"
-        + (" (with one seed, over clients alone)." if has_single_seed else ".")
+        f"{said}Differences are to {reference.row.label} ({reference.reason}), on the same clients of the same seeds"
+        f"{', in percentage points' if has_accuracy else ''}; in brackets their 95 % interval, by Student's t over "
+        + ("seeds, or over clients alone where a row has one seed. " if has_single_seed else "seeds. ")
+        + "Intervals are not widened for there being many: where two methods are equally good, one in twenty lies "
+        "beside 0 all the same."
         + (f" {SHARED_CLIENTS}" if any(Population.TRAINED in row.populations for row in rows) else "")
     )
 
@@ -215,15 +181,15 @@ def _difference_cells(row: Row, reference: Row, measure: Measure, population: Po
     differences = paired_differences(row, reference, measure, population)
     if not differences:
         return ["other clients"] * len(KINDS)
-    bounds = bootstrap_interval(differences)
-    return [with_interval(measure, *values) for values in zip(mean_over_seeds(differences), *bounds, strict=True)]
+    means, bounds = mean_over_seeds(differences), confidence_interval(differences)
+    return [with_interval(measure, *values) for values in zip(means, *bounds, strict=True)]
 
 
 def with_interval(measure: Measure, *values: float) -> str:
-    """values: the mean, and the bounds of its interval."""
-    if not np.isfinite(values).all():
-        return NO_NUMBER
+    """values: the mean, and the bounds of its interval, which a single client has not."""
     mean, lowest, highest = (measure.difference(SeedMean(value)) for value in values)
+    if NO_NUMBER in (lowest, highest):
+        return mean
     unit = " %" if measure.is_accuracy else ""
     return f"{mean} [{lowest.removesuffix(unit)}, {highest.removesuffix(unit)}]"
 
@@ -239,10 +205,16 @@ def _have_same_data(run: FinishedRun, other: FinishedRun) -> bool:
     return all(run.settings[name] == other.settings[name] for name in names)
 
 
-def _worst_deciles(row: Row, measure: Measure, population: Population) -> list[float | None]:
-    percent = _WORST_DECILE if measure.higher_is_better else 100 - _WORST_DECILE
-    scores = [_scores(run, measure, population) for run in row.runs if population in run.results]
-    return [None if some is None else float(np.percentile(some[:, 1], percent)) for some in scores]
+def _worst_tenth(scores: NDArray[np.float64], measure: Measure) -> tuple[float, float]:
+    """The score that a tenth of the clients are at or worse than, and the mean over the tenth that fares worst.
+
+    scores: (num_clients,). Where a client has three test examples, the first is the same for most methods.
+    """
+    sign = 1 if measure.higher_is_better else -1
+    worst_first = np.sort(sign * scores)
+    mean = worst_first[: math.ceil(len(scores) / 10)].mean()
+    edge = np.percentile(worst_first, 10)
+    return sign * float(edge), math.nan if np.isnan(edge) else sign * float(mean)
 
 
 def _scores(

@@ -273,7 +273,8 @@ def _levels(rows: Sequence[Row], target: float | None) -> Iterator[Block]:
     yield Heading(f"Rounds and seconds to an accuracy of {' and '.join(map(tables.level_text, levels))}")
     if target is None:
         shares = " and ".join(f"{share * 100:.0f} %" for share in tables.LEVELS)
-        yield f"These are {shares} of the best row's personalized accuracy; --target names another one."
+        aside = ", joint training aside" if any(row.settings["joint"] for row in rows) else ""
+        yield f"These are {shares} of the best row's personalized accuracy{aside}; --target names another one."
     yield tables.levels_table(rows, levels)
     yield _resolution(rows)
 
@@ -295,9 +296,9 @@ def _methods(name: str, rows: Sequence[Row], reference: Reference | None, measur
     draw = draw_methods(rows, reference, measure)
     if draw is not None:
         description = (
-            f"The {measure.name} of each row after its last phase, before and after personalization, with the 95 % "
-            "interval of a bootstrap over seeds and clients. How much clients differ from each other is in these "
-            "intervals, and not in those of differences, for which each client is compared with itself."
+            f"The {measure.name} of each row after its last phase, before and after personalization, with its 95 % "
+            "interval. How much clients differ from each other is in these intervals, and not in those of differences, "
+            "for which each client is compared with itself."
         )
         yield Plot(name, description, draw)
 

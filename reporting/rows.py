@@ -138,8 +138,9 @@ class Row:
         """What the results of a phase come after."""
         if phase is not Phase.FEDAVG:
             return phase.label
-        is_trained = self.settings["fedavg"]["num_rounds"] > 0
-        return method_title(self.settings["fedavg"]["method"]) if is_trained else "no training"
+        if self.settings["fedavg"]["num_rounds"] == 0:
+            return "no training"
+        return "joint training" if self.settings["joint"] else method_title(self.settings["fedavg"]["method"])
 
     @property
     def has_cohort_and_epochs(self) -> bool:

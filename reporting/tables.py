@@ -154,10 +154,14 @@ def level_text(level: float) -> str:
 
 
 def levels_of(rows: Sequence[Row], target: float | None) -> list[float]:
-    """The accuracies to which rounds are counted: the target, or shares of the best row's personalized accuracy."""
+    """The accuracies to which rounds are counted: the target, or shares of the best row's personalized accuracy.
+
+    Joint training counts only where all do it: it may be where no federated method comes to.
+    """
     if target is not None:
         return [target]
-    means = [seed_mean(ACCURACY.values(list(row.results.values())[-1], "personalized")) for row in rows]
+    federated = [row for row in rows if not row.settings["joint"]] or rows
+    means = [seed_mean(ACCURACY.values(list(row.results.values())[-1], "personalized")) for row in federated]
     best = max((mean.mean for mean in means if mean is not None), default=1.0)
     return [round(share * best, 3) for share in LEVELS]
 

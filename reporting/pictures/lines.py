@@ -99,13 +99,19 @@ def draw_epochs(rows: Sequence[Row], measure: Measure) -> Draw | None:
         return partial(draw_small_panels, panels, x_label, measure, whose(drawn))
     panels = [
         Panel(
-            f"after {phase.label}",
+            f"after {_after(drawn, phase)}",
             [(label, by_phase[phase]) for label, by_phase in curves.items() if phase in by_phase],
         )
         for phase in Phase
     ]
     panels = [panel for panel in panels if panel.lines]
     return partial(draw_lines, panels, x_label, measure, whose(drawn))
+
+
+def _after(rows: Sequence[Row], phase: Phase) -> str:
+    """What the scores of rows come after: what they have in common, or the phase's name."""
+    names = {row.after(phase) for row in rows if phase in row.results_by_epoch}
+    return names.pop() if len(names) == 1 else phase.label
 
 
 def draw_lines(

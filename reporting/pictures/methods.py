@@ -12,14 +12,9 @@ from numpy.typing import NDArray
 
 from perfedavg.recording.runs import KINDS
 from perfedavg.settings import Population
-from reporting.comparison import (
-    Reference,
-    bootstrap_interval,
-    mean_over_seeds,
-    paired_differences,
-    scores_by_seed,
-)
+from reporting.comparison import Reference, paired_differences, scores_by_seed
 from reporting.figures import Measure, SeedMean
+from reporting.intervals import confidence_interval, mean_over_seeds
 from reporting.pictures.theme import SMALL, Draw, Theme, add_legend, make_figure, scale, scale_differences, wrapped
 from reporting.rows import Row
 
@@ -58,7 +53,7 @@ def draw_methods(rows: Sequence[Row], reference: Reference | None, measure: Meas
     if len(drawn) < 2:
         return None
     columns = [
-        Column(kind, [_estimates(found, place) for found in scores if any(found.values())])
+        Column(kind, [_estimates(found, place, measure.is_accuracy) for found in scores if any(found.values())])
         for place, kind in enumerate(KINDS)
     ]
     if reference is not None:
@@ -76,13 +71,22 @@ def draw_methods(rows: Sequence[Row], reference: Reference | None, measure: Meas
     return partial(_draw_methods, [row.label for row in drawn], columns, may_lie_outside, measure)
 
 
-def _estimates(by_population: Mapping[Population, Sequence[NDArray[np.float64]]], column: int) -> Estimates:
-    """Of those populations whose values are known and finite. column: of each client's values."""
-    estimates = {
-        population: np.vstack([mean_over_seeds(values), bootstrap_interval(values)])[:, column]
-        for population, values in by_population.items()
-        if values
-    }
+def _estimates(
+    by_population: Mapping[Population, Sequence[NDArray[np.float64]]],
+    column: int,
+    is_share: bool = False,
+) -> Estimates:
+    """Of those populations whose values are known and finite. A single client has no interval but its own score.
+
+    column: of each client's values.  is_share: whether a value, and so the end of an interval, is in 0..1.
+    """
+    estimates = {}
+    for population, values in by_population.items():
+        if values:
+            mean = mean_over_seeds(values)[column]
+            bounds = confidence_interval(values)[:, column]
+            bounds = np.where(np.isnan(bounds), mean, bounds)
+            estimates[population] = np.array([mean, *(np.clip(bounds, 0, 1) if is_share else bounds)])
     return {population: values for population, values in estimates.items() if np.isfinite(values).all()}
 
 
@@ -104,6 +108,9 @@ def _draw_methods(
             axes.axvline(0, color=theme.text, linewidth=0.8, linestyle=":", zorder=1)
             scale_differences(axes, values, measure)
             axes.set_xlabel(f"{wrapped(f'from {column.zero},')}\nsame clients")
+            if column.zero in labels:
+                place = (0, labels.index(column.zero))
+                axes.annotate("reference", place, (4, 0), textcoords="offset points", va="center", fontsize=SMALL)
         else:
             added = scale(axes, "x", values, measure, stretches=column.title == KINDS[-1])
             axes.set_xlabel(f"{measure.name}{added}")
@@ -124,11 +131,11 @@ def _values(column: Column, rows: Sequence[Estimates]) -> NDArray[np.float64]:
 
 
 def _inside(axes: Axes, column: Column, measure: Measure) -> list[Estimates]:
-    """The estimates within the axis; of any other, words say where it is."""
+    """The estimates whose means are within the axis; of any other, words say where it is."""
     left, right = axes.get_xlim()
     inside: list[Estimates] = []
     for place, found in enumerate(column.rows):
-        inside.append({each: values for each, values in found.items() if left < values[1] and values[2] < right})
+        inside.append({each: values for each, values in found.items() if left < values[0] < right})
         for population in found.keys() - inside[-1].keys():
             mean = float(found[population][0])
             text = (measure.difference if column.zero else measure.text)(SeedMean(mean))

@@ -165,7 +165,7 @@ def scale_differences(axes: Axes, values: NDArray[np.float64], measure: Measure)
     low, high = float(values.min()), float(values.max())
     margin = 0.04 * max(high - low, 0.01)
     axes.set_xlim(low - margin, high + margin)
-    axes.locator_params(axis="x", nbins=5)
+    axes.locator_params(axis="x", nbins=_MOST_TICKS["x"])
     if measure.is_accuracy:
         axes.xaxis.set_major_formatter(
             lambda value, _: axis_percent(value) if value <= 0 else f"+{axis_percent(value)}"

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from made_runs import experiment, run
 
-from perfedavg.methods import MAML, Ditto, Reptile
+from perfedavg.methods import MAML, Ditto, FedProx, Reptile
 from perfedavg.recording.runs import FinishedRun, PhaseResult
 from perfedavg.settings import Population
 from reporting.comparison import (
-    bootstrap_interval,
     choose_reference,
     comparison_table,
     explain_comparison,
@@ -95,34 +94,6 @@ def test_seeds_are_paired_and_so_are_data() -> None:
     assert differences([tail], [PLAIN], Population.UNSEEN) == []
 
 
-def test_the_interval_of_one_seed_is_that_of_the_mean_over_clients() -> None:
-    """Normal theory: 1.96 standard errors on either side."""
-    values = np.random.default_rng(1).normal(0.3, 2.0, size=(400, 1))
-    (lowest,), (highest,) = bootstrap_interval([values])
-    half_width = 1.96 * values.std() / 20
-    assert (lowest, highest) == pytest.approx(
-        (values.mean() - half_width, values.mean() + half_width), abs=0.1 * half_width
-    )
-    assert bootstrap_interval([values]).tolist() == [[lowest], [highest]], "always the same"
-
-
-def test_the_interval_of_several_seeds_covers_how_they_differ() -> None:
-    """Clients of a seed share its model: a thousand of them say little where two seeds differ much."""
-    constant = [np.full((1000, 1), value) for value in (0.0, 1.0)]
-    (lowest,), (highest,) = bootstrap_interval(constant)
-    assert (lowest, highest) == (0.0, 1.0)
-    many = [np.full((10, 1), float(seed % 2)) for seed in range(100)]
-    (lowest,), (highest,) = bootstrap_interval(many)
-    half_width = 1.96 * 0.5 / 10
-    assert (lowest, highest) == pytest.approx((0.5 - half_width, 0.5 + half_width), abs=0.02)
-
-
-def test_kinds_are_drawn_together() -> None:
-    values = np.random.default_rng(0).normal(size=(50, 1))
-    both = bootstrap_interval([np.hstack([values, 2 * values])])
-    np.testing.assert_allclose(both[:, 1], 2 * both[:, 0])
-
-
 def test_the_table_of_both_populations() -> None:
     rows = group_rows([PLAIN, DITTO])
     reference = choose_reference(rows)
@@ -137,13 +108,15 @@ def test_the_table_of_both_populations() -> None:
     assert unseen["initial"] == "65.00 %"
     assert unseen["personalized"] == "75.00 %"
     assert unseen["change"] == "+10.00 %"
-    assert unseen["bottom decile"] == "63.00 %"
+    assert (unseen["bottom decile"], unseen["worst tenth"]) == ("63.00 %", "60.00 %")
     assert unseen["hurt"] == "0.0 %"
-    assert unseen["initial, difference"] == "+5.00 % [+0.00, +10.00]"
+    assert unseen["initial, difference"] == "+5.00 % [-58.53, +68.53]"
     assert reptile["personalized, difference"] == "reference"
     said = explain_comparison(rows, reference)
     assert f"Differences are to {reptile['row']} (FedAvg with fine-tuning; --against RUN names another row)" in said
-    assert "(with one seed, over clients alone)" in said
+    assert (
+        "by Student's t over seeds, or over clients alone where a row has one seed. Intervals are not widened" in said
+    )
     assert said.endswith("a difference is then over those that both scored.")
     assert "both scored" not in explain_comparison(
         group_rows([dataclasses.replace(PLAIN, results=UNSEEN_ALONE)]), reference
@@ -162,8 +135,9 @@ def test_the_main_table_is_short_and_has_both_populations() -> None:
         "personalized": "75.00 %",
         "change": "+10.00 %",
         "bottom decile": "63.00 %",
+        "worst tenth": "60.00 %",
         "hurt": "0.0 %",
-        "difference": "+5.00 % [+0.00, +10.00]",
+        "difference": "+5.00 % [-58.53, +68.53]",
         "trained: initial": "20.00 %",
         "trained: personalized": "40.00 %",
     }
@@ -192,6 +166,22 @@ def test_the_worst_of_a_loss_are_the_highest() -> None:
     table = comparison_table(rows, None, Measure("loss", "loss"))
     lines = [dict(zip(table.headers, line, strict=True)) for line in table.rows]
     assert lines[0]["bottom decile"] == f"{np.percentile([0.6, 0.8], 90):.4f}"
+    assert lines[0]["worst tenth"] == "0.8000"
+
+
+def test_the_worst_tenth_tells_rows_apart_that_end_at_the_same_decile() -> None:
+    """Clients with three test examples: 12 of 100 have one right or none, which is one decile and two means."""
+    table = comparison_table(group_rows([of_hundred(0.0), of_hundred(1 / 3)]), None, ACCURACY)
+    lines = [dict(zip(table.headers, line, strict=True)) for line in table.rows]
+    assert [line["bottom decile"] for line in lines] == ["33.33 %", "33.33 %"]
+    assert [line["worst tenth"] for line in lines] == ["16.67 %", "33.33 %"]
+
+
+def of_hundred(worst: float) -> FinishedRun:
+    """Of 100 clients five are as bad as that, seven have a third, and all others are right."""
+    scores = [worst] * 5 + [1 / 3] * 7 + [1.0] * 88
+    method = Ditto() if worst == 0 else FedProx()
+    return run(experiment(method), {client: (0.5, score) for client, score in enumerate(scores)})
 
 
 def test_the_report_shows_both_populations() -> None:

@@ -16,7 +16,7 @@ from perfedavg.settings import Phase, PhaseConfig, Population
 from reporting.comparison import choose_reference
 from reporting.figures import ACCURACY, Measure
 from reporting.pictures.clients import draw_clients, in_order
-from reporting.pictures.lines import draw_curves
+from reporting.pictures.lines import draw_curves, draw_epochs
 from reporting.pictures.methods import draw_methods
 from reporting.pictures.theme import DARK, LIGHT, Theme, render, scale
 from reporting.rows import Row, group_rows
@@ -25,11 +25,11 @@ METHODS = (FedAvg(), Ditto(), FedPer(), FedRep(), APFL(), FedProx())
 LOSS = Measure("loss", "loss")
 
 
-def rows_of(num_methods: int, fine_tuned: bool = False) -> list[Row]:
-    """Methods with two seeds and thirty clients a population, and a curve that rises to nearly 1."""
+def rows_of(num_methods: int, fine_tuned: bool = False, num_seeds: int = 2) -> list[Row]:
+    """Methods with some seeds and thirty clients a population, and a curve that rises to nearly 1."""
     runs = []
     for number, method in enumerate(METHODS[:num_methods]):
-        for seed in range(2):
+        for seed in range(num_seeds):
             generator = np.random.default_rng([number, seed])
             scores = [dict(enumerate(generator.uniform((0.1, 0.9), (0.6, 1.0), (30, 2)).tolist())) for _ in range(2)]
             fine_tune = Reptile() if fine_tuned and method.name == "fedavg" else None
@@ -133,19 +133,40 @@ def test_methods_are_points_with_intervals() -> None:
     found = [x for x, y in points_of(personalized) if y == pytest.approx(place - 0.2)]
     assert found == [pytest.approx(mean)]
     assert (len(points_of(initial)), len(points_of(personalized)), len(points_of(difference))) == (6, 6, 4)
+    (reference,) = difference.texts
+    assert (reference.get_text(), rows[int(reference.xy[1])].label) == ("reference", "FedAvg + Reptile")
+    assert initial.get_xlim()[1] < 1.1, "no interval of two seeds ends above 100 %"
     assert labels_of(figure) == {"unseen clients, with 95 % interval", "clients that trained, with 95 % interval"}
 
 
 def test_a_row_far_from_the_others_does_not_make_them_one_point() -> None:
     """Local training alone ends so far below, that all others would be drawn on top of each other: words say where."""
     alone = run(experiment(fedavg=PhaseConfig(0, 5, SGD, SGD)), dict.fromkeys(range(30), (0.1, 0.3)), fingerprint="0")
-    rows = [*rows_of(2, fine_tuned=True), *group_rows([alone])]
+    rows = [*rows_of(2, fine_tuned=True, num_seeds=5), *group_rows([alone])]
     draw = draw_methods(rows, choose_reference(rows), ACCURACY)
     assert draw is not None
     _, personalized, difference = draw(LIGHT).axes
     assert personalized.get_xlim()[0] > 0.8
     assert [text.get_text() for text in personalized.texts] == ["\N{LEFTWARDS ARROW} 30.00 %"]
-    assert [text.get_text()[:3] for text in difference.texts] == ["\N{LEFTWARDS ARROW} -"]
+    assert [text.get_text()[:3] for text in difference.texts] == ["ref", "\N{LEFTWARDS ARROW} -"]
+
+
+def test_a_single_client_is_a_point() -> None:
+    rows = group_rows([run(experiment(method), {8: (0.5, 0.5)}) for method in (None, Ditto())])
+    draw = draw_methods(rows, None, ACCURACY)
+    assert draw is not None
+    assert [len(points_of(axes)) for axes in draw(LIGHT).axes] == [2, 2]
+
+
+def test_scores_by_epoch_come_after_what_the_run_did() -> None:
+    """Nothing is trained before clients train alone."""
+    alone = run(experiment(fedavg=PhaseConfig(0, 5, SGD, SGD)), {8: (0.1, 0.3)})
+    ((phase, result),) = alone.results[Population.UNSEEN].items()
+    by_epoch = ({"loss": 1.0, "accuracy": 0.1}, {"loss": 0.5, "accuracy": 0.3})
+    measured = {Population.UNSEEN: {phase: dataclasses.replace(result, by_epoch=by_epoch)}}
+    draw = draw_epochs(group_rows([dataclasses.replace(alone, results=measured)]), ACCURACY)
+    assert draw is not None
+    assert [axes.get_title() for axes in draw(LIGHT).axes] == ["after no training"]
 
 
 def test_one_row_is_compared_with_nobody() -> None:
