@@ -64,7 +64,7 @@ def _draw_all_clients(
         initial, personalized = scores
         shares = (np.arange(initial.size) + 0.5) / initial.size * 100
         is_hurt = personalized < initial if measure.higher_is_better else personalized > initial
-        dot = float(np.clip(60 * size[0] / initial.size, 2, 4.5))
+        dot = float(np.clip(60 * size[0] / initial.size, 1.6, 4.5))
         axes.plot(
             shares[~is_hurt],
             personalized[~is_hurt],
@@ -80,8 +80,8 @@ def _draw_all_clients(
             personalized[is_hurt],
             linestyle="",
             marker="x",
-            markersize=dot + 2,
-            markeredgewidth=1,
+            markersize=dot + 1.6,
+            markeredgewidth=0.8,
             color=theme.hurt,
             label="personalized, worse than before",
         )

@@ -253,7 +253,7 @@ def test_levels_follow_from_the_best_row(tmp_path: Path) -> None:
         write_run(tmp_path / "a" / f"seed{seed}", config, {"fedavg": ((1.0, 0.3), (0.5, 0.8))}, curve=curve)
     local_only = experiment(5, fedavg=PhaseConfig(0, 5, SGD, MOMENTUM), fine_tunes=False)
     write_run(tmp_path / "b", local_only, {"fedavg": ((1.0, 0.1), (0.5, 0.7))})
-    joint = experiment(1, joint=True, fine_tunes=False)
+    joint = experiment(1, joint=True, cohort_size=1, fine_tunes=False)
     write_run(tmp_path / "c", joint, {"fedavg": ((0.1, 0.95), (0.1, 0.99))})
     markdown = markdown_of(tmp_path)
     heading = "Rounds and seconds to an accuracy of 72.0 % and 76.0 %"
