@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +32,8 @@ if TYPE_CHECKING:  # imported where they are used, so that --help stays fast
     from perfedavg.engine.executor import LocalExecutor
     from perfedavg.recording.run_folder import RunFolder
 
+OPENING_SECONDS = 5.0
+"""How long a signal waits for a run's folder that is being made, to remove it."""
 RESTART_VARIABLE = "PERFEDAVG_RESTART"
 """By which quick_start.py tells the server that it starts with which command it starts both again."""
 
@@ -221,9 +225,19 @@ def open_run_folder(args: Any) -> RunFolder:
     Nothing is left of it where the process ends before the run has begun.
     Raises ValueError where it holds a run (with --resume: none that could go on), cannot be written, or is in use.
     """
-    run_folder = new_run_folder(args)
-    at_early_end(lambda reason: run_folder.discard_unless_begun())
-    return run_folder
+    opened: list[RunFolder] = []
+    opening = threading.Lock()
+
+    def discard(reason: signal.Signals | BaseException) -> None:
+        """In another thread, where a signal came; the lock is kept, so that no folder is made from now on."""
+        if opening.acquire(timeout=OPENING_SECONDS):
+            for folder in opened:
+                folder.discard_unless_begun()
+
+    at_early_end(discard)
+    with opening:
+        opened.append(new_run_folder(args))
+    return opened[0]
 
 
 @contextlib.contextmanager

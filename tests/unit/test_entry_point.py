@@ -6,11 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import ROOT, Launched, Process, finish, wait_for_line
 
+import utils
+from perfedavg.terminal import entry_point
 from perfedavg.terminal.entry_point import report
 
 PROGRAM = """
@@ -128,3 +132,30 @@ def test_a_line_on_standard_error_is_there_at_once(unbuffered: str, tmp_path: Pa
         environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
         answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=ROOT)
     assert answer.stdout == "a line\n"
+
+
+def test_a_signal_while_the_folder_of_a_run_is_being_made_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, goes_on = threading.Event(), threading.Event()
+    new_run_folder = utils.new_run_folder
+
+    def make_slowly(args: Any) -> Any:
+        folder = new_run_folder(args)
+        made.set()
+        goes_on.wait()
+        return folder
+
+    monkeypatch.setattr(utils, "new_run_folder", make_slowly)
+    monkeypatch.setattr(entry_point, "_early_end", [])
+    args = utils.get_args("single", ["--dataset", "digits", "--run_dir", str(tmp_path / "run")])
+    opening = threading.Thread(target=utils.open_run_folder, args=(args,), daemon=True)
+    opening.start()
+    made.wait()
+    ending = threading.Thread(target=entry_point._end_early, args=(signal.SIGTERM,))
+    ending.start()
+    ending.join(0.1)
+    goes_on.set()
+    for thread in (ending, opening):
+        thread.join()
+    assert not (tmp_path / "run").exists()
