@@ -21,7 +21,7 @@ def execute(notebook: Any, folder: Path) -> None:
     """Run all cells, in a kernel in this folder. Raises nbclient's CellExecutionError where one fails."""
     from nbclient import NotebookClient
 
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, timeout=300, startup_timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
 
 
 if __name__ == "__main__":
