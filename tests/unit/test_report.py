@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -1121,3 +1122,51 @@ def test_runs_on_own_files_go_by_the_files_names(tmp_path: Path) -> None:
     names = [block.name for section in report.sections for block in section.blocks if isinstance(block, Plot)]
     assert len(names) == len(set(names)) > 0
     assert not any("/" in name for name in names)
+
+
+def committed_table(table: str, heading: str) -> list[dict[str, str]]:
+    return table_under((ROOT / "results" / table / "report" / "report.md").read_text(encoding="utf-8"), heading)
+
+
+def figures_in(cell: str) -> list[float]:
+    """With a sign or without, and without the deviation behind ±."""
+    return [float(number) for number in re.findall(r"[-+]?\d+\.\d+", re.sub(r"± \d+\.\d+", "", cell))]
+
+
+def is_rounded(cell: str, exact: str) -> bool:
+    """A cell of a page has one digit, those of reports have two."""
+    shown, known = figures_in(cell), figures_in(exact)
+    return len(shown) == len(known) and all(abs(a - b) < 0.0501 for a, b in zip(shown, known, strict=True))
+
+
+def test_the_table_of_the_readme_is_the_reports() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    known = {line["row"]: line for line in committed_table("fashion_shards", "Results")}
+    lines = re.findall(r"^\| (\S[^|]*) \| ([^|]*%) \| ([^|]*%) \| ([^|]*) \| ([^|]*%) \|$", readme, re.MULTILINE)
+    assert len(lines) >= 4
+    for row, *cells in lines:
+        line = known[row.partition(" (")[0]]
+        exact = [line[name] for name in ("initial", "personalized", "difference", "hurt")]
+        wrong = [pair for pair in zip(cells, exact, strict=True) if not is_rounded(*pair)]
+        assert not wrong, f"{row}: README.md has other figures than the report"
+
+
+def test_the_verdicts_of_the_page_are_the_reports() -> None:
+    """Each cell of the table of claims is a line of its claim on unseen clients, with its verdict."""
+    lines = (ROOT / "results" / "README.md").read_text(encoding="utf-8").splitlines()
+    (begin,) = [number for number, line in enumerate(lines) if line.startswith("| claim |")]
+    tables = [name.strip() for name in lines[begin].split("|")[2:-1]]
+    known = {table: committed_table(table, "Claims") for table in tables}
+    num_cells = 0
+    for line in itertools.takewhile(lambda line: line.startswith("|"), lines[begin + 2 :]):
+        claim, *cells = (cell.strip() for cell in line.split("|")[1:-1])
+        for table, cell in zip(tables, cells, strict=True):
+            of_claim = [one for one in known[table] if (one["claim"], one["clients"]) == (claim[0], "unseen")]
+            told = [
+                one
+                for one in of_claim
+                if cell.startswith(one["verdict"]) and is_rounded(cell, one["difference in accuracy"])
+            ]
+            assert told or not cell, f"{table}: {claim}: no line of the report has {cell}"
+            num_cells += 1
+    assert num_cells >= 3 * 7
