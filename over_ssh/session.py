@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import select
@@ -58,6 +59,7 @@ class Session:
         pythons: paths there, absolute or from `~`, of which the first that is there runs on_host/program.py; without
             any, python3 does.
         silence_seconds: after which each end takes the other for lost.
+        Raises HostError where ssh cannot be started.
         """
         self.host = host
         self.facts: dict[str, Any] = {}
@@ -65,13 +67,19 @@ class Session:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115, closed in close
         self._greeting_bytes = 0
         self._writing = threading.Lock()
-        self._process = subprocess.Popen(
-            command_of(host, remote_command(pythons), silence_seconds),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            start_new_session=True,  # Ctrl-C is for this process, which then ends the others
-        )
+        command = command_of(host, remote_command(pythons), silence_seconds)
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                start_new_session=True,  # Ctrl-C is for this process, which then ends the others
+            )
+        except OSError as error:
+            self._errors.close()
+            mend = "raise the limit with ulimit -n" if error.errno == errno.EMFILE else "install OpenSSH's client"
+            raise HostError(host, f"{command[0]} cannot be started here ({error.strerror})", mend) from error
 
     def open(self) -> None:
         """Have the program run at the other end; `facts` is what it says first. Raises HostError."""

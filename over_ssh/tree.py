@@ -5,8 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch.paths import ROOT
@@ -18,30 +17,28 @@ _OF_NO_WORKER = {"tests", "benchmarks", "examples", "results"}
 
 @dataclass(frozen=True)
 class Tree:
-    """Files below a folder.
+    """Files below a folder, as they are when this is made: they may change while a run goes on.
 
     root: absolute.  files: their paths below it.
+    digest: of names and contents.  archive: a compressed tar archive.
+    Raises FileNotFoundError where a file is gone.
     """
 
     root: Path
     files: tuple[str, ...]
+    digest: str = field(init=False)
+    archive: bytes = field(init=False, repr=False)
 
-    @cached_property
-    def digest(self) -> str:
-        """Of names and contents. Raises FileNotFoundError where one is gone."""
+    def __post_init__(self) -> None:
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w:gz", compresslevel=4) as archive:
+            for name in self.files:
+                archive.add(self.root / name, name, recursive=False)
         digest = tree_digest(str(self.root), list(self.files))
         if digest is None:
             raise FileNotFoundError(f"a file of {self.root} cannot be read any more; try again")
-        return digest
-
-    @cached_property
-    def archive(self) -> bytes:
-        """A compressed tar archive."""
-        content = io.BytesIO()
-        with tarfile.open(fileobj=content, mode="w:gz") as archive:
-            for name in self.files:
-                archive.add(self.root / name, name, recursive=False)
-        return content.getvalue()
+        object.__setattr__(self, "digest", digest)
+        object.__setattr__(self, "archive", content.getvalue())
 
 
 def project_tree() -> Tree:

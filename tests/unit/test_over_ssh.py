@@ -218,11 +218,25 @@ def test_code_is_found_or_copied_once(session: Session, tmp_path: Path) -> None:
     assert list(Path(copy).parent.iterdir()) == [Path(copy)]
 
 
+def test_a_host_gets_the_code_with_which_the_run_began(session: Session, tmp_path: Path) -> None:
+    """Also where it comes back after the code was changed."""
+    tree = some_tree(tmp_path / "here")
+    (tree.root / "package" / "it's.py").write_text("x = 2\n")
+    place, is_copy = preparing.place_tree(session, tree)
+    assert is_copy
+    assert (Path(place) / "package" / "it's.py").read_text() == "x = 1\n"
+
+
+def test_a_machine_without_ssh_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("over_ssh.session.command_of", lambda *told: ["/nowhere/ssh"])
+    said = "beta: /nowhere/ssh cannot be started here (No such file or directory); install OpenSSH's client"
+    with pytest.raises(HostError, match=re.escape(said)):
+        Session(Host("beta"), [], LONG)
+
+
 def test_a_home_in_which_nothing_can_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     tree = some_tree(tmp_path / "here")
-    assert tree.digest
-    assert tree.archive
     tree.root.rename(tmp_path / "nowhere")
     said = f"{tree.root} could not be copied there (/dev/null/personalized-fedavg: Not a directory); let that folder be"
     with Session(HERE, [sys.executable], LONG) as opened, pytest.raises(HostError, match=re.escape(said)):
@@ -239,8 +253,6 @@ def test_own_modules_that_a_host_has_not_are_copied_and_its_workers_start_there(
     session: Session, tmp_path: Path
 ) -> None:
     own = some_tree(tmp_path / "here")
-    assert own.archive
-    assert own.digest
     own.root.rename(tmp_path / "nowhere")
     host = prepare(session, Wanted(project_tree(), own, {}))
     assert host.folder.startswith(str(tmp_path / "cache"))
