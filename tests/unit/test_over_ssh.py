@@ -125,39 +125,29 @@ def test_a_sign_of_life_goes_over_any_descriptor(monkeypatch: pytest.MonkeyPatch
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
-class Connecting:
-    """Stands for sessions that are being opened: counts them, and lets each wait for as many as may be there."""
-
-    def __init__(self) -> None:
-        self.lock, self.num_open, self.most_open = threading.Lock(), 0, 0
-        self.all_there = threading.Barrier(MAX_CONNECTING)
-
-    def __call__(self, *told: object) -> Connecting:
-        return self
-
-    def open(self) -> None:
-        with self.lock:
-            self.num_open += 1
-            self.most_open = max(self.most_open, self.num_open)
-        self.all_there.wait(LONG)
-        with self.lock:
-            self.num_open -= 1
-
-
 def test_hosts_are_connected_to_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or their sshd, or that of a jump host, refuses some of them."""
-    connecting, taken = Connecting(), []
-    monkeypatch.setattr(preparing, "Session", connecting)
+    arrived, may_go = threading.Semaphore(0), threading.Event()
+
+    def connect() -> None:
+        arrived.release()
+        assert may_go.wait(LONG)
+
+    taken: list[Session] = []
+    monkeypatch.setattr(preparing, "Session", lambda *told: SimpleNamespace(open=connect))
     threads = [
         threading.Thread(target=preparing.open_session, args=(Host("beta"), LONG, taken.append), daemon=True)
-        for _ in range(3 * MAX_CONNECTING)
+        for _ in range(MAX_CONNECTING + 1)
     ]
     for thread in threads:
         thread.start()
+    for _ in range(MAX_CONNECTING):
+        assert arrived.acquire(timeout=LONG)
+    assert not preparing._connecting.acquire(blocking=False), "there is no place for one more"
+    may_go.set()
     for thread in threads:
         thread.join(LONG)
-    assert len(taken) == 3 * MAX_CONNECTING
-    assert connecting.most_open == MAX_CONNECTING
+    assert len(taken) == MAX_CONNECTING + 1
 
 
 def test_hosts_that_do_not_answer_are_given_up_together(monkeypatch: pytest.MonkeyPatch) -> None:
