@@ -41,7 +41,7 @@ from perfedavg.terminal.console import LOGGER, say
 
 MAX_RANK = 2**31 - 1
 MAX_PENDING_HANDSHAKES = 64
-"""Connections that may be in their handshake at the same time; for a further one, the oldest has to go."""
+"""Connections that may be in their handshake and have proven nothing yet; for a further one, the oldest has to go."""
 MAX_COUNTED_HOSTS = 1000
 """Hosts whose dropped connections are counted and logged one by one; those of all others are counted together."""
 MAX_WAITING_STATES = 16
@@ -93,7 +93,8 @@ class ServerNetwork(Network):
         self.events: queue.SimpleQueue[tuple[ConnectedWorker, Message | Exception]] = queue.SimpleQueue()
         self.num_refused_for_room = 0
         self._listener: socket.socket | None = None
-        self._handshakes: dict[ControlConnection, str] = {}  # with the hosts that they come from
+        self._handshakes: dict[ControlConnection, str] = {}  # with the hosts that they come from; may be pushed out
+        self._proven: set[ControlConnection] = set()  # in their handshake too, and may not
         self._admission_lock = threading.Lock()
         self._connected: dict[int, ConnectedWorker] = {}  # by rank; those that are not lost
         self._over: tuple[str, str] | None = None  # how and why, as `Peer.close` takes it
@@ -114,14 +115,14 @@ class ServerNetwork(Network):
         """Tell whoever is there, or is about to come, that the run is over."""
         self._end("finished", "the run is over")
         deadline = time.monotonic() + CLOSING_SECONDS
-        while self._handshakes and time.monotonic() < deadline:
+        while (self._handshakes or self._proven) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         listener, self._listener = self._listener, None
         if listener is not None:
             with contextlib.suppress(OSError):
                 listener.shutdown(socket.SHUT_RDWR)  # closing alone would not wake the thread that accepts
             listener.close()
-        for control in list(self._handshakes):
+        for control in [*self._handshakes, *self._proven]:
             control.end()
         LOGGER.info("sent %d bytes, received %d bytes", self.send_volume_intotal, self.recv_volume_intotal)
 
@@ -178,20 +179,29 @@ class ServerNetwork(Network):
                 self._log_dropped(host, f"{most} others came during its handshake")
                 control.end()
 
+    def _spare(self, control: ControlConnection) -> None:
+        """It has proven who it is, so that no stranger pushes it out. Raises ConnectionError where one just has."""
+        if control not in self._proven:
+            if self._handshakes.pop(control, None) is None:
+                raise ConnectionError("others came during its handshake")
+            self._proven.add(control)
+
     def _drop(self, control: ControlConnection, host: str, reason: str) -> None:
-        if self._handshakes.pop(control, None) is not None:
+        if control in self._proven or self._handshakes.pop(control, None) is not None:
             self._log_dropped(host, reason)
         control.close()
 
     def _serve(self, control: ControlConnection, host: str) -> None:
         """Make a worker of a connection, or drop it; then pass on what comes from the worker."""
         try:
-            worker = self._handshake(control, host)
-            if worker is None:
-                return  # it carries the tensors of a worker that has a thread already
+            worker = self._handshake(control)
         except Exception as error:  # whatever it is: a stranger ends nothing
             self._drop(control, host, str(error))
             return
+        finally:
+            self._proven.discard(control)
+        if worker is None:
+            return  # it carries the tensors of a worker that has a thread already
         try:
             worker.peer.connect()
             while True:
@@ -205,12 +215,14 @@ class ServerNetwork(Network):
         finally:
             self._forget([worker])
 
-    def _handshake(self, control: ControlConnection, host: str) -> ConnectedWorker | None:
+    def _handshake(self, control: ControlConnection) -> ConnectedWorker | None:
         """The worker that has joined, None where it is the second connection of one that had joined before.
 
         Raises RefusedError, ProtocolError or ConnectionError where it is not let in.
         """
         control.begin(HANDSHAKE_SECONDS)
+        if self._tls is not None:
+            self._spare(control)
         hello = Hello(
             secrets.token_hex(32),
             self._token is not None,
@@ -226,16 +238,12 @@ class ServerNetwork(Network):
             return None
         if not 1 <= request.rank <= MAX_RANK:
             refuse(control, f"--rank {request.rank} is not a worker's; use 1 or more")
-        self._handshakes.pop(control, None)
-        try:
-            while True:
-                self._wait_for_rank(control, request.rank)
-                with self._admission_lock:
-                    if request.rank not in self._connected:
-                        return self._admit(control, hello, request)
-        except Exception:
-            self._handshakes[control] = host
-            raise
+        self._spare(control)
+        while True:
+            self._wait_for_rank(control, request.rank)
+            with self._admission_lock:
+                if request.rank not in self._connected:
+                    return self._admit(control, hello, request)
 
     def _admit(self, control: ControlConnection, hello: Hello, request: JoinRequest) -> ConnectedWorker:
         """Take the worker in, whose rank is free."""
@@ -259,8 +267,8 @@ class ServerNetwork(Network):
             owners = [one for one in self._connected.values() if hmac.compare_digest(one.ticket.encode(), shown)]
         if not owners:
             refuse(control, "no worker that has joined has this ticket")
+        self._spare(control)
         owners[0].peer.attach(handshake.accept_for_tensors(control))
-        self._handshakes.pop(control, None)
 
     def _forget(self, lost: Sequence[ConnectedWorker]) -> None:
         """Forget these workers, but not how much was sent and received."""

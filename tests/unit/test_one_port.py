@@ -19,8 +19,8 @@ from test_network import CPU, Run, beside, join_message, next_event, resources, 
 
 from multi_process.messages import StartTraining
 from multi_process.transport import server_network, worker_network
-from multi_process.transport.control import ControlConnection, ProtocolError
-from multi_process.transport.handshake import RefusedError, receive_hello, request_to_attach
+from multi_process.transport.control import PROTOCOL_VERSION, ControlConnection, ProtocolError
+from multi_process.transport.handshake import JoinRequest, RefusedError, receive_hello, request_to_attach
 from multi_process.transport.keys import OF_WORKERS, make_keys, tls_context
 from multi_process.transport.process_group import GroupConnection
 from multi_process.transport.settings import NetworkSettings
@@ -111,6 +111,37 @@ def attach(control: ControlConnection, ticket: str) -> None:
     """Show a ticket, and listen until the server ends the connection: it may let it in for a moment."""
     request_to_attach(control, None, receive_hello(control), ticket)
     control.receive(SOON)
+
+
+def test_who_has_shown_its_ticket_is_not_pushed_out_by_strangers(
+    one_port: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accept_for_tensors = server_network.handshake.accept_for_tensors
+
+    def beside_a_stranger(control: ControlConnection) -> Wire:
+        wire = accept_for_tensors(control)
+        receive_hello(one_port.stranger())  # for whom the oldest one has had to go
+        return wire
+
+    monkeypatch.setattr(server_network, "MAX_PENDING_HANDSHAKES", 1)
+    monkeypatch.setattr(server_network.handshake, "accept_for_tensors", beside_a_stranger)
+    exchange(one_port)
+
+
+def test_who_has_proven_the_keys_is_not_pushed_out_by_strangers(
+    with_keys: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_network, "MAX_PENDING_HANDSHAKES", 1)
+    with_keys.server()
+    tls = tls_context(with_keys.keys, is_server=False)  # type: ignore[arg-type]
+    with contextlib.closing(ControlConnection(Wire(socket.create_connection(with_keys.address), tls))) as control:
+        control.begin(SOON)
+        receive_hello(control)
+        with contextlib.ExitStack() as stack:
+            first, _ = (stack.enter_context(socket.create_connection(with_keys.address)) for _ in range(2))
+            assert not first.recv(1), "the second one has pushed it out"
+            control.send(**vars(JoinRequest(PROTOCOL_VERSION, "nonce", 1, "", "")))
+            assert "ticket" in control.receive(SOON)
 
 
 def test_who_does_not_know_the_token_cannot_attach_either(one_port: Run, tmp_path: Path) -> None:
