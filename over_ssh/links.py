@@ -9,6 +9,7 @@ from over_ssh.logs import WorkerLogs
 from over_ssh.preparing import PreparedHost, Wanted, open_session, prepare
 from over_ssh.session import HostError, Session
 from over_ssh.tasks import Task
+from perfedavg.machine.processes import GRACE_SECONDS
 from perfedavg.terminal.console import say
 
 FIRST_RETRY_SECONDS = 1.0
@@ -115,10 +116,10 @@ class HostLink:
             raise session.lost()
 
     def _say(self, line: str) -> None:
-        """A line on the end of a worker, with the worker's last."""
-        if self._stopping.is_set():
-            return
+        """A line on the end of a worker, with the worker's last; nothing where the end of the server is its cause."""
         name = next((name for name in self.task.workers if line.startswith(f"{name} ended")), None)
+        if self._stopping.wait(0 if name is None else GRACE_SECONDS):
+            return
         last = "" if name is None else self._logs.last_line(self._log_name(name))
         say(f"{self.task.host.name}: {line}{': ' * bool(last)}{last}")
 

@@ -62,9 +62,6 @@ def _run_with(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int
         stack.callback(close_all, sessions)
         prepared, args = prepare_all(args, hosts, wanted, sessions, signals)
         args = stack.enter_context(utils.with_run_folder(replace(args, keys=keys)))
-        num_workers = sum(host.slots for host in hosts)
-        how = "in plain text" if args.keys is None else "encrypted"
-        say(f"{len(hosts)} host(s) for {num_workers} worker(s) are ready; they reach {args.ip}:{args.port}, {how}")
         return _run_on(args, wanted, prepared, signals)
 
 
@@ -119,6 +116,8 @@ def _run_on(args: Cluster, wanted: Wanted, prepared: Sequence[PreparedHost], sig
     os.environ.update(environment)
     logs = WorkerLogs(folder, resumes=args.resume is not None)
     tasks = list(make_tasks(args, [host.session.host for host in prepared], environment, keys_of_workers(args.keys)))
+    how = "in plain text" if args.keys is None else "encrypted"
+    say(f"ready: {', '.join(map(str, tasks))}; they reach {args.ip}:{args.port}, {how}")
     links = [HostLink(task, wanted, host, logs, signals.wake) for task, host in zip(tasks, prepared, strict=True)]
     try:
         with LocalProcesses(EXIT_BAD_INPUT) as processes:

@@ -32,6 +32,11 @@ class Task:
     keys: Mapping[str, str]
     silence_seconds: float
 
+    def __str__(self) -> str:
+        """The host, and by which ranks the server calls its workers."""
+        first, *others = self.ranks.values()
+        return f"{self.host.name} (workers {first} to {others[-1]})" if others else f"{self.host.name} (worker {first})"
+
 
 def make_tasks(
     args: Cluster, hosts: Sequence[Host], environment: Mapping[str, str], keys: Mapping[str, str]

@@ -18,7 +18,7 @@ from typing import Any, cast
 import pytest
 from helpers import ROOT, assert_ended
 
-from over_ssh import addresses, preparing
+from over_ssh import addresses, links, preparing
 from over_ssh.hosts_file import Host
 from over_ssh.logs import WorkerLogs
 from over_ssh.preparing import Wanted, prepare
@@ -33,7 +33,7 @@ from over_ssh.session import (
     command_of,
     remote_command,
 )
-from over_ssh.tasks import make_tasks
+from over_ssh.tasks import Task, make_tasks
 from over_ssh.tree import Tree, own_tree, project_tree
 from utils import get_args
 
@@ -353,6 +353,7 @@ def test_each_worker_gets_a_rank_and_what_its_host_has(tmp_path: Path) -> None:
     first, second = make_tasks(args, hosts, {"PERFEDAVG_TOKEN": "secret"}, {"worker.key": "secret"})
     assert list(first.workers) == ["worker 1"]
     assert dict(second.ranks) == {"worker 2": 2, "worker 3": 3}
+    assert (str(first), str(second)) == ("beta (worker 1)", "gamma (workers 2 to 3)")
     assert "secret" not in json.dumps([*first.workers.values(), *second.workers.values()])
     workers = [get_args("worker", words) for words in (*first.workers.values(), *second.workers.values())]
     assert [worker.rank for worker in workers] == [1, 2, 3]
@@ -381,6 +382,26 @@ def test_keys_and_tokens_that_cannot_be_used_are_said_before_any_host_is_asked(
     argv = ["--hosts", str(tmp_path / "hosts"), *(flag.format(folder=tmp_path) for flag in flags)]
     with pytest.raises(ValueError, match=re.escape(said.format(folder=tmp_path))):
         run(get_args("cluster", argv))
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_why_a_worker_ended_is_said_unless_the_server_ends_by_it_and_says_it_itself(
+    ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(links, "say", said.append)
+    monkeypatch.setattr(links, "GRACE_SECONDS", LONG if ends else 0.0)
+    task = Task(Host("beta"), {"worker 1": []}, {"worker 1": 1}, {}, {}, LONG)
+    logs = WorkerLogs(tmp_path, resumes=False)
+    logs.add("beta-1", "error: mnist is not in /data\n")
+    prepared, wanted = SimpleNamespace(session=None), SimpleNamespace()
+    link = links.HostLink(task, cast(Any, wanted), cast(Any, prepared), logs, lambda: None)
+    saying = threading.Thread(target=link._say, args=("worker 1 ended with status 2",))
+    saying.start()
+    if ends:
+        link.begin_to_stop()  # as soon as the server has ended
+    saying.join(LONG)
+    assert said == ([] if ends else ["beta: worker 1 ended with status 2: error: mnist is not in /data"])
 
 
 def test_logs_wait_for_the_run_to_begin(tmp_path: Path) -> None:
