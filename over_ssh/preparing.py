@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -116,11 +115,16 @@ def find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple
     code: folder of the project there.  Raises HostError with what is missing, and the command that installs it.
     """
     host = session.host
-    candidates = pythons(host)
-    packages = [*wanted, *OF_ANY_VERSION]
-    answer = session.ask("find_python", candidates=candidates, packages=packages, with_cache=host.python is None)
+    packages, with_cache = [*wanted, *OF_ANY_VERSION], host.python is None
+    answer = session.ask("find_python", candidates=pythons(host), packages=packages, with_cache=with_cache)
     faults = []
     for entry in answer["found"]:
+        if "fault" in entry and host.python is not None:
+            mend = "mend it in the file of --hosts, or leave it out"
+            raise HostError(host, f"python={host.python} {entry['fault']}", mend)
+        if "fault" in entry:
+            faults.append(f"{entry['path']} {entry['fault']}")
+            continue
         versions = entry["versions"]
         wrong = [
             f"{name} {versions.get(name) or 'missing'} (here {ours})"
@@ -131,13 +135,10 @@ def find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple
         if not wrong:
             return entry["path"], {name: versions[name] for name in ("python", *wanted)}
         faults.append(f"{entry['path']} has {', '.join(wrong)}")
-    if host.python is not None and not faults:
-        raise HostError(host, f"python={host.python} is not there", "mend it in the file of --hosts, or leave it out")
-    asked = [*candidates, os.path.join(answer["cache"], ".venv/bin/python")]
-    reason = "; ".join(faults) or f"there is none of {', '.join(asked)}"
     other = "another" if host.python else "one"
     mend = f"name {other} by python=PATH behind the host, or run: {_install(host, answer, code)}"
-    raise HostError(host, f"no Python with this project's packages: {reason}", mend)
+    there = [fault for fault in faults if not fault.endswith(" is not there")]
+    raise HostError(host, f"no Python with this project's packages: {'; '.join(there or faults)}", mend)
 
 
 def _install(host: Host, answer: Mapping[str, str], code: str) -> str:

@@ -35,8 +35,9 @@ _READ_PROGRAM = (
 )
 """Runs what standard input brings up to a zero byte."""
 _FIND_PYTHON = (
-    'for p do case $p in "~/"*) p=$HOME/${p#??};; esac; command -v "$p" >/dev/null && exec "$p" -c "$0"; done; '
-    'echo "no python3 there" >&2; exit 127'
+    'for p do case $p in "~/"*) p=$HOME/${p#??};; esac; '
+    '[ "$("$p" -c "import sys;print(sys.version_info[0])" </dev/null 2>/dev/null)" = 3 ] && exec "$p" -c "$0"; done; '
+    'echo "no Python 3 that runs among $*" >&2; exit 127'
 )
 """Both without what a login shell other than sh takes for more than a character: quotes, backslashes, `!`."""
 
@@ -56,7 +57,7 @@ class Session:
     def __init__(self, host: Host, pythons: Sequence[str], silence_seconds: float) -> None:
         """Begin to connect; `open` waits for it.
 
-        pythons: paths there, absolute or from `~`, of which the first that is there runs on_host/program.py; without
+        pythons: paths there, absolute or from `~`, of which the first that is a Python runs on_host/program.py; without
             any, python3 does.
         silence_seconds: after which each end takes the other for lost.
         Raises HostError where ssh cannot be started.
@@ -193,8 +194,7 @@ class Session:
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         status = self._process.returncode
         reason = lines[-1].strip().rstrip(".") if lines else f"the connection ended (status {status})"
-        mend = "" if self.host.is_this_machine else _mend(self.host, lines)
-        return HostError(self.host, reason, mend)
+        return HostError(self.host, reason, _mend(self.host, lines))
 
 
 def close_all(sessions: Sequence[Session]) -> None:
@@ -208,15 +208,17 @@ def close_all(sessions: Sequence[Session]) -> None:
 
 def _mend(host: Host, lines: list[str]) -> str:
     said = "\n".join(lines)
+    if "no Python 3 that runs" in said or said.endswith("there is too old"):
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        return f"name one of version {oldest} or later by python=PATH behind the host"
+    if host.is_this_machine:
+        return ""
     if "verification failed" in said:
         return f"accept its key once by `ssh {host.name}`"
     if "ermission denied" in said:
         return f"let `ssh {host.name}` work without a question, by a key in ssh-agent or one without a passphrase"
     if "resolve" in said or "not known" in said:
         return "mend its name in the file of --hosts, or give it a HostName in ~/.ssh/config"
-    if said.endswith(("no python3 there", "there is too old")):
-        oldest = ".".join(map(str, OLDEST_PYTHON))
-        return f"name one of version {oldest} or later by python=PATH behind the host"
     return f"see that `ssh {host.name}` works"
 
 

@@ -88,21 +88,28 @@ def unpack_tree(files: list[str], digest: str, size: int) -> Json:
 
 
 def find_python(candidates: list[str], packages: list[str], with_cache: bool) -> Json:
-    """The versions of packages that each Python has which is here, in the order of the candidates.
+    """Of each candidate, in their order, the versions of packages that it has, or what is wrong with it.
 
     with_cache: whether the one in CACHE is the last candidate.
     """
-    found: list[Json] = []
-    for candidate in candidates + [os.path.join(CACHE, ".venv", "bin", "python")] * with_cache:
-        path = os.path.expanduser(candidate)
-        if not os.access(path, os.X_OK):
-            continue
-        answer = subprocess.run([path, "-c", _VERSIONS, *packages], capture_output=True, text=True)
-        try:
-            found.append({"path": path, "versions": json.loads(answer.stdout)})
-        except ValueError:
-            found.append({"path": path, "versions": {}})
-    return {"found": found, "cache": CACHE}
+    asked = [*candidates, *[os.path.join(CACHE, ".venv", "bin", "python")] * with_cache]
+    paths = [os.path.expanduser(candidate) for candidate in asked]
+    return {"found": [{"path": path, **_look_at_python(path, packages)} for path in paths], "cache": CACHE}
+
+
+def _look_at_python(path: str, packages: list[str]) -> Json:
+    if not os.path.exists(path):
+        return {"fault": "is not there"}
+    if os.path.isdir(path):
+        return {"fault": "is a folder"}
+    if not os.access(path, os.X_OK):
+        return {"fault": "is not executable"}
+    words = [path, "-c", _VERSIONS, *packages]
+    try:
+        answer = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        return {"versions": dict(json.loads(answer.stdout))}
+    except (OSError, ValueError, TypeError):
+        return {"fault": "is no Python 3 that runs"}
 
 
 def connect(address: list[Any], nonce: str, seconds: float) -> Json:

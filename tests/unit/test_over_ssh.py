@@ -87,8 +87,10 @@ def test_the_first_python_that_is_there_reads_the_program(tmp_path: Path) -> Non
 def test_a_host_without_python_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "sh").symlink_to("/bin/sh")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HostError, match="localhost: no python3 there"):
-        Session(HERE, [], LONG).__enter__()
+    with pytest.raises(
+        HostError, match=r"^localhost: no Python 3 that runs among /x python3; name one of version 3.10"
+    ):
+        Session(HERE, ["/x"], LONG).__enter__()
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "my python").symlink_to(sys.executable)
     with Session(HERE, ["~/my python"], LONG) as session:
@@ -269,10 +271,29 @@ def test_a_package_of_any_version_must_be_there(session: Session, monkeypatch: p
     assert required >= {*preparing.PACKAGES, *preparing.OF_ANY_VERSION}
 
 
-def test_a_python_that_is_not_there_is_said_without_a_command_that_needs_it(session: Session) -> None:
-    session.host = Host("localhost", python="/nowhere/python")
-    with pytest.raises(HostError, match="localhost: python=/nowhere/python is not there; mend it in the file of --h"):
-        preparing.find_python(session, {"torch": "1.0"}, str(ROOT))
+@pytest.mark.parametrize(
+    ("name", "content", "mode", "fault"),
+    [
+        ("none", None, 0, "is not there"),
+        (".", None, 0, "is a folder"),
+        ("text", "print()", 0o600, "is not executable"),
+        ("data", "\x7fELF", 0o700, "is no Python 3 that runs"),
+        ("script", "#!/bin/sh\necho 3 $*; cat", 0o700, "is no Python 3 that runs"),
+    ],
+)
+def test_a_python_that_is_none_is_a_line_with_the_value(
+    name: str, content: str | None, mode: int, fault: str, tmp_path: Path
+) -> None:
+    """Another one of the host must have been found to say so."""
+    python = tmp_path / name
+    if content is not None:
+        python.write_text(content)
+        python.chmod(mode)
+    host = Host("localhost", python=str(python))
+    said = f"localhost: python={python} {fault}; mend it in the file of --hosts, or leave it out"
+    with Session(host, preparing.pythons(host), LONG) as opened, pytest.raises(HostError) as refusal:
+        preparing.find_python(opened, {"torch": "1.0"}, str(ROOT))
+    assert str(refusal.value) == said
 
 
 def test_the_command_for_a_copy_sets_up_an_environment_beside_it() -> None:
@@ -322,7 +343,7 @@ def test_what_runs_on_a_host_ends_when_nobody_asks_any_more(how: str) -> None:
 def test_a_request_that_fails_is_an_error_and_not_the_end(session: Session) -> None:
     with pytest.raises(HostError, match="localhost: KeyError: 'nothing'"):
         session.ask("nothing")
-    assert session.ask("find_python", candidates=["/nowhere"], packages=[], with_cache=False)["found"] == []
+    assert session.ask("find_tree", root="/nowhere", files=["x"], digest="")["at"] is None
 
 
 def sessions(**seen_from: str) -> list[Session]:
