@@ -272,9 +272,11 @@ def layout_of(path: Path, kind: str, names: Sequence[str], files: OwnFiles) -> L
     client = need("client_column", files.client_column, CLIENT_NAMES, "each row's client")
     label = need("label_column", files.label_column, LABEL_NAMES, "the labels")
     split = find("split_column", files.split_column, SPLIT_NAMES)
-    if len({client, label, split}) < 3:
-        raise ValueError(f"{path}: {kind} {client if client in (label, split) else label!r} is named for two things")
-    return Layout(client, label, split, [name for name in names if name not in (client, label, split, *ignored)])
+    used = [client, label, *([] if split is None else [split])]
+    twice = [name for name, count in Counter([*used, *set(ignored)]).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path}: {kind} {twice[0]!r} is named for two things; name another, or leave a flag out")
+    return Layout(client, label, split, [name for name in names if name not in (*used, *ignored)])
 
 
 def refuse_larger_than_memory(path: Path, num_bytes: int) -> None:

@@ -245,6 +245,11 @@ WRONG: dict[str, tuple[list[str], dict[str, Any], str]] = {
     "nothing of that name to leave out": (table(), {"ignore_columns": "no"}, "--ignore_columns no is not there"),
     "two that may be the client": (["client,user,x,y", "c,u,1,a"], {}, "'client' and 'user' may each be meant"),
     "one for two things": (table(), {"client_column": "y"}, "column 'y' is named for two things"),
+    "used and left out": (
+        table(),
+        {"label_column": "y", "ignore_columns": "y"},
+        "column 'y' is named for two things; name another, or leave a flag out",
+    ),
     "two of one name": (["client,x,x,y", "c,1,2,a"], {}, "has two columns 'x'; rename one"),
     "text for a number": (
         [HEADER, *ONCE, "c1,tall,2,b"],
