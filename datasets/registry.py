@@ -366,7 +366,11 @@ USERS_OWN = DataSet(
     _load_own,
     {"auto": "auto", **_FOR_62_CLASSES, "lstm": "lstm", "sine_mlp": "sine_mlp"},
     _NATURAL,
-    {**_OWN_CLIENTS, **dict.fromkeys(("local_split", "local_test_fraction"), "it cuts its clients' data itself")},
+    {
+        **_OWN_CLIENTS,
+        **dict.fromkeys(("local_split", "local_test_fraction"), "it cuts its clients' data itself"),
+        "unseen_fraction": "it says itself which clients are unseen",
+    },
 )
 """For a data set given as package.module:factory."""
 _FEW_ROUNDS = {**_QUICK, **_NATURAL, "cohort_size": 5}

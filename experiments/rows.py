@@ -56,6 +56,8 @@ def _flags(table: str, row: Mapping[str, Any], chosen: Mapping[str, Any]) -> Fla
         values |= content["sets"].get(name, {}) | of_table.get("sets", {}).get(name, {})
     values |= {**chosen, **row}
     values.pop("sets", None)
+    for steps in values.keys() & {"local_steps", "fine_tune_local_steps"}:
+        values.pop(steps.replace("steps", "epochs"), None)  # of a table, which a row's steps replace
     return {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in values.items()}
 
 

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from datasets.registry import find
+from datasets.registry import find, meaningless
 from launch import paths
 from launch.parser import SWITCH, Parser, build_parser, default_of
 from launch.settings import ENTRY_POINTS
-from perfedavg.fields import NONE, Flag, build, by_any_name, flags_by_name, flags_of, renamed, values_of
+from perfedavg.fields import MISSING, NONE, Flag, build, by_any_name, flags_by_name, flags_of, renamed, values_of
 from perfedavg.methods import METHODS, Method
 from perfedavg.own_kinds import OpenKinds
 from perfedavg.plain_values import parse_toml
@@ -45,16 +45,19 @@ def parse(kind: type[Settings], argv: Sequence[str] | None = None, others: list[
     values = {} if file is None else _read_file(file, flags)
     given = {name: flags[name].parse(text) for name, text in renamed(texts, flags).items()}
     values |= given
+    told = dict(values)
     for name, flag in flags.items():
         text = os.environ.get(flag.setting.environment)
         if text and name not in values:
             values[name] = _parse_variable(flag, text)
     if values.get("resume") is not None:
-        return _resume(kind, values)
+        return _resume(kind, values, given)
     if "client_num_in_total" in flags:
         _complete(flags, values)
-        _refuse_idle(flags, values, given)
-    return build(kind, values)
+        _refuse_meaningless(flags, values)
+    settings = build(kind, values)
+    _refuse_idle(settings, told, given)
+    return settings
 
 
 def _parse_variable(flag: Flag, text: str) -> Any:
@@ -147,27 +150,36 @@ def _complete(flags: Mapping[str, Flag], values: dict[str, Any]) -> None:
         values["model"] = _architecture(dataset, values["model"])
 
 
-def _refuse_idle(flags: Mapping[str, Flag], values: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """Raise ValueError where a setting is given of a method that is not chosen.
+def _refuse_idle(settings: Any, told: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Raise ValueError where a setting is told that has no effect, such as one of a method that is not chosen.
 
-    given: what the command line says. Settings that a file has for a method that the command line replaces are dropped.
+    told: what the command line or a file says.  given: what the command line says, by which a file's may come to have
+    no effect.
     """
-    names = {flag.path: name for name, flag in flags.items()}
-
-    def is_idle(name: str) -> bool:
-        return values[names[flags[name].path[:-1]]] not in flags[name].by_choice
-
-    for name in [name for name in values if flags[name].by_choice and is_idle(name)]:
-        choice, owners = names[flags[name].path[:-1]], flags[name].by_choice
-        if name not in given and choice in given:
-            del values[name]
+    flags = flags_by_name(type(settings))
+    for name, value in told.items():
+        obstacle = flags[name].obstacle_in(settings)
+        if obstacle is None or (name not in given and obstacle[0].name in given):
             continue
-        own = [other for other, flag in flags.items() if flag.path[-1] == flags[name].path[-1] and flag.by_choice]
-        fitting = [f"--{other}" for other in own if not is_idle(other)] or [f"--{choice} {next(iter(owners))}"]
-        raise ValueError(
-            f"--{name} {values[name]} is a setting of {' and '.join(owners)}, and --{choice} is {values[choice]}; "
-            f"leave it out, or use {fitting[0]}"
-        )
+        (other, fitting), owners = obstacle, flags[name].by_choice
+        present = other.value_in(settings)
+        reason = f"has no effect with {other.label} {present}"
+        uses = [f"{other.label} {text}" for text in fitting if text is not None]
+        if flags[name].value_in(settings) is MISSING and owners:
+            reason = f"is a setting of {' and '.join(owners)}, and {other.label} is {present}"
+            own = [flag for flag in flags.values() if flag.path[-1] == flags[name].path[-1] and flag.by_choice]
+            uses = [flag.label for flag in own if flag.obstacle_in(settings) is None] or uses
+        raise ValueError(f"--{name} {value} {reason}; leave it out{f', or use {uses[0]}' if uses else ''}")
+
+
+def _refuse_meaningless(flags: Mapping[str, Flag], values: Mapping[str, Any]) -> None:
+    """Raise ValueError where the data set says itself who is unseen, and a share of unseen clients is told.
+
+    With validation clients it has a meaning: theirs is as large a share of the training clients.
+    """
+    name, share, data_set = "unseen_fraction", values["unseen_fraction"], find(values["dataset"])
+    if name in data_set.meaningless and not values.get("validation") and share != default_of(flags[name], data_set):
+        raise meaningless(values["dataset"], name, share)
 
 
 def _goes_on(method: str) -> bool:
@@ -216,7 +228,7 @@ def _read_file(text: str, flags: Mapping[str, Flag]) -> dict[str, Any]:
         raise ValueError(f"--config {text}: {error}; mend it, or name another file") from error
 
 
-def _resume(kind: type[Settings], values: dict[str, Any]) -> Settings:
+def _resume(kind: type[Settings], values: dict[str, Any], on_command_line: Mapping[str, Any]) -> Settings:
     """The settings of a run that goes on. Raises ValueError where those that are given are not the run's."""
     folder = values["resume"]
     if "run_dir" in values:
@@ -233,7 +245,9 @@ def _resume(kind: type[Settings], values: dict[str, Any]) -> Settings:
     given = {name: value for name, value in values.items() if name in flags_by_name(ExperimentConfig)}
     if "model" in given and given.get("dataset", recorded.dataset) == recorded.dataset:
         given["model"] = _architecture(recorded.dataset, given["model"])
-    asked = values_of(build(ExperimentConfig, {**present, **given}).settled_as(recorded))
+    asked_for = build(ExperimentConfig, {**present, **given}).settled_as(recorded)
+    _refuse_idle(asked_for, given, on_command_line)
+    asked = values_of(asked_for)
     if "initial_model" in values and recorded.initial_model is None:
         asked["initial_model"] = values["initial_model"]
     for name in sorted(asked, key=lambda name: name not in given):  # what is given may bring other differences

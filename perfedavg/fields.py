@@ -59,6 +59,7 @@ class Setting:
     positional: whether its value stands on the command line without a flag.
     many: whether it is a tuple of values.
     kinds: of a choice, the dataclasses that it is between, by name.
+    only_with: by the fields beside it, the values of theirs with which it has an effect; others are not named.
     reported: when a report names its value: `differing`, where it differs from that of other runs; `always`, unless it
         is the default; `never`, because runs that differ in nothing else are one experiment.
     search: the range of interest, in which tune.py searches a good value unless told otherwise, as `--search` takes it:
@@ -84,6 +85,7 @@ class Setting:
     positional: bool = False
     many: bool = False
     kinds: Kinds | None = None
+    only_with: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
     reported: str = "differing"
     search: str = ""
 
@@ -220,6 +222,23 @@ class Flag:
         field = getattr(settings, "__dataclass_fields__", {}).get(self.path[-1])
         return (field and setting_of(field)) or self.setting
 
+    def obstacle_in(self, settings: Any) -> tuple[Flag, Sequence[Any]] | None:
+        """The flag by whose value it has no effect in an instance of the whole, and the values with which it would.
+
+        None where it has one.
+        """
+        kind: Any = type(settings)
+        flags = flags_of(kind)
+        if self.value_in(settings) is MISSING:
+            choices = (flag for flag in flags.values() if flag.setting.kinds is not None)
+            chosen = next(flag for flag in choices if flag.path[:-1] == self.path[: len(flag.path) - 1])
+            return chosen, tuple(self.by_choice)
+        for name, values in self.setting_in(settings).only_with.items():
+            other = flags[(*self.path[:-1], name)]
+            if other.value_in(settings) not in values:
+                return other, values
+        return None
+
     def beside(self, other: Flag) -> Flag:
         """The flag of a setting that several choices have. Raises ValueError where a text does not mean it in all."""
         if (self.kind, self.setting.choices) != (other.kind, other.setting.choices):
@@ -320,9 +339,9 @@ def build(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
 
 
 def values_of(settings: Any) -> dict[str, Any]:
-    """The inverse of `build`, without the settings of parts that are left out."""
-    values = {name: flag.value_in(settings) for name, flag in flags_by_name(type(settings)).items()}
-    return {name: value for name, value in values.items() if value is not MISSING}
+    """The inverse of `build`, without the settings that have no effect."""
+    flags = flags_by_name(type(settings))
+    return {name: flag.value_in(settings) for name, flag in flags.items() if flag.obstacle_in(settings) is None}
 
 
 def label(kind: Any, path: str) -> str:

@@ -19,7 +19,7 @@ from perfedavg.methods import METHODS
 from perfedavg.methods.base import Method
 from perfedavg.methods.fedavg import FedAvg
 from perfedavg.metrics import BASIC_METRICS, METRICS, name_in_results, problem_with
-from perfedavg.own_files import OwnFiles, dataset_name
+from perfedavg.own_files import OwnFiles, dataset_name, is_own_code
 from perfedavg.plain_values import from_plain, shown
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "yogi", "adagrad")
@@ -128,8 +128,15 @@ class OptimizerConfig:
     learning_rate: float = setting(
         None, "learning rate of {of}", flag="lr", above=0, at_most=HIGHEST_RATE, absent=_FITTING_RATES
     )
-    momentum: float = setting(0.9, "of {of}, where the optimizer is momentum", at_least=0, below=1)
-    epsilon: float = setting(1e-8, "of {of}'s adam, yogi or adagrad; the larger, the less adaptive", above=0)
+    momentum: float = setting(
+        0.9, "of {of}, where the optimizer is momentum", at_least=0, below=1, only_with={"name": ("momentum",)}
+    )
+    epsilon: float = setting(
+        1e-8,
+        "of {of}'s adam, yogi or adagrad; the larger, the less adaptive",
+        above=0,
+        only_with={"name": ("adam", "yogi", "adagrad")},
+    )
     betas: tuple[float, float] | None = setting(None, "", flag=NO_FLAG, refuse=_refuse_decay_rates)
 
     @property
@@ -149,7 +156,12 @@ class PhaseConfig:
 
     num_rounds: int = setting(500, "communication rounds", flag="rounds", aliases=("epochs",), at_least=0)
     num_local_epochs: int = setting(
-        5, "local epochs a client a round", flag="local_epochs", aliases=("inner_loops",), at_least=1
+        5,
+        "local epochs a client a round",
+        flag="local_epochs",
+        aliases=("inner_loops",),
+        at_least=1,
+        only_with={"num_local_steps": (None,)},
     )
     client_optimizer: OptimizerConfig = part(
         OptimizerConfig,
@@ -382,7 +394,7 @@ class ExperimentConfig(ClientsConfig):
         check(self)
         if self.initial_model not in (None, UNREAD) and not _DIGEST.fullmatch(self.initial_model or ""):
             raise ValueError(f"initial_model is {shown(self.initial_model)}, must be null or 64 hexadecimal digits")
-        if self.num_clients is not None:
+        if self.num_clients is not None and not is_own_code(self.dataset):  # which says itself who is unseen
             self._check_num_clients(self.num_clients)
             num_unseen = num_unseen_clients(self.num_clients, self.unseen_fraction)
             self.check_cohort_size(1 if self.joint else self.num_clients - num_unseen)

@@ -52,6 +52,13 @@ TINY += [
 """Flags of an experiment that takes a second."""
 
 
+def one_phase(flags: list[str]) -> list[str]:
+    """The same experiment without fine-tuning, whose flags would have no effect."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    kept = [word for pair in pairs if not pair[0].startswith("--fine_tune") for word in pair]
+    return [*kept, "--fine_tune_method", "none"]
+
+
 Process = Started | Forked
 """What a test started: they have the same methods."""
 

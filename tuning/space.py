@@ -113,10 +113,10 @@ def read_space(searches: Sequence[str], experiment: ExperimentConfig, fixed: Seq
         if name not in flags:
             raise ValueError(f"--search {name}={text}: {name} {unknown(name, values)}")
         if name not in values:
-            owners = " and ".join(flags[name].by_choice)
-            raise ValueError(
-                f"--search {name}={text}: {name} is a setting of {owners}, which is not chosen; leave it out"
-            )
+            obstacle = flags[name].obstacle_in(experiment)
+            assert obstacle is not None, "it would have a value"
+            chosen = f"{obstacle[0].label} {obstacle[0].value_in(experiment)}"
+            raise ValueError(f"--search {name}={text}: {name} has no effect with {chosen}; leave it out")
         try:
             dimensions.append(_dimension(flags[name], experiment, text))
         except ValueError as error:

@@ -45,7 +45,12 @@ class PerFedAvg(Method):
     per_fedavg_variant: str = setting(
         "fo", "without second derivatives (fo), or with differences of gradients (hf)", choices=VARIANTS
     )
-    per_fedavg_delta: float = setting(1e-3, "how far apart these are, in gradients, to each side", above=0)
+    per_fedavg_delta: float = setting(
+        1e-3,
+        "how far apart these are, in gradients, to each side",
+        above=0,
+        only_with={"per_fedavg_variant": ("hf",)},
+    )
 
     @property
     def needs_float32(self) -> bool:

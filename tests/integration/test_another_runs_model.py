@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, assert_one_clear_line, finish, read_result
+from helpers import TINY, Launched, assert_one_clear_line, finish, one_phase, read_result
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +17,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs")
     with Launched() as launched:
         both = launched.start("single_process.py", *TINY, "--run_dir", path / "whole")
-        first = launched.start("single_process.py", *TINY, "--fine_tune_method", "none", "--run_dir", path / "first")
+        first = launched.start("single_process.py", *one_phase(TINY), "--run_dir", path / "first")
         for process in (both, first):
             status, _, errors = finish(process)
             assert status == 0, errors

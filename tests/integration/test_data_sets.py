@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, Launched, finish, read_result
+from helpers import ROOT, Launched, finish, one_phase, read_result
 
 from datasets import describe as describing
 
@@ -60,8 +60,8 @@ def test_shakespeare_by_role_trains_the_lstm(launched: Launched, tmp_path: Path)
         for number, size in enumerate(sizes)
     }
     write_leaf(tmp_path / "shakespeare" / "all_data_0.json", roles)
-    flags = ["--dataset", "shakespeare", "--data_root", tmp_path, *SHORT[2:], "--batch_size", "100"]
-    flags += ["--client_num_per_round", "1", "--fine_tune_method", "none"]
+    flags = ["--dataset", "shakespeare", "--data_root", tmp_path, *one_phase(SHORT[2:]), "--batch_size", "100"]
+    flags += ["--client_num_per_round", "1"]
     status, _, errors = finish(launched.start("single_process.py", *flags, "--run_dir", tmp_path / "run"))
     assert status == 0, errors
     result = read_result(tmp_path / "run")

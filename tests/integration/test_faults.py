@@ -15,6 +15,7 @@ from helpers import (
     free_port,
     launch_fork,
     network_flags,
+    one_phase,
     read_result,
     wait_for_line,
     wait_until_stopped,
@@ -87,7 +88,7 @@ def test_the_fault_matrix_on_the_servers_one_port(
     assert_same(run_row(row, tmp_path / "run", launch_fork, network=network), whole_undisturbed)
 
 
-KEEPING = [*LIGHT, "--method", "ditto"]
+KEEPING = [*one_phase(LIGHT), "--method", "ditto"]
 """The experiment with a method that keeps a model of each client's own."""
 KEEPING_ROWS = [
     Row("worker training", "fedavg", 3, "SIGKILL", "again"),

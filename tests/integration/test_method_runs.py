@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, finish, free_port, read_result
+from helpers import TINY, Launched, finish, free_port, one_phase, read_result
 
 from perfedavg.methods import METHODS
 
@@ -17,7 +17,6 @@ FLAGS = [*TINY, "--rounds", "4", "--client_num_per_round", "8", "--client_optimi
 """Half of the training clients a round, so that most train more than once."""
 MORE: dict[str, list[str]] = {
     "fedrep": ["--head_epochs", "2"],
-    "maml": ["--fine_tune_method", "none"],
     "ditto": ["--unseen_fraction", "0", "--partition", "groups:5"],
 }
 """Of one method all clients train, so that those are scored."""
@@ -29,7 +28,8 @@ some = pytest.mark.parametrize(
 
 
 def flags_of(name: str) -> list[str]:
-    return [*FLAGS, "--method", name, *MORE.get(name, [])]
+    flags = FLAGS if METHODS[name].goes_on and name != "maml" else one_phase(FLAGS)
+    return [*flags, "--method", name, *MORE.get(name, [])]
 
 
 Outcome = tuple[str, str]

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from helpers import TINY, Launched, assert_one_clear_line, finish, free_port, read_result
+from helpers import TINY, Launched, assert_one_clear_line, finish, free_port, one_phase, read_result
 
 MODULE = """
 from torch import nn
@@ -65,7 +65,7 @@ def test_a_resumed_run_ends_with_the_same_model(folder: Path, launched: Launched
 
 def test_it_is_another_runs_initial_model(folder: Path, launched: Launched, tmp_path: Path) -> None:
     """Where nothing is trained, the model is the same to the bit: its statistics come along."""
-    flags = [*FLAGS, "--rounds", "0", "--fine_tune_method", "none", "--initial_model", folder / "single"]
+    flags = [*one_phase(FLAGS), "--rounds", "0", "--initial_model", folder / "single"]
     status, _, errors = finish(launched.start("single_process.py", *flags, "--run_dir", tmp_path / "run", cwd=folder))
     assert status == 0, errors
     assert read_result(tmp_path / "run")["model_sha256"] == read_result(folder / "single")["model_sha256"]
@@ -76,6 +76,6 @@ def test_another_model_under_the_same_name_is_found(folder: Path, launched: Laun
     other.mkdir()
     (other / "my_net.py").write_text(MODULE.replace("24", "25"))
     shutil.copytree(folder / "single", other / "single")
-    flags = [*FLAGS, "--rounds", "0", "--fine_tune_method", "none", "--initial_model", other / "single"]
+    flags = [*one_phase(FLAGS), "--rounds", "0", "--initial_model", other / "single"]
     process = launched.start("single_process.py", *flags, "--run_dir", other / "run", cwd=other)
     assert_one_clear_line(process, "--initial_model", "does not fit")

@@ -17,6 +17,7 @@ from helpers import (
     Launched,
     assert_one_clear_line,
     finish,
+    one_phase,
     read_result,
     write_image_files,
 )
@@ -121,7 +122,7 @@ def test_other_data_than_the_runs(launched: Launched, tmp_path: Path) -> None:
 
 
 def test_clients_that_all_diverge_leave_the_model_as_it_was(launched: Launched, tmp_path: Path) -> None:
-    words = [*TINY, "--local_lr", "1e30", "--fine_tune_method", "none"]
+    words = [*one_phase(TINY), "--local_lr", "1e30"]
     process = launched.start("single_process.py", *words, "--run_dir", tmp_path / "run")
     status, _, errors = finish(process)
     assert status == 0, errors

@@ -112,12 +112,14 @@ for flag, value, method in (
     ("apfl_adaptive", "true", "apfl"),
     ("per_fedavg_beta", "0.7", "per_fedavg"),
     ("per_fedavg_variant", "hf", "per_fedavg"),
-    ("per_fedavg_delta", "0.7", "per_fedavg"),
 ):
-    EXPERIMENT_FLAGS += [
-        ([f"--{flag}", value, "--method", method, "--fine_tune_method", "none", *PLAIN], lambda c: c.fedavg.method),
-        ([f"--fine_tune_{flag}", value, "--fine_tune_method", method, *PLAIN], lambda c: c.fine_tune.method),
-    ]
+    words = [f"--{flag}", value, "--method", method, *PLAIN[:2], "--fine_tune_method", "none"]
+    EXPERIMENT_FLAGS.append((words, lambda c: c.fedavg.method))
+    words = [f"--fine_tune_{flag}", value, "--fine_tune_method", method, *PLAIN]
+    EXPERIMENT_FLAGS.append((words, lambda c: c.fine_tune.method))
+HF = ["--per_fedavg_delta", "0.7", "--method", "per_fedavg", "--per_fedavg_variant", "hf"]
+EXPERIMENT_FLAGS.append((HF, lambda c: c.fedavg.method))
+EXPERIMENT_FLAGS.append(([word.replace("--", "--fine_tune_") for word in HF], lambda c: c.fine_tune.method))
 
 
 @pytest.mark.parametrize(("argv", "field"), EXPERIMENT_FLAGS, ids=lambda value: value[0] if type(value) is list else "")
@@ -259,12 +261,15 @@ def test_a_clients_adam_has_no_first_moment() -> None:
 def test_quick_start_passes_every_flag_on() -> None:
     """What a user gives to quick_start.sh must arrive at the server or the workers unchanged."""
     known = flags_by_name(ExperimentConfig)
+    without_effect = {"local_epochs", "fine_tune_local_epochs", "server_momentum", "fine_tune_server_momentum"}
     argv = []
     for words, _ in EXPERIMENT_FLAGS:
-        setting = known.get(words[0].removeprefix("--"))
-        if setting is None or not setting.by_choice or "fomaml" in setting.by_choice:
+        name = words[0].removeprefix("--")
+        setting = known.get(name)
+        if name not in without_effect and (setting is None or not setting.by_choice or "fomaml" in setting.by_choice):
             argv += words
     argv += ["--fine_tune_client_optimizer", "sgd"]  # the only one that goes with maml
+    argv += ["--fine_tune_server_optimizer", "adam"]  # which has an epsilon
     argv += ["--method", "fomaml"]  # which fine-tuning can go on from
     argv += ["--fine_tune_method", "maml"]  # which bf16 is not too coarse for
     argv += ["--run_dir", "/tmp/x", "--data_root", "/tmp/y", "--device", "cpu", "--threads", "3", "--backend", "gloo"]
@@ -390,6 +395,30 @@ def test_another_runs_config_gives_its_experiment(tmp_path: Path) -> None:
     assert config("--config", str(run / "config.json"), "--dataset", "emnist").architecture == "emnist_cnn"
 
 
+def test_a_files_settings_that_the_command_line_makes_idle_are_passed_over(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("dataset = 'digits'\nserver_momentum = 0.5\nfine_tune_rounds = 7\nlocal_epochs = 3\n")
+    words = ["--server_optimizer", "sgd", "--fine_tune_method", "none", "--local_steps", "2"]
+    args = utils.get_args("quick_start", ["--config", str(file), *words])
+    assert args.experiment.fine_tune is None
+    server = utils.get_args("server", to_argv(args, Server))
+    assert server.experiment == config("--dataset", "digits", *words)
+    run = str(begun_run(tmp_path / "run", "--config", str(file), *words))
+    assert utils.get_args("single", ["--resume", run, "--config", str(file), *words]).experiment.fine_tune is None
+    with pytest.raises(ValueError, match=r"^--server_momentum 0.5 has no effect with --server_optimizer sgd; leave it"):
+        utils.get_args("single", ["--resume", run, "--server_momentum", "0.5"])
+    file.write_text("fine_tune_method = 'none'\nfine_tune_rounds = 7\n")
+    with pytest.raises(ValueError, match=r"^--fine_tune_rounds 7 has no effect with --fine_tune_method none; leave it"):
+        config("--config", str(file))
+
+
+def test_a_class_of_ones_own_says_who_is_unseen_and_validation_takes_a_share_of_the_others() -> None:
+    """So that any number of clients may be asked of it."""
+    assert config("--dataset", "my:Data", "--client_num_in_total", "12").num_clients == 12
+    validated = config("--dataset", "my:Data", "--unseen_fraction", "0.3", "--validation")
+    assert validated.unseen_fraction == "0.3"
+
+
 def test_a_files_settings_go_with_its_method(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
     file.write_text("method = 'fedprox'\nmu = 0.3\n")
@@ -459,6 +488,29 @@ def test_the_data_root_comes_from_the_environment(monkeypatch: pytest.MonkeyPatc
             "--fine_tune_support_fraction",
         ),
         (["--method", "ditto", "--fine_tune_mu", "1"], "and --fine_tune_method is none; leave it out"),
+        (
+            ["--fine_tune_method", "none", "--fine_tune_rounds", "7"],
+            "--fine_tune_rounds 7 has no effect with --fine_tune_method none; leave it out",
+        ),
+        (["--method", "ditto", "--fine_tune_local_lr", "1"], "no effect with --fine_tune_method none; leave it out"),
+        (
+            ["--server_optimizer", "sgd", "--server_momentum", "0.9"],
+            "--server_momentum 0.9 has no effect with --server_optimizer sgd; leave it out, or use --server_optimizer "
+            "momentum",
+        ),
+        (["--server_epsilon", "1"], "with --server_optimizer momentum; leave it out, or use --server_optimizer adam"),
+        (
+            ["--local_epochs", "3", "--local_steps", "7"],
+            "--local_epochs 3 has no effect with --local_steps 7; leave it",
+        ),
+        (
+            ["--method", "per_fedavg", "--per_fedavg_delta", "1"],
+            "with --per_fedavg_variant fo; leave it out, or use --per_fedavg_variant hf",
+        ),
+        (
+            ["--dataset", "my:Data", "--unseen_fraction", "0"],
+            "--unseen_fraction 0 has no meaning for my:Data: it says itself which clients are unseen; leave it out",
+        ),
         (["--rank", "1"], "--rank is a flag of client_worker.py, not of "),
         (["digits"], "'digits' is neither a flag nor the value of one; "),
     ],

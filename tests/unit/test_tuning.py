@@ -318,7 +318,8 @@ def test_a_space_is_read_and_written_in_the_same_words() -> None:
     [
         ("local_lr", "must be NAME=LOW..HIGH"),
         ("local_rate=1..2", "local_rate is unknown; use local_lr"),
-        ("mu=0.1..1", "mu is a setting of fedprox, which is not chosen"),
+        ("mu=0.1..1", "mu has no effect with --method fedavg; leave it out"),
+        ("fine_tune_local_lr=0.1..1", "fine_tune_local_lr has no effect with --fine_tune_method none; leave it out"),
         ("local_lr=0.2..0.1", "0.2 is not below 0.1"),
         ("local_lr=0.1..0.1", "0.1 is not below 0.1"),
         ("local_lr=0..1:log", "0 must be a number above 0"),
@@ -478,7 +479,9 @@ def test_a_row_that_cannot_be_searched_keeps_no_other_from_it(
     words = [*TINY, "--method"]
     with pytest.raises(ValueError, match="nothing was chosen for fedavg, "):
         search_rows(args, {name: [*words, name] for name in ("fedavg", "fedprox")}, others)
-    assert "fashion_dirichlet fedavg: --search mu=0.1..1: mu is a setting of fedprox" in capsys.readouterr().err
+    assert (
+        "fashion_dirichlet fedavg: --search mu=0.1..1: mu has no effect with --method fedavg" in capsys.readouterr().err
+    )
     assert list(read_chosen(tmp_path / "fashion_dirichlet.toml")[0]) == ["fedprox"]
 
 
