@@ -185,6 +185,7 @@ class Processes:
             words = ["server.py", *run, *limits, "--checkpoint_every", "2"]
         else:
             words = ["client_worker.py", "--rank", name[-1], "--threads", "1", "--server_wait_seconds", "60"]
+            words += ["--join_timeout_seconds", "60"]
         if row is not None:
             fault = [row.point, row.phase, str(row.round_number), row.signal, str(self.note)]
             words = ["benchmarks/planted_fault.py", *fault, *words]

@@ -95,7 +95,7 @@ def run_disturbed(
     launch: Launch = ForkedProcess,
     network: Sequence[str] = (),
 ) -> Result:
-    """One run, disturbed until its server has ended. Counts in `done` what was done.
+    """One run, disturbed until its server has ended or nothing more happens. Counts in `done` what was done.
 
     network: flags of the server and of each worker.
 
@@ -107,7 +107,9 @@ def run_disturbed(
             processes.start(name)
         while not _is_over(processes):
             assert time.monotonic() - started < 4 * ENDS_WITHIN_SECONDS, f"no end\n{processes.account()}"
-            event = next(happening)
+            event = next(happening, None)
+            if event is None:
+                break
             _pause(processes, event.pause_seconds)
             if not _is_over(processes) and _strike(processes, event, network):
                 done[f"{event.target.split()[0]} {event.action}"] += 1
@@ -115,6 +117,7 @@ def run_disturbed(
             statuses = processes.wait_until_ended([SERVER, *WORKERS])
         except subprocess.TimeoutExpired as error:
             raise AssertionError(f"{error}\n{processes.account()}") from error
+        assert _is_over(processes)
         assert all(statuses[name] in GIVEN_UP_STATUSES for name in WORKERS), f"{statuses}\n{processes.account()}"
         assert "Traceback" not in processes.account(), processes.account()
         return read_result(processes, time.monotonic() - started)
@@ -167,11 +170,12 @@ def _knock(port: int, action: str, network: Sequence[str]) -> None:
         else:
             keys = Path(network[network.index("--keys") + 1]) if "--keys" in network else None
             control = ControlConnection(Wire(connection, None if keys is None else tls_context(keys, is_server=False)))
-            control.begin(5)
-            receive_hello(control)
-            control.send(**asdict(JoinRequest(PROTOCOL_VERSION, "0" * 64, MEMBERS_RANK, "", "")))
-            control.receive(5)
-            control.send(word="GroupTrained", values={"first": -1})
+            with contextlib.closing(control):  # with keys the connection is another object's now
+                control.begin(5)
+                receive_hello(control)
+                control.send(**asdict(JoinRequest(PROTOCOL_VERSION, "0" * 64, MEMBERS_RANK, "", "")))
+                control.receive(5)
+                control.send(word="GroupTrained", values={"first": -1})
 
 
 def main() -> None:
