@@ -15,11 +15,11 @@ import perfedavg
 from perfedavg import own_module
 from perfedavg.methods import METHODS
 
-TINY = {"model": "mlp", "client_num_in_total": 10, "client_num_per_round": 2, "rounds": 400, "local_epochs": 1}
-TINY |= {"fine_tune_method": "none", "personalization_epochs": 1, "eval_every": 200, "checkpoint_every": 5}
+TINY = {"model": "mlp", "client_num_in_total": 10, "client_num_per_round": 2, "rounds": 100, "local_epochs": 1}
+TINY |= {"fine_tune_method": "none", "personalization_epochs": 1, "eval_every": 50, "checkpoint_every": 5}
 
 SCRIPT = """
-import os, signal, sys
+import itertools, os, signal, sys, time
 import psutil
 sys.path.insert(0, {root!r})
 from dataclasses import dataclass
@@ -27,11 +27,15 @@ import perfedavg
 from perfedavg.fields import setting
 from perfedavg.methods import FedAvg
 
+calls = itertools.count(1)
+
 @dataclass(frozen=True)
 class Mine(FedAvg):
     strength: float = setting(0.5, "how strongly it pulls", at_least=0)
 
     def penalty(self, start):
+        while next(calls) > 30 and os.path.exists({hold!r}):
+            time.sleep(0.01)
         return lambda parameters: self.strength * (parameters - start)
 
 if __name__ == "__main__":
@@ -40,6 +44,7 @@ if __name__ == "__main__":
             print(*(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 """
+"""Whose workers train no more than 30 clients each while a file is there, so that no run of it ends before its time."""
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +61,9 @@ def forget_what_was_imported(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_workers_give_the_same_and_go_on_with_what_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A script's own method is imported by its workers; its death by SIGKILL stops the run, with a checkpoint."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "own_script.py").write_text(SCRIPT.format(root=str(ROOT), tiny=TINY))
+    hold = tmp_path / "hold"
+    hold.touch()
+    (tmp_path / "own_script.py").write_text(SCRIPT.format(root=str(ROOT), tiny=TINY, hold=str(hold)))
     with subprocess.Popen([sys.executable, "own_script.py"], stdout=subprocess.PIPE, text=True) as script:
         assert script.stdout is not None
         pids = [int(pid) for pid in script.stdout.readline().split()]
@@ -72,9 +79,10 @@ def test_workers_give_the_same_and_go_on_with_what_was_left(tmp_path: Path, monk
         rounds.close()
         assert next(rounds, None) is None, "a loop over them ends here"
         assert not psutil.wait_procs(children, timeout=60)[1]
+    hold.unlink()
     records = list(rounds := perfedavg.rounds(resume="here", workers=2))
     numbers = [record.round_number for record in records]
-    assert numbers == list(range(numbers[0], 401))
+    assert numbers == list(range(numbers[0], 101))
     assert numbers[0] > first.round_number, "the run did not wait for the loop"
     expected = perfedavg.run(run_dir="there", method="fedprox", mu=0.01, threads=1, **TINY)
     assert rounds.result.model_sha256 == expected.model_sha256

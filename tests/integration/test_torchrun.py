@@ -33,9 +33,14 @@ def torchrun(launched: Launched, run_dir: Path, *options: str) -> Process:
     return launched.start(*TORCHRUN, *options, *script, fresh=True)
 
 
+def at_free_port() -> tuple[str, ...]:
+    """Its own choice is the same on every machine, where another test may have it."""
+    return "--master_addr", "127.0.0.1", "--master_port", str(free_port())
+
+
 def test_torchrun_gives_the_model_of_one_process(launched: Launched, digest: str, tmp_path: Path) -> None:
     """Its own store listens on MASTER_PORT; the server must find another port, and the workers find the server."""
-    status, _, errors = finish(torchrun(launched, tmp_path / "run", "--nproc_per_node", "2"))
+    status, _, errors = finish(torchrun(launched, tmp_path / "run", "--nproc_per_node", "2", *at_free_port()))
     assert status == 0, errors
     assert read_result(tmp_path / "run")["model_sha256"] == digest
 
@@ -43,7 +48,7 @@ def test_torchrun_gives_the_model_of_one_process(launched: Launched, digest: str
 @pytest.mark.slow
 def test_torchrun_of_two_nodes_gives_the_model_of_one_process(launched: Launched, digest: str, tmp_path: Path) -> None:
     """Each node has its own torchrun; the static rendezvous takes the port that its user names."""
-    shared = ("--nnodes", "2", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(free_port()))
+    shared = ("--nnodes", "2", "--nproc_per_node", "2", *at_free_port())
     nodes = [torchrun(launched, tmp_path / "run", *shared, "--node_rank", str(node)) for node in range(2)]
     for node in nodes:
         status, _, errors = finish(node)
