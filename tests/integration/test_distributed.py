@@ -15,6 +15,7 @@ from helpers import (
     assert_ended,
     children_of,
     finish,
+    one_phase,
     read_result,
     stop_in_round,
     wait_for_line,
@@ -89,7 +90,8 @@ def test_maml_and_the_curve_over_epochs_do_not_depend_on_the_processes_either(
     launched: Launched, tmp_path: Path
 ) -> None:
     """What a client sends, and what is measured of it epoch by epoch, comes from its identity alone."""
-    flags = [*TINY, "--fine_tune_method", "maml", "--fine_tune_local_steps", "2", "--personalization_curve", "2"]
+    flags = [*one_phase(TINY), "--fine_tune_method", "maml", "--fine_tune_rounds", "2", "--fine_tune_local_steps", "2"]
+    flags += ["--personalization_curve", "2"]
     digest = run_single(launched, tmp_path / "single", tmp_path, flags)
     # The commands of the README, started from nothing.
     assert run_distributed(launched, tmp_path / "two", 2, tmp_path, flags, fresh=True) == digest
