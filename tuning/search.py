@@ -14,7 +14,7 @@ from launch.flags import parse
 from launch.settings import SingleProcess
 from perfedavg.fields import to_plain
 from perfedavg.terminal.console import command_line, duration, quiet, show
-from tuning.space import Dimension, default_texts, read_space
+from tuning.space import Dimension, default_texts, read_space, with_effect
 from tuning.study import Ended, PrunedError, Study, Trial
 from tuning.trial import DivergedError, Objective, Trials, num_rounds, scored_clients, trial_words
 
@@ -81,6 +81,7 @@ class _Search:
         self._study = Study(
             plan.folder,
             self._space,
+            self._config,
             self._identity(args.initial_model),
             plan.seed,
             self._objective.higher_is_better,
@@ -142,7 +143,7 @@ class _Search:
         best, first = self._study.best(self._plan.num_trials), ended[0]
         if best is None:
             raise ValueError(f"{self._plan.label}: no trial came to its end; {first.end}")
-        own = default_texts({each.name: each.default for each in self._space})
+        own = with_effect(default_texts({each.name: each.default for each in self._space}), self._config)
         settings = best.settings or own
         show(f"\n{self._table(first, best, own)}")
         counts = {state: sum(one.state == state for one in ended) for state in ("complete", "pruned", "failed")}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from perfedavg.fields import MISSING, Flag, flags_by_name, unknown, values_of
+from perfedavg.fields import MISSING, Flag, build, flags_by_name, unknown, values_of
 from perfedavg.settings import ExperimentConfig
 
 if TYPE_CHECKING:
@@ -83,6 +83,17 @@ def default_texts(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: _plain(value) for name, value in values.items() if value is not None}
 
 
+def with_effect(texts: Mapping[str, str], experiment: ExperimentConfig) -> dict[str, str]:
+    """Without those that have none beside the others, as a momentum beside an optimizer that has none.
+
+    texts: of searched settings, by flag.  experiment: which they are for.
+    """
+    flags = flags_by_name(ExperimentConfig)
+    values = {name: flags[name].parse(text) for name, text in texts.items()}
+    told = build(ExperimentConfig, values_of(experiment) | values)
+    return {name: text for name, text in texts.items() if flags[name].obstacle_in(told) is None}
+
+
 def read_space(searches: Sequence[str], experiment: ExperimentConfig, fixed: Sequence[str] = ()) -> list[Dimension]:
     """What is searched: that of the `NAME=RANGE` given or, without any, each setting with a range of interest.
 
@@ -112,9 +123,8 @@ def read_space(searches: Sequence[str], experiment: ExperimentConfig, fixed: Seq
             raise ValueError(f"--search {name}={text}: the row itself says {name}, and would go on to; leave it out")
         if name not in flags:
             raise ValueError(f"--search {name}={text}: {name} {unknown(name, values)}")
-        if name not in values:
-            obstacle = flags[name].obstacle_in(experiment)
-            assert obstacle is not None, "it would have a value"
+        obstacle = flags[name].obstacle_in(experiment)
+        if obstacle is not None and (flags[name].value_in(experiment) is MISSING or obstacle[0].name not in texts):
             chosen = f"{obstacle[0].label} {obstacle[0].value_in(experiment)}"
             raise ValueError(f"--search {name}={text}: {name} has no effect with {chosen}; leave it out")
         try:

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from perfedavg.plain_values import differences
 from perfedavg.recording.folders import make_folder
 from perfedavg.terminal.console import reason_of
-from tuning.space import Dimension
+from tuning.space import Dimension, with_effect
 
 if TYPE_CHECKING:
     import filelock
     import optuna
+
+    from perfedavg.settings import ExperimentConfig
 
 NUM_RANDOM_TRIALS = 8
 """Trials drawn at random, the first one among them, before the sampler goes by what they came to."""
@@ -69,12 +71,14 @@ class Study:
         self,
         folder: Path,
         dimensions: Sequence[Dimension],
+        experiment: ExperimentConfig,
         identity: Mapping[str, Any],
         seed: int,
         higher_is_better: bool,
         num_warmup_rounds: int,
     ) -> None:
-        """identity: what the search is, which a study in the folder must be too.
+        """experiment: as it is without what is searched.
+        identity: what the search is, which a study in the folder must be too.
         num_warmup_rounds: before which no trial is pruned.
 
         Raises ValueError where the folder cannot be used, or holds the study of another search.
@@ -83,6 +87,7 @@ class Study:
 
         optuna = _import_optuna()
         self._dimensions = dimensions
+        self._experiment = experiment
         self._seed = seed
         self.folder = folder
         self.higher_is_better = higher_is_better
@@ -134,6 +139,7 @@ class Study:
             dimensions = self._dimensions if searched else ()
             asked = self._study.ask({each.name: each.distribution() for each in dimensions})
             texts = {each.name: each.value_text(asked.params[each.name]) for each in dimensions} if place else {}
+            texts = with_effect(texts, self._experiment)
             for name, noted in ((_TEXTS, texts), (_PLACE, place), (_SEARCHER, self._searcher)):
                 asked.set_user_attr(name, noted)
         return Trial(place, texts, self._study, asked)

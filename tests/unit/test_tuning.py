@@ -26,7 +26,7 @@ from perfedavg.settings import ExperimentConfig, Phase
 from tune import Tune, read_experiments, search_command, search_rows
 from tuning.chosen import read_chosen, write_chosen
 from tuning.search import Choice, Plan, search
-from tuning.space import default_texts, read_space
+from tuning.space import default_texts, read_space, with_effect
 from tuning.study import NUM_UNPRUNED_TRIALS, Study
 from tuning.trial import DivergedError, Objective, OnPoint, Trials, num_rounds, trial_words
 
@@ -178,7 +178,7 @@ def test_two_searchers_share_a_study_and_repeat_what_a_dead_one_left(tmp_path: P
     dimensions = read_space(["local_lr=0.001..1:log"], experiment())
 
     def searcher() -> Study:
-        return Study(tmp_path, dimensions, {}, 100, True, 0)
+        return Study(tmp_path, dimensions, experiment(), {}, 100, True, 0)
 
     first, second, third = searcher(), searcher(), searcher()
     trials = [study.begin(4) for study in (first, second, third)]
@@ -337,6 +337,21 @@ def test_a_space_is_read_and_written_in_the_same_words() -> None:
 def test_a_space_that_cannot_be_is_refused_with_the_reason(text: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"--search .*{reason}"):
         read_space([text], experiment())
+
+
+@pytest.mark.parametrize("present", ["momentum", "sgd"])
+def test_a_setting_is_tried_where_it_has_an_effect(present: str, tmp_path: Path) -> None:
+    """With an optimizer without momentum none is told, which would be refused; nor is any chosen with it."""
+    space = ("server_optimizer=sgd,momentum", "server_momentum=0.5..0.95")
+    searched = plan(tmp_path, "--server_optimizer", present, searches=space, num_trials=8)
+    choice = chosen(searched, Planted(value=lambda rate: 0.5))
+    assert choice.summary["failed"] == 0
+    assert ("server_momentum" in choice.settings) == (present == "momentum")
+    with_momentum, without = ({**choice.settings, "server_optimizer": name} for name in ("momentum", "sgd"))
+    with_momentum["server_momentum"] = without["server_momentum"] = "0.7"
+    config = experiment("--server_optimizer", present)
+    assert with_effect(with_momentum, config) == with_momentum
+    assert with_effect(without, config) == {"server_optimizer": "sgd"}
 
 
 def test_a_setting_is_searched_once() -> None:
