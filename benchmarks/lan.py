@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 HOSTS = ("alpha", "beta", "gamma")
@@ -114,6 +115,34 @@ class Lan:
         finally:
             for namespace in rules:
                 run("ip", "netns", "exec", namespace, "nft", "delete", "table", "inet", "firewall")
+
+    @contextlib.contextmanager
+    def behind(self, router: str, host: str) -> Iterator[None]:
+        """Within the block, a host has an address that no other knows, and another one speaks in its name (NAT)."""
+        inside, outside = self._namespaces[host], self._namespaces[router]
+        rule = 'oifname "eth0" ip saddr 10.76.0.0/24 masquerade'
+        table = f"table ip translation {{\nchain out {{\ntype nat hook postrouting priority 100;\n{rule}\n}}\n}}\n"
+        # Both are on one bridge; told so, the host would go there by itself, and the server could not answer it.
+        settings = {"ip_forward": 1, "conf/all/send_redirects": 0, "conf/eth0/send_redirects": 0}
+        with contextlib.ExitStack() as undo:
+            ip("-n", inside, "address", "del", f"{self.address[host]}/24", "dev", "eth0")
+            undo.callback(ip, "-n", inside, "address", "add", f"{self.address[host]}/24", "dev", "eth0")
+            ip("-n", inside, "address", "add", "10.76.0.2/24", "dev", "eth0")
+            undo.callback(ip, "-n", inside, "address", "del", "10.76.0.2/24", "dev", "eth0")
+            ip("-n", outside, "address", "add", "10.76.0.1/24", "dev", "eth0")
+            undo.callback(ip, "-n", outside, "address", "del", "10.76.0.1/24", "dev", "eth0")
+            ip("-n", inside, "route", "add", "default", "via", "10.76.0.1")  # goes with the address
+            for name, value in settings.items():
+                self._set(router, name, value)
+                undo.callback(self._set, router, name, 1 - value)
+            run("ip", "netns", "exec", outside, "nft", "-f", "-", text=table)
+            undo.callback(run, "ip", "netns", "exec", outside, "nft", "delete", "table", "ip", "translation")
+            yield
+
+    def _set(self, host: str, name: str, value: int) -> None:
+        """One of the kernel's settings of IPv4."""
+        path = Path("/proc/sys/net/ipv4") / name
+        _in_namespace(self._namespaces[host], lambda: path.write_text(str(value)))
 
     @contextlib.contextmanager
     def overhear(self) -> Iterator[bytearray]:

@@ -148,6 +148,23 @@ def test_the_servers_port_is_all_that_must_be_open_and_with_keys_nobody_reads_al
     assert not any(is_heard) if with_keys else all(is_heard[:3]) and any(is_heard[3:])
 
 
+def test_a_worker_whose_address_only_its_router_knows_takes_part(
+    launched: Launched, lan: Lan, digest: str, tmp_path: Path
+) -> None:
+    """The other worker, whose address the server can reach, keeps gloo."""
+    if shutil.which("nft") is None:
+        pytest.skip("a router that translates addresses needs the command nft (nftables)")
+    with lan.behind("gamma", "beta"):
+        job = Job(launched, lan, tmp_path / "run")
+        assert job.result() == digest
+        for worker in job.workers.values():
+            status, _, errors = finish(worker)
+            assert status == 0, errors
+    log = job.log()
+    assert "worker 1's tensors go over --port, because gloo's own ports are out of reach" in log
+    assert "worker 2's tensors go over --port" not in log
+
+
 ON_EACH_TRANSPORT = pytest.mark.parametrize(
     "transport",
     ["gloo", pytest.param("tcp", marks=pytest.mark.slow), pytest.param("keys", marks=pytest.mark.slow)],
