@@ -28,8 +28,8 @@ def confidence_interval(values: Sequence[NDArray[np.float64]]) -> NDArray[np.flo
 
     A seed is a cluster: its clients share one model, one draw of clients and one course of training, and are not
     independent of each other. So each seed's mean is one observation, and the interval is that of Student's t over
-    them, which has all these in it. A bootstrap over a few clusters would be too narrow: of its intervals over three
-    seeds and their clients, about 80 % hold the true mean where seeds differ.
+    them, which has all these in it. A bootstrap over a few clusters would be too narrow: over three seeds it ends at
+    the lowest and the highest of their means, between which the true one lies in three of four cases.
 
     A few seeds may be more alike, by chance, than the draw of their clients lets them be. So the interval is never
     narrower than that draw alone makes it; with one seed it is this, and says nothing of the chance in training.
