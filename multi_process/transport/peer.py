@@ -142,6 +142,7 @@ class Peer:
         self._outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: nothing more will come
         self._changed = threading.Condition()
         self._farewell_lock = threading.Lock()
+        self._receiving = threading.Lock()  # held while a package is, so that its connection is not closed meanwhile
         self._num_coming = 0
         self._is_slow = False
         self._unsent_bytes = 0
@@ -329,7 +330,8 @@ class Peer:
         began = time.monotonic()
         with self._connection_errors():
             try:
-                code, content = self._tensors.receive(num_bytes, seconds)
+                with self._receiving:
+                    code, content = self._tensors.receive(num_bytes, seconds)
             except TransferError:
                 if time.monotonic() - began < seconds - CLOCK_SECONDS:
                     raise
@@ -386,7 +388,8 @@ class Peer:
         self._control.close()
         if "form" in self._threads:
             self._threads["form"].join()
-        self._tensors.close()
+        with self._receiving:  # gloo tells no transfer that its group is gone: it would wait until its time is over
+            self._tensors.close()
 
     def _lose(self, reason: str) -> None:
         """The peer is lost. A worker that lives may join again."""

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -34,7 +35,7 @@ from multi_process.transport.keys import tls_context
 from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError, RunEndedError
 from multi_process.transport.process_group import GroupConnection
 from multi_process.transport.stream import StreamConnection
-from multi_process.transport.tensors import TensorConnection
+from multi_process.transport.tensors import TensorConnection, TransferError
 from multi_process.transport.wire import Wire
 from perfedavg.engine.scores import ClientScore
 from perfedavg.engine.tasks import ClientReport
@@ -284,6 +285,35 @@ def test_a_peer_that_falls_silent_in_the_middle_of_a_message_is_gone(connect: Co
     with pytest.raises(PeerLostError, match=r"no sign of life for 2 s"):
         receiver.receive()
     assert time.monotonic() - started < peer_module.ARRIVAL_SECONDS + 60
+
+
+def test_no_connection_is_closed_while_a_message_is_received(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo never ends a transfer whose group is gone, so that the server would wait for who fell silent."""
+    ends = connect()
+    tensors, happened = ends.server._tensors, list[str]()
+    begins, is_interrupted = threading.Event(), threading.Event()
+
+    def receive(num_bytes: int, timeout_seconds: float) -> None:
+        begins.set()
+        assert is_interrupted.wait(SILENCE)
+        time.sleep(0.3)  # in which it would be closed
+        happened.append("received")
+        raise TransferError("it was interrupted")
+
+    for name, note in (("interrupt", is_interrupted.set), ("close", lambda: happened.append("closed"))):
+        monkeypatch.setattr(tensors, name, partial(_both, note, getattr(tensors, name)))
+    monkeypatch.setattr(tensors, "receive", receive)
+    ends.worker_control.send(message="PartialSum", num_bytes=1000)
+    with beside(lambda: hear_of_the_end(ends.server)):
+        assert begins.wait(SILENCE)
+        ends.server.close("the test is over")
+    ends.server._threads["beat"].join()
+    assert happened == ["received", "closed"]
+
+
+def _both(first: Callable[[], object], second: Callable[[], object]) -> None:
+    first()
+    second()
 
 
 def test_a_peer_that_leaves_in_the_middle_of_a_message_is_gone(connect: Connect) -> None:
