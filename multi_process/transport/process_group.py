@@ -15,6 +15,7 @@ import struct
 import threading
 import time
 from collections.abc import Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from datetime import timedelta
 from typing import Any, Protocol, cast
 
@@ -75,6 +76,7 @@ class GroupConnection(TensorConnection):
         self._wires: list[socket.socket] = []
         self._listener: tuple[int, socket.socket] | None = None
         self._closing = threading.Lock()
+        self._interrupted: Future[Any] = Future()
 
     def form(self) -> None:
         self._meet(FORMATION_SECONDS)
@@ -134,6 +136,8 @@ class GroupConnection(TensorConnection):
 
     def interrupt(self) -> None:
         self.store.close()
+        with contextlib.suppress(InvalidStateError):  # it may be called again
+            self._interrupted.set_result(None)
         for wire in self._wires:
             with contextlib.suppress(OSError):
                 wire.shutdown(socket.SHUT_RDWR)
@@ -194,9 +198,24 @@ class GroupConnection(TensorConnection):
             self._group(is_content).send([part], 1 - self._side, 0).wait(SENDING_TIMEOUT)
 
     def _receive(self, part: Tensor, deadline: float, is_content: bool = False) -> None:
+        """gloo tells no receive of which a part has come that its connection is gone, so another thread waits there."""
         remaining = timedelta(seconds=max(0.001, deadline - time.monotonic()))
         with _transfer_errors():
-            self._group(is_content).recv([part], 1 - self._side, 0).wait(remaining)
+            work = self._group(is_content).recv([part], 1 - self._side, 0)
+        received: Future[Any] = Future()
+
+        def receive() -> None:
+            try:
+                received.set_result(work.wait(remaining))
+            except RuntimeError as error:
+                received.set_exception(error)
+
+        threading.Thread(target=receive, name="receive", daemon=True).start()
+        wait([received, self._interrupted], return_when=FIRST_COMPLETED)
+        if not received.done():
+            raise TransferError("it was interrupted")
+        with _transfer_errors():
+            received.result()
 
     def _group(self, is_content: bool) -> Group:
         """The one for contents, or for what comes before them."""
