@@ -136,7 +136,7 @@ def worker_sending(fault: Fault) -> None:
     from multi_process.fedlab_adapter import MessageCode
     from multi_process.transport.process_group import GroupConnection
     from multi_process.transport.stream import StreamConnection
-    from multi_process.transport.tensors import TensorConnection
+    from multi_process.transport.tensors import ConnectionInParts
 
     follow_worker(fault)
     is_sum = False
@@ -149,7 +149,7 @@ def worker_sending(fault: Fault) -> None:
         if is_sum and part.dtype is torch.int64:  # the slices, which follow the header
             fault.strike_if_due()
 
-    before(TensorConnection, "send", begin)
+    before(ConnectionInParts, "send", begin)
     for connection in (GroupConnection, StreamConnection):
         before(connection, "_send", strike)
 

@@ -14,22 +14,24 @@ import stat
 import struct
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from datetime import timedelta
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore
 
+from multi_process.fedlab_adapter import BytePackage, MessageCode
 from multi_process.transport.control import ControlConnection
 from multi_process.transport.store import ControlStore
-from multi_process.transport.tensors import FORMATION_SECONDS, SENDING_SECONDS, TensorConnection, TransferError
+from multi_process.transport.tensors import FORMATION_SECONDS, SENDING_SECONDS, ConnectionInParts, TransferError
 from perfedavg.machine.descriptors import num_spare
 from perfedavg.terminal.entry_point import is_shortage
 
+Result = TypeVar("Result")
 MAX_FAILURE_CHARS = 200
 GLOO_ATTEMPTS = 5
 """Times its timeout that gloo waits for a connection."""
@@ -46,7 +48,7 @@ class Group(Protocol):
     def abort(self) -> None: ...
 
 
-class GroupConnection(TensorConnection):
+class GroupConnection(ConnectionInParts):
     """Tensors over a process group of two.
 
     The content travels on a device of one's choice: with nccl it is this process's GPU, while header and slices travel
@@ -76,7 +78,7 @@ class GroupConnection(TensorConnection):
         self._wires: list[socket.socket] = []
         self._listener: tuple[int, socket.socket] | None = None
         self._closing = threading.Lock()
-        self._interrupted: Future[Any] = Future()
+        self._interrupted: Future[None] = Future()
 
     def form(self) -> None:
         self._meet(FORMATION_SECONDS)
@@ -133,6 +135,12 @@ class GroupConnection(TensorConnection):
                 deaf.listen(0)
                 os.dup2(deaf.fileno(), descriptor, inheritable=False)
             self._listener = self._device = None
+
+    def send(self, package: BytePackage) -> None:
+        self._unless_interrupted(lambda: super(GroupConnection, self).send(package))
+
+    def receive(self, num_bytes: int, timeout_seconds: float) -> tuple[MessageCode, list[Tensor]]:
+        return self._unless_interrupted(lambda: super(GroupConnection, self).receive(num_bytes, timeout_seconds))
 
     def interrupt(self) -> None:
         self.store.close()
@@ -192,30 +200,34 @@ class GroupConnection(TensorConnection):
             else:
                 one.close()
 
+    def _unless_interrupted(self, transfer: Callable[[], Result]) -> Result:
+        """Its result. It has a thread of its own, because gloo does not tell it, once it has begun, that its connection
+        is gone. After an interruption that thread is there until the transfer's own time is over.
+        """
+        finished: Future[Result] = Future()
+
+        def run() -> None:
+            try:
+                finished.set_result(transfer())
+            except Exception as error:
+                finished.set_exception(error)
+
+        threading.Thread(target=run, name="transfer", daemon=True).start()
+        either: list[Future[Any]] = [finished, self._interrupted]
+        wait(either, return_when=FIRST_COMPLETED)
+        if not finished.done():
+            raise TransferError("it was interrupted")
+        return finished.result()
+
     def _send(self, part: Tensor, is_content: bool = False) -> None:
         part = part.to(self._buffer.device) if is_content else part
         with _transfer_errors():
             self._group(is_content).send([part], 1 - self._side, 0).wait(SENDING_TIMEOUT)
 
     def _receive(self, part: Tensor, deadline: float, is_content: bool = False) -> None:
-        """gloo tells no receive of which a part has come that its connection is gone, so another thread waits there."""
         remaining = timedelta(seconds=max(0.001, deadline - time.monotonic()))
         with _transfer_errors():
-            work = self._group(is_content).recv([part], 1 - self._side, 0)
-        received: Future[Any] = Future()
-
-        def receive() -> None:
-            try:
-                received.set_result(work.wait(remaining))
-            except RuntimeError as error:
-                received.set_exception(error)
-
-        threading.Thread(target=receive, name="receive", daemon=True).start()
-        wait([received, self._interrupted], return_when=FIRST_COMPLETED)
-        if not received.done():
-            raise TransferError("it was interrupted")
-        with _transfer_errors():
-            received.result()
+            self._group(is_content).recv([part], 1 - self._side, 0).wait(remaining)
 
     def _group(self, is_content: bool) -> Group:
         """The one for contents, or for what comes before them."""

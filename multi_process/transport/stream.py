@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from multi_process.fedlab_adapter import BytePackage, MessageCode
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.process_group import GroupConnection
 from multi_process.transport.settings import NetworkSettings
@@ -19,6 +20,7 @@ from multi_process.transport.tensors import (
     FORMATION_SECONDS,
     SENDING_SECONDS,
     SERVER,
+    ConnectionInParts,
     TensorConnection,
     TransferError,
 )
@@ -29,7 +31,7 @@ GROUP_SECONDS = 5.0
 """For gloo to meet the other side, where there is another way."""
 
 
-class StreamConnection(TensorConnection):
+class StreamConnection(ConnectionInParts):
     """Tensors over a connection that the worker makes, and that the server is given when it comes.
 
     dial: makes it, and raises ConnectionError or ValueError where it cannot; None on the server's side.
@@ -96,7 +98,7 @@ class EitherConnection(TensorConnection):
     """
 
     def __init__(self, side: int, group: GroupConnection, stream: StreamConnection, name: str) -> None:
-        super().__init__(side)
+        self._side = side
         self._group = group
         self._stream = stream
         self._name = name
@@ -126,6 +128,12 @@ class EitherConnection(TensorConnection):
     def attach(self, wire: Wire) -> None:
         self._stream.attach(wire)
 
+    def send(self, package: BytePackage) -> None:
+        self._chosen.send(package)
+
+    def receive(self, num_bytes: int, timeout_seconds: float) -> tuple[MessageCode, list[Tensor]]:
+        return self._chosen.receive(num_bytes, timeout_seconds)
+
     def interrupt(self) -> None:
         self._group.interrupt()
         self._stream.interrupt()
@@ -133,12 +141,6 @@ class EitherConnection(TensorConnection):
     def close(self) -> None:
         self._group.close()
         self._stream.close()
-
-    def _send(self, part: Tensor, is_content: bool = False) -> None:
-        self._chosen._send(part, is_content)
-
-    def _receive(self, part: Tensor, deadline: float, is_content: bool = False) -> None:
-        self._chosen._receive(part, deadline, is_content)
 
 
 def tensor_connection(

@@ -30,19 +30,10 @@ class TransferError(Exception):
 
 
 class TensorConnection(ABC):
-    """Exchanges packages in FedLab's three parts: header, slices, content.
-
-    Unlike FedLab's, its receive buffer has the content's size and is used again.
-
-    side: SERVER or WORKER, which this side is.
-    """
+    """Exchanges FedLab's packages with the other side."""
 
     hint = ""
     """What its user may do where the two sides do not meet."""
-
-    def __init__(self, side: int) -> None:
-        self._side = side
-        self._buffer = torch.empty(0, dtype=torch.int8)
 
     @abstractmethod
     def form(self) -> None:
@@ -55,18 +46,50 @@ class TensorConnection(ABC):
         """Take in what the other side tells of its addresses. Raises ProtocolError where none is needed."""
         raise ProtocolError("it sets a key for a process group that there is not")
 
+    def attach(self, wire: Wire) -> None:
+        """Server: take in the worker's second connection to the port. Raises ProtocolError where it is not wanted."""
+        wire.close()
+        raise ProtocolError("its tensors have a connection of another kind")
+
+    @abstractmethod
     def send(self, package: BytePackage) -> None:
         """Raises TransferError."""
+
+    @abstractmethod
+    def receive(self, num_bytes: int, timeout_seconds: float) -> tuple[MessageCode, list[Tensor]]:
+        """Message code and content of the next package, which has so many bytes. They are valid until the next one.
+
+        Raises ValueError where it is another one, TransferError where it did not come.
+        """
+
+    @abstractmethod
+    def interrupt(self) -> None:
+        """Let every transfer and the formation fail, now and from now on. From any thread; may be called again."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back the sockets, threads and memory. No transfer may be under way."""
+
+
+class ConnectionInParts(TensorConnection):
+    """Exchanges packages in FedLab's three parts: header, slices, content.
+
+    Unlike FedLab's, its receive buffer has the content's size and is used again.
+
+    side: SERVER or WORKER, which this side is.
+    """
+
+    def __init__(self, side: int) -> None:
+        self._side = side
+        self._buffer = torch.empty(0, dtype=torch.int8)
+
+    def send(self, package: BytePackage) -> None:
         header, slices, content = package.parts(receiver=1 - self._side)
         for part in (header, slices):
             self._send(part)
         self._send(content, is_content=True)
 
     def receive(self, num_bytes: int, timeout_seconds: float) -> tuple[MessageCode, list[Tensor]]:
-        """Message code and content of the next package, which has so many bytes. They are valid until the next one.
-
-        Raises ValueError where it is another one, TransferError where it did not come.
-        """
         deadline = time.monotonic() + timeout_seconds
         header = torch.empty(HEADER_SIZE, dtype=torch.int32)
         self._receive(header, deadline)
@@ -83,17 +106,7 @@ class TensorConnection(ABC):
         self._receive(content, deadline, is_content=True)
         return code, split_content(sizes, content.cpu())
 
-    def attach(self, wire: Wire) -> None:
-        """Server: take in the worker's second connection to the port. Raises ProtocolError where it is not wanted."""
-        wire.close()
-        raise ProtocolError("its tensors have a connection of another kind")
-
-    @abstractmethod
-    def interrupt(self) -> None:
-        """Let every transfer and the formation fail, now and from now on. From any thread; may be called again."""
-
     def close(self) -> None:
-        """Give back the sockets, threads and memory. No transfer may be under way."""
         self._buffer = self._buffer[:0].clone()
 
     @abstractmethod

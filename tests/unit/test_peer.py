@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,8 @@ from perfedavg.engine.tasks import ClientReport
 REPORT = ClientReport(5, 16, 0.25, 1.5)
 NEVER = 1000.0
 """Seconds between signs of life of an end that falls silent."""
+SO_MAX_PACING_RATE = 47
+"""Linux's option of a socket, which Python does not name."""
 SILENCE = 60.0
 """Seconds of it after which an end is lost. Far above what holds one up on a busy machine."""
 
@@ -285,6 +288,42 @@ def test_a_peer_that_falls_silent_in_the_middle_of_a_message_is_gone(connect: Co
     with pytest.raises(PeerLostError, match=r"no sign of life for 2 s"):
         receiver.receive()
     assert time.monotonic() - started < peer_module.ARRIVAL_SECONDS + 60
+
+
+@pytest.mark.parametrize("leaves", ["sender", "receiver"])
+@pytest.mark.parametrize("side", [SERVER, WORKER])
+def test_who_leaves_when_half_of_a_message_has_come_is_not_waited_for(connect: Connect, side: int, leaves: str) -> None:
+    """gloo tells no transfer, which may take hours for so large a message. Both peers' own threads end, too."""
+    ends = connect()
+    receiver, sender = ((ends.server, ends.worker), (ends.worker, ends.server))[side]
+    receiver.num_parameters = 10**9
+    for wire in tensor_wires(sender):
+        wire.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 2**20)  # bytes a second
+    sender.send(StartTraining(1, 2, 1, torch.ones(2**24)))
+    with beside(lambda: hear_of_the_end(receiver)):
+        came = bytes_received(receiver)
+        while bytes_received(receiver) < came + 2**18:
+            time.sleep(0.01)
+        (sender if leaves == "sender" else receiver).close("it leaves")
+    for end in (sender, receiver):
+        end._threads["beat"].join(SILENCE)  # which ends the others, and gives all back
+        assert not any(thread.is_alive() for thread in end._threads.values())
+
+
+def tensor_wires(end: Peer) -> list[socket.socket]:
+    """The sockets that carry an end's tensors; with gloo those of both ends, which are in one process here."""
+    tensors = end._tensors
+    if isinstance(tensors, GroupConnection):
+        return tensors._wires
+    assert isinstance(tensors, StreamConnection)
+    assert tensors._wire is not None
+    return [tensors._wire._socket]
+
+
+def bytes_received(end: Peer) -> int:
+    """Of tensors, by the kernel's count (tcpi_bytes_received)."""
+    information = [wire.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256) for wire in tensor_wires(end)]
+    return sum(struct.unpack_from("Q", one, 128)[0] for one in information)
 
 
 def test_no_connection_is_closed_while_a_message_is_received(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.peer import SERVER, WORKER, Peer, PeerLostError
 from multi_process.transport.process_group import GroupConnection
 from multi_process.transport.store import MAX_KEYS
-from multi_process.transport.tensors import TensorConnection, TransferError
+from multi_process.transport.tensors import TransferError
 from multi_process.transport.wire import Wire
 from perfedavg.engine.tasks import ClientReport
 
@@ -359,7 +359,7 @@ def test_a_shortage_of_memory_is_not_taken_for_a_lost_peer(connect: Connect, mon
     """A worker would join anew for ever, and nobody would hear why."""
     ends = connect().form()
 
-    def refuse(connection: TensorConnection, size: int) -> torch.Tensor:
+    def refuse(connection: GroupConnection, size: int) -> torch.Tensor:
         raise RuntimeError(f"DefaultCPUAllocator: can't allocate memory: you tried to allocate {size} bytes")
 
     monkeypatch.setattr(GroupConnection, "_receive_buffer", refuse)
