@@ -106,7 +106,6 @@ def turned() -> bytes:
 
 
 TWO_LEVELS = np.where(INK > 100, FULL, NONE)
-TWICE_BLUE = (INK // 2, INK // 2, INK)
 OPAQUE = {
     "grey": (encoded(Image.fromarray(INK)), ".png", INK),
     "two levels": (encoded(Image.fromarray(TWO_LEVELS).convert("1")), ".png", TWO_LEVELS),
@@ -173,7 +172,6 @@ def test_cmyk(tmp_path: Path) -> None:
     assert np.abs(greys - INK).mean() < 8, "a JPEG loses a little"
 
 
-GROUND = np.where(INK == 0, np.uint8(180), INK)
 AMBIGUOUS = {
     "several colours beside transparency": (encoded(layers(INK, TWO_LEVELS, mode="LA")), "has several colours beside"),
     "all transparent, but drawn": (encoded(layers(INK, NONE, mode="LA")), "has several colours beside"),

@@ -31,7 +31,6 @@ from multi_process.transport.tensors import TransferError
 from multi_process.transport.wire import Wire
 from perfedavg.engine.tasks import ClientReport
 
-NUM_STRANGERS = 1500
 NUM_PARAMETERS = 1000
 FLOODED_LIMIT = 4096
 """Of descriptors, for a process that is flooded."""
