@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, ClassVar
+from typing import IO, Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -208,24 +208,35 @@ def stop_in_round(number: int, folder: Path) -> list[str]:
     return ["benchmarks/planted_fault.py", "server stepping", "fedavg", str(number), "SIGSTOP", note]
 
 
+Reached = TypeVar("Reached")
+
+
+def wait_until(condition: Callable[[], Reached], what: str = "it", process: Process | None = None) -> Reached:
+    """Wait for what another thread or process is about to do. Returns what the condition then gives.
+
+    what: for the error.  process: the one that does it; where it ends before, the error comes at once.
+    """
+    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
+    while not (reached := condition()):
+        assert process is None or process.poll() is None, f"{what} never came: {finish(process)}"
+        assert time.monotonic() < deadline, f"{what} never came"
+        time.sleep(0.01)
+    return reached
+
+
 def wait_until_stopped(process: Process, child: str = "") -> int:
     """Until a process, or its child of this name, has stopped itself. Returns its process id."""
-    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
-    while True:
-        for pid in children_of(process.pid) if child else [process.pid]:
-            if _state(pid) == "T" and (not child or Path(f"/proc/{pid}/comm").read_text().strip() == child):
-                return pid
-        assert process.poll() is None, "it ended before"
-        assert time.monotonic() < deadline, "it never stopped"
-        time.sleep(0.02)
+
+    def stopped() -> list[int]:
+        pids = [pid for pid in (children_of(process.pid) if child else [process.pid]) if _state(pid) == "T"]
+        return [pid for pid in pids if not child or Path(f"/proc/{pid}/comm").read_text().strip() == child]
+
+    return wait_until(stopped, "its stop", process)[0]
 
 
 def assert_ended(pid: int) -> None:
-    """A process that is not this one's child is gone, or goes within some seconds."""
-    deadline = time.monotonic() + 120
-    while (state := _state(pid)) is not None:
-        assert time.monotonic() < deadline, f"process {pid} still runs, in state {state}"
-        time.sleep(0.05)
+    """A process that is not this one's child is gone, or goes within some time."""
+    wait_until(lambda: _state(pid) is None, f"the end of process {pid}")
 
 
 def _state(pid: int) -> str | None:

@@ -8,12 +8,11 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ENDS_WITHIN_SECONDS, ROOT, Launched, finish, read_result
+from helpers import ROOT, Launched, finish, read_result, wait_until
 from PIL import Image
 
 import reproduce
@@ -52,12 +51,8 @@ def test_a_stopped_run_prints_the_command_that_ends_it(script: str, launched: La
     hold = tmp_path / "hold"
     hold.touch()
     first = launched.start("tests/held_run.py", hold, "1", script, *SHORT, *flags, cwd=tmp_path)
-    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
     metrics = tmp_path / run / "metrics.jsonl"
-    while not metrics.exists() or not metrics.read_bytes():
-        assert first.poll() is None, finish(first)
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: metrics.exists() and metrics.read_bytes(), "its first round", first)
     first.send_signal(signal.SIGTERM)
     status, _, errors = finish(first)
     assert status == 128 + signal.SIGTERM

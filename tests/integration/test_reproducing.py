@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from helpers import ENDS_WITHIN_SECONDS, ROOT, TINY, Launched, Process, assert_ended, children_of, finish, read_result
+from helpers import ROOT, TINY, Launched, Process, assert_ended, children_of, finish, read_result, wait_until
 
 PROGRAM = """
 import json, sys, time
@@ -64,11 +63,8 @@ def hold(folder: Path, *rows: str) -> list[Path]:
 
 def wait_until_held(process: Process, file: Path) -> None:
     metrics = file.parent / "seed0" / "metrics.jsonl"
-    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, f"the second round of {file.parent.name} never came"
-        time.sleep(0.01)
+    what = f"the second round of {file.parent.name}"
+    wait_until(lambda: metrics.exists() and metrics.read_bytes().count(b"\n") >= 2, what, process)
 
 
 def test_stopped_in_the_middle_it_goes_on_to_the_same_model(launched: Launched, tmp_path: Path) -> None:

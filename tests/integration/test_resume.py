@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import (
-    ENDS_WITHIN_SECONDS,
     MNIST_PREFIXES,
     ROOT,
     TINY,
@@ -19,6 +17,7 @@ from helpers import (
     finish,
     one_phase,
     read_result,
+    wait_until,
     write_image_files,
 )
 
@@ -77,10 +76,8 @@ def test_stopped_before_the_first_round_has_ended(launched: Launched, tmp_path: 
     """There is nothing to save, and nothing is lost."""
     path = tmp_path / "run"
     process = launched.start("single_process.py", *FLAGS, "--run_dir", path, "--local_epochs", "100000")
-    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
-    while not (path / "log.txt").exists() or "FedAvg: 5 rounds" not in (path / "log.txt").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    log = path / "log.txt"
+    wait_until(lambda: log.exists() and "FedAvg: 5 rounds" in log.read_text(), "its begin", process)
     process.send_signal(signal.SIGINT)
     status, _, errors = finish(process)
     assert status == 128 + signal.SIGINT

@@ -29,6 +29,8 @@ from helpers import (
     network_flags,
     read_result,
     wait_for_line,
+    wait_until,
+    wait_until_stopped,
 )
 from torch import nn
 
@@ -275,7 +277,7 @@ def standing_still(
         *("benchmarks/planted_fault.py", *fault, "client_worker.py", *address, "--rank", "1", *known)
     )
     worker = launched.start_worker(port, 3, 2, *known)
-    wait_until(lambda: psutil.Process(stopped.pid).status() == psutil.STATUS_STOPPED, "the worker's stop")
+    wait_until_stopped(stopped)
     yield server.pid, port
     stopped.send_signal(signal.SIGCONT)
     for process in (server, stopped, worker):
@@ -290,13 +292,6 @@ def log_of_undisturbed(run: Path, digest: str) -> str:
     log = (run / "log.txt").read_text()
     assert "lost worker" not in log
     return log
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{what} never came"
-        time.sleep(0.01)
 
 
 def settled(pid: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from typing import Any, cast
 import psutil
 import pytest
 import torch
-from helpers import free_port
+from helpers import free_port, wait_until
 from torch import device
 
 from multi_process.messages import Finish, Join, KeptStates, Message
@@ -109,14 +109,6 @@ def beside(body: Callable[[], object]) -> Iterator[None]:
     yield
     thread.join(120)
     assert not thread.is_alive()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """For what another thread is about to do."""
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 def next_event(server: ServerNetwork) -> tuple[ConnectedWorker, Message | Exception]:

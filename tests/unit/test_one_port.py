@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_network import CPU, Run, beside, join_message, next_event, resources, wait_until
+from helpers import wait_until
+from test_network import CPU, Run, beside, join_message, next_event, resources
 
 from multi_process.messages import StartTraining
 from multi_process.transport import server_network, worker_network

@@ -6,11 +6,10 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from helpers import ENDS_WITHIN_SECONDS, ROOT
+from helpers import ROOT, wait_until
 
 from perfedavg.machine.private_folder import private_folder
 
@@ -39,7 +38,4 @@ def test_it_is_gone_too_where_its_process_is_killed(number: signal.Signals) -> N
         folder = Path(process.stdout.readline().strip())
         assert (folder / "secret").exists()
         process.send_signal(number)
-    deadline = time.monotonic() + ENDS_WITHIN_SECONDS
-    while folder.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not folder.exists(), "its end")

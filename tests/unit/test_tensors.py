@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from helpers import wait_until
 
 from multi_process.fedlab_adapter import sizes_of
 from multi_process.messages import AssignGroups, Finish, KeptStates, Message, PartialSum, StartTraining, to_package
@@ -108,13 +109,6 @@ def num_descriptors() -> int:
 def num_threads() -> int:
     """gloo's included, which Python does not know."""
     return len(os.listdir("/proc/self/task"))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager
