@@ -10,7 +10,7 @@ from pathlib import Path
 from helpers import ROOT, TINY, Launched, Process, assert_ended, children_of, finish, read_result, wait_until
 
 PROGRAM = """
-import json, sys, time
+import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from experiments import runner
@@ -19,14 +19,10 @@ from perfedavg.terminal.entry_point import prepare_process
 from perfedavg.machine.processes import SignalWatch
 prepare_process()
 if sys.argv[6] == "forks":
-    from perfedavg.recording.run_folder import RunFolder
-    end_round = RunFolder.round_ended
-    def end_round_and_wait(folder, record):
-        end_round(folder, record)
-        while record.round_number == 2 and (folder.path.parent / "hold").exists():
-            time.sleep(0.01)
-    RunFolder.round_ended = end_round_and_wait
-    def fork(command, output=None):
+    sys.path.insert(0, sys.argv[1] + "/tests")
+    from held_run import hold
+    def fork(command, output):
+        hold(Path(output.name).with_name("hold"), 2)  # beside the run's log
         return ForkedProcess("run", runner.ROOT / command[1], command[2:], output)
     runner.start_process = fork
 rows, runs, results = json.loads(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])

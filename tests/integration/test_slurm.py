@@ -28,9 +28,11 @@ CORES = 16
 FLAGS = [*TINY, "--rounds", "6", "--eval_every", "3"]
 HELD_SERVER = f"""
 import runpy, sys
-sys.argv[:0] = ["{ROOT}/tests/held_run.py", "{{hold}}", "1"]
-sys.argv[3] = "server.py"
-runpy.run_path(sys.argv[0], run_name="__main__")
+from pathlib import Path
+sys.path.insert(0, "{ROOT}/tests")
+from held_run import hold
+hold(Path("{{hold}}"), 1)
+runpy.run_path("{ROOT}/server.py", run_name="__main__")
 """
 """A server.py whose run waits behind its first round, so that the job is stopped in the middle of it."""
 
