@@ -15,7 +15,6 @@ from perfedavg.terminal.console import say
 FIRST_RETRY_SECONDS = 1.0
 LAST_RETRY_SECONDS = 30.0
 """Between two attempts to reach a lost host, at first and at last; doubled each time."""
-JOIN_SECONDS = 1.0
 
 
 class HostLink:
