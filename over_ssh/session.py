@@ -232,6 +232,7 @@ def command_of(host: Host, command: str, silence_seconds: float) -> list[str]:
         "ConnectTimeout": CONNECT_SECONDS,
         "ServerAliveInterval": interval,
         "ServerAliveCountMax": SIGNS_OF_LIFE,
+        "ControlMaster": "no",  # or what becomes the master of others stays when the run is over
     }
     words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
     return ["ssh", "-T", *words, host.name, command]

@@ -61,7 +61,7 @@ def test_ssh_asks_no_question_and_notices_silence() -> None:
     assert words[0] == "ssh"
     assert words[-2:] == ["anna@beta", "the command"]
     options = set(words[3:-2:2])
-    assert {"BatchMode=yes", "ServerAliveInterval=10", "ServerAliveCountMax=3"} <= options
+    assert {"BatchMode=yes", "ServerAliveInterval=10", "ServerAliveCountMax=3", "ControlMaster=no"} <= options
     assert "ServerAliveInterval=1" in command_of(Host("beta"), "", 1.0), "0 would turn it off"
 
 
