@@ -203,8 +203,7 @@ class SignalWatch:
         for descriptor in (self._wake_read, self._wake_write):
             os.set_blocking(descriptor, False)
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, self._remember)
+        answer_signals(self._remember)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)  # of which only the byte in the pipe is wanted
 
     def wake(self) -> None:
@@ -234,6 +233,13 @@ class SignalWatch:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+
+
+def answer_signals(answer: Callable[[int, FrameType | None], None]) -> None:
+    """Have a function called at a signal that asks this process to end; at SIGHUP not where nohup has it ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, answer)
 
 
 def end_processes(processes: Sequence[subprocess.Popen[bytes] | ForkedProcess]) -> None:

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from perfedavg.machine.descriptors import raise_limit
 from perfedavg.machine.forking import outlive_parent
+from perfedavg.machine.processes import answer_signals
 from perfedavg.terminal.console import LOGGER, open_standard_streams, reason_of, say, write_at_once
 
 EXIT_BAD_INPUT = 2
@@ -36,7 +37,6 @@ _SHORTAGES = (
 EarlyEnd = Callable[["signal.Signals | BaseException"], None]
 """Is told of the signal, or of the error, by which the process is about to end."""
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _early_end: list[EarlyEnd] = []
 _ending = threading.Event()
 
@@ -61,7 +61,7 @@ def run_entry_point(main: Callable[[], None]) -> None:
     a bug; 128 + n after signal n.
     """
     prepare_process()
-    _on_signals(_raise_stopped)
+    answer_signals(_raise_stopped)
     end_process(_wait_for(main))
 
 
@@ -152,7 +152,7 @@ def _wait_for(main: Callable[[], None]) -> int:
         threading.Thread(target=body, name="main", daemon=True).start()
         while not ended:
             os.read(wake_read, 1)
-        _on_signals(_end_at_once)
+        answer_signals(_end_at_once)
     except Stopped as stopped:
         _ending.set()
         say(f"stopped by {stopped.signal.name}")
@@ -173,14 +173,9 @@ def _end_early(reason: signal.Signals | BaseException) -> None:
             say(f"while ending: {reason_of(error)}")
 
 
-def _on_signals(answer: Callable[[int, FrameType | None], None]) -> None:
-    for number in _SIGNALS:
-        signal.signal(number, answer)
-
-
 def _raise_stopped(signal_number: int, frame: FrameType | None) -> None:
     outlive_parent()
-    _on_signals(_end_at_once)
+    answer_signals(_end_at_once)
     raise Stopped(signal_number)
 
 

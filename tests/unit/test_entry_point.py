@@ -58,6 +58,31 @@ def test_a_signal_ends_a_process_that_is_blocked(number: signal.Signals, launche
     assert (status, errors) == (128 + number, f"stopped by {number.name}\n")
 
 
+WATCHING = """
+import sys
+sys.path.insert(0, {root!r})
+from perfedavg.machine.processes import SignalWatch
+from perfedavg.terminal.console import say
+watch = SignalWatch()
+say("ready")
+while not watch.received: watch.wait()
+say(f"stopped by {{watch.received.name}}")
+sys.exit(128 + watch.received)
+"""
+
+
+@pytest.mark.parametrize("program", [PROGRAM, WATCHING], ids=["one that works", "one that watches others"])
+def test_a_terminal_that_closes_does_not_end_what_nohup_started(program: str, launched: Launched) -> None:
+    """It has SIGHUP ignored before the program begins."""
+    code = program.format(root=str(ROOT), body="say('ready'); threading.Event().wait()")
+    process = launched.start("sh", "-c", 'trap "" HUP; exec "$@"', "sh", sys.executable, "-c", code)
+    wait_for_line(process, "ready")
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGTERM)
+    status, _, errors = finish(process)
+    assert (status, errors) == (128 + signal.SIGTERM, "stopped by SIGTERM\n")
+
+
 def test_what_is_to_be_done_before_an_early_end_is_done_in_reverse_order(launched: Launched) -> None:
     """A callback that fails takes nothing from the others, one that was withdrawn is not called."""
     body = """at_early_end(lambda reason: say(f"first, {reason!r}"))
