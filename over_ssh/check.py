@@ -6,7 +6,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,7 +20,7 @@ from over_ssh.addresses import choose_address
 from over_ssh.hosts_file import Host
 from over_ssh.on_host import program
 from over_ssh.parallel import in_parallel
-from over_ssh.ports import answering, explain, try_ports
+from over_ssh.ports import find_port_faults
 from over_ssh.preparing import PACKAGES, Wanted, find_python, open_session, place_tree
 from over_ssh.session import HostError, Session, close_all
 from perfedavg.machine.interfaces import own_addresses
@@ -80,16 +80,12 @@ def check(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
         def look(host: Host | None) -> Machine:
             return look_here(args, wanted) if host is None else look_there(host, args, wanted, sessions)
 
-        def beat() -> None:
-            for session in list(sessions):
-                session.beat()
-
-        here, *there = in_parallel(look, [None, *hosts], signals, beat)
+        here, *there = in_parallel(look, [None, *hosts], signals, sessions)
         try:
             reached = [machine.session for machine in there if machine.session is not None]
             if reached or not hosts:
                 ip = choose_address(args.ip, reached) if hosts else args.ip
-                look_at_ports(here, there, ip, args, signals, beat)
+                look_at_ports(here, there, ip, args, signals)
         except ValueError as error:
             here.faults["address"] = str(error)
     lines = list(make_lines(here, there))
@@ -182,38 +178,21 @@ def _take_probe(machine: Machine, answer: dict[str, Any], args: Cluster, trains:
         machine.warnings["room"] = "that is little; make room, or use fewer slots there"
 
 
-def look_at_ports(
-    here: Machine,
-    there: Sequence[Machine],
-    ip: str | None,
-    args: Cluster,
-    signals: SignalWatch,
-    beat: Callable[[], None],
-) -> None:
+def look_at_ports(here: Machine, there: Sequence[Machine], ip: str | None, args: Cluster, signals: SignalWatch) -> None:
     """ip: of this machine; None where any of its addresses may be meant. Raises ValueError, StoppedError."""
-    with answering(ip or "", args.port), answering(ip or "", 0) as tensor_port:
-        addresses = own_addresses()
-        named = addresses if ip is None else {ip: addresses.get(ip, "loopback")}
-        shown = ", ".join(f"{address} ({interface})" for address, interface in named.items())
-        here.facts["address"] = f"{shown or 'none but 127.0.0.1'}; port {args.port} is free"
-        reached = [machine for machine in there if machine.session is not None]
-
-        def look(machine: Machine) -> None:
-            assert machine.session is not None
-            assert ip is not None
-            try:
-                reach = try_ports(machine.session, ip, args.port, tensor_port if args.needs_more_ports else None)
-                fault = explain(machine.session, reach, ip, args.port)
-            except HostError as error:
-                fault = error
-            if fault is None:
-                machine.facts["ports"] = (
-                    f"{ip}:{args.port} {'and those for tensors are' if args.needs_more_ports else 'is'} reached"
-                )
-            else:
-                machine.faults["ports"] = fault.said
-
-        in_parallel(look, reached, signals, beat)
+    reached = [(machine, machine.session) for machine in there if machine.session is not None]
+    sessions = [session for _, session in reached]
+    faults = find_port_faults(sessions, ip or "", args.port, args.needs_more_ports, signals)
+    addresses = own_addresses()
+    named = addresses if ip is None else {ip: addresses.get(ip, "loopback")}
+    shown = ", ".join(f"{address} ({interface})" for address, interface in named.items())
+    here.facts["address"] = f"{shown or 'none but 127.0.0.1'}; port {args.port} is free"
+    for (machine, _), fault in zip(reached, faults, strict=True):
+        if fault is None:
+            what = "and those for tensors are" if args.needs_more_ports else "is"
+            machine.facts["ports"] = f"{ip}:{args.port} {what} reached"
+        else:
+            machine.faults["ports"] = fault.said
 
 
 SUBJECTS = ("ssh", "project", "packages", "address", "ports", "data", "kernels", "devices", "room", "clocks")

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from over_ssh.session import Session
 from perfedavg.machine.processes import SignalWatch
 from perfedavg.terminal.console import say
 
@@ -24,11 +25,12 @@ class StoppedError(Exception):
 
 
 def in_parallel(
-    function: Callable[[Item], Result], items: Sequence[Item], signals: SignalWatch, beat: Callable[[], None]
+    function: Callable[[Item], Result], items: Sequence[Item], signals: SignalWatch, sessions: Sequence[Session]
 ) -> list[Result]:
     """What a function returns for each item, each in a thread that has ended then.
 
-    beat: called meanwhile, again and again.  Raises StoppedError where a signal came, and what a thread raised.
+    sessions: connections to keep alive meanwhile; the function may add some.
+    Raises StoppedError where a signal came, and what a thread raised.
     """
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
@@ -46,7 +48,8 @@ def in_parallel(
         if signals.received:
             say(f"stopped by {signals.received.name}")
             raise StoppedError(128 + signals.received)
-        beat()
+        for session in list(sessions):
+            session.beat()
         signals.wait(LOOK_SECONDS)
     if errors:
         raise errors[0]

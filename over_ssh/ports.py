@@ -7,10 +7,12 @@ import ipaddress
 import secrets
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from over_ssh.parallel import in_parallel
 from over_ssh.session import HostError, Session
+from perfedavg.machine.processes import SignalWatch
 
 ATTEMPT_SECONDS = 5.0
 """For a connection to be made, before a firewall is taken to swallow it."""
@@ -64,6 +66,27 @@ def _answer(listener: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
             connection.settimeout(ATTEMPT_SECONDS)
             connection.sendall(connection.recv(1024)[::-1])
+
+
+def find_port_faults(
+    sessions: Sequence[Session], ip: str, port: int, needs_more_ports: bool, signals: SignalWatch
+) -> list[HostError | None]:
+    """What keeps a worker on each host from this machine's server, with the way out; None where nothing does.
+
+    ip: of this machine; empty for all of its addresses, where there are no sessions.
+    needs_more_ports: whether those that gloo picks have to be open too.
+    Raises ValueError as `answering` does, StoppedError.
+    """
+    with answering(ip, port), answering(ip, 0) as tensor_port:
+
+        def find_fault(session: Session) -> HostError | None:
+            try:
+                reach = try_ports(session, ip, port, tensor_port if needs_more_ports else None)
+            except HostError as error:
+                return error
+            return explain(session, reach, ip, port)
+
+        return in_parallel(find_fault, sessions, signals, sessions)
 
 
 def try_ports(session: Session, ip: str, port: int, tensor_port: int | None) -> Reach:

@@ -17,8 +17,8 @@ from over_ssh.check import check
 from over_ssh.hosts_file import Host, read_hosts
 from over_ssh.links import HostLink
 from over_ssh.logs import WorkerLogs
-from over_ssh.parallel import LOOK_SECONDS, StoppedError, in_parallel
-from over_ssh.ports import answering, explain, try_ports
+from over_ssh.parallel import LOOK_SECONDS, Result, StoppedError, in_parallel
+from over_ssh.ports import find_port_faults
 from over_ssh.preparing import PreparedHost, Wanted, open_session, prepare
 from over_ssh.session import HostError, Session, close_all
 from over_ssh.tasks import keys_of_workers, make_tasks, run_keys, secrets_of_run
@@ -80,32 +80,21 @@ def prepare_all(
         except HostError as error:
             return error
 
-    def beat() -> None:
-        for session in list(sessions):
-            session.beat()
-
-    prepared = _without_faults(in_parallel(prepare_one, hosts, signals, beat))
+    prepared = _without_faults(in_parallel(prepare_one, hosts, signals, sessions))
     ip = choose_address(args.ip, sessions)
-    with answering(ip, args.port), answering(ip, 0) as tensor_port:
-
-        def try_one(host: PreparedHost) -> PreparedHost | HostError:
-            try:
-                reach = try_ports(host.session, ip, args.port, tensor_port if args.needs_more_ports else None)
-            except HostError as error:
-                return error
-            return explain(host.session, reach, ip, args.port) or host
-
-        return _without_faults(in_parallel(try_one, prepared, signals, beat)), replace(args, ip=ip)
+    ways = [host.session for host in prepared]
+    _without_faults(find_port_faults(ways, ip, args.port, args.needs_more_ports, signals))
+    return prepared, replace(args, ip=ip)
 
 
-def _without_faults(results: Sequence[PreparedHost | HostError]) -> list[PreparedHost]:
-    """The hosts. Raises ValueError where one has a fault, with the last; the others are said."""
+def _without_faults(results: Sequence[Result | HostError]) -> list[Result]:
+    """What are no faults. Raises ValueError where there is one, with the last; the others are said."""
     faults = [str(result) for result in results if isinstance(result, HostError)]
     if faults:
         for fault in faults[:-1]:
             say(f"error: {fault}")
         raise ValueError(faults[-1])
-    return [result for result in results if isinstance(result, PreparedHost)]
+    return [result for result in results if not isinstance(result, HostError)]
 
 
 def _run_on(args: Cluster, wanted: Wanted, prepared: Sequence[PreparedHost], signals: SignalWatch) -> int:
