@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,33 +17,34 @@ _OF_NO_WORKER = {"tests", "benchmarks", "examples", "results"}
 
 @dataclass(frozen=True)
 class Tree:
-    """Files below a folder, as they are when this is made: they may change while a run goes on.
+    """Files below a folder, as they were when they were read: they may change while a run goes on.
 
     root: absolute.  files: their paths below it.
     digest: of names and contents.  archive: a compressed tar archive.
-    Raises FileNotFoundError where a file is gone.
     """
 
     root: Path
     files: tuple[str, ...]
-    digest: str = field(init=False)
-    archive: bytes = field(init=False, repr=False)
+    digest: str
+    archive: bytes = field(repr=False)
 
-    def __post_init__(self) -> None:
+    @classmethod
+    def read(cls, root: Path, files: Iterable[str]) -> Tree:
+        """Raises FileNotFoundError where a file is gone."""
+        names = tuple(sorted(files))
         content = io.BytesIO()
         with tarfile.open(fileobj=content, mode="w:gz", compresslevel=4) as archive:
-            for name in self.files:
-                archive.add(self.root / name, name, recursive=False)
-        digest = tree_digest(str(self.root), list(self.files))
+            for name in names:
+                archive.add(root / name, name, recursive=False)
+        digest = tree_digest(str(root), list(names))
         if digest is None:
-            raise FileNotFoundError(f"a file of {self.root} cannot be read any more; try again")
-        object.__setattr__(self, "digest", digest)
-        object.__setattr__(self, "archive", content.getvalue())
+            raise FileNotFoundError(f"a file of {root} cannot be read any more; try again")
+        return cls(root, names, digest, content.getvalue())
 
 
 def project_tree() -> Tree:
     """What a worker and its environment are made of: the project's packages, scripts and requirements."""
-    return Tree(ROOT, tuple(sorted(_project_files())))
+    return Tree.read(ROOT, _project_files())
 
 
 def _project_files() -> Iterator[str]:
@@ -65,7 +66,7 @@ def own_tree(folder: Path, module_names: list[str]) -> Tree | None:
         if (folder / f"{top}.py").is_file() or (folder / top / "__init__.py").is_file():
             files |= {path.name for path in folder.glob("*.py")}
             files |= set(_python_files(folder / top, folder))
-    return Tree(folder, tuple(sorted(files))) if files else None
+    return Tree.read(folder, files) if files else None
 
 
 def _python_files(folder: Path, root: Path) -> Iterator[str]:

@@ -53,7 +53,7 @@ def some_tree(folder: Path) -> Tree:
     (folder / "package").mkdir(parents=True)
     (folder / "package" / "__init__.py").write_text("")
     (folder / "package" / "it's.py").write_text("x = 1\n")
-    return Tree(folder, ("package/__init__.py", "package/it's.py"))
+    return Tree.read(folder, ("package/__init__.py", "package/it's.py"))
 
 
 def test_ssh_asks_no_question_and_notices_silence() -> None:
@@ -198,7 +198,7 @@ def test_code_is_found_or_copied_once(session: Session, tmp_path: Path) -> None:
     assert (Path(copy) / "package" / "it's.py").read_text() == "x = 1\n"
     assert session.ask("find_tree", root="/nowhere", **asked)["at"] == copy
     (tree.root / "package" / "it's.py").write_text("x = 2\n")
-    changed = Tree(tree.root, tree.files)
+    changed = Tree.read(tree.root, tree.files)
     assert changed.digest != tree.digest
     assert session.ask("find_tree", root=str(tree.root), **asked)["at"] == copy, "the folder holds another version now"
     (Path(copy) / "package" / "it's.py").write_text("x = 3\n")
