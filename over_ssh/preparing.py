@@ -11,6 +11,7 @@ from pathlib import Path
 
 from launch.paths import ROOT
 from over_ssh.hosts_file import Host
+from over_ssh.on_host.program import IS_NOT_THERE
 from over_ssh.session import MAX_CONNECTING, HostError, Session
 from over_ssh.tree import Tree, own_tree, project_tree
 from perfedavg.fields import values_of
@@ -101,11 +102,8 @@ def place_tree(session: Session, tree: Tree) -> tuple[str, bool]:
         return place, False
     answer = session.ask("unpack_tree", tree.archive, files=files, digest=digest, size=len(tree.archive))
     if answer["at"] is None:
-        raise HostError(
-            session.host,
-            f"{tree.root} could not be copied there ({answer['reason']})",
-            "let that folder be writable, or bring this version to the same path there",
-        )
+        reason = f"{tree.root} could not be copied there ({answer['reason']})"
+        raise HostError(session.host, reason, answer["mend"])
     return answer["at"], True
 
 
@@ -117,28 +115,32 @@ def find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple
     host = session.host
     packages, with_cache = [*wanted, *OF_ANY_VERSION], host.python is None
     answer = session.ask("find_python", candidates=pythons(host), packages=packages, with_cache=with_cache)
-    faults = []
+    absent, faults = [], []
     for entry in answer["found"]:
         if "fault" in entry and host.python is not None:
             mend = "mend it in the file of --hosts, or leave it out"
             raise HostError(host, f"python={host.python} {entry['fault']}", mend)
         if "fault" in entry:
-            faults.append(f"{entry['path']} {entry['fault']}")
+            (absent if entry["fault"] == IS_NOT_THERE else faults).append(f"{entry['path']} {entry['fault']}")
             continue
         versions = entry["versions"]
-        wrong = [
-            f"{name} {versions.get(name) or 'missing'} (here {ours})"
-            for name, ours in wanted.items()
-            if public(versions.get(name) or "") != ours
-        ]
-        wrong += [f"{name} missing" for name in OF_ANY_VERSION if versions.get(name) is None]
+        wrong = wrong_versions(versions, wanted)
         if not wrong:
             return entry["path"], {name: versions[name] for name in ("python", *wanted)}
         faults.append(f"{entry['path']} has {', '.join(wrong)}")
     other = "another" if host.python else "one"
     mend = f"name {other} by python=PATH behind the host, or run: {_install(host, answer, code)}"
-    there = [fault for fault in faults if not fault.endswith(" is not there")]
-    raise HostError(host, f"no Python with this project's packages: {'; '.join(there or faults)}", mend)
+    raise HostError(host, f"no Python with this project's packages: {'; '.join(faults or absent)}", mend)
+
+
+def wrong_versions(versions: Mapping[str, str | None], wanted: Mapping[str, str]) -> list[str]:
+    """What an environment lacks or has in another version. versions: those that it has."""
+    wrong = [
+        f"{name} {versions.get(name) or 'missing'} (here {ours})"
+        for name, ours in wanted.items()
+        if public(versions.get(name) or "") != ours
+    ]
+    return wrong + [f"{name} missing" for name in OF_ANY_VERSION if versions.get(name) is None]
 
 
 def _install(host: Host, answer: Mapping[str, str], code: str) -> str:

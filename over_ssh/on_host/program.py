@@ -27,6 +27,7 @@ Json = Any
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "personalized-fedavg")
 """Where copies of code go, and where a Python may be that knows the packages."""
 FIRST_SILENCE_SECONDS = 60.0
+IS_NOT_THERE = "is not there"
 _VERSIONS = """
 import importlib.metadata, json, platform, sys
 found = {"python": platform.python_version()}
@@ -63,7 +64,10 @@ def find_tree(root: str, files: list[str], digest: str) -> Json:
 
 
 def unpack_tree(files: list[str], digest: str, size: int) -> Json:
-    """Copy the files: a tar archive of so many bytes is what comes next on standard input."""
+    """Copy the files: a tar archive of so many bytes is what comes next on standard input.
+
+    at: where they are then; without, `reason` says why they are nowhere, and `mend` the way out.
+    """
     content = io.BytesIO()
     while content.tell() < size:
         content.write(_read(size - content.tell()))
@@ -83,8 +87,11 @@ def unpack_tree(files: list[str], digest: str, size: int) -> Json:
                     shutil.rmtree(place, ignore_errors=True)
                     os.rename(unfinished, place)
     except OSError as error:
-        return {"at": None, "reason": f"{CACHE}: {error.strerror}"}
-    return {"at": place if tree_digest(place, files) == digest else None, "reason": "it is not what was sent"}
+        mend = "let that folder be writable, or bring this version to the same path there"
+        return {"at": None, "reason": f"{CACHE}: {error.strerror}", "mend": mend}
+    if tree_digest(place, files) != digest:
+        return {"at": None, "reason": f"what arrived in {place} is not what was sent", "mend": "try again"}
+    return {"at": place}
 
 
 def find_python(candidates: list[str], packages: list[str], with_cache: bool) -> Json:
@@ -99,7 +106,7 @@ def find_python(candidates: list[str], packages: list[str], with_cache: bool) ->
 
 def _look_at_python(path: str, packages: list[str]) -> Json:
     if not os.path.exists(path):
-        return {"fault": "is not there"}
+        return {"fault": IS_NOT_THERE}
     if os.path.isdir(path):
         return {"fault": "is a folder"}
     if not os.access(path, os.X_OK):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -233,6 +234,14 @@ def test_a_home_in_which_nothing_can_be_written_is_said(tmp_path: Path, monkeypa
     said = f"{tree.root} could not be copied there (/dev/null/personalized-fedavg: Not a directory); let that folder be"
     with Session(HERE, [sys.executable], LONG) as opened, pytest.raises(HostError, match=re.escape(said)):
         preparing.place_tree(opened, tree)
+
+
+def test_a_copy_that_was_damaged_on_its_way_is_no_matter_of_rights(session: Session, tmp_path: Path) -> None:
+    sent = some_tree(tmp_path / "here")
+    sent.root.rename(tmp_path / "nowhere")
+    said = rf"{sent.root} could not be copied there \(what arrived in \S+ is not what was sent\); try again$"
+    with pytest.raises(HostError, match=said):
+        preparing.place_tree(session, replace(sent, digest=64 * "0"))
 
 
 def test_a_host_with_this_folder_and_environment_needs_nothing(session: Session) -> None:
