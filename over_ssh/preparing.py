@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from launch.paths import ROOT
 from over_ssh.hosts_file import Host
@@ -115,7 +116,8 @@ def find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple
     host = session.host
     packages, with_cache = [*wanted, *OF_ANY_VERSION], host.python is None
     answer = session.ask("find_python", candidates=pythons(host), packages=packages, with_cache=with_cache)
-    absent, faults = [], []
+    absent: list[str] = []
+    faults: list[str] = []
     for entry in answer["found"]:
         if "fault" in entry and host.python is not None:
             mend = "mend it in the file of --hosts, or leave it out"
@@ -143,16 +145,16 @@ def wrong_versions(versions: Mapping[str, str | None], wanted: Mapping[str, str]
     return wrong + [f"{name} missing" for name in OF_ANY_VERSION if versions.get(name) is None]
 
 
-def _install(host: Host, answer: Mapping[str, str], code: str) -> str:
-    """The command that sets up an environment there."""
+def _install(host: Host, answer: Mapping[str, Any], code: str) -> str:
+    """The command that sets up an environment there. answer: of `program.find_python`."""
     if host.python is not None:
-        command = command_line([host.python, "-m", "pip", "install", "-r", f"{code}/requirements.txt"])
+        command = command_line([answer["found"][0]["path"], "-m", "pip", "install", "-r", f"{code}/requirements.txt"])
     elif code == str(ROOT):
         command = f"sh {command_line([code + '/quick_start.sh'])} --help"
     else:
         venv = f"{answer['cache']}/.venv"
         pip = command_line([f"{venv}/bin/python", "-m", "pip", "install", "-r", f"{code}/requirements.txt"])
-        command = f"{command_line(['python3', '-m', 'venv', venv])} && {pip}"
+        command = f"{command_line([answer['python'], '-m', 'venv', venv])} && {pip}"
     return command if host.is_this_machine else command_line(["ssh", host.name, command])
 
 

@@ -35,11 +35,16 @@ _READ_PROGRAM = (
 )
 """Runs what standard input brings up to a zero byte."""
 _FIND_PYTHON = (
+    'set -- "$@" "${XDG_CACHE_HOME:-$HOME/.cache}/personalized-fedavg/.venv/bin/python" python3; o=; '
     'for p do case $p in "~/"*) p=$HOME/${p#??};; esac; '
-    '[ "$("$p" -c "import sys;print(sys.version_info[0])" </dev/null 2>/dev/null)" = 3 ] && exec "$p" -c "$0"; done; '
+    f'v=$("$p" -c "import sys;print(sys.version_info>={OLDEST_PYTHON})" </dev/null 2>/dev/null); '
+    '[ "$v" = True ] && exec "$p" -c "$0"; [ "$v" = False ] && o=${o:-$p}; done; [ "$o" ] && exec "$o" -c "$0"; '
     'echo "no Python 3 that runs among $*" >&2; exit 127'
 )
-"""Both without what a login shell other than sh takes for more than a character: quotes, backslashes, `!`."""
+"""The first that is recent enough; without any, the first that is too old, which _READ_PROGRAM says.
+
+Both without what a login shell other than sh takes for more than a character: quotes, backslashes, `!`.
+"""
 
 
 class HostError(Exception):
@@ -57,8 +62,8 @@ class Session:
     def __init__(self, host: Host, pythons: Sequence[str], silence_seconds: float) -> None:
         """Begin to connect; `open` waits for it.
 
-        pythons: paths there, absolute or from `~`, of which the first that is a Python runs on_host/program.py; without
-            any, python3 does.
+        pythons: paths there, absolute or from `~`, of which the first that is recent enough runs on_host/program.py;
+            without any, the one in `program.CACHE` or python3 does.
         silence_seconds: after which each end takes the other for lost.
         Raises HostError where ssh cannot be started.
         """
@@ -240,4 +245,4 @@ def command_of(host: Host, command: str, silence_seconds: float) -> list[str]:
 
 def remote_command(pythons: Sequence[str]) -> str:
     """What the host's login shell is given: it finds a Python, which reads what it is to run."""
-    return command_line(["exec", "sh", "-c", _FIND_PYTHON, _READ_PROGRAM, *pythons, "python3"])
+    return command_line(["exec", "sh", "-c", _FIND_PYTHON, _READ_PROGRAM, *pythons])

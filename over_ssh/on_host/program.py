@@ -97,11 +97,12 @@ def unpack_tree(files: list[str], digest: str, size: int) -> Json:
 def find_python(candidates: list[str], packages: list[str], with_cache: bool) -> Json:
     """Of each candidate, in their order, the versions of packages that it has, or what is wrong with it.
 
-    with_cache: whether the one in CACHE is the last candidate.
+    with_cache: whether the one in CACHE is the last candidate.  `python` of the answer: the one that runs this.
     """
     asked = [*candidates, *[os.path.join(CACHE, ".venv", "bin", "python")] * with_cache]
     paths = [os.path.expanduser(candidate) for candidate in asked]
-    return {"found": [{"path": path, **_look_at_python(path, packages)} for path in paths], "cache": CACHE}
+    found = [{"path": path, **_look_at_python(path, packages)} for path in paths]
+    return {"found": found, "cache": CACHE, "python": sys.executable}
 
 
 def _look_at_python(path: str, packages: list[str]) -> Json:

@@ -88,11 +88,13 @@ def test_the_first_python_that_is_there_reads_the_program(tmp_path: Path) -> Non
 def test_a_host_without_python_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "sh").symlink_to("/bin/sh")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(
-        HostError, match=r"^localhost: no Python 3 that runs among /x python3; name one of version 3.10"
-    ):
-        Session(HERE, ["/x"], LONG).__enter__()
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(HostError) as refusal:
+        Session(HERE, ["/x"], LONG).__enter__()
+    cached = f"{tmp_path}/.cache/personalized-fedavg/.venv/bin/python"
+    said = f"localhost: no Python 3 that runs among /x {cached} python3; name one of version 3.10"
+    assert str(refusal.value).startswith(said)
     (tmp_path / "my python").symlink_to(sys.executable)
     with Session(HERE, ["~/my python"], LONG) as session:
         assert session.facts["python"], "python= may be in the user's home"
@@ -104,6 +106,31 @@ def test_a_host_whose_python_is_too_old_says_so(monkeypatch: pytest.MonkeyPatch)
     said = "beta: Python 3.6.8 there is too old; name one of version 3.10 or later by python=PATH"
     with pytest.raises(HostError, match=re.escape(said)):
         Session(Host("beta"), [], LONG).__enter__()
+
+
+OLD_PYTHON = """#!/bin/sh
+case $2 in *print*) echo False;; *) echo "Python 3.6.8 there is too old" >&2; exit 1;; esac
+"""
+"""Of which what is asked first answers as an old Python would, and what is run then ends as it does there."""
+
+
+def test_a_python_that_is_too_old_is_passed_over_for_one_that_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the system's one, where there is a later one in the folder that the documentation names."""
+    old = tmp_path / "python3"
+    old.write_text(OLD_PYTHON)
+    old.chmod(0o755)
+    (tmp_path / "sh").symlink_to("/bin/sh")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "my cache"))
+    with pytest.raises(HostError, match=r"Python 3\.6\.8 there is too old; name one of version 3\.10 or later"):
+        Session(HERE, ["/x", str(old)], LONG).__enter__()
+    cached = tmp_path / "my cache" / "personalized-fedavg" / ".venv" / "bin" / "python"
+    cached.parent.mkdir(parents=True)
+    cached.symlink_to(sys.executable)
+    with Session(HERE, ["/x", str(old)], LONG) as opened:
+        assert opened.facts["python"]
 
 
 def test_what_a_host_greets_with_is_not_why_it_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,15 +333,30 @@ def test_a_python_that_is_none_is_a_line_with_the_value(
 
 
 def test_the_command_for_a_copy_sets_up_an_environment_beside_it() -> None:
-    answer = {"cache": "/home/it's/.cache/personalized-fedavg"}
+    answer = {"cache": "/home/it's/.cache/personalized-fedavg", "python": "/usr/bin/python3.11"}
     command = preparing._install(Host("beta"), answer, "/home/it's/.cache/personalized-fedavg/0123")
     program, host, remote = shlex.split(command)
     assert (program, host) == ("ssh", "beta")
     first, second = remote.split(" && ")
     venv = "/home/it's/.cache/personalized-fedavg/.venv"
-    assert shlex.split(first) == ["python3", "-m", "venv", venv]
+    assert shlex.split(first) == ["/usr/bin/python3.11", "-m", "venv", venv]
     assert shlex.split(second)[0] == f"{venv}/bin/python"
     assert shlex.split(second)[-1] == "/home/it's/.cache/personalized-fedavg/0123/requirements.txt"
+
+
+def test_the_command_for_a_named_python_does_not_leave_its_home_to_a_shell(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would not look into quotes for it."""
+    home = tmp_path / "it's home"
+    home.mkdir()
+    (home / "python").symlink_to(sys.executable)
+    monkeypatch.setenv("HOME", str(home))
+    host = Host("localhost", python="~/python")
+    with Session(host, preparing.pythons(host), LONG) as opened, pytest.raises(HostError) as fault:
+        preparing.find_python(opened, {"not-there": "1"}, "/code")
+    command = str(fault.value).partition("or run: ")[2]
+    assert shlex.split(command) == [str(home / "python"), "-m", "pip", "install", "-r", "/code/requirements.txt"]
 
 
 def test_the_projects_code_is_what_a_worker_needs() -> None:
