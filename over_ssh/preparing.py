@@ -16,6 +16,7 @@ from over_ssh.on_host.program import IS_NOT_THERE
 from over_ssh.session import MAX_CONNECTING, HostError, Session
 from over_ssh.tree import Tree, own_tree, project_tree
 from perfedavg.fields import values_of
+from perfedavg.own_files import is_own_code
 from perfedavg.settings import ExperimentConfig
 from perfedavg.terminal.console import command_line
 
@@ -46,7 +47,7 @@ class Wanted:
     def by(cls, config: ExperimentConfig) -> Wanted:
         """What an experiment needs."""
         values = values_of(config)
-        names = [name for flag in _OWN_CODE for name in str(values.get(flag, "")).split(",") if ":" in name]
+        names = [name for flag in _OWN_CODE for name in str(values.get(flag, "")).split(",") if is_own_code(name)]
         own = own_tree(Path.cwd(), [name.partition(":")[0] for name in names])
         return cls(project_tree(), own, {name: public(version(name)) for name in PACKAGES})
 

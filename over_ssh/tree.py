@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -55,23 +56,36 @@ def _project_files() -> Iterator[str]:
             yield from [path.name] if path.suffix == ".py" else _python_files(path, ROOT)
 
 
-def own_tree(folder: Path, module_names: list[str]) -> Tree | None:
+def own_tree(folder: Path, module_names: Iterable[str]) -> Tree | None:
     """The modules of the user's own that are named, with those beside them; None where none lies in the folder.
 
+    Beside them are the modules and packages in each folder on the way to them. A folder on the way may be a package
+    without an `__init__.py`.
     folder: in which they are looked for.  module_names: such as `package.module`.
     """
-    files = set()
+    files: set[str] = set()
     for name in module_names:
-        top = name.partition(".")[0]
-        if (folder / f"{top}.py").is_file() or (folder / top / "__init__.py").is_file():
-            files |= {path.name for path in folder.glob("*.py")}
-            files |= set(_python_files(folder / top, folder))
+        *packages, module = name.split(".")
+        ways = [folder.joinpath(*packages[:depth]) for depth in range(len(packages) + 1)]
+        top = folder / name.partition(".")[0]
+        if any(_is_module(path) for path in (top, ways[-1] / module)):
+            files |= {file for way in ways for file in _modules_in(way, folder)}
     return Tree.read(folder, files) if files else None
 
 
-def _python_files(folder: Path, root: Path) -> Iterator[str]:
-    """Of a package and the packages in it, but of no folder of data."""
-    if (folder / "__init__.py").is_file():
-        yield from (str(path.relative_to(root)) for path in folder.glob("*.py") if path.is_file())
-        for path in folder.iterdir():
+def _is_module(path: Path) -> bool:
+    return path.with_name(f"{path.name}.py").is_file() or (path / "__init__.py").is_file()
+
+
+def _modules_in(folder: Path, root: Path) -> Iterator[str]:
+    """The modules and packages in a folder, but in the root no packages by names that are this project's."""
+    yield from (str(path.relative_to(root)) for path in folder.glob("*.py") if path.is_file())
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if folder != root or path.name not in PROJECT_MODULES:
             yield from _python_files(path, root)
+
+
+def _python_files(package: Path, root: Path) -> Iterator[str]:
+    """Of a package and the packages in it, but of no folder of data."""
+    if os.path.isfile(package / "__init__.py"):  # also where one may not look into it
+        yield from _modules_in(package, root)

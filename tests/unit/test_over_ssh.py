@@ -365,16 +365,31 @@ def test_the_projects_code_is_what_a_worker_needs() -> None:
     assert not any(name.startswith(("tests/", "datasets/data/", "runs/", ".venv/")) for name in files)
 
 
-def test_a_users_own_modules_go_with_those_beside_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("named", "files"),
+    [
+        ("my_net", {"my_net.py", "beside.py", "package/__init__.py", "package/it's.py"}),
+        ("package.it's", {"my_net.py", "beside.py", "package/__init__.py", "package/it's.py"}),
+        ("nets.small", {"my_net.py", "beside.py", "package/__init__.py", "package/it's.py", "nets/small.py"}),
+        ("installed.module", set()),
+        ("nets.installed", set()),
+    ],
+)
+def test_a_users_own_modules_go_with_those_beside_them(named: str, files: set[str], tmp_path: Path) -> None:
+    """Also from a folder without an `__init__.py`, from which Python imports as well."""
     some_tree(tmp_path)
-    (tmp_path / "beside.py").write_text("")
-    (tmp_path / "package" / "data").mkdir()
-    (tmp_path / "package" / "data" / "x.py").write_text("")
-    tree = own_tree(tmp_path, ["package.it's"])
-    assert tree is not None
-    assert tree.files == ("beside.py", "package/__init__.py", "package/it's.py")
-    assert own_tree(tmp_path, ["installed.module"]) is None
+    for name in ("my_net.py", "beside.py", "nets/small.py", "package/data/x.py", "scripts/y.py", "models/__init__.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    tree = own_tree(tmp_path, [named])
+    assert (set() if tree is None else set(tree.files)) == files
+
+
+def test_nothing_goes_along_where_nothing_of_the_users_own_is_named(tmp_path: Path) -> None:
+    some_tree(tmp_path)
     assert own_tree(tmp_path, []) is None
+    for dataset in ("digits", str(tmp_path / "package:d" / "my.csv")):
+        assert Wanted.by(get_args("cluster", ["--dataset", dataset]).experiment).own is None
 
 
 @pytest.mark.parametrize("how", ["end of input", "silence"])
