@@ -21,7 +21,7 @@ from over_ssh.parallel import LOOK_SECONDS, Result, StoppedError, in_parallel
 from over_ssh.ports import find_port_faults
 from over_ssh.preparing import PreparedHost, Wanted, open_session, prepare
 from over_ssh.session import HostError, Session, close_all
-from over_ssh.tasks import keys_of_workers, make_tasks, run_keys, secrets_of_run
+from over_ssh.tasks import check_network, keys_of_workers, make_tasks, run_keys, secrets_of_run
 from perfedavg.machine.processes import END_SECONDS, SERVER, TERMINATE_SECONDS, LocalProcesses, SignalWatch
 from perfedavg.recording.runs import CONFIG_FILE
 from perfedavg.terminal.console import command_line, say
@@ -44,7 +44,8 @@ def run(args: Cluster) -> int:
     hosts = [] if args.hosts is None else read_hosts(args.hosts)
     num_workers = sum(host.slots for host in hosts)
     utils.check_num_workers(args, max(1, num_workers))
-    secrets_of_run(args)  # and the keys: what is wrong with them is said before any host is asked
+    check_network(args, hosts)  # this and what follows: what is wrong is said before any host is asked
+    secrets_of_run(args)
     keys_of_workers(args.keys)
     signals = SignalWatch()
     try:

@@ -64,13 +64,40 @@ def make_tasks(
         yield Task(host, workers, ranks, environment, keys, args.worker_timeout_seconds)
 
 
+def check_network(args: Cluster, hosts: Sequence[Host]) -> None:
+    """Raises ValueError for keys that nothing would use, and for an interface for tensors that none would go by.
+
+    The server and its workers would refuse it too, but only when all hosts are ready, and by flags that nobody gave.
+    """
+    if args.keys is not None and args.needs_more_ports:
+        raise ValueError(
+            f"--backend {args.backend} sends tensors in plain text, which --keys is there to prevent; leave one of "
+            "the two out"
+        )
+    named = [f"ethernet={host.ethernet} of {host.name}" for host in hosts if host.ethernet is not None]
+    named += [f"--ethernet {args.ethernet}"] * (args.ethernet is not None)
+    if not named or args.needs_more_ports:
+        return
+    if args.backend == "tcp" or _is_encrypted(args, hosts):
+        why = "with --backend tcp" if args.backend == "tcp" else "where everything is encrypted"
+        raise ValueError(
+            f"{named[0]} has no effect {why}, because tensors then go to --ip too; leave it out, or send them in plain "
+            "text with --backend gloo"
+        )
+
+
+def _is_encrypted(args: Cluster, hosts: Sequence[Host]) -> bool:
+    """Not on this machine alone, nor over gloo, which cannot; unless --keys asks for it."""
+    return args.keys is not None or not (args.needs_more_ports or all(host.is_this_machine for host in hosts))
+
+
 @contextlib.contextmanager
 def run_keys(args: Cluster, hosts: Sequence[Host]) -> Iterator[Path | None]:
     """The folder with the keys of a run: those of --keys, or fresh ones, which are gone at the end of the block.
 
-    None where nothing is encrypted: on this machine alone, or over gloo, which cannot.
+    None where nothing is encrypted.
     """
-    if args.keys is not None or args.needs_more_ports or all(host.is_this_machine for host in hosts):
+    if args.keys is not None or not _is_encrypted(args, hosts):
         yield args.keys
         return
     with private_folder("perfedavg-keys-") as folder:

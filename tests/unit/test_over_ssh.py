@@ -34,7 +34,7 @@ from over_ssh.session import (
     command_of,
     remote_command,
 )
-from over_ssh.tasks import Task, make_tasks
+from over_ssh.tasks import Task, check_network, make_tasks
 from over_ssh.tree import Tree, own_tree, project_tree
 from utils import get_args
 
@@ -455,20 +455,46 @@ def test_each_worker_gets_a_rank_and_what_its_host_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("host", "flags", "said"),
     [
-        (["--keys", "{folder}"], "--keys {folder} has no server.key; make_keys.py makes keys"),
-        (["--token_file", "{folder}/hosts"], "the token in --token_file {folder}/hosts has 4 characters"),
+        ("beta", ["--keys", "{folder}"], "--keys {folder} has no server.key; make_keys.py makes keys"),
+        ("beta", ["--token_file", "{folder}/hosts"], "the token in --token_file {folder}/hosts has 4 characters"),
+        (
+            "beta",
+            ["--keys", "{folder}", "--backend", "gloo"],
+            "--backend gloo sends tensors in plain text, which --keys",
+        ),
+        ("beta ethernet=ib0", [], "ethernet=ib0 of beta has no effect where everything is encrypted, because tensors"),
+        ("beta", ["--ethernet", "ib0"], "--ethernet ib0 has no effect where everything is encrypted, because tensors"),
+        ("localhost", ["--ethernet", "lo", "--backend", "tcp"], "--ethernet lo has no effect with --backend tcp, bec"),
+        (
+            "localhost",
+            ["--ethernet", "lo", "--keys", "{folder}"],
+            "--ethernet lo has no effect where everything is enc",
+        ),
     ],
 )
-def test_keys_and_tokens_that_cannot_be_used_are_said_before_any_host_is_asked(
-    flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("check", [[], ["--check"]], ids=["run", "check"])
+def test_keys_tokens_and_interfaces_that_cannot_be_used_are_said_before_any_host_is_asked(
+    check: list[str], host: str, flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "hosts").write_text("beta")
+    (tmp_path / "hosts").write_text(host)
     monkeypatch.setattr("over_ssh.session.command_of", lambda *told: pytest.fail("it was asked"))
-    argv = ["--hosts", str(tmp_path / "hosts"), *(flag.format(folder=tmp_path) for flag in flags)]
+    argv = ["--hosts", str(tmp_path / "hosts"), *check, *(flag.format(folder=tmp_path) for flag in flags)]
     with pytest.raises(ValueError, match=re.escape(said.format(folder=tmp_path))):
         run(get_args("cluster", argv))
+
+
+@pytest.mark.parametrize(
+    ("host", "flags"),
+    [
+        (Host("beta", ethernet="ib0"), ["--backend", "gloo"]),
+        (Host("beta", ethernet="ib0"), ["--backend", "nccl"]),
+        (Host("localhost", ethernet="lo"), []),
+    ],
+)
+def test_an_interface_for_tensors_may_be_named_where_they_go_in_plain_text(host: Host, flags: list[str]) -> None:
+    check_network(get_args("cluster", ["--hosts", "hosts", *flags]), [host])
 
 
 @pytest.mark.parametrize("ends", [True, False])
