@@ -37,6 +37,8 @@ class HostLink:
         self._stopping = threading.Event()
         self._session: Session | None = prepared.session
         self._prepared: PreparedHost | None = prepared
+        self._pause = FIRST_RETRY_SECONDS
+        self._said = ""
         self._thread = threading.Thread(target=self._run, name=task.host.name, daemon=True)
 
     def start(self) -> None:
@@ -63,16 +65,14 @@ class HostLink:
         return not self._thread.is_alive()
 
     def _run(self) -> None:
-        host, pause, said = self.task.host, FIRST_RETRY_SECONDS, ""
+        host = self.task.host
         while not self._stopping.is_set():
             try:
                 self._follow(self._take_prepared())
             except HostError as error:
-                if self.status is None and not self._stopping.is_set() and str(error) != said:
-                    said = str(error)
+                if self.status is None and not self._stopping.is_set() and str(error) != self._said:
+                    self._said = str(error)
                     say(f"{error}; trying {host.name} again, while the others go on")
-            else:
-                pause, said = FIRST_RETRY_SECONDS, ""
             finally:
                 self.is_following = False
                 session, self._session = self._session, None
@@ -81,8 +81,12 @@ class HostLink:
             if self.status is not None:
                 self._on_end()
                 return
-            self._stopping.wait(pause)
-            pause = min(2 * pause, LAST_RETRY_SECONDS)
+            self._stopping.wait(self._pause)
+            self._pause = min(2 * self._pause, LAST_RETRY_SECONDS)
+
+    def _begin_retries(self) -> None:
+        """Let the host's next loss be its first: it is said, and the host is tried again at once."""
+        self._pause, self._said = FIRST_RETRY_SECONDS, ""
 
     def _take_prepared(self) -> PreparedHost:
         prepared, self._prepared = self._prepared, None
@@ -106,6 +110,7 @@ class HostLink:
         session.send({"workers": task.workers, "keys": task.keys, "silence_seconds": task.silence_seconds})
         for fields in session.lines():
             if "output" in fields:
+                self._begin_retries()  # not before: workers that cannot even start would be tried again every second
                 self._logs.add(self._log_name(fields["worker"]), fields["output"])
             elif "said" in fields:
                 self._say(fields["said"])

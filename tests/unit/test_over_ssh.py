@@ -517,6 +517,48 @@ def test_why_a_worker_ended_is_said_unless_the_server_ends_by_it_and_says_it_its
     assert said == ([] if ends else ["beta: worker 1 ended with status 2: error: mnist is not in /data"])
 
 
+@pytest.mark.parametrize("prints", [True, False])
+def test_every_loss_of_a_host_is_said_whose_workers_ran(
+    prints: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour later it may be lost for the same reason; workers that cannot start have the same to say at each try."""
+    said: list[str] = []
+    pauses: list[float] = []
+    losses = 4
+
+    class LostSession:
+        def ask(self, do: str, **fields: Any) -> None: ...
+
+        def send(self, fields: dict[str, Any]) -> None: ...
+
+        def lines(self) -> Iterator[dict[str, Any]]:
+            if prints:
+                yield {"worker": "worker 1", "output": "joined\n"}
+
+        def lost(self) -> HostError:
+            return HostError(Host("beta"), "no answer")
+
+        def close(self) -> None: ...
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == losses:
+            link._stopping.set()
+
+    monkeypatch.setattr(links, "say", said.append)
+    monkeypatch.setattr(links, "open_session", lambda *told: LostSession())
+    monkeypatch.setattr(links, "prepare", lambda session, wanted: prepared)
+    prepared = SimpleNamespace(session=LostSession(), python="", code="", folder="")
+    task = Task(Host("beta"), {"worker 1": []}, {"worker 1": 1}, {}, {}, LONG)
+    logs = WorkerLogs(tmp_path, resumes=False)
+    link = links.HostLink(task, cast(Any, SimpleNamespace()), cast(Any, prepared), logs, lambda: None)
+    monkeypatch.setattr(link._stopping, "wait", pause)
+    link._run()
+    lost = "beta: no answer; trying beta again, while the others go on"
+    assert [line for line in said if "reached again" not in line] == [lost] * (losses if prints else 1)
+    assert pauses == ([1.0] * losses if prints else [1.0, 2.0, 4.0, 8.0])
+
+
 def test_logs_wait_for_the_run_to_begin(tmp_path: Path) -> None:
     """A folder that the server refuses, or leaves as it was, must not get any."""
     run = tmp_path / "run"
