@@ -80,7 +80,7 @@ def check(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
         def look(host: Host | None) -> Machine:
             return look_here(args, wanted) if host is None else look_there(host, args, wanted, sessions)
 
-        here, *there = in_parallel(look, [None, *hosts], signals, sessions)
+        here, *there = in_parallel(look, {HERE: None, **{host.name: host for host in hosts}}, signals, sessions)
         try:
             reached = [machine.session for machine in there if machine.session is not None]
             if reached or not hosts:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from over_ssh.session import Session
@@ -11,6 +12,9 @@ from perfedavg.machine.processes import SignalWatch
 from perfedavg.terminal.console import say
 
 LOOK_SECONDS = 0.05
+REMINDER_SECONDS = 10.0
+"""Between two lines about what is waited for."""
+MAX_NAMED = 5
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,32 +29,37 @@ class StoppedError(Exception):
 
 
 def in_parallel(
-    function: Callable[[Item], Result], items: Sequence[Item], signals: SignalWatch, sessions: Sequence[Session]
+    function: Callable[[Item], Result], items: Mapping[str, Item], signals: SignalWatch, sessions: Sequence[Session]
 ) -> list[Result]:
-    """What a function returns for each item, each in a thread that has ended then.
+    """What a function returns for each item, each in a thread that has ended then. Says now and then what it waits for.
 
-    sessions: connections to keep alive meanwhile; the function may add some.
+    items: by their names.  sessions: connections to keep alive meanwhile; the function may add some.
     Raises StoppedError where a signal came, and what a thread raised.
     """
-    results: dict[int, Result] = {}
+    results: dict[str, Result] = {}
     errors: list[BaseException] = []
 
-    def work(number: int) -> None:
+    def work(name: str) -> None:
         try:
-            results[number] = function(items[number])
+            results[name] = function(items[name])
         except BaseException as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(len(items))]
-    for thread in threads:
+    threads = {name: threading.Thread(target=work, args=(name,), daemon=True) for name in items}
+    for thread in threads.values():
         thread.start()
-    while any(thread.is_alive() for thread in threads):
+    next_reminder = time.monotonic() + REMINDER_SECONDS
+    while waited_for := [name for name, thread in threads.items() if thread.is_alive()]:
         if signals.received:
             say(f"stopped by {signals.received.name}")
             raise StoppedError(128 + signals.received)
+        if time.monotonic() >= next_reminder:
+            next_reminder += REMINDER_SECONDS
+            more = f" and {len(waited_for) - MAX_NAMED} more" if len(waited_for) > MAX_NAMED else ""
+            say(f"waiting for {', '.join(waited_for[:MAX_NAMED])}{more}")
         for session in list(sessions):
             session.beat()
         signals.wait(LOOK_SECONDS)
     if errors:
         raise errors[0]
-    return [results[number] for number in range(len(items))]
+    return [results[name] for name in items]

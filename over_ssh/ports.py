@@ -86,7 +86,7 @@ def find_port_faults(
                 return error
             return explain(session, reach, ip, port)
 
-        return in_parallel(find_fault, sessions, signals, sessions)
+        return in_parallel(find_fault, {session.host.name: session for session in sessions}, signals, sessions)
 
 
 def try_ports(session: Session, ip: str, port: int, tensor_port: int | None) -> Reach:

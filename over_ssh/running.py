@@ -81,7 +81,7 @@ def prepare_all(
         except HostError as error:
             return error
 
-    prepared = _without_faults(in_parallel(prepare_one, hosts, signals, sessions))
+    prepared = _without_faults(in_parallel(prepare_one, {host.name: host for host in hosts}, signals, sessions))
     ip = choose_address(args.ip, sessions)
     ways = [host.session for host in prepared]
     _without_faults(find_port_faults(ways, ip, args.port, args.needs_more_ports, signals))

@@ -20,6 +20,8 @@ from over_ssh.on_host import program
 from perfedavg.terminal.console import command_line
 
 CONNECT_SECONDS = 10
+OPEN_SECONDS = 60.0
+"""Until a Python answers at the other end. A home that hangs lets it wait for ever, and so does a key to be touched."""
 CLOSE_SECONDS = 2.0
 MAX_CONNECTING = 8
 """Connections that are made at a time. An sshd, as it is installed, refuses some where ten wait to be let in, and all
@@ -89,8 +91,25 @@ class Session:
 
     def open(self) -> None:
         """Have the program run at the other end; `facts` is what it says first. Raises HostError."""
-        self._send(Path(program.__file__).read_bytes() + b"\0")
-        self.facts = self.ask("begin", silence_seconds=self._silence_seconds)
+        is_late = threading.Event()
+
+        def give_up() -> None:
+            is_late.set()
+            self.kill()
+
+        timer = threading.Timer(OPEN_SECONDS, give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            self._send(Path(program.__file__).read_bytes() + b"\0")
+            self.facts = self.ask("begin", silence_seconds=self._silence_seconds)
+        except HostError as error:
+            if is_late.is_set():
+                mend = f"see that `ssh {self.host.name} python3 -V` answers soon, and without a question"
+                raise HostError(self.host, f"no answer within {OPEN_SECONDS:.0f} s", mend) from error
+            raise
+        finally:
+            timer.cancel()
         self._greeting_bytes = os.fstat(self._errors.fileno()).st_size  # such as sshd's Banner, no reason for an end
 
     def __enter__(self) -> Session:

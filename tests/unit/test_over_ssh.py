@@ -19,7 +19,7 @@ from typing import Any, cast
 import pytest
 from helpers import ROOT, assert_ended
 
-from over_ssh import addresses, links, preparing
+from over_ssh import addresses, links, parallel, preparing
 from over_ssh.hosts_file import Host
 from over_ssh.logs import WorkerLogs
 from over_ssh.preparing import Wanted, prepare
@@ -191,6 +191,36 @@ def test_hosts_that_do_not_answer_are_given_up_together(monkeypatch: pytest.Monk
     silent = SimpleNamespace(end_input=lambda: None, close=close)
     close_all(cast("list[Session]", 3 * [silent]))
     assert given == [CLOSE_SECONDS, 0.0, 0.0]
+
+
+def test_a_host_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its home hangs, or its key waits to be touched; ssh is content, and would wait for ever."""
+    monkeypatch.setattr("over_ssh.session.OPEN_SECONDS", 0.1)
+    monkeypatch.setattr("over_ssh.session.command_of", lambda *told: ["sleep", "1000"])
+    said = "beta: no answer within 0 s; see that `ssh beta python3 -V` answers soon, and without a question"
+    with pytest.raises(HostError, match=re.escape(said)):
+        Session(Host("beta"), [], LONG).__enter__()
+
+
+def test_hosts_that_are_waited_for_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    may_go = threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        may_go.set()
+
+    def work(number: int) -> int:
+        assert number == 0 or may_go.wait(LONG)
+        return number
+
+    monkeypatch.setattr(parallel, "say", say)
+    monkeypatch.setattr(parallel, "REMINDER_SECONDS", 0.0)
+    monkeypatch.setattr(parallel, "MAX_NAMED", 2)
+    signals = SimpleNamespace(received=None, wait=lambda seconds: None)
+    hosts = {name: number for number, name in enumerate(("beta", "gamma", "delta", "epsilon"))}
+    assert parallel.in_parallel(work, hosts, cast(Any, signals), []) == [0, 1, 2, 3]
+    assert said[0].endswith(("waiting for gamma, delta and 1 more", "waiting for beta, gamma and 2 more"))
 
 
 def test_what_a_host_prints_besides_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
