@@ -161,19 +161,21 @@ Launch = Callable[[str, Path, list[str], IO[bytes]], Process]
 class Processes:
     """The processes of one run, each with its standard error in a file of its own.
 
-    num_awaited: workers without which the server does not end. One that comes back when it has would seek it in vain,
-    on a machine where the run takes no longer than that.
+    num_awaited: the server does not end before so many workers are connected. A short run could be over before a worker
+        that is started again is there, which would then find no server.
     """
 
-    def __init__(self, folder: Path, launch: Launch, experiment: list[str], network: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, launch: Launch, experiment: list[str], network: Sequence[str], num_awaited: int = 0
+    ) -> None:
         self._folder = folder
         self._launch = launch
         self._experiment = experiment
         self._network = network
+        self._num_awaited = num_awaited
         self._held, self.port = hold_free_port()
         self.run_dir = folder / "run"
         self.note = folder / "struck"
-        self.num_awaited = 0
         self._running: dict[str, Process] = {}
 
     def start(self, name: str, row: Row | None = None, resume: bool = False) -> None:
@@ -189,8 +191,8 @@ class Processes:
         if row is not None:
             fault = [row.point, row.phase, str(row.round_number), row.signal, str(self.note)]
             words = ["benchmarks/planted_fault.py", *fault, *words]
-        if name == "server" and self.num_awaited:
-            words = ["benchmarks/patient_server.py", str(self.num_awaited), *words]
+        if name == "server" and self._num_awaited:
+            words = ["benchmarks/patient_server.py", str(self._num_awaited), *words]
         script, *argv = words
         with open(self.error_file(name), "ab") as errors:
             self._running[name] = self._launch(name, ROOT / script, [*argv, *address], errors)
@@ -225,10 +227,14 @@ class Processes:
 
 @contextmanager
 def processes_in(
-    folder: Path, launch: Launch = ForkedProcess, experiment: list[str] = EXPERIMENT, network: Sequence[str] = ()
+    folder: Path,
+    launch: Launch = ForkedProcess,
+    experiment: list[str] = EXPERIMENT,
+    network: Sequence[str] = (),
+    num_awaited: int = 0,
 ) -> Iterator[Processes]:
     folder.mkdir(parents=True)
-    processes = Processes(folder, launch, experiment, network)
+    processes = Processes(folder, launch, experiment, network, num_awaited)
     try:
         yield processes
     finally:
@@ -259,13 +265,12 @@ def run_row(
 
 
 def _run(folder: Path, launch: Launch, experiment: list[str], network: Sequence[str], row: Row | None) -> Result:
-    with processes_in(folder, launch, experiment, network) as processes:
+    struck = None if row is None else ("server" if row.process == "server" else "worker 2")
+    expected = ["server", "worker 1", "worker 2"]
+    if row is not None and row.then == "others":
+        expected.remove("worker 2")
+    with processes_in(folder, launch, experiment, network, num_awaited=len(expected) - 1) as processes:
         started = time.monotonic()
-        struck = None if row is None else ("server" if row.process == "server" else "worker 2")
-        expected = ["server", "worker 1", "worker 2"]
-        if row is not None and row.then == "others":
-            expected.remove("worker 2")
-        processes.num_awaited = len(expected) - 1
         for name in ("server", "worker 1", "worker 2"):
             processes.start(name, row if name == struck else None)
         noticed_s = None

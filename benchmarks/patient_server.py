@@ -1,4 +1,4 @@
-"""Run a server that does not end before so many workers are there: one that comes back later would seek it in vain.
+"""Run a server that does not end before so many workers are there: one that comes back later would find no server.
 
 python benchmarks/patient_server.py WORKERS server.py|benchmarks/planted_fault.py [its arguments]
 
