@@ -1,7 +1,8 @@
-"""What an experiment is: every setting that changes its result, checked once, and nothing that does not.
+"""What an experiment is (`ExperimentConfig`): every setting that changes its result, checked once, and nothing else.
 
-How it is run (addresses, devices, threads, folders) is kept out, so that two runs with equal configurations
-end with equal models. This module imports no torch, so that reading flags stays fast.
+How it is run (addresses, devices, threads, folders) is kept out of it, so that two runs with equal configurations
+end with equal models; what a process computes with is `Compute`. This module imports no torch, so that reading flags
+stays fast.
 """
 
 from __future__ import annotations
@@ -506,7 +507,7 @@ class ExperimentConfig(ClientsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """What a process computes with, which does not change the result."""
+    """What a process computes with; no part of an experiment."""
 
     heading = "compute"
     device: str = setting("auto", "auto (a GPU where there is one), cpu, cuda or cuda:i")
