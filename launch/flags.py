@@ -56,7 +56,7 @@ def parse(kind: type[Settings], argv: Sequence[str] | None = None, others: list[
         _complete(flags, values)
         _refuse_meaningless(flags, values)
     settings = build(kind, values)
-    _refuse_idle(settings, told, given)
+    _refuse_ineffective(settings, told, given)
     return settings
 
 
@@ -150,7 +150,7 @@ def _complete(flags: Mapping[str, Flag], values: dict[str, Any]) -> None:
         values["model"] = _architecture(dataset, values["model"])
 
 
-def _refuse_idle(settings: Any, told: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def _refuse_ineffective(settings: Any, told: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Raise ValueError where a setting is told that has no effect, such as one of a method that is not chosen.
 
     told: what the command line or a file says.  given: what the command line says, by which a file's may come to have
@@ -158,17 +158,17 @@ def _refuse_idle(settings: Any, told: Mapping[str, Any], given: Mapping[str, Any
     """
     flags = flags_by_name(type(settings))
     for name, value in told.items():
-        obstacle = flags[name].obstacle_in(settings)
-        if obstacle is None or (name not in given and obstacle[0].name in given):
+        cause = flags[name].ineffective_because(settings)
+        if cause is None or (name not in given and cause[0].name in given):
             continue
-        (other, fitting), owners = obstacle, flags[name].by_choice
+        (other, fitting), owners = cause, flags[name].by_choice
         present = other.value_in(settings)
         reason = f"has no effect with {other.label} {present}"
         uses = [f"{other.label} {text}" for text in fitting if text is not None]
         if flags[name].value_in(settings) is MISSING and owners:
             reason = f"is a setting of {' and '.join(owners)}, and {other.label} is {present}"
             own = [flag for flag in flags.values() if flag.path[-1] == flags[name].path[-1] and flag.by_choice]
-            uses = [flag.label for flag in own if flag.obstacle_in(settings) is None] or uses
+            uses = [flag.label for flag in own if flag.ineffective_because(settings) is None] or uses
         raise ValueError(f"--{name} {value} {reason}; leave it out{f', or use {uses[0]}' if uses else ''}")
 
 
@@ -246,7 +246,7 @@ def _resume(kind: type[Settings], values: dict[str, Any], on_command_line: Mappi
     if "model" in given and given.get("dataset", recorded.dataset) == recorded.dataset:
         given["model"] = _architecture(recorded.dataset, given["model"])
     asked_for = build(ExperimentConfig, {**present, **given}).settled_as(recorded)
-    _refuse_idle(asked_for, given, on_command_line)
+    _refuse_ineffective(asked_for, given, on_command_line)
     asked = values_of(asked_for)
     if "initial_model" in values and recorded.initial_model is None:
         asked["initial_model"] = values["initial_model"]

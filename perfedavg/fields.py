@@ -59,7 +59,8 @@ class Setting:
     positional: whether its value stands on the command line without a flag.
     many: whether it is a tuple of values.
     kinds: of a choice, the dataclasses that it is between, by name.
-    only_with: by the fields beside it, the values of theirs with which it has an effect; others are not named.
+    only_with: name of another field of the same dataclass -> its values with which this setting has an effect; empty
+        where it always has one.
     reported: when a report names its value: `differing`, where it differs from that of other runs; `always`, unless it
         is the default; `never`, because runs that differ in nothing else are one experiment.
     search: the range of interest, in which tune.py searches a good value unless told otherwise, as `--search` takes it:
@@ -222,10 +223,10 @@ class Flag:
         field = getattr(settings, "__dataclass_fields__", {}).get(self.path[-1])
         return (field and setting_of(field)) or self.setting
 
-    def obstacle_in(self, settings: Any) -> tuple[Flag, Sequence[Any]] | None:
+    def ineffective_because(self, settings: Any) -> tuple[Flag, Sequence[Any]] | None:
         """The flag by whose value it has no effect in an instance of the whole, and the values with which it would.
 
-        None where it has one.
+        None where it has an effect.
         """
         kind: Any = type(settings)
         flags = flags_of(kind)
@@ -339,9 +340,9 @@ def build(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
 
 
 def values_of(settings: Any) -> dict[str, Any]:
-    """The inverse of `build`, without the settings that have no effect."""
+    """The inverse of `build`, without ineffective settings, to which `build` gives their defaults."""
     flags = flags_by_name(type(settings))
-    return {name: flag.value_in(settings) for name, flag in flags.items() if flag.obstacle_in(settings) is None}
+    return {name: flag.value_in(settings) for name, flag in flags.items() if flag.ineffective_because(settings) is None}
 
 
 def label(kind: Any, path: str) -> str:

@@ -84,14 +84,14 @@ def default_texts(values: Mapping[str, Any]) -> dict[str, str]:
 
 
 def with_effect(texts: Mapping[str, str], experiment: ExperimentConfig) -> dict[str, str]:
-    """Without those that have none beside the others, as a momentum beside an optimizer that has none.
+    """Without those that are ineffective beside the others, as a momentum beside an optimizer that has none.
 
     texts: of searched settings, by flag.  experiment: which they are for.
     """
     flags = flags_by_name(ExperimentConfig)
     values = {name: flags[name].parse(text) for name, text in texts.items()}
     told = build(ExperimentConfig, values_of(experiment) | values)
-    return {name: text for name, text in texts.items() if flags[name].obstacle_in(told) is None}
+    return {name: text for name, text in texts.items() if flags[name].ineffective_because(told) is None}
 
 
 def read_space(searches: Sequence[str], experiment: ExperimentConfig, fixed: Sequence[str] = ()) -> list[Dimension]:
@@ -123,9 +123,9 @@ def read_space(searches: Sequence[str], experiment: ExperimentConfig, fixed: Seq
             raise ValueError(f"--search {name}={text}: the row itself says {name}, and would go on to; leave it out")
         if name not in flags:
             raise ValueError(f"--search {name}={text}: {name} {unknown(name, values)}")
-        obstacle = flags[name].obstacle_in(experiment)
-        if obstacle is not None and (flags[name].value_in(experiment) is MISSING or obstacle[0].name not in texts):
-            chosen = f"{obstacle[0].label} {obstacle[0].value_in(experiment)}"
+        cause = flags[name].ineffective_because(experiment)
+        if cause is not None and (flags[name].value_in(experiment) is MISSING or cause[0].name not in texts):
+            chosen = f"{cause[0].label} {cause[0].value_in(experiment)}"
             raise ValueError(f"--search {name}={text}: {name} has no effect with {chosen}; leave it out")
         try:
             dimensions.append(_dimension(flags[name], experiment, text))
