@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,7 +13,15 @@ import server
 import utils
 from launch.commands import to_argv
 from launch.paths import ROOT
-from launch.settings import LAUNCHER_PORT, LAUNCHER_RANK, LAUNCHER_SIZE, Server, ServerOrWorker, Worker
+from launch.settings import (
+    LAUNCHER_ADDRESS,
+    LAUNCHER_PORT,
+    LAUNCHER_RANK,
+    LAUNCHER_SIZE,
+    Server,
+    ServerOrWorker,
+    Worker,
+)
 from perfedavg.machine.processes import hold_free_port
 from perfedavg.terminal.entry_point import run_entry_point
 
@@ -24,10 +33,10 @@ def main() -> None:
         from multi_process import agent_store
 
         store = agent_store.AgentStore.of_environment(os.environ, args.join_timeout_seconds)
-        if is_on_one_machine(os.environ):
+        if is_on_one_machine(os.environ) and args.ip == os.environ.get(LAUNCHER_ADDRESS):
             args = replace(args, ip="127.0.0.1")
         if rank == 0:
-            _held, port = hold_free_port(args.ip)  # until this process ends
+            _held, port = hold_port_at(args.ip)  # until this process ends
             store.tell_port(port)
         else:
             port = store.ask_port()
@@ -53,6 +62,17 @@ def torchrun_has_port(args: ServerOrWorker, environment: Mapping[str, str]) -> b
     """Whether the port of the flags is the one that torchrun itself listens on."""
     shares_store = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return shares_store and environment.get(LAUNCHER_PORT) == str(args.port)
+
+
+def hold_port_at(host: str) -> tuple[socket.socket, int]:
+    """As `hold_free_port`. Raises ValueError where it is no address of this machine."""
+    try:
+        return hold_free_port(host)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on --ip {host} ({error.strerror}), which {LAUNCHER_ADDRESS} says where no flag does; use "
+            "an address of this machine, the one with rank 0"
+        ) from error
 
 
 def is_on_one_machine(environment: Mapping[str, str]) -> bool:

@@ -405,7 +405,7 @@ class WorkerPool(PoolManager):
         """Of the workers that are to come before the start."""
         present = {worker.rank for worker in self._workers.values()}
         ranks = [rank for rank in range(1, self._network.world_size) if rank not in present]
-        return ranks[: self._num_first - len(self._workers)]
+        return ranks[: max(0, self._num_first - len(self._workers))]
 
     def _missing(self) -> str:
         ranks = self._missing_ranks()

@@ -5,7 +5,8 @@ connection. The other messages go over a connection for tensors, between these t
 that dies, hangs or joins disturbs no other, and nobody waits for a message that may never come: receiving begins when
 the message has been announced, and has a limit.
 
-A peer that is lost gives back all that it had: its sockets, threads and memory.
+A peer that is lost gives back all that it had: its sockets, threads and memory. Only of a message that was on its way
+over gloo, what gloo needs for it stays until the time limit of the message (`process_group`).
 """
 
 from __future__ import annotations
@@ -38,7 +39,14 @@ from multi_process.messages import (
 from multi_process.packing import SLOW_BYTES_PER_SECOND
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.handshake import FinishedError
-from multi_process.transport.tensors import FORMATION_SECONDS, SERVER, WORKER, TensorConnection, TransferError
+from multi_process.transport.tensors import (
+    FORMATION_SECONDS,
+    SERVER,
+    SLOWEST_BYTES_PER_SECOND,
+    WORKER,
+    TensorConnection,
+    TransferError,
+)
 from multi_process.transport.wire import Wire
 from perfedavg.terminal.console import LOGGER
 
@@ -46,8 +54,6 @@ __all__ = ["SERVER", "WORKER", "Peer", "PeerLostError", "RunEndedError"]
 
 ARRIVAL_SECONDS = 1.0
 """For the rest of a message to arrive that was coming when the peer left."""
-SLOWEST_BYTES_PER_SECOND = 4 * 1024
-"""A peer that sends a message more slowly than this, after a first silence, is lost. 30 may share one megabit."""
 CLOCK_SECONDS = 0.05
 """By which gloo's clock, in milliseconds, may be ahead."""
 WATCH_SECONDS = 0.02
@@ -142,7 +148,7 @@ class Peer:
         self._outgoing: queue.SimpleQueue[Message | None] = queue.SimpleQueue()  # None: nothing more will come
         self._changed = threading.Condition()
         self._farewell_lock = threading.Lock()
-        self._receiving = threading.Lock()  # held while a package is, so that its connection is not closed meanwhile
+        self._receiving = threading.Lock()  # held while a package is, so that nobody waits for a socket that is closed
         self._num_coming = 0
         self._is_slow = False
         self._unsent_bytes = 0
@@ -388,7 +394,7 @@ class Peer:
         self._control.close()
         if "form" in self._threads:
             self._threads["form"].join()
-        with self._receiving:  # gloo tells no transfer that its group is gone: it would wait until its time is over
+        with self._receiving:  # whose descriptor may be another connection's once it is closed
             self._tensors.close()
 
     def _lose(self, reason: str) -> None:

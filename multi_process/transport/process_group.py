@@ -2,7 +2,9 @@
 
 It is gloo's, with nccl one of nccl's beside it. gloo listens on a port of its own for the other side, asks nobody who
 connects, keeps a descriptor for each, and ends the whole process where it runs out of them. So it listens no longer
-than it takes to form the group. Nor does gloo interrupt a transfer; that is done by shutting down its connection.
+than it takes to form the group. Nor does gloo interrupt a transfer; that is done by shutting down its connection. It
+tells that to a transfer that has not begun, but never to one of which a part has come or gone. So each package has a
+thread of its own, which is left behind then, with its package and gloo's thread, until the package's time is over.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -27,7 +30,13 @@ from torch.distributed import PrefixStore
 from multi_process.fedlab_adapter import BytePackage, MessageCode
 from multi_process.transport.control import ControlConnection
 from multi_process.transport.store import ControlStore
-from multi_process.transport.tensors import FORMATION_SECONDS, SENDING_SECONDS, ConnectionInParts, TransferError
+from multi_process.transport.tensors import (
+    FORMATION_SECONDS,
+    SENDING_SECONDS,
+    ConnectionInParts,
+    TransferError,
+    sending_seconds,
+)
 from perfedavg.machine.descriptors import num_spare
 from perfedavg.terminal.entry_point import is_shortage
 
@@ -35,7 +44,6 @@ Result = TypeVar("Result")
 MAX_FAILURE_CHARS = 200
 GLOO_ATTEMPTS = 5
 """Times its timeout that gloo waits for a connection."""
-SENDING_TIMEOUT = timedelta(seconds=SENDING_SECONDS)
 
 
 class Group(Protocol):
@@ -137,10 +145,10 @@ class GroupConnection(ConnectionInParts):
             self._listener = self._device = None
 
     def send(self, package: BytePackage) -> None:
-        self._unless_interrupted(lambda: super(GroupConnection, self).send(package))
+        self._in_own_thread(partial(super().send, package))
 
     def receive(self, num_bytes: int, timeout_seconds: float) -> tuple[MessageCode, list[Tensor]]:
-        return self._unless_interrupted(lambda: super(GroupConnection, self).receive(num_bytes, timeout_seconds))
+        return self._in_own_thread(partial(super().receive, num_bytes, timeout_seconds))
 
     def interrupt(self) -> None:
         self.store.close()
@@ -178,7 +186,7 @@ class GroupConnection(ConnectionInParts):
         """An nccl group of two, one GPU each."""
         torch.cuda.set_device(device)
         options = dist.ProcessGroupNCCL.Options()
-        options._timeout = SENDING_TIMEOUT
+        options._timeout = timedelta(seconds=SENDING_SECONDS)
         return cast(Group, dist.ProcessGroupNCCL(PrefixStore("nccl", self.store), self._side, 2, options))
 
     def _sockets(self, is_listening: bool) -> Generator[tuple[int, socket.socket], None, None]:
@@ -200,29 +208,24 @@ class GroupConnection(ConnectionInParts):
             else:
                 one.close()
 
-    def _unless_interrupted(self, transfer: Callable[[], Result]) -> Result:
-        """Its result. It has a thread of its own, because gloo does not tell it, once it has begun, that its connection
-        is gone. After an interruption that thread is there until the transfer's own time is over.
-        """
+    def _in_own_thread(self, transfer: Callable[[], Result]) -> Result:
+        """The transfer's result. Raises what it raises, or TransferError where it is interrupted first."""
         finished: Future[Result] = Future()
-
-        def run() -> None:
-            try:
-                finished.set_result(transfer())
-            except Exception as error:
-                finished.set_exception(error)
-
-        threading.Thread(target=run, name="transfer", daemon=True).start()
+        threading.Thread(target=_fulfil, args=(finished, transfer), name="transfer", daemon=True).start()
         either: list[Future[Any]] = [finished, self._interrupted]
         wait(either, return_when=FIRST_COMPLETED)
-        if not finished.done():
-            raise TransferError("it was interrupted")
-        return finished.result()
+        try:
+            if not finished.done():
+                raise TransferError("it was interrupted")
+            return finished.result()
+        finally:
+            del finished, either  # an error keeps this frame, which must not keep the error
 
     def _send(self, part: Tensor, is_content: bool = False) -> None:
         part = part.to(self._buffer.device) if is_content else part
+        limit = timedelta(seconds=sending_seconds(part.nbytes))
         with _transfer_errors():
-            self._group(is_content).send([part], 1 - self._side, 0).wait(SENDING_TIMEOUT)
+            self._group(is_content).send([part], 1 - self._side, 0).wait(limit)
 
     def _receive(self, part: Tensor, deadline: float, is_content: bool = False) -> None:
         remaining = timedelta(seconds=max(0.001, deadline - time.monotonic()))
@@ -235,6 +238,15 @@ class GroupConnection(ConnectionInParts):
         if group is None:
             raise TransferError("the tensors' connection was closed")
         return group
+
+
+def _fulfil(finished: Future[Result], transfer: Callable[[], Result]) -> None:
+    try:
+        finished.set_result(transfer())
+    except Exception as error:
+        finished.set_exception(error)
+    finally:
+        del finished  # an error keeps this frame, which must not keep the error
 
 
 @contextlib.contextmanager

@@ -78,9 +78,16 @@ class NetworkSettings:
 
 
 def check_interface(ethernet: str | None) -> None:
-    """Raises ValueError where this machine has no such network interface."""
-    if ethernet is not None and ethernet not in psutil.net_if_addrs():
-        raise ValueError(f"--ethernet {ethernet} is not here; use one of {', '.join(psutil.net_if_addrs())}")
+    """Raises ValueError where this machine has no such network interface, or none with an address."""
+    usable = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if {address.family for address in addresses} & {socket.AF_INET, socket.AF_INET6}
+    ]
+    if ethernet is not None and ethernet not in usable:
+        raise ValueError(
+            f"--ethernet {ethernet} is no interface of this machine that has an address; use one of {', '.join(usable)}"
+        )
 
 
 def listen_on(address: tuple[str, int]) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 import threading
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,9 @@ WAIT_SECONDS = 30.0
 MAX_KEYS = 16
 """That the other side may set while a group is formed. gloo needs one, nccl a few."""
 MAX_VALUE_BYTES = 4096
+GLOO_PREFIX, FAILURE_PREFIX = "gloo/", "failure/"
+"""Of the keys under which a side tells gloo its address, and the other side why it cannot connect."""
+LENGTH_BYTES = 8
 
 
 class ControlStore(Store):
@@ -26,6 +30,7 @@ class ControlStore(Store):
         self._control = control
         self._values: dict[str, bytes] = {}
         self._changed = threading.Condition()
+        self._others_failure = ""
         self._is_closed = False
 
     def set_by_peer(self, key: Any, value: Any) -> None:
@@ -39,7 +44,12 @@ class ControlStore(Store):
                 raise ProtocolError(
                     f"it sets more than {MAX_KEYS} keys of up to {MAX_VALUE_BYTES} bytes for a process group"
                 )
-            self._values[key] = base64.b64decode(value)
+            content = base64.b64decode(value)
+            if key.startswith(GLOO_PREFIX) and not _is_gloos_address(content):
+                raise ProtocolError("it sets an address for gloo that is none")
+            if key.startswith(FAILURE_PREFIX):
+                self._others_failure = content.decode(errors="replace")
+            self._values[key] = content
             self._changed.notify_all()
 
     def value_of(self, key: str) -> bytes:
@@ -70,6 +80,21 @@ class ControlStore(Store):
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
         del timeout  # gloo's is for a connection; the peer may take longer to get there
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or self.check(keys), WAIT_SECONDS)
+            self._changed.wait_for(
+                lambda: self.check(keys) or self._is_closed or bool(self._others_failure), WAIT_SECONDS
+            )
             if not self.check(keys):
-                raise ConnectionError("the peer is gone" if self._is_closed else "the peer does not answer")
+                gone = "the peer is gone" if self._is_closed else "the peer does not answer"
+                raise ConnectionError(self._others_failure or gone)
+
+
+def _is_gloos_address(content: bytes) -> bool:
+    """Whether the lengths fit that stand in what a side tells gloo of itself, because gloo trusts them.
+
+    It is the name of its host and its address, the length of each in eight bytes before it, and eight bytes for each of
+    the two sides.
+    """
+    at = 0
+    for _ in range(2):
+        at += LENGTH_BYTES + int.from_bytes(content[at : at + LENGTH_BYTES], sys.byteorder)
+    return len(content) == at + 2 * LENGTH_BYTES

@@ -12,17 +12,18 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from multi_process.boundary import clean_text
 from multi_process.fedlab_adapter import BytePackage, MessageCode
 from multi_process.transport.control import ControlConnection, ProtocolError
 from multi_process.transport.process_group import GroupConnection
 from multi_process.transport.settings import NetworkSettings
 from multi_process.transport.tensors import (
     FORMATION_SECONDS,
-    SENDING_SECONDS,
     SERVER,
     ConnectionInParts,
     TensorConnection,
     TransferError,
+    sending_seconds,
 )
 from multi_process.transport.wire import Wire
 from perfedavg.terminal.console import say
@@ -73,7 +74,8 @@ class StreamConnection(ConnectionInParts):
         super().close()
 
     def _send(self, part: Tensor, is_content: bool = False) -> None:
-        self._transfer(lambda wire: wire.send(_bytes_of(part), time.monotonic() + SENDING_SECONDS))
+        deadline = time.monotonic() + sending_seconds(part.nbytes)
+        self._transfer(lambda wire: wire.send(_bytes_of(part), deadline))
 
     def _receive(self, part: Tensor, deadline: float, is_content: bool = False) -> None:
         self._transfer(lambda wire: wire.receive_into(_bytes_of(part), deadline))
@@ -117,7 +119,8 @@ class EitherConnection(TensorConnection):
         self._chosen = self._stream
         self._stream.form()
         if self._side == SERVER:
-            say(f"server: {self._name}'s tensors go over --port, because gloo's own ports are out of reach")
+            reason = clean_text(failure or others_failure)
+            say(f"server: {self._name}'s tensors go over --port, because gloo does not connect ({reason})")
 
     def watch(self) -> None:
         self._group.watch()

@@ -15,9 +15,11 @@ from multi_process.transport.wire import Wire
 
 FORMATION_SECONDS = 30.0
 """For meeting the other side, once both have agreed to."""
-SENDING_SECONDS = 86_400.0
-"""For a part of a package to be taken by the other side, which may be busy or behind a slow line. One that dies or
-falls silent ends it at once."""
+SLOWEST_BYTES_PER_SECOND = 4 * 1024
+"""A peer that sends or takes a package more slowly than this, after a first silence, is lost. 30 may share one
+megabit."""
+SENDING_SECONDS = 3600.0
+"""Of silence, while the other side is busy with something else, until it takes what it is sent."""
 MAX_SLICES = 64
 """Numbers by which a package describes its tensors. A message has two tensors, three numbers each."""
 
@@ -64,11 +66,12 @@ class TensorConnection(ABC):
 
     @abstractmethod
     def interrupt(self) -> None:
-        """Let every transfer and the formation fail, now and from now on. From any thread; may be called again."""
+        """Let whoever sends, receives or forms the connection fail, now and from now on. From any thread; may be called
+        again."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give back the sockets, threads and memory. No transfer may be under way."""
+        """Give back the sockets, threads and memory. Nobody may be sending or receiving."""
 
 
 class ConnectionInParts(TensorConnection):
@@ -122,3 +125,8 @@ class ConnectionInParts(TensorConnection):
         if self._buffer.numel() < size:
             self._buffer = torch.empty(size, dtype=torch.int8, device=self._buffer.device)
         return self._buffer[:size]
+
+
+def sending_seconds(num_bytes: int) -> float:
+    """The time limit for sending so many bytes."""
+    return SENDING_SECONDS + num_bytes / SLOWEST_BYTES_PER_SECOND

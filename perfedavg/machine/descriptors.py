@@ -20,5 +20,8 @@ def raise_limit() -> None:
 def num_spare() -> int:
     """How many more may be opened for others; below 0 where they take from the quarter that is this process's own."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    num_open = len(os.listdir("/proc/self/fd")) - 1  # without the one that lists them
+    try:
+        num_open = len(os.listdir("/proc/self/fd")) - 1  # without the one that lists them
+    except OSError:  # there is not even one left for that
+        num_open = soft
     return 2**31 if soft == resource.RLIM_INFINITY else soft * 3 // 4 - num_open

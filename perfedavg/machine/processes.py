@@ -263,9 +263,14 @@ def exit_status(process: subprocess.Popen[bytes] | ForkedProcess) -> int:
 def hold_free_port(host: str = "127.0.0.1") -> tuple[socket.socket, int]:
     """A free TCP port of this machine's address, and a socket that keeps others from being given it while it is open.
 
-    A server may listen on the port meanwhile, because the socket does not listen.
+    A server may listen on the port meanwhile, because the socket does not listen. Raises OSError where the address is
+    not this machine's.
     """
     held = socket.socket()
     held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind((host, 0))
+    try:
+        held.bind((host, 0))
+    except OSError:
+        held.close()
+        raise
     return held, int(held.getsockname()[1])

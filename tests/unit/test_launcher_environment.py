@@ -10,7 +10,7 @@ import utils
 from client_worker import main as worker_main
 from launch.settings import LAUNCHER_ADDRESS, LAUNCHER_PORT, LAUNCHER_RANK, LAUNCHER_SIZE
 from server import refuse_rank_of_worker
-from server_or_worker import is_on_one_machine, own_rank, torchrun_has_port
+from server_or_worker import hold_port_at, is_on_one_machine, own_rank, torchrun_has_port
 
 LAUNCHER = {LAUNCHER_ADDRESS: "10.0.0.9", LAUNCHER_PORT: "23456", LAUNCHER_SIZE: "5", LAUNCHER_RANK: "2"}
 
@@ -82,3 +82,9 @@ def test_only_ranks_of_one_machine_meet_on_its_loopback_address() -> None:
     assert is_on_one_machine({LAUNCHER_SIZE: "3", "LOCAL_WORLD_SIZE": "3"})
     assert not is_on_one_machine({LAUNCHER_SIZE: "3", "LOCAL_WORLD_SIZE": "1"})
     assert not is_on_one_machine(LAUNCHER), "other launchers do not say"
+
+
+@pytest.mark.parametrize("host", ["203.0.113.77", "no-such-host.invalid"])
+def test_an_address_of_no_machine_of_ours_is_named(host: str) -> None:
+    with pytest.raises(ValueError, match=rf"cannot listen on --ip {re.escape(host)} .*use an address of this machine"):
+        hold_port_at(host)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import socket
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +32,7 @@ from multi_process.transport.server_network import BEATS, MAX_BEAT_SECONDS, Conn
 from multi_process.transport.settings import NetworkSettings, gpu_identity, listen_on, resolve
 from multi_process.transport.wire import Wire
 from multi_process.transport.worker_network import WorkerNetwork
+from perfedavg.machine.descriptors import num_spare
 from perfedavg.machine.interfaces import own_addresses
 
 CPU = device("cpu")
@@ -398,7 +401,7 @@ def settings(world_size: int | None = 2, ethernet: str | None = None, backend: s
     ("make", "text"),
     [
         (lambda: settings(world_size=1), "--world_size 1 leaves no worker"),
-        (lambda: settings(ethernet="eth99"), "--ethernet eth99 is not here; use .*lo"),
+        (lambda: settings(ethernet="eth99"), "--ethernet eth99 is no interface .*; use one of .*lo"),
         (lambda: settings(backend="nccl"), "--backend nccl needs a GPU"),
         (lambda: ServerNetwork(settings(), 0.0), "--worker_timeout_seconds 0 must be above"),
         (lambda: WorkerNetwork(settings(world_size=None), 0, 1, 1), r"--rank 0 .*\(0 is the server\)"),
@@ -497,6 +500,25 @@ def test_a_worker_is_refused_where_file_descriptors_run_short(run: Run, monkeypa
     assert (server.num_refused_for_room, len(server.present)) == (1, 1)
     with pytest.raises(ValueError, match="worker 3 has too few file descriptors left"):
         run.worker(3).init_network_connection()
+
+
+def test_none_is_left_where_not_even_the_open_ones_can_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting takes one. The thread that accepts connections would end, and nobody could join any more."""
+
+    def fail(path: str) -> list[str]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "listdir", fail)
+    assert num_spare() < 0
+
+
+def test_an_interface_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is down has none but its hardware's, to which gloo cannot bind."""
+    hardware, address = (types.SimpleNamespace(family=family) for family in (psutil.AF_LINK, socket.AF_INET))
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"ib0": [hardware], "lo": [address, hardware]})
+    settings(ethernet="lo")
+    with pytest.raises(ValueError, match=r"--ethernet ib0 is no interface .* has an address; use one of lo"):
+        settings(ethernet="ib0")
 
 
 def test_hosts_without_number_do_not_fill_the_log(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

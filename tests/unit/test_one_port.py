@@ -88,7 +88,26 @@ def test_where_gloo_does_not_reach_the_other_side_the_port_serves(
 
     monkeypatch.setattr(GroupConnection, "_meet", fail_on_one_side)
     exchange(either)
-    assert "server: worker 1's tensors go over --port, because gloo's own ports are out of reach" in either.said
+    reason = "because gloo does not connect (Connection timed out)"
+    assert f"server: worker 1's tensors go over --port, {reason}" in either.said
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_side_that_has_no_address_to_tell_does_not_keep_the_other_waiting(
+    either: Run, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    """Such as where its interface is down. The other side's gloo waits for the address."""
+    form_gloo = GroupConnection._form_gloo
+
+    def fail_on_one_side(group: GroupConnection, timeout_seconds: float) -> object:
+        if group._side == side:
+            raise RuntimeError("Unable to find address for: ib0")
+        return form_gloo(group, timeout_seconds)
+
+    monkeypatch.setattr(GroupConnection, "_form_gloo", fail_on_one_side)
+    exchange(either)
+    reason = "because gloo does not connect (Unable to find address for: ib0)"
+    assert f"server: worker 1's tensors go over --port, {reason}" in either.said
 
 
 def test_where_gloo_reaches_the_other_side_it_serves(either: Run) -> None:

@@ -16,7 +16,7 @@ from typing import cast
 
 import pytest
 import torch
-from helpers import basic
+from helpers import basic, wait_until
 
 from multi_process.messages import (
     AssignGroups,
@@ -298,12 +298,11 @@ def test_who_leaves_when_half_of_a_message_has_come_is_not_waited_for(connect: C
     receiver, sender = ((ends.server, ends.worker), (ends.worker, ends.server))[side]
     receiver.num_parameters = 10**9
     for wire in tensor_wires(sender):
-        wire.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 2**20)  # bytes a second
-    sender.send(StartTraining(1, 2, 1, torch.ones(2**24)))
+        wire.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, 2**19)  # bytes a second
+    sender.send(StartTraining(1, 2, 1, torch.ones(2**22)))
     with beside(lambda: hear_of_the_end(receiver)):
         came = bytes_received(receiver)
-        while bytes_received(receiver) < came + 2**18:
-            time.sleep(0.01)
+        wait_until(lambda: bytes_received(receiver) >= came + 2**18)
         (sender if leaves == "sender" else receiver).close("it leaves")
     for end in (sender, receiver):
         end._threads["beat"].join(SILENCE)  # which ends the others, and gives all back

@@ -256,6 +256,12 @@ def test_a_worker_that_joins_with_nonsense_does_not(start: Start, changes: Value
     assert honest.told is None
 
 
+def test_no_worker_is_missed_where_others_came_in_its_place(start: Start) -> None:
+    """The line would name workers that nobody waits for, and how to start them."""
+    pool = start(*(Member(rank) for rank in (5, 6, 7, 8)), num_first=3)
+    assert pool.pool._missing() == "the workers to read their data"
+
+
 def test_who_has_not_joined_can_say_nothing(start: Start) -> None:
     honest = Member()
     mute = Faulty(lambda kind, values: ("GroupTrained", {"first": 0}) if kind == "Join" else None)

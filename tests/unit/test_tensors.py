@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gc
 import os
@@ -11,9 +12,11 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import wait
 from datetime import timedelta
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -447,6 +450,47 @@ def test_keys_that_no_group_needs_are_refused(connect: Connect, key: object, val
     ends.worker_control.send(key=key, value=value)
     with pytest.raises(PeerLostError, match=text):
         ends.server.receive()
+
+
+def test_an_address_whose_lengths_do_not_fit_is_refused(connect: Connect) -> None:
+    """gloo reads as many bytes as it says, wherever they are."""
+    ends = connect().form()
+    assert isinstance(ends.server._tensors, GroupConnection)
+    address = ends.server._tensors.store.value_of("gloo/0/1")
+    size = int.from_bytes(address[:8], sys.byteorder)
+    host_at, address_at = 8, 8 + size
+    for told in (
+        b"",
+        address[:-1],
+        address + b"\0",
+        (size + 1).to_bytes(8, sys.byteorder) + address[host_at:],
+        (2**64 - 1).to_bytes(8, sys.byteorder) + address[host_at:],
+        address[:address_at] + (2**63).to_bytes(8, sys.byteorder) + address[address_at + 8 :],
+    ):
+        fresh = store.ControlStore(ends.worker_control)
+        with pytest.raises(ProtocolError, match="an address for gloo that is none"):
+            fresh.set_by_peer("gloo/0/1", base64.b64encode(told).decode())
+        fresh.set_by_peer("gloo/0/1", base64.b64encode(address).decode())
+
+
+def test_an_error_of_a_transfer_does_not_keep_what_was_to_be_sent(connect: Connect) -> None:
+    """A model's bytes, until Python's cycle collector comes."""
+    connection = connect().form().server._tensors
+    assert isinstance(connection, GroupConnection)
+
+    class Package:
+        pass
+
+    def fail(package: Package) -> None:
+        raise TransferError("it is gone")
+
+    package = Package()
+    is_kept = weakref.ref(package)
+    with without_cycle_collector():
+        with pytest.raises(TransferError, match="it is gone"):
+            connection._in_own_thread(partial(fail, package))
+        del package
+        wait_until(lambda: is_kept() is None)
 
 
 def test_too_many_keys_are_refused(connect: Connect) -> None:
