@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import stat
 import struct
@@ -98,7 +99,8 @@ class GroupConnection(ConnectionInParts):
         try:
             self._meet(timeout_seconds)
         except (ConnectionError, RuntimeError) as error:
-            return str(error)[:MAX_FAILURE_CHARS] or type(error).__name__
+            without_source = re.sub(r"^\[[^]]*] *", "", str(error))  # the file and line within gloo
+            return without_source[:MAX_FAILURE_CHARS] or type(error).__name__
         return ""
 
     def _meet(self, timeout_seconds: float) -> None:

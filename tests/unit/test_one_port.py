@@ -101,7 +101,7 @@ def test_a_side_that_has_no_address_to_tell_does_not_keep_the_other_waiting(
 
     def fail_on_one_side(group: GroupConnection, timeout_seconds: float) -> object:
         if group._side == side:
-            raise RuntimeError("Unable to find address for: ib0")
+            raise RuntimeError("[/pytorch/gloo/device.cc:10] Unable to find address for: ib0")
         return form_gloo(group, timeout_seconds)
 
     monkeypatch.setattr(GroupConnection, "_form_gloo", fail_on_one_side)
