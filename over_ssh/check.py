@@ -10,15 +10,13 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from launch.commands import to_argv
 from launch.paths import ROOT
 from launch.settings import Cluster, SingleProcess
 from over_ssh.addresses import choose_address
-from over_ssh.hosts_file import Host
-from over_ssh.on_host import program
+from over_ssh.hosts_file import THIS_MACHINE, Host
 from over_ssh.parallel import in_parallel
 from over_ssh.ports import find_port_faults
 from over_ssh.preparing import PACKAGES, Wanted, find_python, open_session, place_tree
@@ -78,7 +76,7 @@ def check(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
         stack.callback(close_all, sessions)
 
         def look(host: Host | None) -> Machine:
-            return look_here(args, wanted) if host is None else look_there(host, args, wanted, sessions)
+            return look_here(args, wanted, sessions) if host is None else look_there(host, args, wanted, sessions)
 
         here, *there = in_parallel(look, {HERE: None, **{host.name: host for host in hosts}}, signals, sessions)
         try:
@@ -98,14 +96,23 @@ def check(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
     return 0
 
 
-def look_here(args: Cluster, wanted: Wanted) -> Machine:
+def look_here(args: Cluster, wanted: Wanted, sessions: list[Session]) -> Machine:
+    """Through a connection to this machine itself, which ends what it looks with.
+
+    sessions: takes the connection, which is the caller's to close.
+    """
     machine = Machine(HERE)
     machine.facts["project"] = f"version {wanted.project.digest[:12]}"
     machine.facts["packages"] = _packages(platform.python_version(), {name: version(name) for name in PACKAGES})
     trains = args.hosts is None
     argv = to_argv(args, SingleProcess, run_dir=None, **({} if trains else {"device": "cpu"}))
-    answer = program.run(sys.executable, str(ROOT), "over_ssh.on_host.probe", argv, str(Path.cwd()))
-    _take_probe(machine, answer, args, trains)
+    try:
+        host = Host(THIS_MACHINE, python=sys.executable)
+        session = open_session(host, args.worker_timeout_seconds, sessions.append)
+        words = {"python": sys.executable, "code": str(ROOT), "folder": str(wanted.folder), "argv": argv}
+        _take_probe(machine, session.ask("run", module="over_ssh.on_host.probe", **words), args, trains)
+    except HostError as error:
+        machine.faults["data"] = error.said
     return machine
 
 

@@ -27,6 +27,9 @@ Json = Any
 CACHE = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "personalized-fedavg")
 """Where copies of code go, and where a Python may be that knows the packages."""
 FIRST_SILENCE_SECONDS = 60.0
+LOOK_SECONDS = 0.05
+TERMINATE_SECONDS = 1.0
+"""For a process to end by itself after SIGTERM, before the other machine gives the connection up."""
 IS_NOT_THERE = "is not there"
 _VERSIONS = """
 import importlib.metadata, json, platform, sys
@@ -156,11 +159,38 @@ def run(python: str, code: str, module: str, argv: list[str], folder: str) -> Js
         "ignore",
         "-c",
         f"import sys; sys.path[0] = sys.argv.pop(1); from {module} import main; main()",
+        code,
+        *argv,
     ]
     place = folder if os.path.isdir(folder) else code
-    answer = subprocess.run([*words, code, *argv], cwd=place, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    errors = answer.stderr.strip().splitlines()
-    return {"status": answer.returncode, "output": answer.stdout, "last": errors[-1] if errors else ""}
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(words, cwd=place, stdin=subprocess.DEVNULL, stdout=output, stderr=errors)
+        _wait_for(process)
+        printed, said = (_content(file).decode(errors="replace") for file in (output, errors))
+    lines = said.strip().splitlines()
+    return {"status": process.returncode, "output": printed, "last": lines[-1] if lines else ""}
+
+
+def _wait_for(process: Json) -> None:
+    """Wait for the end of a process. Where nobody asks any more, that one is ended, and then this one."""
+    heard = time.monotonic()
+    while process.poll() is None:
+        if select.select([0], [], [], LOOK_SECONDS)[0]:  # a sign of life, because an answer is waited for
+            is_asked, heard = bool(os.read(0, 4096)), time.monotonic()
+        else:
+            is_asked = time.monotonic() < heard + _silence_seconds
+        if not is_asked:
+            process.terminate()
+            try:
+                process.wait(TERMINATE_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            os._exit(1)
+
+
+def _content(file: Json) -> bytes:
+    file.seek(0)
+    return bytes(file.read())
 
 
 def start(python: str, code: str, folder: str, environment: dict[str, str]) -> Json:

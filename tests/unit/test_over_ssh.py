@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from helpers import ROOT, assert_ended
+from helpers import ROOT, assert_ended, wait_until
 
 from over_ssh import addresses, links, parallel, preparing
 from over_ssh.hosts_file import Host
@@ -434,6 +434,28 @@ def test_what_runs_on_a_host_ends_when_nobody_asks_any_more(how: str) -> None:
     with pytest.raises(HostError, match="the connection ended"):
         session.ask("begin", silence_seconds=1)
     session.close()
+
+
+BLOCKED = """
+import os, signal
+def main():
+    with open("pid.new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename("pid.new", "pid")
+    signal.pause()
+"""
+
+
+def test_what_is_being_run_for_a_request_ends_when_nobody_asks_any_more(session: Session, tmp_path: Path) -> None:
+    (tmp_path / "blocked.py").write_text(BLOCKED)
+    folder = str(tmp_path)
+    session.send(
+        {"do": "run", "python": sys.executable, "code": folder, "module": "blocked", "argv": [], "folder": folder}
+    )
+    wait_until((tmp_path / "pid").exists, "the start of what is run")
+    session.end_input()
+    assert session._process.wait(LONG) == 1
+    assert_ended(int((tmp_path / "pid").read_text()))
 
 
 def test_a_request_that_fails_is_an_error_and_not_the_end(session: Session) -> None:
