@@ -58,9 +58,13 @@ def get_args(role: str, argv: Sequence[str] | None = None) -> Any:
     return parse(ENTRY_POINTS[role], argv)
 
 
-def get_datasets(config: ExperimentConfig, data_root: Path) -> FederatedDataset:
-    """The experiment's data, dealt out to its clients. Raises ValueError where it cannot be had or is damaged."""
-    dataset = load_clients(config, data_root)
+def get_datasets(config: ExperimentConfig, data_root: Path, may_download: bool = True) -> FederatedDataset:
+    """The experiment's data, dealt out to its clients.
+
+    Raises ValueError where it cannot be had or is damaged; of these, MissingDataError where it would have to be
+    downloaded and may not.
+    """
+    dataset = load_clients(config, data_root, may_download)
     num_left_out = getattr(dataset, "num_left_out", 0)
     if num_left_out:
         say(f"left out of {shown_dataset(config.dataset)}, too small to train and be scored: {num_left_out} client(s)")
@@ -78,7 +82,7 @@ def apply_views(config: ExperimentConfig, dataset: FederatedDataset) -> Federate
     return JointView(dataset) if config.joint else dataset
 
 
-def load_clients(config: ClientsConfig, data_root: Path) -> FederatedDataset:
+def load_clients(config: ClientsConfig, data_root: Path, may_download: bool = True) -> FederatedDataset:
     num_unseen = partial(num_unseen_clients, unseen_fraction=config.unseen_fraction)
     request = DatasetRequest(
         config.dataset,
@@ -89,6 +93,7 @@ def load_clients(config: ClientsConfig, data_root: Path) -> FederatedDataset:
         config.local_split,
         config.own_files,
         config.local_test_fraction,
+        may_download,
     )
     return load_federated_dataset(request, data_root)
 

@@ -35,6 +35,7 @@ class DatasetRequest:
     partition: see `Partition.parse`; None for data with natural clients.
     local_split, local_test_fraction: see `SplitDataset`.
     own_files: how a user's own files are read.
+    may_download: whether data that are not there are fetched.
     """
 
     name: str
@@ -45,6 +46,7 @@ class DatasetRequest:
     local_split: str = "shuffled"
     own_files: OwnFiles = UNTOLD
     local_test_fraction: str = "0.2"
+    may_download: bool = True
 
 
 _CUTS = {name: getattr(DatasetRequest, name) for name in ("local_split", "local_test_fraction")}
@@ -75,7 +77,10 @@ class DataSet:
 
 
 def load_federated_dataset(request: DatasetRequest, data_root: Path) -> FederatedDataset:
-    """Raises ValueError where the data cannot be had, is damaged, or has too little for so many clients."""
+    """Raises ValueError where the data cannot be had, is damaged, or has too little for so many clients.
+
+    Of these, MissingDataError where they would have to be downloaded and may not.
+    """
     data_set = find(request.name)
     if is_path(request.name):
         find_path(request.name, data_root)
@@ -123,7 +128,7 @@ def meaningless(name: str, setting: str, value: object) -> ValueError:
 def _load_mnist_family(request: DatasetRequest, data_root: Path) -> FederatedDataset:
     from datasets.sources.mnist_family import load_images
 
-    return _dealt(request, lambda: load_images(request.name, data_root))
+    return _dealt(request, lambda: load_images(request.name, data_root, request.may_download))
 
 
 def _load_digits(request: DatasetRequest, data_root: Path) -> FederatedDataset:
@@ -149,7 +154,7 @@ def _load_plays(request: DatasetRequest, data_root: Path) -> FederatedDataset:
     from datasets.clients.raw import DrawnClients
     from datasets.sources.plays import load_plays
 
-    return _split(request, DrawnClients(load_plays(data_root), request.seed))
+    return _split(request, DrawnClients(load_plays(data_root, request.may_download), request.seed))
 
 
 def _load_folder(request: DatasetRequest, data_root: Path) -> FederatedDataset:

@@ -32,7 +32,7 @@ HERE = "this machine"
 LEAST_MEMORY_GB, LEAST_DISK_GB = 2.0, 1.0
 """Of which a machine should have more free: for two processes with torch and a small model, and for a small run."""
 MOST_CLOCK_SECONDS = 30.0
-_ERROR = "error: "
+_ERROR, _MISSING = "error: ", "missing: "
 
 
 @dataclass
@@ -92,7 +92,10 @@ def check(args: Cluster, hosts: Sequence[Host], signals: SignalWatch) -> int:
     num_failing = sum(line.verdict == FAILS for line in lines)
     if num_failing:
         raise ValueError(f"a run would fail: mend what {num_failing} of {len(lines)} lines say")
-    show("a run will work" if hosts else "this machine can take part in a run")
+    can_be_had = ", if the missing data can be downloaded" * any(
+        "data" in machine.warnings for machine in (here, *there)
+    )
+    show(f"{'a run will work' if hosts else 'this machine can take part in a run'}{can_be_had}")
     return 0
 
 
@@ -167,6 +170,8 @@ def _take_probe(machine: Machine, answer: dict[str, Any], args: Cluster, trains:
     data, device, kernels = found["data"], found["device"], found["kernels"]
     if data.startswith(_ERROR):
         machine.faults["data"] = data.removeprefix(_ERROR)
+    elif data.startswith(_MISSING):
+        machine.warnings["data"] = f"{data.removeprefix(_MISSING)}; a run downloads it, unless you put it there"
     else:
         machine.facts["data"] = f"{shown_dataset(args.experiment.dataset)}, fingerprint {data[:12]}"
     if device.startswith(_ERROR):

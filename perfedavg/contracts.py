@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from perfedavg.settings import Phase, Population
 
 
+class MissingDataError(ValueError):
+    """Data are not there, and may not be downloaded."""
+
+
 @dataclass(frozen=True)
 class ClientData:
     """One client's examples, cut into the part it trains or adapts on and the part it is scored on.

@@ -21,6 +21,7 @@ from datasets.sources.class_names import BALANCED, BYCLASS, DIGITS, FASHION, LET
 from datasets.sources.download import download, incoming_folder
 from datasets.sources.idx import map_idx
 from datasets.storage import built_once, locked_place, places_for, tell
+from perfedavg.contracts import MissingDataError
 
 IMAGE_SHAPE = (28, 28)
 GZIP_MAGIC = b"\x1f\x8b"
@@ -122,15 +123,18 @@ SOURCES = {
 }
 
 
-def load_images(name: str, data_root: Path) -> ImageSplits:
+def load_images(name: str, data_root: Path, may_download: bool = True) -> ImageSplits:
     """A data set's published splits, upright, with labels from 0, read-only and paged in as they are used.
 
     name: one of SOURCES.  data_root: folder of the data files, where they are looked for as torchvision and their
     makers name and pack them (see `_folders` and `_variants`), and into which missing ones are downloaded.
-    Raises ValueError where the files cannot be had, are damaged, or lie elsewhere.
+    Raises ValueError where the files cannot be had, are damaged, or lie elsewhere; of these, MissingDataError where
+    they are missing and may not be downloaded.
     """
     source = SOURCES[name]
     found = _find(name, source, data_root)
+    if found is None and not may_download:
+        raise MissingDataError(f"{name} is not in {data_root}")
     if found is None:
         _download_missing(name, source, data_root)
         found = _find(name, source, data_root)

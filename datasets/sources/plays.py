@@ -20,6 +20,7 @@ from datasets.clients.stored import NamedClient, NewClients, StoredClients, stor
 from datasets.sources.download import download, incoming_folder
 from datasets.sources.leaf import SEQUENCE_LENGTH, VOCABULARY, files_in
 from datasets.storage import locked_place, places_for, tell
+from perfedavg.contracts import MissingDataError
 
 PLAYS = "plays"
 """The folder in the data root, and the data set's name."""
@@ -87,20 +88,23 @@ _BARE = re.compile(r"[A-Z][A-Z '-]+")
 _JOINING_WORDS = {"and", "of", "the", "to"}
 
 
-def load_plays(data_root: Path) -> StoredClients:
+def load_plays(data_root: Path, may_download: bool = True) -> StoredClients:
     """One client a role, with windows of its speech in the order of the play, as tokens (80,), indices into VOCABULARY.
 
     Read from the .txt files in data_root/plays; where there are none, the 37 plays are downloaded. The labels, (80,),
     are the characters of a window; its input at a place is the character before, for the first one that before the
     window, or a line break. What is left at the end of a role, less than a window, and roles of fewer than
     FEWEST_WINDOWS are left out. Clients are in the order of the files, and in one of their first speech.
-    Raises ValueError, with the file, where a play is in another layout, or where there are no files or no such roles.
+    Raises ValueError, with the file, where a play is in another layout, or where there are no files or no such roles;
+    of these, MissingDataError where there are no files and they may not be downloaded.
     """
     for place in places_for(data_root):
         paths = files_in(place / PLAYS, "*.txt", place)
         if paths:
             break
     else:
+        if not may_download:
+            raise MissingDataError(f"{PLAYS} is not in {data_root}")
         place = _download(data_root)
         paths = files_in(place / PLAYS, "*.txt", place)
     return stored_clients(place / "cache", PLAYS, paths, lambda: _read(paths))

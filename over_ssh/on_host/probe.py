@@ -15,6 +15,7 @@ from typing import Any
 
 import utils
 from launch.settings import SingleProcess
+from perfedavg.contracts import MissingDataError
 from perfedavg.machine.cores import usable_cores
 from perfedavg.machine.kernels import pin_kernels
 from perfedavg.terminal.console import reason_of
@@ -35,6 +36,8 @@ def look() -> None:
 
 def probe(args: SingleProcess) -> dict[str, Any]:
     """By name; a text that begins with `error: ` stands for what cannot be had.
+
+    data: their fingerprint; a text that begins with `missing: ` where a run would download them.
 
     kernels: of a process that trains here.  server_kernels: of one that only steps and adds.
     """
@@ -58,13 +61,15 @@ def probe(args: SingleProcess) -> dict[str, Any]:
         "device": _tried(lambda: str(resolve_device(args.device))),
         "kernels": pinning or _tried(kernels),
         "server_kernels": describe_kernels(None),
-        "data": _tried(lambda: utils.get_datasets(args.experiment, args.data_root).fingerprint),
+        "data": _tried(lambda: utils.get_datasets(args.experiment, args.data_root, may_download=False).fingerprint),
     }
 
 
 def _tried(find: Callable[[], Any]) -> Any:
     try:
         return find()
+    except MissingDataError as error:
+        return f"missing: {error}"
     except (ValueError, OSError) as error:
         return f"error: {reason_of(error)}"
 

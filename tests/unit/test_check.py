@@ -58,6 +58,7 @@ def test_machines_that_are_alike_are_named_together() -> None:
     ("changes", "subject", "verdict", "said"),
     [
         ({"data": "ffff"}, "data", FAILS, "beta: digits, fingerprint ffff, and here 0123456789ab; give both the same"),
+        ({"data": "missing: mnist is not in /x"}, "data", LOOK, "beta: mnist is not in /x; a run downloads it, unless"),
         ({"data": "error: no files; get them"}, "data", FAILS, "beta: no files; get them"),
         ({"device": "error: no GPU; use cpu", "kernels": "error: "}, "devices", FAILS, "beta: no GPU; use cpu"),
         ({"kernels": {"MKL": "other"}}, "kernels", LOOK, "beta: MKL is other, not GenuineIntel AVX2: the last bits"),

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import re
 import stat
 import threading
 import zipfile
@@ -24,6 +25,8 @@ from helpers import MNIST_PREFIXES, import_torchvision, write_image_files
 
 from datasets.sources import download, plays
 from datasets.sources.mnist_family import SOURCES, Publication, load_images
+from perfedavg.contracts import MissingDataError
+from utils import get_args, get_datasets
 
 EMNIST_SPLITS = ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")
 MNIST_FILES = [f"{prefix}-{kind}-ubyte.gz" for prefix in MNIST_PREFIXES for kind in ("images-idx3", "labels-idx1")]
@@ -371,6 +374,18 @@ def test_addresses_and_checksums_are_those_that_torchvision_knows() -> None:
         assert list(publication.mirrors) == known.mirrors
     emnist = SOURCES["emnist"].publication
     assert (f"{emnist.mirrors[0]}gzip.zip", emnist.archives["gzip.zip"]) == (EMNIST.url, EMNIST.md5)
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "plays"])
+def test_whoever_only_looks_whether_data_are_there_downloads_none(
+    dataset: str, mirror: Mirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = get_args("cluster", ["--dataset", dataset]).experiment
+    with pytest.raises(MissingDataError, match=f"{dataset} is not in {re.escape(str(tmp_path))}"):
+        get_datasets(config, tmp_path / "data", may_download=False)
+    assert not mirror.requests
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_plays_are_downloaded_once_and_checked(
