@@ -53,10 +53,15 @@ def main() -> None:
         flatten(model).numel(),
         args.join_timeout_seconds,
         args.worker_wait_seconds,
-        worker_command(args),
+        command_for_workers(args, os.environ),
     ) as pool:
         run_and_record(pool.config, pool, dataset, model, folder, run_settings)
     draw_run_plots(folder.path)  # now that no worker waits
+
+
+def command_for_workers(args: Server, environment: Mapping[str, str]) -> str | None:
+    """What starts a worker, but for its --rank; None where a launcher starts them, with keys and a token of its own."""
+    return None if environment.get(utils.RESTART_VARIABLE) else worker_command(args)
 
 
 def refuse_rank_of_worker(args: Server, environment: Mapping[str, str]) -> None:

@@ -65,7 +65,8 @@ class WorkerPool(PoolManager):
     num_parameters: of the model.
     join_seconds: for the workers to join.
     worker_wait_seconds: how long to go on without any worker.
-    worker_command: what starts a worker, but for its --rank, for whom the server waits in vain.
+    worker_command: what starts a worker, but for its --rank, for whom the server waits in vain; None where that is not
+        the user's to do.
 
     kernels: how the server and its workers compute.
     """
@@ -78,7 +79,7 @@ class WorkerPool(PoolManager):
         num_parameters: int,
         join_seconds: float,
         worker_wait_seconds: float,
-        worker_command: str = "client_worker.py",
+        worker_command: str | None = None,
     ) -> None:
         super().__init__(network, CohortHandler(len(clients.train_client_ids) + len(clients.unseen_client_ids)))
         self._network: ServerNetwork = network
@@ -113,11 +114,12 @@ class WorkerPool(PoolManager):
         super().setup()
         deadline = time.monotonic() + self._join_seconds
         while not self._is_started:
-            remaining, ranks = deadline - time.monotonic(), self._missing_ranks()
+            remaining = deadline - time.monotonic()
             if remaining <= 0:
+                ranks = [] if self._worker_command is None else self._missing_ranks()[:1]
                 raise ValueError(
                     f"{self._missing()} did not join within {self._join_seconds:g} s (--join_timeout_seconds)"
-                    + "".join(f"; start {rank} with: {self._worker_command} --rank {rank}" for rank in ranks[:1])
+                    + "".join(f"; start {rank} with: {self._worker_command} --rank {rank}" for rank in ranks)
                 )
             if not self._take_event(min(remaining, REMINDER_SECONDS)):
                 say(f"server: waiting for {self._missing()}, {max(0.0, deadline - time.monotonic()):.0f} s left")

@@ -21,15 +21,17 @@ class HostLink:
     """A host of a run, watched by a thread of its own.
 
     status: with which its workers have ended by themselves, when they have; 0 when the run was over.
+    given_up: name of a worker that has failed there and is not started again, or None.
     is_following: whether workers run there, as far as is known.
     """
 
     def __init__(
         self, task: Task, wanted: Wanted, prepared: PreparedHost, logs: WorkerLogs, on_end: Callable[[], None]
     ) -> None:
-        """on_end: called when there is a status."""
+        """on_end: called when there is a status, or a worker that was given up."""
         self.task = task
         self.status: int | None = None
+        self.given_up: str | None = None
         self.is_following = False
         self._wanted = wanted
         self._logs = logs
@@ -63,6 +65,10 @@ class HostLink:
         if self._thread.is_alive():
             self._thread.join(seconds)
         return not self._thread.is_alive()
+
+    def last_line(self, worker: str) -> str:
+        """What a worker there has printed last, or nothing."""
+        return self._logs.last_line(self._log_name(worker))
 
     def _run(self) -> None:
         host = self.task.host
@@ -114,6 +120,9 @@ class HostLink:
                 self._logs.add(self._log_name(fields["worker"]), fields["output"])
             elif "said" in fields:
                 self._say(fields["said"])
+            elif "given_up" in fields:
+                self.given_up = fields["given_up"]
+                self._on_end()
             elif "ended" in fields:
                 self.status = fields["ended"]
         if self.status is None:
@@ -124,7 +133,7 @@ class HostLink:
         name = next((name for name in self.task.workers if line.startswith(f"{name} ended")), None)
         if self._stopping.wait(0 if name is None else GRACE_SECONDS):
             return
-        last = "" if name is None else self._logs.last_line(self._log_name(name))
+        last = "" if name is None else self.last_line(name)
         say(f"{self.task.host.name}: {line}{': ' * bool(last)}{last}")
 
     def _log_name(self, worker: str) -> str:

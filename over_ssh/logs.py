@@ -17,14 +17,19 @@ class WorkerLogs:
     Its methods may be called by several threads.
     """
 
-    def __init__(self, run: Path, resumes: bool) -> None:
-        """run: folder of the run.  resumes: whether it holds the run already; otherwise, what it holds is another's."""
+    def __init__(self, run: Path) -> None:
+        """run: folder of the run, which has not begun, or is not resumed, yet; what it holds may be another's."""
         self._folder = run / FOLDER
         self._config = run / CONFIG_FILE
-        self._is_anothers = not resumes and self._config.exists()
+        self._config_before = _version_of(self._config)
         self._lock = threading.Lock()
         self._kept: dict[str, bytes] = {}
         self._last: dict[str, bytes] = {}
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the server has the workers that it waits for: it then writes config.json, anew at a resumption."""
+        return _version_of(self._config) not in (None, self._config_before)
 
     def add(self, name: str, text: str) -> None:
         """name: of the file, without its ending.  text: what was printed, as JSON brought it."""
@@ -44,7 +49,7 @@ class WorkerLogs:
         return lines[-1].strip() if lines else ""
 
     def _write(self) -> None:
-        if self._is_anothers or not self._config.exists():
+        if not self.has_begun:
             return
         for name, content in list(self._kept.items()):
             with contextlib.suppress(OSError):  # a full disk costs these lines, not the run
@@ -52,3 +57,12 @@ class WorkerLogs:
                 with open(self._folder / f"{name}.log", "ab") as file:
                     file.write(content)
             del self._kept[name]
+
+
+def _version_of(path: Path) -> tuple[int, int] | None:
+    """Another one when the file has been replaced. None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns

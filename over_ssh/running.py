@@ -99,16 +99,17 @@ def _without_faults(results: Sequence[Result | HostError]) -> list[Result]:
 
 
 def _run_on(args: Cluster, wanted: Wanted, prepared: Sequence[PreparedHost], signals: SignalWatch) -> int:
-    """Run on hosts that are ready for it."""
+    """Run on hosts that are ready for it. Raises ValueError where a worker cannot take part, so that none can begin."""
     folder = args.resume or args.run_dir
     assert folder is not None
     environment = secrets_of_run(args)
     os.environ.update(environment)
-    logs = WorkerLogs(folder, resumes=args.resume is not None)
+    logs = WorkerLogs(folder)
     tasks = list(make_tasks(args, [host.session.host for host in prepared], environment, keys_of_workers(args.keys)))
     how = "in plain text" if args.keys is None else "encrypted"
     say(f"ready: {', '.join(map(str, tasks))}; they reach {args.ip}:{args.port}, {how}")
     links = [HostLink(task, wanted, host, logs, signals.wake) for task, host in zip(tasks, prepared, strict=True)]
+    unable: list[HostLink] = []
     try:
         with LocalProcesses(EXIT_BAD_INPUT) as processes:
             world_size = sum(len(task.workers) for task in tasks) + 1
@@ -121,8 +122,9 @@ def _run_on(args: Cluster, wanted: Wanted, prepared: Sequence[PreparedHost], sig
                 for link in links:
                     link.beat()
                 logs.flush()
-                statuses = [link.status for link in links]
-                return EXIT_BAD_INPUT if all(statuses) else 0
+                if not logs.has_begun:  # the server would wait for them
+                    unable.extend(link for link in links if link.given_up is not None)
+                return EXIT_BAD_INPUT if unable or all(link.status for link in links) else 0
 
             beat_seconds = min(MAX_BEAT_SECONDS, args.worker_timeout_seconds / BEATS)
             status = processes.wait(signals, look, beat_seconds)
@@ -135,6 +137,10 @@ def _run_on(args: Cluster, wanted: Wanted, prepared: Sequence[PreparedHost], sig
             link.begin_to_stop()
         _wait_for(links, args.worker_timeout_seconds)
         logs.flush()
+    if unable:
+        name = unable[0].given_up or ""
+        reason = unable[0].last_line(name).removeprefix("error: ")
+        raise ValueError(f"{unable[0].task.host.name}: {name} cannot take part{': ' * bool(reason)}{reason}")
     if status > 128 and not signals.received and (folder / CONFIG_FILE).exists():  # the server could not say it
         say(f"continue with: {os.environ[utils.RESTART_VARIABLE]} --resume {command_line([folder])}")
     return status

@@ -52,10 +52,13 @@ def main() -> None:
     def print_output(name: str, content: bytes) -> None:
         outlet.put({"worker": name, "output": content.decode(errors="surrogateescape")})
 
-    with (
-        folder_of(task["keys"]) as keys,
-        LocalProcesses(EXIT_BAD_INPUT, lambda line: outlet.put({"said": line}), print_output) as processes,
-    ):
+    processes = LocalProcesses(
+        EXIT_BAD_INPUT,
+        lambda line: outlet.put({"said": line}),
+        print_output,
+        lambda name: outlet.put({"given_up": name}),
+    )
+    with folder_of(task["keys"]) as keys, processes:
         for name, argv in task["workers"].items():
             processes.start(name, script, [*argv, *keys], shows_output=False)
         status = processes.wait(signals, look, LOOK_SECONDS)

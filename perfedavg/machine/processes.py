@@ -63,6 +63,7 @@ class LocalProcesses:
     say: takes a line on the end of a process.
     on_output: takes what processes print whose output is not shown, with their names, whenever `take_output` is called
         and at their ends; None to show it if they fail.
+    on_give_up: is given the name of a worker that has failed and is not started again.
     """
 
     def __init__(
@@ -70,10 +71,12 @@ class LocalProcesses:
         final_status: int,
         say: Callable[[str], None] = _say,
         on_output: Callable[[str, bytes], None] | None = None,
+        on_give_up: Callable[[str], None] = lambda name: None,
     ) -> None:
         self._final_status = final_status
         self._say = say
         self._on_output = on_output
+        self._on_give_up = on_give_up
         self._running: dict[str, LocalProcess] = {}
         self._deadline: float | None = None  # for those that still run when the run is over
 
@@ -144,8 +147,10 @@ class LocalProcesses:
             self._say(f"{name} is started again ({entry.num_restarts + 1} of {MAX_RESTARTS} times)")
             self.start(name, entry.script, entry.flags, False, entry.num_restarts + 1)
             return 0
-        if name != SERVER and set(self._running) - {SERVER}:
-            return 0  # the run goes on with the other workers
+        if name != SERVER:
+            self._on_give_up(name)
+            if set(self._running) - {SERVER}:
+                return 0  # the run goes on with the other workers
         return exit_status(entry.process)
 
     def _has_server_ended(self) -> bool:

@@ -105,6 +105,17 @@ def test_a_signal_ends_everything(launched: Launched, path: str, tmp_path: Path)
     assert list((tmp_path / "temporary").iterdir()) == [], "the keys of a run are gone with it"
 
 
+def test_a_worker_that_cannot_take_part_ends_a_run_that_has_not_begun(
+    launched: Launched, path: str, tmp_path: Path
+) -> None:
+    """At once and with its own reason; the server would wait for it, as the other worker does."""
+    hosts = "beta slots=2 device=cpu,cuda:99\n"
+    process = start(launched, path, tmp_path, hosts, "--join_timeout_seconds", "100000")
+    assert_one_clear_line(process, "error: beta: worker 2 cannot take part: --device cuda:99 is not there")
+    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
 def test_the_check_says_in_ten_lines_what_will_work(launched: Launched, path: str, tmp_path: Path) -> None:
     process = start(launched, path, tmp_path, "beta\n", "--check")
     status, output, errors = finish(process)

@@ -17,10 +17,11 @@ from PIL import Image
 
 import reproduce
 import utils
-from launch.commands import restart_command, worker_command
+from launch.commands import restart_command
 from launch.flags import parse
 from multi_process.transport.keys import read_token
 from perfedavg.terminal.console import command_line
+from server import command_for_workers
 
 SHORT = ["--dataset", "folder", "--model", "mlp", "--client_num_per_round", "2", "--rounds", "3"]
 SHORT += ["--local_epochs", "1", "--fine_tune_method", "none", "--personalization_epochs", "1", "--eval_every", "1"]
@@ -98,12 +99,13 @@ def test_a_server_names_a_worker_that_joins_it(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     argv = ["--ip", "10.0.0.1", "--port", "4000", "--token_file", "t", "--data_root", "d", "--ethernet", "lo"]
     given = utils.get_args("server", [*argv, "--join_timeout_seconds", "9"])
-    _, script, *words = words_of(f"{worker_command(given)} --rank 2")
+    _, script, *words = words_of(f"{command_for_workers(given, {})} --rank 2")
     worker = utils.get_args("worker", words)
     assert Path(script).name == "client_worker.py"
     assert (worker.ip, worker.port, worker.rank, worker.ethernet) == ("10.0.0.1", 4000, 2, "lo")
     assert (worker.token_file, worker.data_root) == (tmp_path / "t", tmp_path / "d")
     assert worker.join_timeout_seconds == 20, "the server's own limit is another"
+    assert command_for_workers(given, {utils.RESTART_VARIABLE: "quick_start.py"}) is None, "it starts them itself"
 
 
 def test_the_command_that_makes_a_token_makes_one(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from over_ssh.session import (
 )
 from over_ssh.tasks import Task, check_network, make_tasks
 from over_ssh.tree import Tree, own_tree, project_tree
+from perfedavg.recording.files import replace_file
 from utils import get_args
 
 HERE = Host("localhost")
@@ -557,7 +558,7 @@ def test_why_a_worker_ended_is_said_unless_the_server_ends_by_it_and_says_it_its
     monkeypatch.setattr(links, "say", said.append)
     monkeypatch.setattr(links, "GRACE_SECONDS", LONG if ends else 0.0)
     task = Task(Host("beta"), {"worker 1": []}, {"worker 1": 1}, {}, {}, LONG)
-    logs = WorkerLogs(tmp_path, resumes=False)
+    logs = WorkerLogs(tmp_path)
     logs.add("beta-1", "error: mnist is not in /data\n")
     prepared, wanted = SimpleNamespace(session=None), SimpleNamespace()
     link = links.HostLink(task, cast(Any, wanted), cast(Any, prepared), logs, lambda: None)
@@ -602,7 +603,7 @@ def test_every_loss_of_a_host_is_said_whose_workers_ran(
     monkeypatch.setattr(links, "prepare", lambda session, wanted: prepared)
     prepared = SimpleNamespace(session=LostSession(), python="", code="", folder="")
     task = Task(Host("beta"), {"worker 1": []}, {"worker 1": 1}, {}, {}, LONG)
-    logs = WorkerLogs(tmp_path, resumes=False)
+    logs = WorkerLogs(tmp_path)
     link = links.HostLink(task, cast(Any, SimpleNamespace()), cast(Any, prepared), logs, lambda: None)
     monkeypatch.setattr(link._stopping, "wait", pause)
     link._run()
@@ -614,7 +615,7 @@ def test_every_loss_of_a_host_is_said_whose_workers_ran(
 def test_logs_wait_for_the_run_to_begin(tmp_path: Path) -> None:
     """A folder that the server refuses, or leaves as it was, must not get any."""
     run = tmp_path / "run"
-    logs = WorkerLogs(run, resumes=False)
+    logs = WorkerLogs(run)
     logs.add("beta-1", "no server yet\njoi")
     assert not run.exists()
     run.mkdir()
@@ -623,10 +624,14 @@ def test_logs_wait_for_the_run_to_begin(tmp_path: Path) -> None:
     assert (run / "workers" / "beta-1.log").read_bytes() == b"no server yet\njoined \xff\n"
     assert logs.last_line("beta-1").startswith("joined")
     assert logs.last_line("gamma-2") == ""
-    refused = WorkerLogs(run, resumes=False)
+    refused = WorkerLogs(run)
     refused.add("beta-1", "of a run whose folder is another's")
-    resumed = WorkerLogs(run, resumes=True)
-    resumed.add("beta-1", "joined again\n")
+    resumed = WorkerLogs(run)
+    resumed.add("beta-1", "joined ")
+    assert not resumed.has_begun
+    replace_file(run / "config.json", b"{}")  # as the server does when the run goes on
+    assert resumed.has_begun
+    resumed.add("beta-1", "again\n")
     assert (run / "workers" / "beta-1.log").read_text(errors="replace").splitlines()[1:] == [
         "joined \ufffd",
         "joined again",

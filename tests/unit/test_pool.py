@@ -492,3 +492,9 @@ def test_what_becomes_of_a_lost_workers_clients_is_said_as_it_is(start: Start, m
     with pytest.raises(ConnectionError, match="no worker is left"):
         pool.train()
     assert not list(pool.lines("lost worker"))
+
+
+def test_workers_that_a_launcher_starts_are_not_asked_of_the_user(start: Start) -> None:
+    """Who has neither their keys nor their token."""
+    with pytest.raises(ValueError, match=r"^worker 2 did not join within 600 s \(--join_timeout_seconds\)$"):
+        start(Member(), num_first=2)
