@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from perfedavg.settings import Phase, Population
 from reporting.comparison import (
+    MANY_INTERVALS,
     SHARED_CLIENTS,
     Reference,
     paired_differences,
@@ -111,8 +112,8 @@ def explain_claims(found: Sequence[Evidence]) -> str:
     said = (
         "Each difference is of the same clients of the same seeds: the mean over seeds of the mean over clients, in "
         "brackets its 95 % interval, as in the table above. A verdict follows from the interval alone: borne out where "
-        "all of it is on the claim's side of 0, contradicted where all of it is on the other, else undecided. Verdicts "
-        "are not adjusted for their number: where there is no difference, one in twenty is none the less decided."
+        "all of it is on the claim's side of 0, contradicted where all of it is on the other, else undecided. "
+        f"{MANY_INTERVALS}"
     )
     if any(one.population is Population.TRAINED for one in found):
         said += f" {SHARED_CLIENTS} Number says how many these are."

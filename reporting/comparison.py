@@ -21,6 +21,10 @@ from reporting.tables import Lines, makes_table
 SHARED_CLIENTS = (
     "Of clients that trained, rows may have scored different ones: a difference is then over those that both scored."
 )
+MANY_INTERVALS = (
+    "Intervals are not corrected for multiple comparisons: where two methods are equally good, about one in twenty "
+    "excludes 0 by chance."
+)
 
 
 @dataclass(frozen=True)
@@ -168,8 +172,7 @@ def explain_comparison(rows: Sequence[Row], reference: Reference | None) -> str:
         f"{said}Differences are to {reference.row.label} ({reference.reason}), on the same clients of the same seeds"
         f"{', in percentage points' if has_accuracy else ''}; in brackets their 95 % interval, by Student's t over "
         + ("seeds, or over clients alone where a row has one seed. " if has_single_seed else "seeds. ")
-        + "Intervals are not widened for there being many: where two methods are equally good, one in twenty lies "
-        "beside 0 all the same."
+        + MANY_INTERVALS
         + (f" {SHARED_CLIENTS}" if any(Population.TRAINED in row.populations for row in rows) else "")
     )
 

@@ -126,7 +126,7 @@ def test_the_table_says_how_many_clients_and_seeds() -> None:
 def test_what_one_seed_does_not_cover_is_said(num_seeds: int) -> None:
     said = explain_claims([Evidence(1, "", Population.UNSEEN, True, [np.ones(2)] * num_seeds)])
     assert ("With one seed an interval covers the draw of clients alone" in said) == (num_seeds == 1)
-    assert "not adjusted for their number" in said
+    assert "not corrected for multiple comparisons" in said
 
 
 @pytest.mark.parametrize("population", Population)

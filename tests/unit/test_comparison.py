@@ -115,7 +115,7 @@ def test_the_table_of_both_populations() -> None:
     said = explain_comparison(rows, reference)
     assert f"Differences are to {reptile['row']} (FedAvg with fine-tuning; --against RUN names another row)" in said
     assert (
-        "by Student's t over seeds, or over clients alone where a row has one seed. Intervals are not widened" in said
+        "by Student's t over seeds, or over clients alone where a row has one seed. Intervals are not corrected" in said
     )
     assert said.endswith("a difference is then over those that both scored.")
     assert "both scored" not in explain_comparison(
