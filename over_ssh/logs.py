@@ -9,6 +9,8 @@ from pathlib import Path
 from perfedavg.recording.runs import CONFIG_FILE
 
 FOLDER = "workers"
+MAX_SHOWN_LINES = 40
+_TRACEBACK = "Traceback (most recent call last)"
 
 
 class WorkerLogs:
@@ -47,6 +49,16 @@ class WorkerLogs:
         """The last line that was printed, or nothing."""
         lines = self._last.get(name, b"").decode(errors="replace").strip().splitlines()
         return lines[-1].strip() if lines else ""
+
+    def unwritten_traceback(self) -> str | None:
+        """The last lines of a worker that ended by a bug before the run began, below its name; None where none did."""
+        with self._lock:
+            kept = dict(self._kept)
+        for name, content in kept.items():
+            lines = content.decode(errors="replace").strip().splitlines()
+            if any(line.startswith(_TRACEBACK) for line in lines):
+                return "\n".join([f"{name} has printed", *lines[-MAX_SHOWN_LINES:]])
+        return None
 
     def _write(self) -> None:
         if not self.has_begun:

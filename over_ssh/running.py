@@ -137,6 +137,9 @@ def _run_on(args: Cluster, wanted: Wanted, prepared: Sequence[PreparedHost], sig
             link.begin_to_stop()
         _wait_for(links, args.worker_timeout_seconds)
         logs.flush()
+    traceback = logs.unwritten_traceback()
+    if status and not signals.received and traceback is not None:
+        say(traceback)
     if unable:
         name = unable[0].given_up or ""
         reason = unable[0].last_line(name).removeprefix("error: ")

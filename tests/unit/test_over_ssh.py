@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +20,8 @@ from typing import Any, cast
 import pytest
 from helpers import ROOT, assert_ended, wait_until
 
-from over_ssh import addresses, links, parallel, preparing
+from multi_process.transport.keys import TOKEN_VARIABLE
+from over_ssh import addresses, links, parallel, preparing, running
 from over_ssh.hosts_file import Host
 from over_ssh.logs import WorkerLogs
 from over_ssh.preparing import Wanted, prepare
@@ -636,3 +638,52 @@ def test_logs_wait_for_the_run_to_begin(tmp_path: Path) -> None:
         "joined \ufffd",
         "joined again",
     ]
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_a_worker_that_ends_by_a_bug_before_the_run_begins_shows_it(
+    is_stopped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is written only when the run has begun."""
+    said: list[str] = []
+
+    class Link:
+        task, status, given_up = None, None, None
+        is_following = False
+
+        def __init__(self, task: Task, wanted: object, host: object, logs: WorkerLogs, *more: object) -> None:
+            self.logs = logs
+
+        def start(self) -> None:
+            self.logs.add("beta-1", "no server yet\n")
+            self.logs.add("beta-2", "no server yet\nTraceback (most recent call last):\n  File x\nKeyError: 3\n")
+
+        def begin_to_stop(self) -> None: ...
+
+        def is_stopped_within(self, seconds: float) -> bool:
+            return True
+
+    class Processes:
+        def __init__(self, final_status: int) -> None: ...
+
+        def __enter__(self) -> Processes:
+            return self
+
+        def __exit__(self, *exception: object) -> None: ...
+
+        def start(self, *told: object, **more: object) -> None: ...
+
+        def wait(self, *told: object) -> int:
+            return 2
+
+    monkeypatch.setattr(running, "say", said.append)
+    monkeypatch.setattr(running, "HostLink", Link)
+    monkeypatch.setattr(running, "LocalProcesses", Processes)
+    monkeypatch.setenv(TOKEN_VARIABLE, 64 * "0")
+    args = get_args("cluster", ["--ip", "127.0.0.1", "--run_dir", str(tmp_path / "run")])
+    hosts = [SimpleNamespace(session=SimpleNamespace(host=Host("beta", slots=2)))]
+    signals = SimpleNamespace(received=signal.SIGINT if is_stopped else None, wake=None)
+    assert running._run_on(args, cast(Any, None), cast(Any, hosts), cast(Any, signals)) == 2
+    shown = ["beta-2 has printed\nno server yet\nTraceback (most recent call last):\n  File x\nKeyError: 3"]
+    assert said[1:] == ([] if is_stopped else shown)
+    assert not (tmp_path / "run").exists()
