@@ -6,15 +6,14 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from launch.commands import to_argv
 from launch.paths import ROOT
-from launch.settings import Cluster, SingleProcess
+from launch.settings import Cluster
 from over_ssh.addresses import choose_address
 from over_ssh.hosts_file import THIS_MACHINE, Host
 from over_ssh.parallel import in_parallel
@@ -32,6 +31,7 @@ HERE = "this machine"
 LEAST_MEMORY_GB, LEAST_DISK_GB = 2.0, 1.0
 """Of which a machine should have more free: for two processes with torch and a small model, and for a small run."""
 MOST_CLOCK_SECONDS = 30.0
+PROBE = "over_ssh.on_host.probe"
 _ERROR, _MISSING = "error: ", "missing: "
 
 
@@ -41,7 +41,7 @@ class Machine:
 
     facts: what is there, by subject, as a text that two machines have in common where they do not differ.
     faults: what is missing for a run, by subject, with the way out.  warnings: what is not as one may expect.
-    kernels: what it computes with, see `compute.describe_kernels`.
+    kernels: what its processes compute with, one of each kind, see `compute.describe_kernels`.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Machine:
     facts: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
-    kernels: dict[str, str] = field(default_factory=dict)
+    kernels: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,12 @@ def look_here(args: Cluster, wanted: Wanted, sessions: list[Session]) -> Machine
     machine.facts["project"] = f"version {wanted.project.digest[:12]}"
     machine.facts["packages"] = _packages(platform.python_version(), {name: version(name) for name in PACKAGES})
     trains = args.hosts is None
-    argv = to_argv(args, SingleProcess, run_dir=None, **({} if trains else {"device": "cpu"}))
     try:
         host = Host(THIS_MACHINE, python=sys.executable)
         session = open_session(host, args.worker_timeout_seconds, sessions.append)
-        words = {"python": sys.executable, "code": str(ROOT), "folder": str(wanted.folder), "argv": argv}
-        _take_probe(machine, session.ask("run", module="over_ssh.on_host.probe", **words), args, trains)
+        place = {"python": sys.executable, "code": str(ROOT), "folder": str(wanted.folder)}
+        argv = probe_argv(args, args.data_root, [args.device if trains else "cpu"])
+        _take_probe(machine, session.ask("run", module=PROBE, argv=argv, **place), args, trains)
     except HostError as error:
         machine.faults["data"] = error.said
     return machine
@@ -139,13 +139,19 @@ def look_there(host: Host, args: Cluster, wanted: Wanted, sessions: list[Session
         machine.facts[subject] = _packages(versions.pop("python"), versions)
         subject = "data"
         folder = str(wanted.folder) if wanted.own is None else place_tree(session, wanted.own)[0]
-        own = {"data_root": host.data_root or args.data_root, "device": host.device_of(0) or args.device}
-        argv = to_argv(args, SingleProcess, run_dir=None, **own)
-        words = {"python": python, "code": code, "folder": folder, "argv": argv}
-        _take_probe(machine, session.ask("run", module="over_ssh.on_host.probe", **words), args)
+        devices = dict.fromkeys(host.device_of(slot) or args.device for slot in range(host.slots))
+        argv = probe_argv(args, host.data_root or args.data_root, devices)
+        place = {"python": python, "code": code, "folder": folder}
+        _take_probe(machine, session.ask("run", module=PROBE, argv=argv, **place), args)
     except HostError as error:
         machine.faults[subject] = error.said
     return machine
+
+
+def probe_argv(args: Cluster, data_root: object, devices: Iterable[str]) -> list[str]:
+    """Of PROBE: the experiment as a run tells it to workers, so that there is nothing that flags could not say."""
+    told = {"experiment": args.experiment.to_dict(), "data_root": str(data_root), "devices": list(devices)}
+    return [json.dumps(told)]
 
 
 def _packages(python: str, versions: dict[str, str]) -> str:
@@ -179,12 +185,15 @@ def _take_probe(machine: Machine, answer: dict[str, Any], args: Cluster, trains:
     elif isinstance(kernels, str):
         machine.faults["kernels"] = kernels.removeprefix(_ERROR)
     else:
-        machine.kernels = kernels if trains else found["server_kernels"]
+        machine.kernels = kernels if trains else [found["server_kernels"]]
     if trains and machine.kernels:
         machine.facts["devices"] = (
             f"{found['cores']} cores, GPUs: {', '.join(found['gpus']) or 'none'}; trains on {device}"
         )
-        machine.facts["kernels"] = ", ".join(f"{name} {value}" for name, value in kernels.items())
+        log = KernelLog()
+        for kind in kernels:
+            log.add(kind)
+        machine.facts["kernels"] = ", ".join(f"{name} {' and '.join(kinds)}" for name, kinds in log.to_dict().items())
     machine.facts["room"] = f"{found['memory_gb']:.0f} GB of memory and {found['disk_gb']:.0f} GB of disk are free"
     if found["memory_gb"] < LEAST_MEMORY_GB or found["disk_gb"] < LEAST_DISK_GB:
         machine.warnings["room"] = "that is little; make room, or use fewer slots there"
@@ -238,15 +247,18 @@ def make_lines(here: Machine, there: Sequence[Machine]) -> list[Line]:
 def _compare(here: Machine, there: Sequence[Machine]) -> None:
     """Note in what hosts must not differ from this machine, or should not from any other."""
     kernels = KernelLog()
-    kernels.add(here.kernels)
+    for kind in here.kernels:
+        kernels.add(kind)
     for machine in there:
         if "data" in machine.facts and "data" in here.facts and machine.facts["data"] != here.facts["data"]:
             machine.faults["data"] = (
                 f"{machine.facts['data']}, and here {here.facts['data'].rpartition(' ')[2]}; give both the same files, "
                 "with data_root=FOLDER behind the host where they are elsewhere"
             )
-        differences = kernels.differences(machine.kernels)
-        kernels.add(machine.kernels)
+        differences = []
+        for kind in machine.kernels:
+            differences += kernels.differences(kind)
+            kernels.add(kind)
         if differences:
             machine.warnings["kernels"] = (
                 f"{', '.join(differences)}: the last bits of the model will depend on who trains which client; see "

@@ -1,6 +1,7 @@
 """What a process of this project finds on a machine: what it computes with, what room there is, which data it reads.
 
-`main` prints it as a line of JSON. It is run on each host of a check, and on this machine; argv: of single_process.py.
+`main` prints it as a line of JSON. It is run on each host of a check, and on this machine; its argument is a line of
+JSON with the arguments of `probe`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from launch.settings import SingleProcess
+from launch.settings import Worker
 from perfedavg.contracts import MissingDataError
+from perfedavg.fields import flags_by_name
 from perfedavg.machine.cores import usable_cores
 from perfedavg.machine.kernels import pin_kernels
+from perfedavg.settings import ExperimentConfig
 from perfedavg.terminal.console import reason_of
 from perfedavg.terminal.entry_point import run_entry_point
 
@@ -30,38 +33,43 @@ def main() -> None:
 
 def look() -> None:
     with redirect_stdout(sys.stderr):
-        found = probe(utils.get_args("single", sys.argv[1:]))
+        found = probe(**json.loads(sys.argv[1]))
     print(json.dumps(found))
 
 
-def probe(args: SingleProcess) -> dict[str, Any]:
+def probe(experiment: Any, data_root: str, devices: list[str]) -> dict[str, Any]:
     """By name; a text that begins with `error: ` stands for what cannot be had.
 
+    experiment: as workers are told it.  devices: one or more, as --device takes them.
     data: their fingerprint; a text that begins with `missing: ` where a run would download them.
-
-    kernels: of a process that trains here.  server_kernels: of one that only steps and adds.
+    kernels: of processes that train here, one of each kind.  server_kernels: of one that only steps and adds.
     """
-    pinning = _tried(lambda: pin_kernels(args.experiment.portable_kernels))  # before torch is loaded
+    pinning = _tried(lambda: pin_kernels(experiment["portable_kernels"]))  # before a user's own code may load torch
+    config = ExperimentConfig.from_dict(experiment)
+    folder: Path = flags_by_name(Worker)["data_root"].parse(data_root)
 
     import psutil
     import torch
 
     from perfedavg.training.compute import check_portable, describe_kernels, resolve_device
 
-    def kernels() -> dict[str, str]:
-        device = resolve_device(args.device)
-        check_portable(args.experiment, device)
-        return describe_kernels(device)
+    def kernels() -> list[dict[str, str]]:
+        found: list[dict[str, str]] = []
+        for device in map(resolve_device, devices):
+            check_portable(config, device)
+            if (described := describe_kernels(device)) not in found:
+                found.append(described)
+        return found
 
     return {
         "cores": usable_cores(),
         "memory_gb": psutil.virtual_memory().available / GIGABYTE,
-        "disk_gb": _free_gb(args.data_root),
+        "disk_gb": _free_gb(folder),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "device": _tried(lambda: str(resolve_device(args.device))),
+        "device": _tried(lambda: ", ".join(str(resolve_device(device)) for device in devices)),
         "kernels": pinning or _tried(kernels),
         "server_kernels": describe_kernels(None),
-        "data": _tried(lambda: utils.get_datasets(args.experiment, args.data_root, may_download=False).fingerprint),
+        "data": _tried(lambda: utils.get_datasets(config, folder, may_download=False).fingerprint),
     }
 
 

@@ -6,15 +6,32 @@ import json
 import socket
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers import ROOT, free_port
 
-from over_ssh.check import FAILS, LOOK, OK, Line, Machine, _compare_clocks, _take_probe, make_lines
+from over_ssh import check
+from over_ssh.check import (
+    FAILS,
+    LOOK,
+    OK,
+    PROBE,
+    Line,
+    Machine,
+    _compare_clocks,
+    _take_probe,
+    look_there,
+    make_lines,
+    probe_argv,
+)
 from over_ssh.hosts_file import Host
 from over_ssh.ports import Reach, answering, explain, try_ports
+from over_ssh.preparing import OF_ANY_VERSION, PACKAGES, Wanted
 from over_ssh.session import HostError, Session
+from over_ssh.tree import Tree
 from utils import get_args
 
 ARGS = get_args("cluster", ["--dataset", "digits", "--check"])
@@ -24,7 +41,7 @@ FOUND: dict[str, Any] = {
     "disk_gb": 40.0,
     "gpus": [],
     "device": "cpu",
-    "kernels": {"torch": "2.13.0", "MKL": "GenuineIntel AVX2"},
+    "kernels": [{"torch": "2.13.0", "MKL": "GenuineIntel AVX2"}],
     "server_kernels": {"torch": "2.13.0"},
     "data": "0123456789abcdef",
 }
@@ -61,7 +78,7 @@ def test_machines_that_are_alike_are_named_together() -> None:
         ({"data": "missing: mnist is not in /x"}, "data", LOOK, "beta: mnist is not in /x; a run downloads it, unless"),
         ({"data": "error: no files; get them"}, "data", FAILS, "beta: no files; get them"),
         ({"device": "error: no GPU; use cpu", "kernels": "error: "}, "devices", FAILS, "beta: no GPU; use cpu"),
-        ({"kernels": {"MKL": "other"}}, "kernels", LOOK, "beta: MKL is other, not GenuineIntel AVX2: the last bits"),
+        ({"kernels": [{"MKL": "other"}]}, "kernels", LOOK, "beta: MKL is other, not GenuineIntel AVX2: the last bits"),
         ({"kernels": "error: it has no AVX2; leave it out"}, "kernels", FAILS, "beta: it has no AVX2; leave it out"),
         ({"memory_gb": 0.4}, "room", LOOK, "beta: that is little"),
     ],
@@ -77,26 +94,53 @@ def test_what_differs_or_is_missing_stands_in_its_line(
 
 def test_a_machine_that_only_serves_needs_not_compute_as_those_that_train() -> None:
     """It steps and adds. Those that train are compared with each other."""
-    here = machine("this machine", trains=False, kernels={"torch": "2.13.0", "MKL": "AuthenticAMD AVX2"})
+    here = machine("this machine", trains=False, kernels=[{"torch": "2.13.0", "MKL": "AuthenticAMD AVX2"}])
     found = lines(here, machine("beta"), machine("gamma"))
     assert (found["kernels"].verdict, found["kernels"].said) == (OK, ["all: torch 2.13.0, MKL GenuineIntel AVX2"])
     assert found["devices"].said == ["all: 8 cores, GPUs: none; trains on cpu"]
-    other = machine("gamma", kernels={"MKL": "AuthenticAMD AVX2"})
+    other = machine("gamma", kernels=[{"MKL": "AuthenticAMD AVX2"}])
     said = lines(here, machine("beta"), other)["kernels"].said
     assert said[0].startswith("gamma: MKL is AuthenticAMD AVX2, not GenuineIntel AVX2")
     old = machine("this machine", trains=False, server_kernels={"torch": "1.0"})
     assert lines(old, machine("beta"))["kernels"].said[0].startswith("beta: torch is 2.13.0, not 1.0")
 
 
-def test_portable_kernels_are_looked_at_as_they_will_be() -> None:
-    """Or the check would warn of what they are there for. They have to be known before torch is loaded."""
-    code = "from over_ssh.on_host.probe import main; main()"
-    words = [sys.executable, "-c", code, "--dataset", "digits", "--device", "cpu", "--fine_tune_method", "none"]
-    words += ["--portable_kernels", "any_vendor"]
-    answer = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert json.loads(answer.stdout)["kernels"]["MKL"] == "COMPATIBLE", answer.stderr
-    refused = subprocess.run([*words, "--rounds", "x"], cwd=ROOT, capture_output=True, text=True)
-    assert refused.stderr.splitlines()[-1].startswith("error: --rounds x")
+MY_METHOD = """
+import torch
+from perfedavg.methods.fedavg import FedAvg
+class Mine(FedAvg):
+    pass
+"""
+
+
+def test_a_host_looks_at_what_a_worker_is_told(tmp_path: Path) -> None:
+    """Portable kernels have to be known before torch is loaded, also where a user's own method loads it, or the check
+    would say that a run fails which works. A run that goes on has a folder here alone.
+    """
+    (tmp_path / "my_method.py").write_text(MY_METHOD)
+    argv = ["--dataset", "digits", "--fine_tune_method", "none", "--portable_kernels", "any_vendor"]
+    args = replace(get_args("cluster", argv), resume=tmp_path / "of another machine")
+    told = json.loads(probe_argv(args, tmp_path, ["cpu"])[0])
+    told["experiment"]["fedavg"]["method"]["name"] = "my_method:Mine"
+
+    def run_probe() -> subprocess.CompletedProcess[str]:
+        code = f"import sys; sys.path[0] = {str(ROOT)!r}; from {PROBE} import main; main()"
+        words = [sys.executable, "-c", code, json.dumps(told)]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+
+    answer = run_probe()
+    found = json.loads(answer.stdout or "{}")
+    assert len(found["data"]) > 12, answer.stderr
+    assert [kind["MKL"] for kind in found["kernels"]] == ["COMPATIBLE"]
+    told["experiment"]["cohort_size"] = "x"
+    assert run_probe().stderr.splitlines()[-1].startswith('error: cohort_size is "x"')
+
+
+def test_a_host_with_unlike_gpus_is_warned_of() -> None:
+    unlike = [{"torch": "2.13.0", "GPU": "A100"}, {"torch": "2.13.0", "GPU": "H100"}]
+    found = lines(machine("this machine"), machine("beta", kernels=unlike))
+    assert (found["kernels"].verdict, found["kernels"].said[2]) == (LOOK, "beta: torch 2.13.0, GPU A100 and H100")
+    assert found["kernels"].said[0].startswith("beta: GPU is H100, not A100: the last bits of the model")
 
 
 def test_a_look_that_fails_says_why() -> None:
@@ -127,6 +171,17 @@ class Told(Session):
 
     def receive(self) -> dict[str, Any]:
         return self.answers.pop(0)
+
+
+def test_each_device_of_a_host_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    python = {"path": "/python", "versions": dict.fromkeys(("python", *PACKAGES, *OF_ANY_VERSION), "1")}
+    told = Told([{"time": 0.0}, {"at": "/code"}, {"found": [python]}, {"status": 2, "output": "", "last": "error: x"}])
+    monkeypatch.setattr(check, "open_session", lambda *asked: told)
+    wanted = Wanted(Tree(Path("/code"), (), "", b""), None, {})
+    found = look_there(Host("beta", slots=3, device="cuda:0,cuda:1"), ARGS, wanted, [])
+    assert found.faults == {"data": "x"}
+    (argv,) = told.asked[-1][1]["argv"]
+    assert json.loads(argv)["devices"] == ["cuda:0", "cuda:1"]
 
 
 def test_tensors_are_tried_in_the_direction_in_which_gloo_connects() -> None:
