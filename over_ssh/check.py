@@ -41,6 +41,7 @@ class Machine:
 
     facts: what is there, by subject, as a text that two machines have in common where they do not differ.
     faults: what is missing for a run, by subject, with the way out.  warnings: what is not as one may expect.
+    sources: see `own_module.sources`.
     kernels: what its processes compute with, one of each kind, see `compute.describe_kernels`.
     """
 
@@ -49,6 +50,7 @@ class Machine:
     facts: dict[str, str] = field(default_factory=dict)
     faults: dict[str, str] = field(default_factory=dict)
     warnings: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
     kernels: list[dict[str, str]] = field(default_factory=list)
 
 
@@ -174,6 +176,7 @@ def _take_probe(machine: Machine, answer: dict[str, Any], args: Cluster, trains:
         return
     found = json.loads(answer["output"])
     data, device, kernels = found["data"], found["device"], found["kernels"]
+    machine.sources = found["sources"]
     if data.startswith(_ERROR):
         machine.faults["data"] = data.removeprefix(_ERROR)
     elif data.startswith(_MISSING):
@@ -254,6 +257,11 @@ def _compare(here: Machine, there: Sequence[Machine]) -> None:
             machine.faults["data"] = (
                 f"{machine.facts['data']}, and here {here.facts['data'].rpartition(' ')[2]}; give both the same files, "
                 "with data_root=FOLDER behind the host where they are elsewhere"
+            )
+        changed = [name for name, digest in machine.sources.items() if here.sources.get(name, digest) != digest]
+        if changed:
+            machine.faults["project"] = (
+                f"the code of {', '.join(sorted(changed))} is not this machine's; give both the same files"
             )
         differences = []
         for kind in machine.kernels:

@@ -20,7 +20,10 @@ from perfedavg.contracts import MissingDataError
 from perfedavg.fields import flags_by_name
 from perfedavg.machine.cores import usable_cores
 from perfedavg.machine.kernels import pin_kernels
-from perfedavg.settings import ExperimentConfig
+from perfedavg.metrics import find_metrics
+from perfedavg.own_files import is_own_code
+from perfedavg.own_module import import_own, sources
+from perfedavg.settings import ExperimentConfig, flag
 from perfedavg.terminal.console import reason_of
 from perfedavg.terminal.entry_point import run_entry_point
 
@@ -41,7 +44,8 @@ def probe(experiment: Any, data_root: str, devices: list[str]) -> dict[str, Any]
     """By name; a text that begins with `error: ` stands for what cannot be had.
 
     experiment: as workers are told it.  devices: one or more, as --device takes them.
-    data: their fingerprint; a text that begins with `missing: ` where a run would download them.
+    data: their fingerprint, where the model can be built for them and the metrics be had; a text that begins with
+        `missing: ` where a run would download them.  sources: see `own_module.sources`.
     kernels: of processes that train here, one of each kind.  server_kernels: of one that only steps and adds.
     """
     pinning = _tried(lambda: pin_kernels(experiment["portable_kernels"]))  # before a user's own code may load torch
@@ -51,7 +55,9 @@ def probe(experiment: Any, data_root: str, devices: list[str]) -> dict[str, Any]
     import psutil
     import torch
 
-    from perfedavg.training.compute import check_portable, describe_kernels, resolve_device
+    from perfedavg.training.compute import check_portable, describe_kernels, resolve_device, use_reproducible_kernels
+
+    use_reproducible_kernels()  # by which an operation of a user's own model may be refused
 
     def kernels() -> list[dict[str, str]]:
         found: list[dict[str, str]] = []
@@ -61,6 +67,14 @@ def probe(experiment: Any, data_root: str, devices: list[str]) -> dict[str, Any]
                 found.append(described)
         return found
 
+    def fingerprint() -> str:
+        find_metrics(config.own_metrics)
+        if is_own_code(config.architecture):  # also where there are no data yet to build it for
+            import_own(flag("architecture"), config.architecture, "factory")
+        dataset = utils.get_datasets(config, folder, may_download=False)
+        utils.get_model(config, dataset)
+        return dataset.fingerprint
+
     return {
         "cores": usable_cores(),
         "memory_gb": psutil.virtual_memory().available / GIGABYTE,
@@ -69,7 +83,8 @@ def probe(experiment: Any, data_root: str, devices: list[str]) -> dict[str, Any]
         "device": _tried(lambda: ", ".join(str(resolve_device(device)) for device in devices)),
         "kernels": pinning or _tried(kernels),
         "server_kernels": describe_kernels(None),
-        "data": _tried(lambda: utils.get_datasets(config, folder, may_download=False).fingerprint),
+        "data": _tried(fingerprint),
+        "sources": sources(),
     }
 
 

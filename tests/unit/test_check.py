@@ -28,10 +28,12 @@ from over_ssh.check import (
     probe_argv,
 )
 from over_ssh.hosts_file import Host
+from over_ssh.on_host.probe import probe
 from over_ssh.ports import Reach, answering, explain, try_ports
 from over_ssh.preparing import OF_ANY_VERSION, PACKAGES, Wanted
 from over_ssh.session import HostError, Session
 from over_ssh.tree import Tree
+from perfedavg.training.compute import reproducible_kernels
 from utils import get_args
 
 ARGS = get_args("cluster", ["--dataset", "digits", "--check"])
@@ -44,6 +46,7 @@ FOUND: dict[str, Any] = {
     "kernels": [{"torch": "2.13.0", "MKL": "GenuineIntel AVX2"}],
     "server_kernels": {"torch": "2.13.0"},
     "data": "0123456789abcdef",
+    "sources": {"my_net": "1"},
 }
 
 
@@ -77,6 +80,7 @@ def test_machines_that_are_alike_are_named_together() -> None:
         ({"data": "ffff"}, "data", FAILS, "beta: digits, fingerprint ffff, and here 0123456789ab; give both the same"),
         ({"data": "missing: mnist is not in /x"}, "data", LOOK, "beta: mnist is not in /x; a run downloads it, unless"),
         ({"data": "error: no files; get them"}, "data", FAILS, "beta: no files; get them"),
+        ({"sources": {"my_net": "2"}}, "project", FAILS, "beta: the code of my_net is not this machine's; give both"),
         ({"device": "error: no GPU; use cpu", "kernels": "error: "}, "devices", FAILS, "beta: no GPU; use cpu"),
         ({"kernels": [{"MKL": "other"}]}, "kernels", LOOK, "beta: MKL is other, not GenuineIntel AVX2: the last bits"),
         ({"kernels": "error: it has no AVX2; leave it out"}, "kernels", FAILS, "beta: it has no AVX2; leave it out"),
@@ -134,6 +138,26 @@ def test_a_host_looks_at_what_a_worker_is_told(tmp_path: Path) -> None:
     assert [kind["MKL"] for kind in found["kernels"]] == ["COMPATIBLE"]
     told["experiment"]["cohort_size"] = "x"
     assert run_probe().stderr.splitlines()[-1].startswith('error: cohort_size is "x"')
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["mnist", "--model", "no_such_module:Net"], "--model no_such_module:Net cannot be imported"),
+        (["digits", "--metrics", "no_such_module:score"], "--metrics no_such_module:score cannot be imported"),
+        (
+            ["digits", "--method", "fedper", "--personal_layers", "no_such_layer"],
+            "--method fedper does not go with the model",
+        ),
+    ],
+)
+def test_the_model_and_the_metrics_are_had_as_in_a_run(flags: list[str], said: str, tmp_path: Path) -> None:
+    """A worker that cannot have them would end when it has joined."""
+    config = get_args("cluster", ["--dataset", *flags]).experiment
+    with reproducible_kernels():
+        found = probe(config.to_dict(), str(tmp_path), ["cpu", "cuda:99"])
+    assert found["data"].startswith(f"error: {said}")
+    assert found["device"].startswith("error: --device cuda:99 is not there"), "it is the second"
 
 
 def test_a_host_with_unlike_gpus_is_warned_of() -> None:
