@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import platform
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from typing import Any
 
 from launch.paths import ROOT
@@ -18,7 +16,16 @@ from over_ssh.addresses import choose_address
 from over_ssh.hosts_file import THIS_MACHINE, Host
 from over_ssh.parallel import in_parallel
 from over_ssh.ports import find_port_faults
-from over_ssh.preparing import PACKAGES, Wanted, find_python, open_session, place_tree
+from over_ssh.preparing import (
+    OF_ANY_VERSION,
+    PACKAGES,
+    Wanted,
+    find_python,
+    install_command,
+    open_session,
+    place_tree,
+    wrong_versions,
+)
 from over_ssh.session import HostError, Session, close_all
 from perfedavg.machine.interfaces import own_addresses
 from perfedavg.machine.kernels import KernelLog
@@ -108,17 +115,29 @@ def look_here(args: Cluster, wanted: Wanted, sessions: list[Session]) -> Machine
     """
     machine = Machine(HERE)
     machine.facts["project"] = f"version {wanted.project.digest[:12]}"
-    machine.facts["packages"] = _packages(platform.python_version(), {name: version(name) for name in PACKAGES})
     trains = args.hosts is None
     try:
         host = Host(THIS_MACHINE, python=sys.executable)
         session = open_session(host, args.worker_timeout_seconds, sessions.append)
+        _look_at_packages(machine, host, session, trains)
         place = {"python": sys.executable, "code": str(ROOT), "folder": str(wanted.folder)}
         argv = probe_argv(args, args.data_root, [args.device if trains else "cpu"])
         _take_probe(machine, session.ask("run", module=PROBE, argv=argv, **place), args, trains)
     except HostError as error:
         machine.faults["data"] = error.said
     return machine
+
+
+def _look_at_packages(machine: Machine, host: Host, session: Session, trains: bool) -> None:
+    """Of the Python that runs this. Where no worker will, what else one may import need not be there."""
+    packages = [*PACKAGES, *OF_ANY_VERSION]
+    answer = session.ask("find_python", candidates=[sys.executable], packages=packages, with_cache=False)
+    versions = answer["found"][0]["versions"]
+    machine.facts["packages"] = _packages(versions["python"], {name: versions[name] for name in PACKAGES})
+    lacking = wrong_versions(versions, {})
+    if lacking:
+        said = f"{', '.join(lacking)}; run: {install_command(host, answer, str(ROOT))}"
+        (machine.faults if trains else machine.warnings)["packages"] = said
 
 
 def look_there(host: Host, args: Cluster, wanted: Wanted, sessions: list[Session]) -> Machine:

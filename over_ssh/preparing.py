@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,11 @@ class Wanted:
 
     @classmethod
     def by(cls, config: ExperimentConfig) -> Wanted:
-        """What an experiment needs."""
+        """What an experiment needs. Raises ValueError where this machine lacks one of PACKAGES."""
         values = values_of(config)
         names = [name for flag in _OWN_CODE for name in str(values.get(flag, "")).split(",") if is_own_code(name)]
         own = own_tree(Path.cwd(), [name.partition(":")[0] for name in names])
-        return cls(project_tree(), own, {name: public(version(name)) for name in PACKAGES})
+        return cls(project_tree(), own, versions_here())
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def find_python(session: Session, wanted: Mapping[str, str], code: str) -> tuple
             return entry["path"], {name: versions[name] for name in ("python", *wanted)}
         faults.append(f"{entry['path']} has {', '.join(wrong)}")
     other = "another" if host.python else "one"
-    mend = f"name {other} by python=PATH behind the host, or run: {_install(host, answer, code)}"
+    mend = f"name {other} by python=PATH behind the host, or run: {install_command(host, answer, code)}"
     raise HostError(host, f"no Python with this project's packages: {'; '.join(faults or absent)}", mend)
 
 
@@ -146,7 +146,16 @@ def wrong_versions(versions: Mapping[str, str | None], wanted: Mapping[str, str]
     return wrong + [f"{name} missing" for name in OF_ANY_VERSION if versions.get(name) is None]
 
 
-def _install(host: Host, answer: Mapping[str, Any], code: str) -> str:
+def versions_here() -> dict[str, str]:
+    """Of PACKAGES, without what a build adds. Raises ValueError where one is missing."""
+    try:
+        return {name: public(version(name)) for name in PACKAGES}
+    except PackageNotFoundError as error:
+        command = command_line([sys.executable, "-m", "pip", "install", "-r", ROOT / "requirements.txt"])
+        raise ValueError(f"{sys.executable} has no {error.name}; run: {command}") from error
+
+
+def install_command(host: Host, answer: Mapping[str, Any], code: str) -> str:
     """The command that sets up an environment there. answer: of `program.find_python`."""
     if host.python is not None:
         command = command_line([answer["found"][0]["path"], "-m", "pip", "install", "-r", f"{code}/requirements.txt"])

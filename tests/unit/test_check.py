@@ -23,6 +23,7 @@ from over_ssh.check import (
     Machine,
     _compare_clocks,
     _take_probe,
+    look_here,
     look_there,
     make_lines,
     probe_argv,
@@ -195,6 +196,21 @@ class Told(Session):
 
     def receive(self) -> dict[str, Any]:
         return self.answers.pop(0)
+
+
+@pytest.mark.parametrize(("hosts", "verdict"), [(None, FAILS), (Path("hosts.txt"), LOOK)])
+def test_a_package_that_this_machine_lacks_keeps_it_from_training(
+    hosts: Path | None, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = {**dict.fromkeys(("python", *PACKAGES, *OF_ANY_VERSION), "1"), "pyarrow": None}
+    python = {"path": sys.executable, "versions": versions}
+    told = Told([{"found": [python]}, {"status": 0, "output": json.dumps(FOUND), "last": ""}])
+    monkeypatch.setattr(check, "open_session", lambda *asked: told)
+    wanted = Wanted(Tree(Path("/code"), (), "", b""), None, {})
+    found = lines(look_here(replace(ARGS, hosts=hosts), wanted, []))
+    assert (found["packages"].verdict, found["data"].verdict) == (verdict, OK)
+    said = f"this machine: pyarrow missing; run: {sys.executable} -m pip install -r {ROOT}/requirements.txt"
+    assert found["packages"].said[0] == said
 
 
 def test_each_device_of_a_host_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -340,6 +340,13 @@ def test_a_package_of_any_version_must_be_there(session: Session, monkeypatch: p
     assert required >= {*preparing.PACKAGES, *preparing.OF_ANY_VERSION}
 
 
+def test_a_package_that_this_machine_lacks_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preparing, "PACKAGES", ("torch", "not-there"))
+    requirements = re.escape(f"{sys.executable} -m pip install -r {ROOT / 'requirements.txt'}")
+    with pytest.raises(ValueError, match=f"^{re.escape(sys.executable)} has no not-there; run: {requirements}$"):
+        Wanted.by(get_args("cluster", ["--dataset", "digits"]).experiment)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "mode", "fault"),
     [
@@ -367,7 +374,7 @@ def test_a_python_that_is_none_is_a_line_with_the_value(
 
 def test_the_command_for_a_copy_sets_up_an_environment_beside_it() -> None:
     answer = {"cache": "/home/it's/.cache/personalized-fedavg", "python": "/usr/bin/python3.11"}
-    command = preparing._install(Host("beta"), answer, "/home/it's/.cache/personalized-fedavg/0123")
+    command = preparing.install_command(Host("beta"), answer, "/home/it's/.cache/personalized-fedavg/0123")
     program, host, remote = shlex.split(command)
     assert (program, host) == ("ssh", "beta")
     first, second = remote.split(" && ")
