@@ -53,12 +53,12 @@ from perfedavg.terminal.console import LOGGER
 __all__ = ["SERVER", "WORKER", "Peer", "PeerLostError", "RunEndedError"]
 
 ARRIVAL_SECONDS = 1.0
-"""For the rest of a message to arrive that was coming when the peer left."""
+"""For the rest of a message to arrive that was coming when the peer left, while the connection for it is there."""
 CLOCK_SECONDS = 0.05
 """By which gloo's clock, in milliseconds, may be ahead."""
 WATCH_SECONDS = 0.02
-"""Between two looks at how its formation gets on (`TensorConnection.watch`). All peers that are being connected share
-these looks: hundreds that each looked so often would leave no time to connect any."""
+"""Between two looks at the connection for tensors: how its formation gets on, and whether it has ended. All peers that
+are being connected share the former: hundreds that each looked so often would leave no time to connect any."""
 LEAST_TIMED_BYTES = 2**18
 """Of a message by which it is known how fast the line is."""
 MAX_PLAIN_BYTES = 2**20
@@ -383,8 +383,7 @@ class Peer:
             except ConnectionError as error:
                 self._lose(str(error))
             wait([self._is_lost], self._beat_seconds)
-        with self._changed:
-            self._changed.wait_for(lambda: self._num_coming == 0, ARRIVAL_SECONDS)
+        self._await_what_is_coming()
         with self._farewell_lock:  # the peer hears why before it finds the tensors' connection closed
             self._tensors.interrupt()
         self._control.end()
@@ -396,6 +395,14 @@ class Peer:
             self._threads["form"].join()
         with self._receiving:  # whose descriptor may be another connection's once it is closed
             self._tensors.close()
+
+    def _await_what_is_coming(self) -> None:
+        """For as long as it may come from a peer that is lost, and a moment for the end of it to be taken in."""
+        deadline, is_at_end = time.monotonic() + ARRIVAL_SECONDS, False
+        with self._changed:
+            while self._num_coming and not is_at_end and time.monotonic() < deadline:
+                is_at_end = self._tensors.is_at_end()
+                self._changed.wait(WATCH_SECONDS)
 
     def _lose(self, reason: str) -> None:
         """The peer is lost. A worker that lives may join again."""

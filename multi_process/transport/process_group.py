@@ -99,7 +99,7 @@ class GroupConnection(ConnectionInParts):
         try:
             self._meet(timeout_seconds)
         except (ConnectionError, RuntimeError) as error:
-            without_source = re.sub(r"^\[[^]]*] *", "", str(error))  # the file and line within gloo
+            without_source = re.sub(r"\[[^]]*:\d+] *", "", str(error))  # the file and line within gloo
             return without_source[:MAX_FAILURE_CHARS] or type(error).__name__
         return ""
 
@@ -151,6 +151,17 @@ class GroupConnection(ConnectionInParts):
 
     def receive(self, num_bytes: int, timeout_seconds: float) -> tuple[MessageCode, list[Tensor]]:
         return self._in_own_thread(partial(super().receive, num_bytes, timeout_seconds))
+
+    def is_at_end(self) -> bool:
+        for wire in self._wires:
+            with contextlib.suppress(BlockingIOError):
+                try:
+                    at_end = not wire.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+                except ConnectionError:
+                    at_end = True
+                if at_end:
+                    return True
+        return False
 
     def interrupt(self) -> None:
         self.store.close()

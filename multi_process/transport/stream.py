@@ -137,6 +137,9 @@ class EitherConnection(TensorConnection):
     def receive(self, num_bytes: int, timeout_seconds: float) -> tuple[MessageCode, list[Tensor]]:
         return self._chosen.receive(num_bytes, timeout_seconds)
 
+    def is_at_end(self) -> bool:
+        return self._chosen.is_at_end()
+
     def interrupt(self) -> None:
         self._group.interrupt()
         self._stream.interrupt()

@@ -64,6 +64,10 @@ class TensorConnection(ABC):
         Raises ValueError where it is another one, TransferError where it did not come.
         """
 
+    def is_at_end(self) -> bool:
+        """Whether the other side has closed it and all that it sent was read, where `receive` does not tell."""
+        return False
+
     @abstractmethod
     def interrupt(self) -> None:
         """Let whoever sends, receives or forms the connection fail, now and from now on. From any thread; may be called
