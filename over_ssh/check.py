@@ -121,7 +121,8 @@ def look_here(args: Cluster, wanted: Wanted, sessions: list[Session]) -> Machine
         session = open_session(host, args.worker_timeout_seconds, sessions.append)
         _look_at_packages(machine, host, session, trains)
         place = {"python": sys.executable, "code": str(ROOT), "folder": str(wanted.folder)}
-        argv = probe_argv(args, args.data_root, [args.device if trains else "cpu"])
+        device = args.device if trains else "auto" if args.backend == "nccl" else "cpu"
+        argv = probe_argv(args, args.data_root, [device])
         _take_probe(machine, session.ask("run", module=PROBE, argv=argv, **place), args, trains)
     except HostError as error:
         machine.faults["data"] = error.said
@@ -204,6 +205,8 @@ def _take_probe(machine: Machine, answer: dict[str, Any], args: Cluster, trains:
         machine.facts["data"] = f"{shown_dataset(args.experiment.dataset)}, fingerprint {data[:12]}"
     if device.startswith(_ERROR):
         machine.faults["devices"] = device.removeprefix(_ERROR)
+    elif args.backend == "nccl" and "cpu" in device:
+        machine.faults["devices"] = "--backend nccl needs a GPU for each process, and one computes on cpu; use gloo"
     elif isinstance(kernels, str):
         machine.faults["kernels"] = kernels.removeprefix(_ERROR)
     else:

@@ -97,6 +97,15 @@ def test_what_differs_or_is_missing_stands_in_its_line(
     assert {line.verdict for name, line in found.items() if name != subject} == {OK}
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_nccl_needs_a_gpu_for_each_process(trains: bool) -> None:
+    for devices, subjects in (("cuda:0, cpu", {"devices"}), ("cuda:0, cuda:1", set())):
+        found = Machine("beta")
+        answer = {"status": 0, "output": json.dumps({**FOUND, "device": devices}), "last": ""}
+        _take_probe(found, answer, replace(ARGS, backend="nccl"), trains)
+        assert set(found.faults) == subjects
+
+
 def test_a_machine_that_only_serves_needs_not_compute_as_those_that_train() -> None:
     """It steps and adds. Those that train are compared with each other."""
     here = machine("this machine", trains=False, kernels=[{"torch": "2.13.0", "MKL": "AuthenticAMD AVX2"}])
