@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from launch.paths import ROOT
@@ -122,7 +123,8 @@ def look_here(args: Cluster, wanted: Wanted, sessions: list[Session]) -> Machine
         _look_at_packages(machine, host, session, trains)
         place = {"python": sys.executable, "code": str(ROOT), "folder": str(wanted.folder)}
         device = args.device if trains else "auto" if args.backend == "nccl" else "cpu"
-        argv = probe_argv(args, args.data_root, [device])
+        starts_from = None if args.resume else args.initial_model  # which a run that goes on has read
+        argv = probe_argv(args, args.data_root, [device], starts_from)
         _take_probe(machine, session.ask("run", module=PROBE, argv=argv, **place), args, trains)
     except HostError as error:
         machine.faults["data"] = error.said
@@ -170,9 +172,16 @@ def look_there(host: Host, args: Cluster, wanted: Wanted, sessions: list[Session
     return machine
 
 
-def probe_argv(args: Cluster, data_root: object, devices: Iterable[str]) -> list[str]:
+def probe_argv(
+    args: Cluster, data_root: object, devices: Iterable[str], initial_model: Path | None = None
+) -> list[str]:
     """Of PROBE: the experiment as a run tells it to workers, so that there is nothing that flags could not say."""
-    told = {"experiment": args.experiment.to_dict(), "data_root": str(data_root), "devices": list(devices)}
+    told = {
+        "experiment": args.experiment.to_dict(),
+        "data_root": str(data_root),
+        "devices": list(devices),
+        "initial_model": None if initial_model is None else str(initial_model),
+    }
     return [json.dumps(told)]
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import utils
@@ -40,10 +41,11 @@ def look() -> None:
     print(json.dumps(found))
 
 
-def probe(experiment: Any, data_root: str, devices: list[str]) -> dict[str, Any]:
+def probe(experiment: Any, data_root: str, devices: list[str], initial_model: str | None = None) -> dict[str, Any]:
     """By name; a text that begins with `error: ` stands for what cannot be had.
 
     experiment: as workers are told it.  devices: one or more, as --device takes them.
+    initial_model: whose weights the global model is to have, where this machine holds it.
     data: their fingerprint, where the model can be built for them and the metrics be had; a text that begins with
         `missing: ` where a run would download them.  sources: see `own_module.sources`.
     kernels: of processes that train here, one of each kind.  server_kernels: of one that only steps and adds.
@@ -72,7 +74,10 @@ def probe(experiment: Any, data_root: str, devices: list[str]) -> dict[str, Any]
         if is_own_code(config.architecture):  # also where there are no data yet to build it for
             import_own(flag("architecture"), config.architecture, "factory")
         dataset = utils.get_datasets(config, folder, may_download=False)
-        utils.get_model(config, dataset)
+        model = utils.get_model(config, dataset)
+        if initial_model is not None:
+            told = SimpleNamespace(initial_model=Path(initial_model))
+            utils.load_initial_model(told, config, model, has_checkpoint=False)
         return dataset.fingerprint
 
     return {

@@ -170,6 +170,17 @@ def test_the_model_and_the_metrics_are_had_as_in_a_run(flags: list[str], said: s
     assert found["device"].startswith("error: --device cuda:99 is not there"), "it is the second"
 
 
+def test_the_initial_model_is_read_where_the_server_will(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = get_args("cluster", ["--dataset", "digits", "--initial_model", str(tmp_path / "none")])
+    versions = dict.fromkeys(("python", *PACKAGES, *OF_ANY_VERSION), "1")
+    told = Told([{"found": [{"path": sys.executable, "versions": versions}]}, {"status": 2, "output": "", "last": ""}])
+    monkeypatch.setattr(check, "open_session", lambda *asked: told)
+    look_here(args, Wanted(Tree(Path("/code"), (), "", b""), None, {}), [])
+    (argv,) = told.asked[-1][1]["argv"]
+    with reproducible_kernels():
+        assert probe(**json.loads(argv))["data"].startswith(f"error: {tmp_path}/none")
+
+
 def test_a_host_with_unlike_gpus_is_warned_of() -> None:
     unlike = [{"torch": "2.13.0", "GPU": "A100"}, {"torch": "2.13.0", "GPU": "H100"}]
     found = lines(machine("this machine"), machine("beta", kernels=unlike))
