@@ -263,8 +263,8 @@ def test_a_search_trains_as_a_run_does_and_leaves_the_unseen_clients_alone(
     """Ditto's clients keep models between rounds."""
     spies: list[Spy] = []
 
-    def load(config: Any, data_root: Path) -> Any:
-        spies.append(Spy(load_clients(config, data_root)))
+    def load(config: Any, data_root: Path, may_download: bool) -> Any:
+        spies.append(Spy(load_clients(config, data_root, may_download)))
         return spies[-1]
 
     load_clients = utils.load_clients
