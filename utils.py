@@ -158,12 +158,19 @@ def load_initial_model(args: Any, config: ExperimentConfig, model: nn.Module, ha
     """Give the model the weights of --initial_model, where there is one; returns the configuration with their digest.
 
     Only the process that holds the global model needs them, and only until the run has a checkpoint; a file that is
-    named anew is read nevertheless, to be compared.
-    Raises ValueError where there is no such model, or it is not of the experiment's kind or not the run's.
+    named anew is read nevertheless, to be compared. Raises ValueError as `read_initial_model`.
     """
     path = args.initial_model
     if path is None or (has_checkpoint and path == read_unfinished_run(args.resume).initial_model):
         return config
+    return read_initial_model(path, config, model)
+
+
+def read_initial_model(path: Path, config: ExperimentConfig, model: nn.Module) -> ExperimentConfig:
+    """Give the model the weights of a file, or of the run in a folder; returns the configuration with their digest.
+
+    Raises ValueError where there is no such model, or it is not of the experiment's kind or not the run's.
+    """
     from perfedavg.engine.experiment import parameters_sha256
     from perfedavg.recording.model_file import read_model_file
     from perfedavg.training.flat_model import flatten

@@ -154,13 +154,13 @@ class GroupConnection(ConnectionInParts):
 
     def is_at_end(self) -> bool:
         for wire in self._wires:
-            with contextlib.suppress(BlockingIOError):
-                try:
-                    at_end = not wire.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
-                except ConnectionError:
-                    at_end = True
-                if at_end:
+            try:
+                if not wire.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                     return True
+            except BlockingIOError:
+                continue
+            except ConnectionError:
+                return True
         return False
 
     def interrupt(self) -> None:

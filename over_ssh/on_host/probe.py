@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import utils
@@ -76,8 +75,7 @@ def probe(experiment: Any, data_root: str, devices: list[str], initial_model: st
         dataset = utils.get_datasets(config, folder, may_download=False)
         model = utils.get_model(config, dataset)
         if initial_model is not None:
-            told = SimpleNamespace(initial_model=Path(initial_model))
-            utils.load_initial_model(told, config, model, has_checkpoint=False)
+            utils.read_initial_model(Path(initial_model), config, model)
         return dataset.fingerprint
 
     return {
